@@ -1,0 +1,229 @@
+"""Configurations: dataclasses to plain JSON values and back, with one clear line for every mistake.
+
+``to_dict`` and ``from_dict`` are inverse for dataclasses made of bool, int, float, str, None, Path, Enum, Literal,
+Optional, unions, tuples, lists, dicts with string keys and nested dataclasses. A dataclass with a class variable
+``name`` (``name: ClassVar[str] = "pirl"``) stores it, which is how a union of dataclasses is told apart on the way back.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dict (JSON values only: dict, list, str, int, float, bool, None) of a dataclass instance."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ValueError(f"to_dict needs a dataclass instance, got {config!r}")
+    name = _class_name(type(config))
+    encoded: dict[str, Any] = {} if name is None else {"name": name}
+    for field in dataclasses.fields(config):
+        encoded[field.name] = _encode(getattr(config, field.name), field.name)
+    return encoded
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
+    """The dataclass ``cls`` that :func:`to_dict` made ``data`` from.
+
+    Keys that ``data`` lacks take their defaults. ``where`` is put before field names in messages.
+
+    Raises:
+        ValueError: unknown key, missing key without a default, or a value of another type: names field and remedy.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"config field {where or '(top)'}: expected a table of {cls.__name__} fields, got {data!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    name = _class_name(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key in fields:
+            values[key] = _decode(hints[key], value, path)
+        elif key == "name" and name is not None:
+            if value != name:
+                raise ValueError(f"config field {path}: expected {name!r}, got {value!r}; use the matching config class")
+        else:
+            raise ValueError(f"config field {path} is unknown; {_suggestion(str(key), fields)}")
+    for field in fields.values():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in values:
+            path = f"{where}.{field.name}" if where else field.name
+            raise ValueError(f"config field {path} is missing and has no default; add it")
+    return cls(**values)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = "") -> list[tuple[str, Any, Any]]:
+    """``(dotted field, old value, new value)`` wherever two plain dicts differ; a missing side is ``None``."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        path = f"{where}.{key}" if where else str(key)
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, where=path)
+        elif before != after or type(before) is not type(after):
+            # 1 and 1.0 mean the same number.
+            if not (before == after and {type(before), type(after)} == {int, float}):
+                found.append((path, before, after))
+    return found
+
+
+def save_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` as readable JSON; the file is replaced at once or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON table.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON or holds no table.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; give a run directory that sslfast pretrain wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it or start a new run") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, expected a table; restore it or start a new run")
+    return data
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Words for a message about an unknown name: the near matches, else everything known."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+
+
+def _suggestion(key: str, fields: Mapping[str, Any]) -> str:
+    return nearest(key, fields) if fields else "this table has no fields; remove it"
+
+
+def _class_name(cls: type) -> str | None:
+    """The ``name`` class variable of a dataclass, None where there is none or where ``name`` is a field."""
+    if any(field.name == "name" for field in dataclasses.fields(cls)):
+        return None
+    name = getattr(cls, "name", None)
+    return name if isinstance(name, str) else None
+
+
+def _encode(value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Path):
+        return value.as_posix()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_encode(item, f"{path}[{position}]") for position, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {str(key): _encode(item, f"{path}.{key}") for key, item in value.items()}
+    raise ValueError(f"config field {path}: {type(value).__name__} cannot be stored as JSON; use a plain value")
+
+
+def _decode(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Annotated, ClassVar):
+        return _decode(arguments[0], value, path)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, value, path)
+    if origin is Literal:
+        for choice in arguments:
+            if value == choice and type(value) is type(choice):
+                return choice
+        raise ValueError(f"config field {path}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+    if origin in (tuple, list):
+        return _decode_sequence(origin, arguments, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(path, "a table", value)
+        return {str(key): _decode(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where=path)
+    if isinstance(hint, type):
+        return _decode_scalar(hint, value, path)
+    raise ValueError(f"config field {path}: type {hint} is not supported in a configuration")
+
+
+def _decode_scalar(hint: type, value: Any, path: str) -> Any:
+    if issubclass(hint, Enum):
+        members = hint.__members__
+        if isinstance(value, str) and value in members:
+            return members[value]
+        raise ValueError(f"config field {path}: {value!r} is not one of {', '.join(members)}")
+    if issubclass(hint, Path):
+        if isinstance(value, str):
+            return hint(value)
+        raise _wrong(path, "a path", value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None):
+        if value is None:
+            return None
+        raise _wrong(path, "null", value)
+    if hint in (bool, int, float, str):
+        if type(value) is hint:
+            return value
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise _wrong(path, words[hint], value)
+    raise ValueError(f"config field {path}: type {hint.__name__} is not supported in a configuration")
+
+
+def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in members:
+        return None
+    tables = [m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)]
+    if isinstance(value, Mapping) and len(tables) > 1:
+        named = {_class_name(table): table for table in tables}
+        if value.get("name") in named:
+            return from_dict(named[value["name"]], value, where=path)
+        known = ", ".join(str(name) for name in named)
+        raise ValueError(f"config field {path}.name: {value.get('name')!r} is not one of {known}")
+    if isinstance(value, Mapping) and tables:
+        return from_dict(tables[0], value, where=path)
+    reasons = []
+    for member in members:
+        if member in tables or member is type(None):
+            continue
+        try:
+            return _decode(member, value, path)
+        except ValueError as error:
+            reasons.append(error)
+    raise reasons[0] if len(reasons) == 1 else _wrong(path, " or ".join(map(_type_name, members)), value)
+
+
+def _decode_sequence(origin: type, arguments: tuple[Any, ...], value: Any, path: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _wrong(path, "a list", value)
+    if origin is list or (len(arguments) == 2 and arguments[1] is Ellipsis):
+        return origin(_decode(arguments[0], item, f"{path}[{position}]") for position, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise _wrong(path, f"a list of {len(arguments)} values", value)
+    return tuple(
+        _decode(hint, item, f"{path}[{position}]") for position, (hint, item) in enumerate(zip(arguments, value))
+    )
+
+
+def _type_name(hint: Any) -> str:
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _wrong(path: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"config field {path}: expected {expected}, got {value!r}; correct it")
