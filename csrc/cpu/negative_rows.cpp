@@ -1,0 +1,38 @@
+#include "negative_rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace sslfast {
+namespace {
+
+Tensor negative_rows_cpu(const Tensor& index_,  // [B] int64
+                         std::optional<Tensor> step_tensor, int64_t step, int64_t num_negatives, int64_t num_rows,
+                         int64_t seed, bool exclude_self) {
+  check_negative_rows(index_, step_tensor, num_negatives, num_rows, seed, exclude_self);
+  const Tensor index = torch::stable::contiguous(index_);
+  check_rows_in_range("negative_rows", "index", index, num_rows);
+  const int64_t batch = index.size(0);
+  Tensor rows = torch::stable::new_empty(index, {batch, num_negatives});
+  const NegativeSampler sampler = make_sampler(seed, host_step(step_tensor, step), num_rows, exclude_self);
+  const int64_t* self = static_cast<const int64_t*>(index.const_data_ptr());
+  int64_t* out = static_cast<int64_t*>(rows.mutable_data_ptr());
+
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      int64_t* row = out + b * num_negatives;
+      for (int64_t k = 0; k + 1 < num_negatives; k += 2) {
+        sampler.draw(static_cast<uint32_t>(k / 2), self[b], row + k, row + k + 1);
+      }
+      if (num_negatives % 2 != 0) {
+        int64_t unused;
+        sampler.draw(static_cast<uint32_t>(num_negatives / 2), self[b], row + num_negatives - 1, &unused);
+      }
+    }
+  });
+  return rows;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("negative_rows", TORCH_BOX(&sslfast::negative_rows_cpu)); }

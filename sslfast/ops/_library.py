@@ -1,0 +1,40 @@
+"""Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``; one helpful error where it cannot."""
+
+from typing import Any
+
+import torch
+
+try:
+    from sslfast import _C
+except ImportError as error:
+    raise ImportError(
+        f"sslfast's compiled core does not load with torch {torch.__version__}: {error}. "
+        "Build it in this environment: `pip install --no-build-isolation -e .` in a checkout, "
+        "or `pip install --force-reinstall --no-deps sslfast`"
+    ) from error
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about the compiled core: version, note, cuda_architectures, compiler."""
+    return dict(_C.build_info())
+
+
+def step_arguments(step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """Splits a public ``step`` into the schema's ``(step_tensor, step)``."""
+    return (step, 0) if isinstance(step, torch.Tensor) else (None, step)
+
+
+def check_seed(op: str, seed: int) -> None:
+    """Raises ValueError unless ``0 <= seed < 2**63``."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed=}")
+
+
+def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError unless all tensors given are on the device of the first."""
+    (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in rest:
+        if tensor.device != head.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and {first} on {head.device}; move one with .to(device)"
+            )
