@@ -1,0 +1,47 @@
+"""Who this process is among the processes of a run. So far a run is one process."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """Place of this process, as ``torchrun`` states it in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes logs and checkpoints."""
+        return self.rank == 0
+
+
+def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
+    """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (defaults 0, 1, 0).
+
+    Raises:
+        ValueError: a value is not a number in its range, or there is more than one process.
+    """
+    environment = os.environ if environment is None else environment
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    rank, local_rank = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
+    if world_size != 1:
+        raise ValueError(
+            f"training in several processes is not supported, got WORLD_SIZE={world_size}; "
+            "start one process without torchrun, or unset WORLD_SIZE"
+        )
+    if rank != 0:
+        raise ValueError(f"RANK must be below WORLD_SIZE={world_size}, got RANK={rank}")
+    return ProcessGroup(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a whole number of at least 0, got {name}={text!r}; correct or unset it")
+    return int(text)
