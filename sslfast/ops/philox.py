@@ -24,7 +24,6 @@ class Stream(IntEnum):
     REPLACEMENT = 2
     SYNTHETIC = 3
     BANK_INIT = 4
-    BANK_INIT_SECOND = 5
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
 

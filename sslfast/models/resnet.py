@@ -1,0 +1,69 @@
+"""Trunks: torchvision's ResNets without the classifier, with an ImageNet stem or one for small images."""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class ResNetConfig:
+    """Which ResNet is pretrained."""
+
+    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    """He et al. 2016, as torchvision has it (ResNet-50: stride in the 3x3 convolution)."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """imagenet: 7x7 stride 2 and max-pool, total stride 32. small: 3x3 stride 1, no pool, total stride 8,
+    for images up to 64 px."""
+
+
+class ResNetTrunk(nn.Module):
+    """Images to pooled res5 features.
+
+    ``forward``: float ``[B, 3, S, S]`` -> ``[B, out_features]``, the spatial mean of res5 (512 columns for ResNet-18
+    and 34, 2048 for ResNet-50). ``stages`` returns every stage for probes of single layers. Parameter names are
+    torchvision's, so exported weights load there with ``strict=False`` (only ``fc`` is missing).
+    """
+
+    out_features: int
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        try:
+            import torchvision
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(
+                f"{config.name} comes from torchvision, which does not import beside torch {torch.__version__}: {error}. "
+                "Install the pair that matches, for example `pip install torch==2.11.0 torchvision==0.26.0`"
+            ) from error
+        net = getattr(torchvision.models, config.name)(weights=None)
+        if config.stem == "small":
+            net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+            net.maxpool = nn.Identity()
+        self.out_features = net.fc.in_features
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, getattr(net, name))
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Maps after conv1 (before its max-pool), res2, res3, res4, res5."""
+        x = self.relu(self.bn1(self.conv1(images)))
+        maps = [x]
+        x = self.maxpool(x)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return cast(Tensor, x.mean(dim=(2, 3)))
+
+
+def build_trunk(config: ResNetConfig, *, seed: int) -> ResNetTrunk:
+    """A trunk whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResNetTrunk(config)
