@@ -1,11 +1,8 @@
 """Projection heads from trunk features to the embedding that the memory bank holds."""
 
-import torch
+from typing import cast
+
 from torch import Tensor, nn
-
-
-class LinearHead(nn.Linear):
-    """PIRL's f (and its rotation g): one linear layer, ``[B, C]`` -> ``[B, D]`` (PIRL section 3.3)."""
 
 
 class PatchHead(nn.Module):
@@ -21,11 +18,4 @@ class PatchHead(nn.Module):
         self.combine = nn.Linear(num_patches * out_features, out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.combine(self.patch(features).flatten(1))
-
-
-def build_heads(seed: int, builders: dict[str, object]) -> nn.ModuleDict:
-    """Modules from zero-argument builders, with initial weights that depend on ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.ModuleDict({name: builder() for name, builder in builders.items()})  # type: ignore[operator]
+        return cast(Tensor, self.combine(self.patch(features).flatten(1)))

@@ -6,6 +6,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sslfast.models.init import seeded
+
 
 @dataclass(kw_only=True)
 class ResNetConfig:
@@ -64,6 +66,5 @@ class ResNetTrunk(nn.Module):
 
 def build_trunk(config: ResNetConfig, *, seed: int) -> ResNetTrunk:
     """A trunk whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return ResNetTrunk(config)

@@ -1,0 +1,224 @@
+"""PIRL: representations that do not change under a pretext transform (Misra & van der Maaten, CVPR 2020).
+
+Objective (PIRL eq. 5): ``loss = λ · L(m_I, g(v_It)) + (1 - λ) · L(m_I, f(v_I))``, where ``m_I`` is the memory-bank row
+of image I, ``f(v_I)`` the embedding of the image, ``g(v_It)`` that of its transform (jigsaw patches, or a rotated
+image), and L the noise-contrastive loss against K bank rows (NCE, or its softmax form InfoNCE). After the step the row
+moves toward ``f(v_I)``. ``λ = 0`` is NPID (Wu et al. 2018): no transformed view is computed at all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sslfast.bank import MemoryBank
+from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.models.heads import PatchHead
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.ops import bank_nce, estimate_z
+
+IMAGE, PRETEXT = "image", "pretext"
+
+
+def _jigsaw_view() -> ViewConfig:
+    return ViewConfig(crop=CropConfig(size=255, scale=(0.6, 1.0)), jigsaw=JigsawConfig())
+
+
+class PIRL(nn.Module):
+    """The method as a module: ``method(views, rows, step=...)`` -> losses, then ``method.after_step()``.
+
+    State in buffers: ``bank.rows`` and ``z`` (NaN until the first batch has set it).
+    """
+
+    @dataclass(kw_only=True)
+    class Config:
+        """PIRL and, with ``pretext_weight=0``, NPID."""
+
+        name: ClassVar[str] = "pirl"
+
+        pretext: Literal["jigsaw", "rotation", "rotation+jigsaw"] = "jigsaw"
+        """Transform that the representation becomes invariant to."""
+        pretext_weight: float = 0.5
+        """λ, weight of the transformed view's loss; the image view has 1 - λ. 0 is NPID."""
+        dimensions: int = 128
+        """Columns of the memory bank."""
+        temperature: float = 0.07
+        """τ of the scores."""
+        num_negatives: int = 32000
+        """K, bank rows drawn per sample and step."""
+        loss: Literal["nce", "infonce"] = "nce"
+        """nce: binary loss with normaliser Z. infonce: softmax over the positive and the K negatives."""
+        z: Literal["frozen", "running"] = "frozen"
+        """frozen: Z estimated from the first batch. running: moving average of the estimate of every batch."""
+        z_momentum: float = 0.99
+        """Weight of the old value when z is running."""
+        z_from: Literal["all", "pretext"] = "all"
+        """Which views' scores estimate Z."""
+        exclude_self: bool = True
+        """Never draw a sample's own row as its negative."""
+        separate_draws: bool = False
+        """Draw other negatives for the transformed view than for the image view."""
+        bank_momentum: float = 0.5
+        """Weight of the old row in the bank update."""
+        bank_dtype: Literal["fp32", "bf16"] = "fp32"
+        """Storage of the bank; sums are fp32 either way."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """The image I."""
+        jigsaw_view: ViewConfig = field(default_factory=_jigsaw_view)
+        """I_t for pretext jigsaw and rotation+jigsaw (rotation comes first)."""
+        rotation_view: ViewConfig = field(default_factory=lambda: ViewConfig(rotation=True))
+        """I_t for pretext rotation."""
+
+        def views(self) -> dict[str, ViewConfig]:
+            """The views that a step needs, in the order that numbers their random streams."""
+            views = {IMAGE: self.image_view}
+            if self.pretext_weight > 0:
+                views[PRETEXT] = {
+                    "jigsaw": self.jigsaw_view,
+                    "rotation": self.rotation_view,
+                    "rotation+jigsaw": replace(self.jigsaw_view, rotation=True),
+                }[self.pretext]
+            return views
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            if not 0 <= self.pretext_weight <= 1:
+                raise ValueError(f"method.pretext_weight must be in [0, 1], got {self.pretext_weight}")
+            if self.temperature <= 0:
+                raise ValueError(f"method.temperature must be positive, got {self.temperature}")
+            if self.num_negatives < 1:
+                raise ValueError(f"method.num_negatives must be at least 1, got {self.num_negatives}")
+            if not 0 <= self.bank_momentum <= 1:
+                raise ValueError(f"method.bank_momentum must be in [0, 1], got {self.bank_momentum}")
+            if "jigsaw" in self.pretext and self.jigsaw_view.jigsaw is None:
+                raise ValueError(f"method.jigsaw_view.jigsaw must be set for {self.pretext=}")
+            if self.z_from == PRETEXT and self.pretext_weight == 0:
+                raise ValueError("method.z_from=pretext needs pretext_weight > 0; NPID has only the image view")
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "PIRL":
+            """The module for a data set of ``num_rows`` samples."""
+            return PIRL(self, model=model, num_rows=num_rows, seed=seed)
+
+    z: Tensor
+
+    def __init__(self, config: Config, *, model: ResNetConfig, num_rows: int, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        if num_rows < 2:
+            raise ValueError(f"PIRL contrasts images with one another and needs at least 2, got {num_rows}")
+        self.config = config
+        self.seed = seed
+        self.trunk = build_trunk(model, seed=seed)
+        features, dimensions = self.trunk.out_features, config.dimensions
+        with seeded(seed + 1):
+            self.image_head = nn.Linear(features, dimensions)
+            self.pretext_head: nn.Module | None = None
+            if config.pretext_weight > 0:
+                jigsaw = config.views()[PRETEXT].jigsaw
+                self.pretext_head = (
+                    nn.Linear(features, dimensions)
+                    if jigsaw is None
+                    else PatchHead(features, dimensions, jigsaw.grid**2)
+                )
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.bank_dtype]
+        self.bank = MemoryBank(num_rows, dimensions, momentum=config.bank_momentum, seed=seed, dtype=dtype)
+        self.register_buffer("z", torch.full((), float("nan")))
+        self._z_is_set = False
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self._z_is_set = not bool(self.z.isnan())  # host sync: once per load
+
+    def embed(self, views: Mapping[str, View]) -> Tensor:
+        """Unit embeddings ``[V, B, D]`` fp32, the transformed view first where there is one."""
+        embeddings = []
+        if self.pretext_head is not None:
+            pixels = views[PRETEXT].pixels
+            features = self.trunk(pixels.flatten(0, -4))  # [B * P, C], or [B, C] without patches
+            embeddings.append(self.pretext_head(features.unflatten(0, pixels.shape[:-3])))
+        embeddings.append(self.image_head(self.trunk(views[IMAGE].pixels)))
+        return normalize(torch.stack(embeddings).float(), dim=-1)
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            views: "image" and, unless λ is 0, "pretext".
+            rows: ``[B]`` int64, bank row of each sample.
+            step: number of the step: with the seed and the row it fixes the negatives.
+
+        Returns:
+            ``loss`` (0-d, differentiable) and detached 0-d ``loss_image``, ``loss_pretext``, ``z``.
+        """
+        config = self.config
+        queries = self.embed(views)  # [V, B, D]
+        self._pending = (rows, queries[-1].detach())
+        if config.loss == "nce" and not self._z_is_set:
+            self._set_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1])
+        losses, lse = self._score(queries, rows, step=step, loss=config.loss)
+        if config.loss == "nce" and config.z == "running":
+            self.z.lerp_(self._estimate_z(lse), 1 - config.z_momentum)
+        per_view = losses.mean(dim=1)
+        logs = {"loss_image": per_view[-1].detach()}
+        loss = per_view[-1]
+        if self.pretext_head is not None:
+            loss = config.pretext_weight * per_view[0] + (1 - config.pretext_weight) * loss
+            logs["loss_pretext"] = per_view[0].detach()
+        if config.loss == "nce":
+            logs["z"] = self.z.clone()
+        return {"loss": loss, **logs}
+
+    def after_step(self) -> None:
+        """Moves the batch's bank rows toward the image embeddings of the step just taken."""
+        if self._pending is None:
+            raise RuntimeError("PIRL.after_step was called before a forward pass")
+        self.bank.update_(*self._pending)
+        self._pending = None
+
+    def _score(
+        self, queries: Tensor, rows: Tensor, *, step: int | Tensor, loss: Literal["nce", "infonce"]
+    ) -> tuple[Tensor, Tensor]:
+        """(losses ``[V, B]``, log-sum-exp of the scores ``[V, B]``)."""
+        config = self.config
+        separate = config.separate_draws and queries.shape[0] > 1
+        parts = [
+            bank_nce(
+                part,
+                self.bank.rows,
+                rows,
+                temperature=config.temperature,
+                num_negatives=config.num_negatives,
+                loss=loss,
+                z=self.z if loss == "nce" else None,
+                exclude_self=config.exclude_self,
+                seed=self.seed + draw,
+                step=step,
+                return_lse=True,
+            )
+            for draw, part in enumerate(queries.split(1) if separate else [queries])
+        ]
+        return cast(tuple[Tensor, Tensor], tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _estimate_z(self, lse: Tensor) -> Tensor:
+        used = lse[:1] if self.config.z_from == PRETEXT else lse
+        return estimate_z(used, num_negatives=self.config.num_negatives, num_rows=self.bank.rows.shape[0])
+
+    @torch.no_grad()
+    def _set_z(self, lse: Tensor) -> None:
+        self.z.copy_(self._estimate_z(lse))
+        self._z_is_set = True
+
+
+def augment_paper() -> AugmentConfig:
+    """Flip, colour jitter and grayscale; the paper leaves the strengths open, these are NPID's (Wu et al. 2018)."""
+    return AugmentConfig(hue=0.4, grayscale_probability=0.2)
+
+
+def augment_vissl() -> AugmentConfig:
+    """VISSL's pirl_jigsaw_4node_resnet50.yaml: jitter .4/.4/.4/.2, photometric p=.66, grayscale p=.2, flip."""
+    return AugmentConfig(hue=0.2, photometric_probability=0.66, grayscale_probability=0.2)
