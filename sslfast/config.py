@@ -2,7 +2,7 @@
 
 ``to_dict`` and ``from_dict`` are inverse for dataclasses made of bool, int, float, str, None, Path, Enum, Literal,
 Optional, unions, tuples, lists, dicts with string keys and nested dataclasses. A dataclass with a class variable
-``name`` (``name: ClassVar[str] = "pirl"``) stores it, which is how a union of dataclasses is told apart on the way back.
+``name`` (``name: ClassVar[str] = "pirl"``) stores it, which tells the members of a union of dataclasses apart.
 """
 
 import dataclasses
@@ -50,7 +50,9 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
             values[key] = _decode(hints[key], value, path)
         elif key == "name" and name is not None:
             if value != name:
-                raise ValueError(f"config field {path}: expected {name!r}, got {value!r}; use the matching config class")
+                raise ValueError(
+                    f"config field {path}: expected {name!r}, got {value!r}; use the matching config class"
+                )
         else:
             raise ValueError(f"config field {path} is unknown; {_suggestion(str(key), fields)}")
     for field in fields.values():
@@ -69,10 +71,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, where=path)
-        elif before != after or type(before) is not type(after):
-            # 1 and 1.0 mean the same number.
-            if not (before == after and {type(before), type(after)} == {int, float}):
-                found.append((path, before, after))
+        elif before != after or isinstance(before, bool) != isinstance(after, bool):
+            found.append((path, before, after))
     return found
 
 
@@ -217,7 +217,8 @@ def _decode_sequence(origin: type, arguments: tuple[Any, ...], value: Any, path:
     if len(value) != len(arguments):
         raise _wrong(path, f"a list of {len(arguments)} values", value)
     return tuple(
-        _decode(hint, item, f"{path}[{position}]") for position, (hint, item) in enumerate(zip(arguments, value))
+        _decode(hint, item, f"{path}[{position}]")
+        for position, (hint, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 

@@ -1,8 +1,10 @@
-"""Who this process is among the processes of a run. So far a run is one process."""
+"""Who this process is among the processes of a run (so far a run is one process), and what it computes on."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,33 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     if rank != 0:
         raise ValueError(f"RANK must be below WORLD_SIZE={world_size}, got RANK={rank}")
     return ProcessGroup(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use device cpu")
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Data type of the autocast region: bfloat16 or float32 (no autocast)."""
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

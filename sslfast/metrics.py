@@ -3,12 +3,15 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class DeviceMeans:
@@ -151,15 +154,17 @@ class Progress:
         """Show a log record."""
         smoothed = self._steps_per_second or steps_per_second
         self._steps_per_second = 0.5 * smoothed + 0.5 * steps_per_second
-        time = record["time"]
+        clock = record["time"]
         words = (
-            f"loss {record['loss']:.4f}  {time['samples_per_second']:.0f} samples/s  "
-            f"waiting for data {time['loader_wait_share']:.0%}  left {self._left(record['step'])}"
+            f"loss {record['loss']:.4f}  {clock['samples_per_second']:.0f} samples/s  "
+            f"waiting for data {clock['loader_wait_share']:.0%}  left {self._left(record['step'])}"
         )
         if self._bar is not None:
             self._bar.update(self._task, words=words)
         elif self._mode != "off":
-            self.say(f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  lr {record['lr']:.4g}  {words}")
+            self.say(
+                f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  lr {record['lr']:.4g}  {words}"
+            )
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -189,6 +194,35 @@ class Progress:
         self._bar = Bar(*columns, console=Console(file=self._stream), refresh_per_second=4)
         self._task = self._bar.add_task("", total=self._total, completed=self._step, words="starting")
         self._bar.start()
+
+
+class LoaderTimer:
+    """Wall time and time spent waiting for the loader, in total and since the last lap."""
+
+    def __init__(self, step: int) -> None:
+        self.total_waited = 0.0
+        self.is_waiting = False
+        self._lap_step, self._lap_start, self._lap_waited = step, time.perf_counter(), 0.0
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the time they take to come is counted."""
+        while True:
+            start = time.perf_counter()
+            self.is_waiting = True
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.is_waiting = False
+            self.total_waited += time.perf_counter() - start
+            yield batch
+
+    def lap(self, step: int) -> tuple[int, float, float]:
+        """``(steps, seconds, seconds waited)`` since the last lap."""
+        now = time.perf_counter()
+        lap = (step - self._lap_step, max(now - self._lap_start, 1e-9), self.total_waited - self._lap_waited)
+        self._lap_step, self._lap_start, self._lap_waited = step, now, self.total_waited
+        return lap
 
 
 def _record_step(line: bytes) -> int | None:

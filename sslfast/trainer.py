@@ -1,12 +1,38 @@
 """The pretraining loop: next batch, views, loss, backward, optimizer step, after_step, metrics."""
 
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
-from sslfast.loaders import LoaderConfig
+import torch
+from torch import nn
+
+from sslfast.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    prune_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+    set_aside_newer,
+)
+from sslfast.config import differences, save_json, to_dict
+from sslfast.distributed import process_group, resolve_device, resolve_precision
+from sslfast.interrupt import Interrupts, RunInterruptedError
+from sslfast.loaders import LoaderConfig, build_loader
+from sslfast.loaders.batch import Batch
+from sslfast.loaders.views import ViewStage
+from sslfast.manifest import Manifest
 from sslfast.methods.pirl import PIRL
+from sslfast.metrics import DeviceMeans, LoaderTimer, LogFile, Progress, TensorBoardLog, check_tensorboard, read_log
 from sslfast.models.resnet import ResNetConfig
-from sslfast.optim import OptimConfig
+from sslfast.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from sslfast.rundir import RunDirectory, versions
 
 MethodConfig: TypeAlias = PIRL.Config
 """Configuration of any method; a union as soon as there are several."""
@@ -46,7 +72,7 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     keep_every_steps: int = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
-    tensorboard: bool = False
+    tensorboard: bool = True
     """Also write TensorBoard event files (needs the package tensorboard)."""
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
@@ -59,3 +85,351 @@ class TrainConfig:
             raise ValueError(f"keep_every_steps must be at least 0, got {self.keep_every_steps}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+
+
+FREE_AT_RESUME = (
+    "recipe",
+    "device",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "keep_every_steps",
+    "tensorboard",
+    "progress",
+    "loader.workers",
+    "loader.on_bad_image",
+)
+"""Fields that may change at a resume: none of them changes what a step computes. Every other one may not; ``epochs``
+neither, since the learning rate of the steps already done depends on it."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or not a number."""
+
+
+@dataclass(kw_only=True)
+class TrainResult:
+    """What a finished run reports."""
+
+    step: int
+    """Steps done, over all starts of the run."""
+    metrics: dict[str, float]
+    """Last log record: loss, learning rate and the method's values."""
+    checkpoint: Path
+    """The final checkpoint."""
+    seconds: float
+    """Wall time of this process's part."""
+    samples_per_second: float
+    """Of this process's part, everything included."""
+    loader_wait_share: float
+    """Share of the wall time spent waiting for the loader."""
+    bad_images: int
+    """Files listed in ``bad_images.txt``."""
+
+
+class Trainer:
+    """One pretraining run on one device.
+
+    Everything that can be wrong with the configuration, the data, the device or the disk is a ValueError or
+    FileNotFoundError here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``.
+
+    Args:
+        config: what to train and how.
+        data: folder of images; None with the synthetic loader, which needs none.
+        output: run directory; made if needed, and locked while training.
+        resume: ``auto`` (go on from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
+            ``output`` that holds a run), or the path of a checkpoint or of another run directory.
+        report: takes single lines for the user.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Path | str | None,
+        output: Path | str,
+        *,
+        resume: str | Path = "auto",
+        report: Callable[[str], None] = print,
+    ) -> None:
+        process_group()
+        self.config, self.resume, self.report = config, str(resume), report
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_precision(config.precision, self.device)
+        if config.tensorboard:
+            check_tensorboard()
+        self.run = RunDirectory(output)
+        views = config.method.views()
+        self.manifest = None if data is None else Manifest.scan(Path(data), on_bad_image=config.loader.on_bad_image)
+        self.loader = build_loader(
+            config.loader,
+            self.manifest,
+            views,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=self.device,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"batch_size={config.batch_size} is more than the {self.loader.num_rows} images there are; lower it"
+            )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=config.channels_last)
+        method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.method: nn.Module = method.to(device=self.device, memory_format=layout)
+        self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
+        self.means = DeviceMeans(self.device)
+        self.step = 0
+        self.device_step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._last_record: dict[str, Any] = {}
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """The algorithm. Nothing here waits for the device."""
+        batch = next(batches)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            values = self.method(self.stage(batch), batch.rows, step=self.device_step)
+        values["loss"].backward()
+        self.optimizer.step()
+        self.method.after_step()  # type: ignore[operator]
+        self.means.add(values, step=self.device_step)
+
+        self.optimizer.zero_grad()
+        self.device_step += 1
+        self.step += 1
+
+    def fit(self) -> TrainResult:
+        """Train to the end, from the start or from a checkpoint.
+
+        Raises:
+            ValueError, FileNotFoundError: before the first step, with the remedy.
+            NonFiniteLossError: names the step and the last good checkpoint.
+            RunInterruptedError: after SIGTERM or SIGINT, with a checkpoint saved.
+        """
+        self._check_disk()
+        self.run.create()
+        with self.run.locked():
+            remove_leftovers(self.run.checkpoints)
+            self._resume()
+            save_json(self.run.config, to_dict(self.config))
+            self.run.add_versions(versions())
+            if self.manifest is not None:
+                self.manifest.save(self.run.path / "manifest.json")
+            try:
+                return self._fit()
+            finally:
+                self.loader.close()
+
+    def _fit(self) -> TrainResult:
+        config, first_step, started = self.config, self.step, time.perf_counter()
+        self._log = LogFile(self.run.log, last_step=first_step)
+        self._board = TensorBoardLog(self.run.tensorboard, last_step=first_step) if config.tensorboard else None
+        self._progress = Progress(config.progress, total_steps=self.total_steps, first_step=first_step)
+        self._timer = LoaderTimer(first_step)
+        self.method.train()
+        try:
+            with Interrupts() as interrupts:
+                while self.step < self.total_steps and not interrupts.requested:
+                    epoch, done = divmod(self.step, self.steps_per_epoch)
+                    batches = self._timer.waiting(self.loader.epoch(epoch, done))
+                    for _ in range(done, self.steps_per_epoch):
+                        self._set_learning_rate()
+                        try:
+                            self.train_step(batches)
+                        except RuntimeError:
+                            # A signal to the whole process group ends loader workers too; the step did not begin.
+                            if interrupts.requested and self._timer.is_waiting:
+                                break
+                            raise
+                        self._after_step()
+                        if interrupts.requested:
+                            break
+                if interrupts.requested and self.step < self.total_steps:
+                    path = self._save()
+                    raise RunInterruptedError(
+                        f"stopped by {interrupts.requested.name} after step {self.step}/{self.total_steps}, "
+                        f"saved {path}; the same command goes on from there"
+                    )
+            checkpoint = self._finish(first_step)
+        finally:
+            self._progress.close()
+            self._log.close()
+            if self._board is not None:
+                self._board.close()
+        seconds = time.perf_counter() - started
+        return TrainResult(
+            step=self.step,
+            metrics={k: v for k, v in self._last_record.items() if isinstance(v, int | float)},
+            checkpoint=checkpoint,
+            seconds=seconds,
+            samples_per_second=(self.step - first_step) * config.batch_size / seconds,
+            loader_wait_share=self._timer.total_waited / seconds,
+            bad_images=self.run.add_bad_images(self.loader.bad_images),
+        )
+
+    def _finish(self, first_step: int) -> Path:
+        if first_step < self.total_steps:
+            return self._save()
+        # The run had ended before: nothing to write, its last record and checkpoint are the result.
+        records = read_log(self.run.log)
+        self._last_record = records[-1] if records else {}
+        return checkpoint_path(self.run.checkpoints, self.step)
+
+    def _set_learning_rate(self) -> None:
+        config = self.config
+        self.lr = learning_rate(
+            self.step,
+            config.optim,
+            batch_size=config.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=config.epochs,
+        )
+        set_learning_rate(self.optimizer, self.lr)
+
+    def _after_step(self) -> None:
+        config = self.config
+        self._progress.step()
+        if self.step % config.log_every_steps == 0 or self.step == self.total_steps:
+            self._write_record()
+        if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:
+            self._save()
+
+    def _write_record(self) -> None:
+        means = self._read_means()
+        self.means.reset()
+        steps, seconds, waited = self._timer.lap(self.step)
+        record = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 6),
+            "lr": self.lr,
+            **means,
+            "time": {
+                "unix_seconds": round(time.time(), 3),
+                "samples_per_second": round(steps * self.config.batch_size / seconds, 3),
+                "loader_wait_share": round(waited / seconds, 4),
+            },
+        }
+        self._last_record = record
+        self._log.write(record)
+        if self._board is not None:
+            self._board.write(record)
+        self._progress.record(record, steps_per_second=steps / seconds)
+
+    def _read_means(self) -> dict[str, float]:
+        """Means of the current interval; waits for the device.
+
+        Raises:
+            NonFiniteLossError: a loss of the interval was not finite.
+        """
+        means, bad_step = self.means.read()
+        if bad_step is not None:
+            kept = list_checkpoints(self.run.checkpoints)
+            good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
+            raise NonFiniteLossError(
+                f"the loss of step {bad_step + 1} is not finite; {good}; "
+                "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
+            )
+        return means
+
+    def _save(self) -> Path:
+        # Reading the means keeps a step with a loss that is not finite out of every checkpoint.
+        self._read_means()
+        self._log.sync()
+        state = {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "metrics": self.means.state_dict(),
+            "config": to_dict(self.config),
+            "manifest_digest": self._manifest_digest(),
+        }
+        path = save_checkpoint(self.run.checkpoints, state, self.step)
+        prune_checkpoints(
+            self.run.checkpoints, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps
+        )
+        self.run.add_bad_images(self.loader.bad_images)
+        return path
+
+    def _resume(self) -> None:
+        """Take up a checkpoint if ``self.resume`` and the run directory say so."""
+        kept = list_checkpoints(self.run.checkpoints)
+        if self.resume == "never":
+            if kept or self.run.log.exists():
+                raise ValueError(
+                    f"{self.run.path} already holds a run; choose another output directory, or go on with --resume auto"
+                )
+            return
+        if self.resume == "auto":
+            found = load_latest(self.run.checkpoints, report=self.report)
+            if found is None:
+                return
+            path, state = found
+        else:
+            path = Path(self.resume)
+            if path.is_dir():
+                found = load_latest(RunDirectory(path).checkpoints, report=self.report)
+                if found is None:
+                    raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
+                path, state = found
+            else:
+                state = load_checkpoint(path)
+            if kept and path.resolve().parent != self.run.checkpoints.resolve():
+                raise ValueError(
+                    f"{self.run.path} already holds another run; choose a new output directory to resume {path} in"
+                )
+        self._check_same_run(path, state)
+        for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
+            self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.means.load_state_dict(state["metrics"])
+        self.step = state["step"]
+        self.device_step.fill_(self.step)
+        self.report(f"resumed from {path}: step {self.step}/{self.total_steps}")
+
+    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
+        changed = [
+            f"{name} was {old!r}, is {new!r}"
+            for name, old, new in differences(state["config"], to_dict(self.config))
+            if name not in FREE_AT_RESUME
+        ]
+        if changed:
+            raise ValueError(
+                f"cannot resume {path}: {'; '.join(changed)}. Give the old values, or choose another output directory"
+            )
+        if state["manifest_digest"] != self._manifest_digest():
+            raise ValueError(
+                f"cannot resume {path}: the images are not the ones it was trained on (files added, removed "
+                "or changed), so their rows in the bank would be wrong. Restore them, or choose another output directory"
+            )
+
+    def _manifest_digest(self) -> str:
+        return f"synthetic-{self.loader.num_rows}" if self.manifest is None else self.manifest.digest()
+
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: the method's state and a momentum buffer for every parameter."""
+        state = sum(value.nbytes for value in self.method.state_dict().values() if isinstance(value, torch.Tensor))
+        return state + sum(p.nbytes for p in self.method.parameters() if p.requires_grad)
+
+    def disk_bytes(self) -> int:
+        """Most disk space that the checkpoints of the whole run take at once."""
+        config = self.config
+        kept = min(config.keep_checkpoints, math.ceil(self.total_steps / config.checkpoint_every_steps)) + 1
+        for_good = self.total_steps // config.keep_every_steps if config.keep_every_steps else 0
+        return (kept + for_good) * self.checkpoint_bytes()
+
+    def free_bytes(self) -> int:
+        """Free disk space where the run directory lies or will lie."""
+        path = self.run.path.absolute()
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    def _check_disk(self) -> None:
+        own = sum(path.stat().st_size for path in list_checkpoints(self.run.checkpoints))
+        needed, free = self.disk_bytes() - own, self.free_bytes()
+        if free < needed:
+            raise ValueError(
+                f"the checkpoints need {needed / 1e9:.2f} GB and {self.run.path} has {free / 1e9:.2f} GB free; "
+                "free some space, lower keep_checkpoints, or choose another output directory"
+            )

@@ -1,0 +1,33 @@
+"""The screen before the first step: what will run where."""
+
+import torch
+
+from sslfast.checkpoint import checkpoint_step, list_checkpoints
+from sslfast.trainer import Trainer
+
+
+def summary(trainer: Trainer) -> list[tuple[str, str]]:
+    """What ``trainer.fit()`` would do, as (name, value) lines."""
+    config = trainer.config
+    parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
+    scale = config.batch_size / 256
+    kept = list_checkpoints(trainer.run.checkpoints)
+    start = f"resumes after step {checkpoint_step(kept[-1])}" if kept and trainer.resume == "auto" else "new run"
+    name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
+    layout = "channels_last" if config.channels_last else "contiguous"
+    source = "synthetic" if trainer.manifest is None else str(trainer.manifest.root)
+    if trainer.resume not in ("auto", "never"):
+        start = f"resumes {trainer.resume}"
+    size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.free_bytes()
+    steps = f"{config.epochs:,} epochs x {trainer.steps_per_epoch:,} steps of {config.batch_size:,}"
+    peak, final = config.optim.lr_per_256_images * scale, config.optim.final_lr_per_256_images * scale
+    return [
+        ("recipe", config.recipe),
+        ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
+        ("data", f"{source}: {trainer.loader.num_rows:,} images"),
+        ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
+        ("steps", f"{steps} = {trainer.total_steps:,} steps"),
+        ("learning rate", f"{peak:.4g} to {final:.4g}, cosine, changes every {config.optim.lr_update}"),
+        ("output", f"{trainer.run.path} ({start})"),
+        ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),
+    ]
