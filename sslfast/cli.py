@@ -201,7 +201,9 @@ def _data_check(arguments: list[str]) -> int:
     from sslfast.manifest import Manifest
 
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print("usage: sslfast data check DIR\n\nRead every image once; list those that cannot be used, with the reason.")
+        print(
+            "usage: sslfast data check DIR\n\nRead every image once; list those that cannot be used, with the reason."
+        )
         return 0 if arguments in (["-h"], ["--help"]) else 2
     manifest = Manifest.scan(Path(arguments[0]), on_bad_image="skip")
     print(f"{len(manifest)} images, {len(manifest.classes)} classes")
