@@ -67,8 +67,8 @@ def pretrain(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(kw_only=True)
     class Pretrain:
-        data: tyro.conf.Positional[Path | None] = None
-        """Folder of images: class folders or flat, any nesting. Not needed with --loader.name synthetic."""
+        data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+        """Folder of images (class folders or flat, any nesting), or synthetic:N for N made-up images."""
         output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
         """Run directory; default runs/RECIPE-FOLDER."""
         resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -78,7 +78,8 @@ def pretrain(arguments: list[str]) -> int:
         """Check everything, say what would run, and stop."""
         config: Annotated[config_class, tyro.conf.arg(name="")]  # type: ignore[valid-type]
 
-    chosen = _parse(Pretrain, arguments, default=Pretrain(config=recipe), prog="sslfast pretrain")
+    default = Pretrain(data=tyro.MISSING, config=recipe)
+    chosen = _parse(Pretrain, arguments, default=default, prog="sslfast pretrain")
     if not isinstance(chosen, Pretrain):
         return chosen
 
@@ -87,11 +88,10 @@ def pretrain(arguments: list[str]) -> int:
     from sslfast.trainer import NonFiniteLossError, Trainer
 
     config: TrainConfig = chosen.config
-    if chosen.data is None and config.loader.name != "synthetic":
-        raise ValueError("DATA is missing; give a folder of images, or --loader.name synthetic to try without one")
-    folder = "synthetic" if chosen.data is None else chosen.data.resolve().name
+    source = _data(chosen.data)
+    folder = "synthetic" if isinstance(source, int) else source.resolve().name
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
-    trainer = Trainer(config, chosen.data, output, resume=chosen.resume)
+    trainer = Trainer(config, source, output, resume=chosen.resume)
     _print_table(summary(trainer))
     if chosen.dry_run:
         return 0
@@ -237,7 +237,7 @@ def _help() -> str:
     return (
         "usage: sslfast COMMAND ...\n\nSelf-supervised pretraining of image encoders.\n\ncommands:\n"
         + _command_lines(COMMANDS)
-        + "\n\noptions:\n  -h, --help    this text, or with a command its options\n  --version     version of sslfast\n\n"
+        + "\n\noptions:\n  -h, --help  this text; after a command: its options\n  --version   version of sslfast\n\n"
         + EXIT_CODES
     )
 
@@ -245,6 +245,16 @@ def _help() -> str:
 def _command_lines(commands: dict[str, Command]) -> str:
     width = max(len(command.usage) for command in commands.values())
     return "\n".join(f"  {command.usage:<{width}}  {command.words}" for command in commands.values())
+
+
+def _data(text: str) -> Path | int:
+    """A folder, or the N of ``synthetic:N``."""
+    kind, colon, number = text.partition(":")
+    if kind != "synthetic" or not colon:
+        return Path(text)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"DATA synthetic:N needs a number of images of at least 1, got {text!r}")
+    return int(number)
 
 
 def _find(commands: dict[str, T], name: str, kind: str) -> T:

@@ -1,7 +1,7 @@
 """The run directory: where a run's files lie, the lock that keeps a second process out, and what ran it.
 
 ``config.json`` resolved configuration · ``versions.json`` software, device and git state of every start ·
-``manifest.*`` rows of the data · ``log.jsonl`` log records · ``tensorboard/`` event files ·
+``manifest.tsv`` rows of the data · ``log.jsonl`` log records · ``tensorboard/`` event files ·
 ``checkpoints/`` · ``bad_images.txt`` files that could not be read.
 """
 
@@ -28,6 +28,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.versions = self.path / "versions.json"
+        self.manifest = self.path / "manifest.tsv"
         self.log = self.path / "log.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"

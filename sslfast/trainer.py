@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -135,7 +136,7 @@ class Trainer:
 
     Args:
         config: what to train and how.
-        data: folder of images; None with the synthetic loader, which needs none.
+        data: folder of images, or a number of made-up images for the synthetic loader.
         output: run directory; made if needed, and locked while training.
         resume: ``auto`` (go on from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
@@ -145,13 +146,13 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        data: Path | str | None,
+        data: Path | str | int,
         output: Path | str,
         *,
         resume: str | Path = "auto",
         report: Callable[[str], None] = print,
     ) -> None:
-        process_group()
+        group = process_group()
         self.config, self.resume, self.report = config, str(resume), report
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
@@ -159,14 +160,17 @@ class Trainer:
             check_tensorboard()
         self.run = RunDirectory(output)
         views = config.method.views()
-        self.manifest = None if data is None else Manifest.scan(Path(data), on_bad_image=config.loader.on_bad_image)
+        self.manifest = None if isinstance(data, int) else self._manifest(Path(data))
         self.loader = build_loader(
             config.loader,
-            self.manifest,
-            views,
+            views=views,
             batch_size=config.batch_size,
             seed=config.seed,
+            manifest=self.manifest,
+            synthetic_rows=data if isinstance(data, int) else None,
             device=self.device,
+            rank=group.rank,
+            world_size=group.world_size,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         if self.steps_per_epoch < 1:
@@ -183,6 +187,15 @@ class Trainer:
         self.step = 0
         self.device_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self._last_record: dict[str, Any] = {}
+
+    def _manifest(self, folder: Path) -> Manifest:
+        """The rows of the run in the run directory, checked against the folder; those of the folder for a new run."""
+        if self.run.manifest.exists():
+            manifest = Manifest.load(self.run.manifest, root=folder)
+            manifest.check()
+            return manifest
+        progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
+        return Manifest.scan(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """The algorithm. Nothing here waits for the device."""
@@ -214,7 +227,7 @@ class Trainer:
             save_json(self.run.config, to_dict(self.config))
             self.run.add_versions(versions())
             if self.manifest is not None:
-                self.manifest.save(self.run.path / "manifest.json")
+                self.manifest.save(self.run.manifest)
             try:
                 return self._fit()
             finally:
@@ -399,8 +412,8 @@ class Trainer:
             )
         if state["manifest_digest"] != self._manifest_digest():
             raise ValueError(
-                f"cannot resume {path}: the images are not the ones it was trained on (files added, removed "
-                "or changed), so their rows in the bank would be wrong. Restore them, or choose another output directory"
+                f"cannot resume {path}: the images are not those it was trained on (files added, removed "
+                "or changed), so rows of the bank would be wrong. Put them back, or choose another output directory"
             )
 
     def _manifest_digest(self) -> str:

@@ -36,14 +36,16 @@ def test_round_trip_and_names(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "new" / "checkpoints", state(12), 12)
     assert names(path.parent) == ["step_00000012.pt", "step_00000012.pt.sha256"]
     loaded = load_checkpoint(path)
-    assert loaded["step"] == 12 and loaded["config"] == {"a": [1]}
+    assert loaded["step"] == 12
+    assert loaded["config"] == {"a": [1]}
     assert torch.equal(loaded["method"]["w"], torch.full((3, 5), 12.0))
 
 
 def test_strides_survive(tmp_path: Path) -> None:
     weight = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     loaded = load_checkpoint(save_checkpoint(tmp_path, {"step": 0, "w": weight}, 0))
-    assert loaded["w"].stride() == weight.stride() and torch.equal(loaded["w"], weight)
+    assert loaded["w"].stride() == weight.stride()
+    assert torch.equal(loaded["w"], weight)
 
 
 def test_checksum_file_is_what_sha256sum_reads(tmp_path: Path) -> None:
@@ -104,9 +106,12 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_used(tmp_path: Path, d
     damage(save_checkpoint(tmp_path, state(2), 2))
     lines: list[str] = []
     found = load_latest(tmp_path, report=lines.append)
-    assert found is not None and found[1]["step"] == 1
-    assert len(lines) == 1 and "\n" not in lines[0]
-    assert "step_00000002.pt" in lines[0] and "trying the one before, step_00000001.pt" in lines[0]
+    assert found is not None
+    assert found[1]["step"] == 1
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    assert "step_00000002.pt" in lines[0]
+    assert "trying the one before, step_00000001.pt" in lines[0]
     assert latest_checkpoint(tmp_path, report=lines.append) == checkpoint_path(tmp_path, 1)
     with pytest.raises(CorruptCheckpointError, match=r"step_00000002\.pt"):
         load_checkpoint(checkpoint_path(tmp_path, 2))
@@ -208,5 +213,6 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         done = int(["1", *child.stdout.read().split()][-1])
         child.wait()
         found = load_latest(directory, report=pytest.fail)
-        assert found is not None and found[1]["step"] >= done
+        assert found is not None
+        assert found[1]["step"] >= done
         assert torch.equal(found[1]["w"], torch.arange(1_000_000) + found[1]["step"])

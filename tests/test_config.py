@@ -96,7 +96,8 @@ def test_names_are_stored() -> None:
 
 def test_missing_keys_take_defaults_and_ints_become_floats() -> None:
     config = from_dict(Top, {"rate": 1})
-    assert config == Top(rate=1.0) and type(config.rate) is float
+    assert config == Top(rate=1.0)
+    assert type(config.rate) is float
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_missing_required_field() -> None:
     class Needs:
         x: int
 
-    with pytest.raises(ValueError, match="config field a.x is missing"):
+    with pytest.raises(ValueError, match=r"config field a\.x is missing"):
         from_dict(Needs, {}, where="a")
 
 
@@ -161,10 +162,10 @@ def test_files(tmp_path: Path) -> None:
     save_json(tmp_path / "c.json", to_dict(FULL))
     assert from_dict(Top, load_json(tmp_path / "c.json")) == FULL
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
-    with pytest.raises(FileNotFoundError, match="missing.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.json does not exist"):
         load_json(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="bad.json is not JSON"):
+    with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
         load_json(tmp_path / "bad.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="holds list, expected a table"):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_paper_schedule_by_epoch() -> None:
 
 def test_schedule_by_step_falls_at_every_step_to_the_final_rate() -> None:
     rates = [learning_rate(s, OptimConfig(lr_update="step"), **PAPER) for s in range(1001)]
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in pairwise(rates))
     assert rates[-1] == pytest.approx(1.2e-4)
 
 
@@ -35,8 +36,9 @@ def test_warmup_rises_to_the_peak_and_never_starts_at_zero(update: str) -> None:
     config = OptimConfig(warmup_epochs=5, lr_update=update)  # type: ignore[arg-type]
     rates = [learning_rate(s, config, **PAPER) for s in range(1000)]
     assert rates[0] == pytest.approx(0.12 / (5 if update == "epoch" else 50))
-    assert all(a <= b for a, b in zip(rates[:49], rates[1:50], strict=True))
-    assert max(rates) == pytest.approx(0.12) and rates[50] == pytest.approx(0.12)
+    assert all(a <= b for a, b in pairwise(rates[:50]))
+    assert max(rates) == pytest.approx(0.12)
+    assert rates[50] == pytest.approx(0.12)
     assert rates[999] < 0.001
 
 

@@ -1,0 +1,69 @@
+"""A method of a few milliseconds a step with everything that a checkpoint must carry: weights, BatchNorm, a bank."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sslfast.loaders import LoaderConfig
+from sslfast.loaders.batch import CropConfig, View, ViewConfig
+from sslfast.models.resnet import ResNetConfig
+from sslfast.trainer import TrainConfig
+
+
+class Tiny(nn.Module):
+    """Pulls every embedding to its bank row, away from the rows around it."""
+
+    @dataclass(kw_only=True)
+    class Config:
+        name: ClassVar[str] = "tiny"
+        bank_momentum: float = 0.5
+        bad_step: int = -1
+        """The loss of this step (0-based) is not a number; -1: of none."""
+
+        def views(self) -> dict[str, ViewConfig]:
+            return {"image": ViewConfig(crop=CropConfig(size=8))}
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Tiny":
+            return Tiny(self, num_rows, seed)
+
+    bank: Tensor
+
+    def __init__(self, config: Config, num_rows: int, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+            self.head = nn.Linear(8, 4)
+            self.register_buffer("bank", normalize(torch.randn(num_rows, 4), dim=1))
+
+    def forward(self, views: dict[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        query = normalize(self.head(self.trunk(views["image"].pixels).flatten(1)).float(), dim=1)
+        self.pending = (rows, query.detach())
+        positive = (query * self.bank[rows]).sum(1)
+        loss = (torch.logsumexp(query @ self.bank.T, 1) - positive).mean()
+        is_bad = torch.as_tensor(step, device=loss.device) == self.config.bad_step
+        return {"loss": torch.where(is_bad, torch.nan, loss), "positive": positive.mean().detach()}
+
+    def after_step(self) -> None:
+        rows, query = self.pending
+        keep = self.config.bank_momentum
+        self.bank[rows] = normalize(keep * self.bank[rows] + (1 - keep) * query, dim=1)
+
+
+@dataclass(kw_only=True)
+class TinyConfig(TrainConfig):
+    """24 steps: 6 epochs of 4 steps where there are 16 to 19 rows."""
+
+    method: Tiny.Config = field(default_factory=Tiny.Config)  # type: ignore[assignment]
+    loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(workers=0))
+    epochs: int = 6
+    batch_size: int = 4
+    log_every_steps: int = 3
+    checkpoint_every_steps: int = 5
+    device: str = "cpu"
+    tensorboard: bool = False
+    progress: str = "off"  # type: ignore[assignment]
