@@ -15,4 +15,8 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
       "-> (Tensor, Tensor, Tensor)");
   // bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features); of a repeated index the last wins.
   m.def("bank_update_(Tensor(a!) bank, Tensor index, Tensor features, float momentum) -> ()");
+  // Images [N, C, S, S] turned counter-clockwise by quarter_turns [N].
+  m.def("rotate90(Tensor images, Tensor quarter_turns) -> Tensor");
+  // Patches [N, grid^2, C, p, p] of images [N, C, H, W]; slot j shows cell permutation[n, j], moved by its offset.
+  m.def("jigsaw_patches(Tensor images, Tensor permutation, Tensor offsets, int grid, int patch_size) -> Tensor");
 }
