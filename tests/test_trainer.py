@@ -20,7 +20,7 @@ from sslfast.optim import OptimConfig, learning_rate
 from sslfast.rundir import RunDirectory, git_state, versions
 from sslfast.summary import summary
 from sslfast.trainer import NonFiniteLossError, TrainConfig, Trainer
-from tests.tiny import Tiny, TinyConfig
+from tests.tiny import Tiny, TinyConfig, same
 
 ROWS = 17
 STEPS = 24
@@ -46,16 +46,6 @@ def stop_at(trainer: Trainer, step: int, action: Any) -> None:
             action()
 
     trainer.method.after_step = hook  # type: ignore[assignment]
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def log_values(output: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,180 @@
+"""A run killed with SIGKILL and started again ends bit-equal to one that was never disturbed.
+
+The children come from a fork server that has imported torch once: real processes, killed by the kernel, that start
+in a fraction of a second. Each computes with one thread, so that the order of every sum is fixed.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sslfast import checkpoint as checkpoint_module
+from sslfast.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from sslfast.metrics import LogFile, read_log
+from sslfast.trainer import Trainer
+from tests.tiny import Tiny, TinyConfig, same
+
+ROWS = 17
+STEPS = 24
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(count: int, owner: Any, name: str, *, after: bool) -> None:
+    """Kill this process at the ``count``-th call of ``owner.name``, before or after it has done its work."""
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
+            die()
+        result = original(*args, **kwargs)
+        if calls == count:
+            die()
+        return result
+
+    setattr(owner, name, counted)
+
+
+def half_a_line(self: LogFile, record: dict[str, Any]) -> None:
+    self._file.write('{"step": 12, "loss"')
+    self._file.flush()
+    die()
+
+
+MOMENTS: dict[str, Callable[[], None]] = {
+    "before the first checkpoint": lambda: die_at(3, Tiny, "after_step", after=True),
+    "between optimizer step and bank update": lambda: die_at(8, Tiny, "after_step", after=False),
+    "in the middle of a log line": lambda: setattr(LogFile, "write", half_a_line),
+    "at the first bytes of a checkpoint": lambda: die_at(1, checkpoint_module._HashingWriter, "write", after=True),
+    "in the middle of a checkpoint": lambda: die_at(60, checkpoint_module._HashingWriter, "write", after=True),
+    "before a checkpoint is durable": lambda: die_at(1, os, "fsync", after=False),
+    "between checksum and checkpoint": lambda: die_at(1, checkpoint_module.os, "replace", after=True),
+    "before old checkpoints go": lambda: die_at(2, checkpoint_module, "fsync_directory", after=False),
+    "between the two files of an old checkpoint": lambda: die_at(1, Path, "unlink", after=True),
+    "after the last log record": lambda: die_at(8, LogFile, "write", after=True),
+}
+
+
+def train(output: str, moment: str | None) -> None:
+    """The child."""
+    torch.set_num_threads(1)
+    trainer = Trainer(TinyConfig(), ROWS, output, report=lambda line: None)
+    if moment is not None:
+        run_begins = trainer._fit
+
+        def fit() -> Any:
+            MOMENTS[moment]()
+            return run_begins()
+
+        trainer._fit = fit  # type: ignore[method-assign]
+    trainer.fit()
+
+
+def train_slowly(output: str) -> None:
+    """A child that is hit at a random time: steps of 5 ms, a checkpoint after each."""
+    torch.set_num_threads(1)
+    after_step = Tiny.after_step
+
+    def slow(self: Tiny) -> None:
+        after_step(self)
+        time.sleep(0.005)
+
+    Tiny.after_step = slow  # type: ignore[method-assign]
+    Trainer(TinyConfig(checkpoint_every_steps=1), ROWS, output, report=lambda line: None).fit()
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    # The first optimizer step would import torch._dynamo: seconds, in every child.
+    context.set_forkserver_preload(["tests.test_resume", "torch._dynamo"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def whole(server: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole")
+    assert start(server, train, output, None).exitcode == 0
+    return output
+
+
+def start(server: ForkServerContext, target: Callable[..., None], *args: Any, wait: bool = True) -> Any:
+    child = server.Process(target=target, args=tuple(str(a) if isinstance(a, Path) else a for a in args))
+    child.start()
+    if wait:
+        child.join()
+    return child
+
+
+def final_state(output: Path) -> dict[str, Any]:
+    return load_checkpoint(checkpoint_path(output / "checkpoints", STEPS))
+
+
+def log_values(output: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
+
+
+def assert_equal(output: Path, whole: Path) -> None:
+    """Weights, BatchNorm, bank, momentum, log interval, configuration: the same bits; and the same log."""
+    assert same(final_state(output), final_state(whole))
+    assert log_values(output) == log_values(whole)
+    assert [record["step"] for record in log_values(output)] == [3, 6, 9, 12, 15, 18, 21, 24]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_chosen_moment(moment: str, server: ForkServerContext, whole: Path, tmp_path: Path) -> None:
+    assert start(server, train, tmp_path, moment).exitcode == -signal.SIGKILL
+    assert start(server, train, tmp_path, None).exitcode == 0
+    assert_equal(tmp_path, whole)
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
+    left = {path.suffix for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {".pt", ".sha256"}
+
+
+def test_killed_again_and_again_at_random_times(server: ForkServerContext, whole: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    killed = 0
+    while True:
+        child = start(server, train_slowly, tmp_path, wait=False)
+        # Killing counts from the first new checkpoint on, so that every start gets a little further.
+        known = set(list_checkpoints(tmp_path / "checkpoints"))
+        while child.is_alive() and set(list_checkpoints(tmp_path / "checkpoints")) == known:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.08))
+        child.kill()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        killed += 1
+    assert killed >= 3
+    # Another checkpoint interval is in the saved configuration, and nowhere else.
+    assert same(final_state(tmp_path) | {"config": None}, final_state(whole) | {"config": None})
+    assert log_values(tmp_path) == log_values(whole)
+
+
+def test_terminated_child_leaves_a_checkpoint_at_its_step(
+    server: ForkServerContext, whole: Path, tmp_path: Path
+) -> None:
+    child = start(server, train_slowly, tmp_path, wait=False)
+    while not list_checkpoints(tmp_path / "checkpoints"):
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    assert child.exitcode == 1  # multiprocessing's code for the exception; the command exits with 75
+    assert start(server, train_slowly, tmp_path).exitcode == 0
+    assert log_values(tmp_path) == log_values(whole)
