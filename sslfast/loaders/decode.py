@@ -1,0 +1,189 @@
+"""Batches of crops out of files: read, decode once, cut every view's box, and replace what turns out bad."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslfast.images import (
+    ORIENTATION,
+    BadImageError,
+    OpenImage,
+    decode_pixels,
+    open_image,
+    quiet_pillow,
+    read_bytes,
+)
+from sslfast.loaders.batch import ViewConfig
+from sslfast.loaders.sampling import crop_boxes, crop_draws, replacement_rows
+
+OnBadImage = Literal["error", "skip"]
+# Files held in memory at once: enough to draw boxes vectorised, little enough for folders of large photographs.
+_GROUP = 32
+
+
+@dataclass
+class DecodedBatch:
+    """``rows`` ``[B]`` int64 as really decoded, ``crops`` uint8 ``[B, 3, S, S]`` per view, and the bad rows met."""
+
+    rows: Tensor
+    crops: dict[str, Tensor]
+    bad: list[tuple[int, str]]
+
+
+def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> list[Tensor]:
+    """Square crops of one image out of one decode: crop, then antialiased bilinear resize in 8 bits.
+
+    The same filter as torchvision's ``RandomResizedCrop``; results differ from Pillow's resize by rounding.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 when every box then still covers at least as many pixels as its crop has,
+    so that no crop is magnified because of it; its boxes then snap outwards to whole pixels of the smaller picture.
+
+    Args:
+        opened: the image; its pixels are consumed.
+        boxes: for every crop int ``left, top, right, bottom`` in pixels of the upright full-size image.
+        sizes: side of each crop in pixels.
+
+    Returns:
+        One uint8 ``[3, size, size]`` tensor for each box. Raises BadImageError.
+    """
+    room = min(min(b[2] - b[0], b[3] - b[1]) / size for b, size in zip(boxes, sizes, strict=True))
+    pixels, factor = decode_pixels(opened, factor=next((f for f in (8, 4, 2) if room >= f), 1))
+    transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
+    flipped = [axis for axis, flip in ((1, flip_vertical), (2, flip_horizontal)) if flip]
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    crops = []
+    for box, size in zip(boxes, sizes, strict=True):
+        left, top, right, bottom = (int(edge) for edge in box)
+        if flip_horizontal:
+            left, right = opened.width - right, opened.width - left
+        if flip_vertical:
+            top, bottom = opened.height - bottom, opened.height - top
+        if transpose:
+            left, top, right, bottom = top, left, bottom, right
+        part = image[:, top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
+        if part.shape[1:] != (size, size):
+            part = F.interpolate(part[None], size=(size, size), mode="bilinear", antialias=True)[0]
+        if transpose:
+            part = part.transpose(1, 2)
+        crops.append((part.flip(flipped) if flipped else part).expand(3, size, size))
+    return crops
+
+
+@dataclass
+class BatchDecoder:
+    """``decoder(epoch, rows)`` -> :class:`DecodedBatch`, a pure function of its arguments and of the files.
+
+    A bad image raises BadImageError (``error``), or its place is taken by another row drawn from
+    (seed, epoch, bad row, attempt) with that row's own crop boxes (``skip``): shapes stay, and ``rows`` says what the
+    pixels are. When all of ``REPLACEMENTS`` candidates are bad too, BadImageError in both modes.
+    """
+
+    root: str
+    paths: "PackedPaths"
+    views: Mapping[str, ViewConfig]
+    seed: int
+    on_bad_image: OnBadImage
+    known_bad: dict[int, str] = field(default_factory=dict)
+    """Bad rows met so far: not decoded again, which changes nothing in the result."""
+
+    def __call__(self, epoch: int, rows: NDArray[np.int64]) -> DecodedBatch:
+        sizes = [view.crop.size for view in self.views.values()]
+        batch = DecodedBatch(
+            rows=torch.from_numpy(rows.copy()),
+            crops={
+                name: torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+                for name, size in zip(self.views, sizes, strict=True)
+            },
+            bad=[],
+        )
+        with quiet_pillow():
+            for start in range(0, len(rows), _GROUP):
+                self._group(epoch, list(range(start, min(start + _GROUP, len(rows)))), batch)
+        return batch
+
+    def _group(self, epoch: int, slots: list[int], batch: DecodedBatch) -> None:
+        """Fill the slots; the failed ones again with replacements, until none is left."""
+        candidates: dict[int, list[int]] = {}
+        while slots:
+            opened: dict[int, OpenImage] = {}
+            failed: list[int] = []
+            for slot in slots:
+                try:
+                    opened[slot] = self._open(int(batch.rows[slot]))
+                except BadImageError as error:
+                    self._bad(batch, slot, error)
+                    failed.append(slot)
+            boxes = self._boxes(epoch, batch.rows[list(opened)], list(opened.values()))
+            for position, (slot, image) in enumerate(opened.items()):
+                try:
+                    crops = decode_crops(image, boxes[position], [v.crop.size for v in self.views.values()])
+                except BadImageError as error:
+                    self._bad(batch, slot, error)
+                    failed.append(slot)
+                    continue
+                for out, crop in zip(batch.crops.values(), crops, strict=True):
+                    out[slot] = crop
+            for slot in failed:
+                row = int(batch.rows[slot])
+                if slot not in candidates:
+                    candidates[slot] = replacement_rows(row, len(self.paths), seed=self.seed, epoch=epoch)[::-1]
+                if not candidates[slot]:
+                    raise BadImageError(
+                        f"no usable replacement found for {self._path(row)} ({self.known_bad[row]}): nearly every "
+                        f"image tried is bad ({len(self.known_bad)} so far); list them with "
+                        f"`sslfast data check {self.root}` and repair the folder"
+                    )
+                batch.rows[slot] = candidates[slot].pop()
+            slots = failed
+
+    def _open(self, row: int) -> OpenImage:
+        if row in self.known_bad:
+            raise BadImageError(self.known_bad[row])
+        return open_image(read_bytes(self._path(row)))
+
+    def _boxes(self, epoch: int, rows: Tensor, images: list[OpenImage]) -> NDArray[np.int64]:
+        """``[len(images), views, 4]``."""
+        shape = np.array([(image.width, image.height) for image in images], dtype=np.int64).reshape(-1, 2)
+        boxes = [
+            crop_boxes(crop_draws(rows, seed=self.seed, epoch=epoch, position=position), shape, view.crop)
+            for position, view in enumerate(self.views.values())
+        ]
+        return np.stack(boxes, axis=1)
+
+    def _bad(self, batch: DecodedBatch, slot: int, error: BadImageError) -> None:
+        row = int(batch.rows[slot])
+        if self.on_bad_image == "error":
+            raise BadImageError(
+                f"cannot train on {self._path(row)} (row {row}): {error.reason}; repair or remove the file and start "
+                "a new run, or pass --on-bad-image skip"
+            )
+        if row not in self.known_bad:
+            self.known_bad[row] = error.reason
+            batch.bad.append((row, error.reason))
+
+    def _path(self, row: int) -> str:
+        return f"{self.root}/{self.paths[row]}"
+
+
+class PackedPaths:
+    """A read-only list of strings in two arrays.
+
+    A million ``str`` objects would be copied page by page into every forked worker as their reference counts change.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> str:
+        start = int(self._ends[row - 1]) if row else 0
+        return self._text[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")

@@ -1,0 +1,150 @@
+"""Which rows a step sees, in which order, and which box of each image: pure functions of (seed, epoch, row).
+
+Every loader uses these, so a run can change its loader, its worker count or its number of ranks, or restart at any
+step, and see the same samples. Float arithmetic is float64 on the CPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslfast.loaders.batch import CropConfig, ViewConfig
+from sslfast.ops.philox import Stream, random_integers, random_uint32, random_uniform
+
+ATTEMPTS = 10  # boxes tried before the central crop, as torchvision's RandomResizedCrop
+REPLACEMENTS = 32  # rows tried in place of a bad one: all bad with probability (bad share) ** 32
+MAX_VIEWS = 15
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """Order of an epoch and this rank's share of each step.
+
+    Step ``s`` of an epoch is ``order[s * batch_size : (s + 1) * batch_size]``, whatever the number of ranks; rank
+    ``r`` takes the ``r``-th of ``world_size`` equal contiguous parts of it. The rows left over after the last full
+    step are dropped; which rows they are changes every epoch.
+    """
+
+    num_rows: int
+    """Rows in the manifest."""
+    batch_size: int
+    """Global batch: the rows of one step over all ranks."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got batch_size={self.batch_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"the global batch_size={self.batch_size} must be a multiple of world_size={self.world_size}: "
+                f"use {self.batch_size // self.world_size * self.world_size or self.world_size} or another multiple"
+            )
+        if self.num_rows < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is larger than the data set ({self.num_rows} images): "
+                "lower --batch-size or add images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_rows // self.batch_size
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """``[num_rows]`` the epoch's permutation of all rows; the same on every rank."""
+        return epoch_order(self.num_rows, seed=self.seed, epoch=epoch)
+
+    def share(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        """``[batch_size / world_size]`` this rank's rows of a step."""
+        local = self.batch_size // self.world_size
+        start = step * self.batch_size + self.rank * local
+        return order[start : start + local]
+
+    def check_start(self, epoch: int, start_step: int) -> None:
+        """ValueError unless ``0 <= epoch < 2**32`` and ``0 <= start_step <= steps_per_epoch``."""
+        if not 0 <= epoch < 2**32:
+            raise ValueError(f"epoch must be in [0, 2**32), got {epoch=}")
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step must be in [0, {self.steps_per_epoch}], got {start_step=}")
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """``[num_rows]`` int64 permutation: argsort of one 63-bit Philox draw per row (ties, if ever, by row)."""
+    keys = np.empty(num_rows, dtype=np.int64)
+    for start in range(0, num_rows, _CHUNK):
+        rows = torch.arange(start, min(start + _CHUNK, num_rows), dtype=torch.int64)
+        bits = random_uint32(rows, 2, seed=seed, stream=Stream.EPOCH_ORDER, step=epoch)
+        keys[start : start + _CHUNK] = ((bits[:, 0] << 31) | (bits[:, 1] >> 1)).numpy()
+    return np.argsort(keys, kind="stable")
+
+
+def replacement_rows(row: int, num_rows: int, *, seed: int, epoch: int) -> list[int]:
+    """The ``REPLACEMENTS`` rows to try in this order when ``row`` turns out bad in this epoch."""
+    rows = torch.tensor([row], dtype=torch.int64)
+    draws = random_integers(rows, REPLACEMENTS, num_rows, seed=seed, stream=Stream.REPLACEMENT, step=epoch)
+    return [int(candidate) for candidate in draws[0]]
+
+
+def crop_draws(rows: Tensor, *, seed: int, epoch: int, position: int) -> NDArray[np.float64]:
+    """``[B, 2 * ATTEMPTS + 2]`` uniform in [0, 1): (area, aspect) of each attempt, then place (y, x)."""
+    stream = Stream.CROP + position
+    return random_uniform(rows, 2 * ATTEMPTS + 2, seed=seed, stream=stream, step=epoch).double().numpy()
+
+
+def crop_boxes(draws: NDArray[np.float64], sizes: NDArray[np.int64], config: CropConfig) -> NDArray[np.int64]:
+    """Boxes of random resized crops, by the rule of torchvision's ``RandomResizedCrop``.
+
+    Attempt k: area ``A = W H (s0 + u_2k (s1 - s0))``, aspect ``a = r0 (r1 / r0) ** u_(2k+1)``, box
+    ``w = round(sqrt(A a))``, ``h = round(sqrt(A / a))``. The first attempt with ``w <= W`` and ``h <= H`` is placed
+    uniformly on the whole pixels. If none fits: the largest central box whose aspect is nearest to the image's
+    within the range.
+
+    Args:
+        draws: ``[B, 2 * ATTEMPTS + 2]`` from :func:`crop_draws`.
+        sizes: ``[B, 2]`` int64, width and height of the upright images.
+        config: the view's crop.
+
+    Returns:
+        ``[B, 4]`` int64 left, top, right, bottom; inside the image, at least 1 x 1.
+    """
+    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    low, high = config.ratio
+    area = width * height * (config.scale[0] + draws[:, 0 : 2 * ATTEMPTS : 2] * (config.scale[1] - config.scale[0]))
+    aspect = low * np.exp(draws[:, 1 : 2 * ATTEMPTS : 2] * np.log(high / low))
+    tried_w, tried_h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (tried_w >= 1) & (tried_h >= 1) & (tried_w <= width) & (tried_h <= height)
+    found, first = fits.any(axis=1), fits.argmax(axis=1)
+    each = np.arange(len(draws))
+
+    central_aspect = np.clip(width / height, low, high)[:, 0]
+    central_w = np.clip(np.rint(height[:, 0] * central_aspect), 1, width[:, 0])
+    central_h = np.clip(np.rint(width[:, 0] / central_aspect), 1, height[:, 0])
+    box_w = np.where(found, tried_w[each, first], central_w)
+    box_h = np.where(found, tried_h[each, first], central_h)
+
+    free_w, free_h = width[:, 0] - box_w, height[:, 0] - box_h
+    top = np.where(found, np.floor(draws[:, -2] * (free_h + 1)), np.floor(free_h / 2))
+    left = np.where(found, np.floor(draws[:, -1] * (free_w + 1)), np.floor(free_w / 2))
+    return np.stack((left, top, left + box_w, top + box_h), axis=1).astype(np.int64)
+
+
+def check_views(views: Mapping[str, ViewConfig]) -> None:
+    """ValueError where a crop recipe cannot be drawn."""
+    if not 1 <= len(views) <= MAX_VIEWS:
+        raise ValueError(f"a loader takes 1 to {MAX_VIEWS} views, got {len(views)}: {', '.join(views) or 'none'}")
+    for name, view in views.items():
+        crop = view.crop
+        if crop.size < 1:
+            raise ValueError(f"crop size of view {name!r} must be at least 1 pixel, got {crop.size}")
+        if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
+            raise ValueError(f"crop scale of view {name!r} must be 0 < smallest <= largest <= 1, got {crop.scale}")
+        if not 0 < crop.ratio[0] <= crop.ratio[1]:
+            raise ValueError(f"crop ratio of view {name!r} must be 0 < smallest <= largest, got {crop.ratio}")

@@ -1,0 +1,88 @@
+"""The ``synthetic`` loader: crops made up from (seed, row), without files; the ceiling of what a step can consume."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from sslfast.loaders.batch import Batch, ViewConfig
+from sslfast.loaders.sampling import EpochPlan, check_views
+from sslfast.ops.philox import Stream, random_uint32
+
+CELLS = 8  # colour cells per side of an image
+
+
+class SyntheticLoader:
+    """The face of :class:`sslfast.loaders.torch.TorchLoader` over ``num_rows`` images that do not exist.
+
+    Image ``row`` is a grid of 8 x 8 random colours, a pure function of (seed, row): the same in every epoch and in
+    every view, whatever the view's size. It is made on the device, so no copy and no decoding is timed.
+
+    Args:
+        num_rows: images in the pretended data set.
+        views, batch_size, seed, rank, world_size, device: as for TorchLoader.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        views: Mapping[str, ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_views(views)
+        self.plan = EpochPlan(num_rows=num_rows, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.device = torch.device(device)
+        self._sizes = {name: view.crop.size for name, view in views.items()}
+
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """Always empty."""
+        return []
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Steps ``start_step ..`` of an epoch. ValueError: arguments out of range."""
+        self.plan.check_start(epoch, start_step)
+        return self._iterate(epoch, start_step)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _iterate(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        order = self.plan.order(epoch)
+        for step in range(start_step, self.steps_per_epoch):
+            rows = torch.from_numpy(self.plan.share(order, step).copy()).to(self.device)
+            cells = colour_cells(rows, seed=self.plan.seed)
+            yield Batch(
+                rows=rows, crops={name: enlarge(cells, size) for name, size in self._sizes.items()}, epoch=epoch
+            )
+
+
+def colour_cells(rows: Tensor, *, seed: int) -> Tensor:
+    """uint8 ``[B, 3, CELLS, CELLS]``: the little-endian bytes of Philox draws of each row."""
+    bits = random_uint32(rows, 3 * CELLS * CELLS // 4, seed=seed, stream=Stream.SYNTHETIC, step=0)
+    octets = torch.stack([(bits >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+    return octets.to(torch.uint8).reshape(-1, 3, CELLS, CELLS)
+
+
+def enlarge(cells: Tensor, size: int) -> Tensor:
+    """``[B, 3, size, size]``: pixel ``y, x`` shows cell ``y * CELLS // size, x * CELLS // size``."""
+    index = torch.arange(size, device=cells.device) * CELLS // size
+    return cells[:, :, :, index][:, :, index]
+
+
+def status() -> tuple[bool, str, str]:
+    """Usable, reason, remedy: see :func:`sslfast.loaders.loader_status`."""
+    return True, "built in", ""
