@@ -181,7 +181,8 @@ class Trainer:
         self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=config.channels_last)
         method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.method: nn.Module = method.to(device=self.device, memory_format=layout)
+        self.method: nn.Module = method.to(self.device)
+        self.method.to(memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
         self.means = DeviceMeans(self.device)
         self.step = 0

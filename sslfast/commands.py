@@ -1,0 +1,160 @@
+"""``sslfast pretrain`` and ``sslfast preview``: options made from the recipe's configuration."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from sslfast.config import nearest
+from sslfast.interrupt import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NOT_FINITE, RunInterruptedError
+from sslfast.recipes import RECIPES
+from sslfast.summary import summary
+from sslfast.trainer import NonFiniteLossError, TrainConfig, Trainer, TrainResult
+
+T = TypeVar("T")
+
+SHORT_OPTIONS = {
+    "--workers": "--loader.workers",
+    "--on-bad-image": "--loader.on-bad-image",
+}
+"""Options of nested configurations that also have a short name."""
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images (class folders or flat, any nesting), or synthetic:N for N made-up images."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
+    """Run directory; default runs/RECIPE-FOLDER."""
+    resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
+    """auto: go on from the newest good checkpoint in RUN if there is one. never: refuse a RUN that holds a run.
+    PATH: a checkpoint or another run directory."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Check everything, say what would run, and stop."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(kw_only=True)
+class Preview:
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("preview.png")
+    """Picture to write."""
+    count: int = 4
+    """Images on the sheet."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Run ``sslfast pretrain``; returns the exit code."""
+    default = Pretrain(data=tyro.MISSING, config=_recipe(arguments, "pretrain"))
+    chosen = parse(Pretrain, arguments, prog="sslfast pretrain", default=default, description=_description())
+    if isinstance(chosen, int):
+        return chosen
+    config, data = chosen.config, _data(chosen.data)
+    folder = "synthetic" if isinstance(data, int) else data.resolve().name
+    output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
+    trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
+    _print_table(summary(trainer))
+    if chosen.dry_run:
+        return 0
+    try:
+        result = trainer.fit()
+    except RunInterruptedError as stop:
+        report(str(stop))
+        return EXIT_INTERRUPTED
+    except NonFiniteLossError as error:
+        report(f"error: {error}")
+        return EXIT_NOT_FINITE
+    _print_result(result, output)
+    return 0
+
+
+def preview(arguments: list[str]) -> int:
+    """Run ``sslfast preview``; returns the exit code."""
+    default = Preview(data=tyro.MISSING, config=_recipe(arguments, "preview"))
+    chosen = parse(Preview, arguments, prog="sslfast preview", default=default, description=_description())
+    if isinstance(chosen, int):
+        return chosen
+
+    from sslfast.figures.preview import write_preview
+
+    views = chosen.config.method.views()
+    write_preview(chosen.data, views, chosen.output, count=chosen.count, seed=chosen.config.seed)
+    print(chosen.output)
+    return 0
+
+
+def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **options: Any) -> T | int:
+    """What tyro makes of the arguments, or the exit code after it has printed its help or what is wrong."""
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
+    try:
+        return tyro.cli(target, args=expanded, prog=prog, **options)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+
+
+def report(line: str) -> None:
+    """One line for the user, on standard error."""
+    print(f"sslfast: {line}", file=sys.stderr, flush=True)
+
+
+def _recipe(arguments: list[str], command: str) -> TrainConfig:
+    """The values of the recipe that ``--recipe`` names; where only help is asked for, of the first one."""
+    name: str | None = None
+    for position, argument in enumerate(arguments):
+        if argument == "--recipe" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--recipe="):
+            name = argument.removeprefix("--recipe=")
+    if name is None:
+        if not {"-h", "--help"} & set(arguments):
+            raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
+        name = next(iter(RECIPES))
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
+    config = RECIPES[name]()
+    config.recipe = name
+    return config
+
+
+def _description() -> str:
+    lines = [f"  {name}: {(make.__doc__ or '').strip().partition(chr(10))[0]}" for name, make in RECIPES.items()]
+    return "--recipe NAME sets the defaults of all options below:\n" + "\n".join(lines) + f"\n\n{EXIT_CODES}"
+
+
+def _data(text: str) -> Path | int:
+    """A folder, or the N of ``synthetic:N``."""
+    kind, colon, number = text.partition(":")
+    if kind != "synthetic" or not colon:
+        return Path(text)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"synthetic:N needs a number of images of at least 1, got {text!r}")
+    return int(number)
+
+
+def _print_result(result: TrainResult, output: Path) -> None:
+    _print_table(
+        [
+            ("steps done", f"{result.step:,} in {result.seconds:.1f} s, {result.samples_per_second:.1f} samples/s"),
+            ("waited", f"{result.loader_wait_share:.1%} of the time for data"),
+            ("loss", f"{result.metrics.get('loss', float('nan')):.4f}"),
+            ("checkpoint", str(result.checkpoint)),
+        ]
+    )
+    if result.bad_images:
+        path = output / "bad_images.txt"
+        print(f"{result.bad_images} images could not be used, see {path}:")
+        print(path.read_text(encoding="utf-8", errors="surrogateescape"), end="")
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}", flush=True)
