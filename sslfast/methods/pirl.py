@@ -126,7 +126,7 @@ class PIRL(nn.Module):
                 )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.bank_dtype]
         self.bank = MemoryBank(num_rows, dimensions, momentum=config.bank_momentum, seed=seed, dtype=dtype)
-        self.register_buffer("z", torch.full((), float("nan")))
+        self.register_buffer("z", torch.full((), float("nan"), dtype=torch.float64))
         self._z_is_set = False
         self._pending: tuple[Tensor, Tensor] | None = None
 

@@ -1,0 +1,94 @@
+// bank_nce: noise-contrastive scoring against a memory bank. Checks and the arithmetic of one score.
+//
+// With s_k = q . m_k / tau for the positive (k = 0) and the K negatives:
+//   InfoNCE  loss = logsumexp_k(s_k) - s_0                          d/ds_k = softmax_k - [k = 0]
+//   NCE      u_k = s_k - log(Z K / N),  P_n = 1/N,  h = P / (P + K P_n) = sigmoid(u)
+//            loss = softplus(-u_0) + sum_k softplus(u_k)            d/ds_k = sigmoid(u_k) - [k = 0]
+// and d/dq = sum_k (d/ds_k) m_k / tau: one pass over the rows gives loss and gradient.
+#pragma once
+
+#include <cmath>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/philox.h"
+#include "negative_rows.h"
+
+namespace sslfast {
+
+// log(Z K / N): what a score loses to become the NCE logit.
+SSLFAST_HD double nce_offset(double z, int64_t num_negatives, int64_t num_rows) {
+  return log(z) + log(static_cast<double>(num_negatives)) - log(static_cast<double>(num_rows));
+}
+
+// softplus(u) = log(1 + exp(u)) and sigmoid(u) from e = exp(-|u|) and log(1 + e), which each device computes its own way:
+// no overflow at any u.
+template <typename A>
+struct NceTerm {
+  A softplus, sigmoid;
+
+  SSLFAST_HD NceTerm(A u, A e, A log1p_e)
+      : softplus((u > A(0) ? u : A(0)) + log1p_e), sigmoid((u > A(0) ? A(1) : e) / (A(1) + e)) {}
+};
+
+// Running softmax state of one query: value = sum of exp(s - maximum).
+template <typename A>
+struct OnlineLogSumExp {
+  A maximum, sum;
+
+  static SSLFAST_HD OnlineLogSumExp empty() { return {A(-INFINITY), A(0)}; }
+
+  // Makes room for scores up to `score`; returns the factor for everything accumulated so far.
+  SSLFAST_HD A raise(A score) {
+    if (!(score > maximum)) return A(1);
+    const A factor = exp(maximum - score);  // 0 for the empty state
+    maximum = score;
+    sum *= factor;
+    return factor;
+  }
+
+  SSLFAST_HD A value() const { return maximum + log(sum); }
+};
+
+inline void check_bank_nce(const Tensor& query,                       // [V, B, D] fp32 or fp64
+                           const Tensor& bank,                        // [N, D]
+                           const Tensor& index,                       // [B] int64
+                           const std::optional<Tensor>& rows,         // [K] or [B, K] int64
+                           const std::optional<Tensor>& step_tensor,  // [] int64
+                           const std::optional<Tensor>& z_tensor,     // [] float
+                           int64_t num_negatives, double temperature, bool exclude_self, int64_t seed) {
+  constexpr const char* op = "bank_nce";
+  SSLFAST_CHECK(bank.dim() == 2, op, ": bank must have shape [N, D], got ", shape_string(bank));
+  SSLFAST_CHECK(is_floating(bank.scalar_type()), op, ": bank must be fp32, fp64, bf16 or fp16");
+  SSLFAST_CHECK(query.dim() == 3, op, ": query must have shape [V, B, D], got ", shape_string(query));
+  SSLFAST_CHECK(query.size(2) == bank.size(1), op, ": query must have D=", bank.size(1), " columns like bank, got ",
+                query.size(2));
+  const ScalarType wanted = bank.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  SSLFAST_CHECK(query.scalar_type() == wanted, op, ": query must be ",
+                wanted == ScalarType::Double ? "fp64 like bank" : "fp32; convert it with .float()");
+  check_index(op, "index", index);
+  SSLFAST_CHECK(index.size(0) == query.size(1), op, ": index must have B=", query.size(1), " entries, got ",
+                index.size(0));
+  check_same_device(op, "bank", bank, "query", query);
+  check_same_device(op, "index", index, "query", query);
+  SSLFAST_CHECK(temperature > 0, op, ": temperature must be positive, got ", temperature);
+  check_step(op, step_tensor, index);
+  if (z_tensor) {
+    SSLFAST_CHECK(z_tensor->dim() == 0 && z_tensor->scalar_type() == ScalarType::Double, op,
+                  ": z must be a float or a 0-d fp64 tensor, got shape ", shape_string(*z_tensor));
+    check_same_device(op, "z", *z_tensor, "query", query);
+  }
+  if (rows) {
+    const bool shared = rows->dim() == 1, each = rows->dim() == 2 && rows->size(0) == index.size(0);
+    SSLFAST_CHECK(rows->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    SSLFAST_CHECK(shared || each, op, ": negatives must have shape [K] or [B, K] with B=", index.size(0), ", got ",
+                  shape_string(*rows));
+    SSLFAST_CHECK(rows->size(rows->dim() - 1) == num_negatives && num_negatives >= 1, op,
+                  ": negatives must name at least one row per sample, got shape ", shape_string(*rows));
+    check_same_device(op, "negatives", *rows, "query", query);
+  } else {
+    check_sampling(op, num_negatives, bank.size(0), seed, exclude_self);
+  }
+}
+
+}  // namespace sslfast

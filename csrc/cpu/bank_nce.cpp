@@ -1,0 +1,313 @@
+#include "bank_nce.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "common/simd.h"
+
+namespace sslfast {
+namespace {
+
+// Rows scored together: they stay in L1 between the scoring and the gradient pass, and their successors are being
+// prefetched meanwhile. 16 rows of 128 fp32 columns are 8 KiB.
+constexpr int64_t kRows = 16;
+// Columns are padded to whole 64-byte vectors.
+constexpr int64_t kPad = 16;
+
+template <typename T>
+struct Problem {
+  using A = accumulate_t<T>;
+  const A* query;         // [V, B, D]
+  const T* bank;          // [N, D]
+  const int64_t* index;   // [B]
+  const int64_t* rows;    // [K], [B, K] or null: drawn
+  int64_t rows_stride;    // 0 for [K]
+  NegativeSampler sampler;
+  int64_t views, batch, columns, num_negatives;
+  double temperature;
+  bool binary;
+  double offset;  // log(Z K / N)
+  A* loss;        // [V, B]
+  A* lse;         // [V, B]
+  A* grad;        // [V, B, D]
+  int64_t begin, end;  // samples of this call
+};
+
+// exp for x <= 0 (and moderately above), relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
+SSLFAST_INLINE float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;  // below: 1e-38, which no sum of interest can hear
+  const float n = __builtin_rintf(x * 1.44269504088896341f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
+  float p = 1.9875691500e-4f;  // Taylor coefficients, minimax-adjusted, from Cephes' expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+SSLFAST_INLINE double fast_exp(double x) { return std::exp(x); }
+
+// log(1 + e) for 0 <= e <= 1 by the series of 2 artanh(e / (2 + e)): relative error below 2e-7 also for tiny e.
+SSLFAST_INLINE float fast_log1p(float e) {
+  const float z = e / (2.0f + e), y = z * z;  // z <= 1/3
+  float p = 1.0f / 13;
+  p = p * y + 1.0f / 11;
+  p = p * y + 1.0f / 9;
+  p = p * y + 1.0f / 7;
+  p = p * y + 1.0f / 5;
+  p = p * y + 1.0f / 3;
+  return 2 * z + 2 * z * y * p;
+}
+SSLFAST_INLINE double fast_log1p(double e) { return std::log1p(e); }
+
+template <typename A>
+SSLFAST_INLINE NceTerm<A> nce_term(A u) {
+  const A e = fast_exp(u > 0 ? -u : u);
+  return NceTerm<A>(u, e, fast_log1p(e));
+}
+
+// scores[r] = q . row_r for kRows rows, four at a time so that a chunk of q is loaded once for all four.
+template <typename A>
+SSLFAST_INLINE void dot_rows(const A* __restrict__ query, const A* const* rows, int64_t columns, A* scores) {
+  for (int64_t r = 0; r < kRows; r += 4) {
+    const A *__restrict__ a = rows[r], *__restrict__ b = rows[r + 1];
+    const A *__restrict__ c = rows[r + 2], *__restrict__ d = rows[r + 3];
+    A sa = 0, sb = 0, sc = 0, sd = 0;
+#pragma omp simd reduction(+ : sa, sb, sc, sd)
+    for (int64_t j = 0; j < columns; ++j) {
+      const A q = query[j];
+      sa += q * a[j];
+      sb += q * b[j];
+      sc += q * c[j];
+      sd += q * d[j];
+    }
+    scores[r] = sa;
+    scores[r + 1] = sb;
+    scores[r + 2] = sc;
+    scores[r + 3] = sd;
+  }
+}
+
+// sum += weights . rows, eight rows at a time so that a chunk of sum is loaded and stored once for all eight.
+template <typename A>
+SSLFAST_INLINE void add_weighted_rows(A* __restrict__ sum, const A* const* rows, const A* weights, int64_t columns) {
+  for (int64_t r = 0; r < kRows; r += 8) {
+    const A *__restrict__ p0 = rows[r], *__restrict__ p1 = rows[r + 1], *__restrict__ p2 = rows[r + 2];
+    const A *__restrict__ p3 = rows[r + 3], *__restrict__ p4 = rows[r + 4], *__restrict__ p5 = rows[r + 5];
+    const A *__restrict__ p6 = rows[r + 6], *__restrict__ p7 = rows[r + 7];
+    const A w0 = weights[r], w1 = weights[r + 1], w2 = weights[r + 2], w3 = weights[r + 3];
+    const A w4 = weights[r + 4], w5 = weights[r + 5], w6 = weights[r + 6], w7 = weights[r + 7];
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      const A low = w0 * p0[j] + w1 * p1[j] + w2 * p2[j] + w3 * p3[j];
+      const A high = w4 * p4[j] + w5 * p5[j] + w6 * p6[j] + w7 * p7[j];
+      sum[j] += low + high;
+    }
+  }
+}
+
+// Where the columns of a bank row lie as A, `padded` of them: in the bank itself, or converted into `buffer`.
+template <typename T>
+struct RowReader {
+  using A = accumulate_t<T>;
+  const T* bank;
+  int64_t columns, padded;
+  bool direct;  // stored as A and a whole number of vectors
+
+  SSLFAST_INLINE const A* read(int64_t row, A* __restrict__ buffer /* [padded], zero behind columns */) const {
+    const T* __restrict__ source = bank + row * columns;
+    if constexpr (std::is_same_v<T, A>) {
+      if (direct) return source;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) buffer[j] = static_cast<A>(source[j]);
+    return buffer;
+  }
+
+  SSLFAST_INLINE void prefetch(int64_t row) const {
+    const char* first = reinterpret_cast<const char*>(bank + row * columns);
+    for (int64_t byte = 0; byte < columns * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(first + byte);
+  }
+};
+
+// One sample after the other: all its views against the same rows, kRows rows at a time, with the next rows already
+// drawn and on their way from memory. Extra memory per thread: (V + kRows) * padded columns.
+template <typename T>
+SSLFAST_INLINE void score_samples(const Problem<T>& p) {
+  using A = accumulate_t<T>;
+  const int64_t padded = (p.columns + kPad - 1) / kPad * kPad;
+  const RowReader<T> reader{p.bank, p.columns, padded, p.columns == padded};
+  std::vector<A> scratch((2 * p.views + kRows) * padded, A(0));
+  A* queries = scratch.data();              // [V, padded], q / tau
+  A* sums = queries + p.views * padded;     // [V, padded], weighted rows
+  A* buffer = sums + p.views * padded;      // [kRows, padded]
+  std::vector<OnlineLogSumExp<A>> states(p.views);
+  std::vector<double> binary_losses(p.views);
+  const A inverse_temperature = static_cast<A>(1.0 / p.temperature);
+  const A offset = static_cast<A>(p.offset);
+  int64_t drawn[2][kRows];
+
+  for (int64_t b = p.begin; b < p.end; ++b) {
+    const int64_t self = p.index[b];
+    const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.rows_stride;
+    for (int64_t v = 0; v < p.views; ++v) {
+      const A* source = p.query + (v * p.batch + b) * p.columns;
+      for (int64_t j = 0; j < p.columns; ++j) queries[v * padded + j] = source[j] * inverse_temperature;
+      states[v] = OnlineLogSumExp<A>::empty();
+      binary_losses[v] = 0;
+    }
+    std::fill(sums, sums + p.views * padded, A(0));
+
+    // Fills `target` with the rows of block `first` and starts to fetch them; short blocks repeat row `self`.
+    const auto prepare = [&](int64_t first, int64_t* target) __attribute__((always_inline)) {
+      if (given != nullptr) {
+        for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < p.num_negatives ? given[first + r] : self;
+      } else {
+        for (int64_t r = 0; r < kRows; r += 2) {
+          p.sampler.draw(static_cast<uint32_t>((first + r) / 2), self, target + r, target + r + 1);
+        }
+      }
+      for (int64_t r = 0; r < kRows; ++r) reader.prefetch(target[r]);
+    };
+
+    prepare(0, drawn[0]);
+    int64_t slot = 0;
+    for (int64_t first = 0; first < p.num_negatives; first += kRows, slot ^= 1) {
+      if (first + kRows < p.num_negatives) prepare(first + kRows, drawn[slot ^ 1]);
+      const int64_t valid = std::min(kRows, p.num_negatives - first);
+      const A* rows[kRows];
+      for (int64_t r = 0; r < kRows; ++r) rows[r] = reader.read(drawn[slot][r], buffer + r * padded);
+      for (int64_t v = 0; v < p.views; ++v) {
+        alignas(64) A scores[kRows];
+        alignas(64) A weights[kRows];
+        dot_rows<A>(queries + v * padded, rows, padded, scores);
+        for (int64_t r = valid; r < kRows; ++r) scores[r] = A(-INFINITY);
+        A* sum = sums + v * padded;
+
+        A highest = scores[0];
+        for (int64_t r = 1; r < kRows; ++r) highest = scores[r] > highest ? scores[r] : highest;
+        const A factor = states[v].raise(highest);
+        A total = 0;
+        const A maximum = states[v].maximum;
+#pragma omp simd reduction(+ : total)
+        for (int64_t r = 0; r < kRows; ++r) {
+          weights[r] = r < valid ? fast_exp(scores[r] - maximum) : A(0);
+          total += weights[r];
+        }
+        states[v].sum += total;
+        if (p.binary) {
+          A loss = 0;
+#pragma omp simd reduction(+ : loss)
+          for (int64_t r = 0; r < kRows; ++r) {
+            const NceTerm<A> term = nce_term<A>(r < valid ? scores[r] - offset : A(0));
+            weights[r] = r < valid ? term.sigmoid : A(0);
+            loss += r < valid ? term.softplus : A(0);
+          }
+          binary_losses[v] += static_cast<double>(loss);
+        } else if (factor != A(1)) {
+          for (int64_t j = 0; j < padded; ++j) sum[j] *= factor;
+        }
+        add_weighted_rows<A>(sum, rows, weights, padded);
+      }
+    }
+
+    const A* positive = reader.read(self, buffer);
+    for (int64_t v = 0; v < p.views; ++v) {
+      A* sum = sums + v * padded;
+      A score = 0;
+      for (int64_t j = 0; j < p.columns; ++j) score += queries[v * padded + j] * positive[j];
+      const A factor = states[v].raise(score);
+      const A weight = std::exp(score - states[v].maximum);
+      states[v].sum += weight;
+      const A lse = states[v].value();
+      A scale, positive_weight;  // grad = scale * sum + positive_weight * m_0
+      A loss;
+      if (p.binary) {
+        const NceTerm<A> term = nce_term<A>(offset - score);  // -log h(s_0) = softplus(-u_0)
+        loss = static_cast<A>(binary_losses[v] + static_cast<double>(term.softplus));
+        scale = inverse_temperature;
+        positive_weight = -term.sigmoid * inverse_temperature;
+      } else {
+        loss = lse - score;
+        scale = factor / states[v].sum * inverse_temperature;
+        positive_weight = (weight / states[v].sum - A(1)) * inverse_temperature;
+      }
+      p.loss[v * p.batch + b] = loss;
+      p.lse[v * p.batch + b] = lse;
+      A* grad = p.grad + (v * p.batch + b) * p.columns;
+      for (int64_t j = 0; j < p.columns; ++j) grad[j] = scale * sum[j] + positive_weight * positive[j];
+    }
+  }
+}
+
+SSLFAST_MULTIVERSION(score_samples_best, score_samples, const Problem<T>&)
+
+std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B, D]
+                                                const Tensor& bank_,   // [N, D]
+                                                const Tensor& index_,  // [B]
+                                                std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
+                                                int64_t step, std::optional<Tensor> z_tensor, double z,
+                                                int64_t num_negatives, double temperature, bool binary,
+                                                bool exclude_self, int64_t seed) {
+  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed);
+  const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
+  const Tensor index = torch::stable::contiguous(index_);
+  check_rows_in_range("bank_nce", "index", index, bank.size(0));
+  std::optional<Tensor> rows;
+  if (rows_) {
+    rows = torch::stable::contiguous(*rows_);
+    check_rows_in_range("bank_nce", "negatives", *rows, bank.size(0));
+  }
+  const int64_t views = query.size(0), batch = query.size(1), columns = query.size(2);
+  Tensor loss = torch::stable::new_empty(query, {views, batch});
+  Tensor lse = torch::stable::new_empty(query, {views, batch});
+  Tensor grad = torch::stable::new_empty(query, {views, batch, columns});
+  if (views == 0 || batch == 0) return {loss, lse, grad};
+  const double z_value = z_tensor ? *static_cast<const double*>(z_tensor->const_data_ptr()) : z;
+
+  SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce", [&] {
+    using A = accumulate_t<scalar_t>;
+    Problem<scalar_t> problem{
+        static_cast<const A*>(query.const_data_ptr()),
+        static_cast<const scalar_t*>(bank.const_data_ptr()),
+        static_cast<const int64_t*>(index.const_data_ptr()),
+        rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr,
+        rows && rows->dim() == 2 ? num_negatives : 0,
+        make_sampler(seed, host_step(step_tensor, step), bank.size(0), exclude_self),
+        views,
+        batch,
+        columns,
+        num_negatives,
+        temperature,
+        binary,
+        binary ? nce_offset(z_value, num_negatives, bank.size(0)) : 0.0,
+        static_cast<A*>(loss.mutable_data_ptr()),
+        static_cast<A*>(lse.mutable_data_ptr()),
+        static_cast<A*>(grad.mutable_data_ptr()),
+        0,
+        0,
+    };
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      Problem<scalar_t> part = problem;
+      part.begin = begin;
+      part.end = end;
+      score_samples_best<scalar_t>(part);
+    });
+  });
+  return {loss, lse, grad};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("bank_nce", TORCH_BOX(&sslfast::bank_nce_cpu)); }

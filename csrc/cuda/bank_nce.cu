@@ -1,0 +1,407 @@
+#include "bank_nce.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "common/launch.cuh"
+#include "common/vector.cuh"
+
+namespace sslfast {
+namespace {
+
+constexpr int kWarps = 8;           // per block; a block owns one sample and one part of its negatives
+constexpr int kDraw = 64;           // negatives that a warp draws at once: two for each lane
+constexpr int kMaxColumns = 512;    // 32 lanes x 16 columns in registers
+constexpr int kBlocksPerSm = 4;     // blocks that the split over negatives aims at
+
+// What a lane may exceed its query's running maximum by before everything is rescaled: exp(8) times K fits fp32 with
+// room to spare, and rescaling becomes rare.
+constexpr float kLazyMargin = 8.0f;
+
+template <typename T>
+struct Problem {
+  using A = accumulate_t<T>;
+  const A* __restrict__ query;               // [V, B, D]
+  const T* __restrict__ bank;                // [N, D]
+  const int64_t* __restrict__ index;         // [B]
+  const int64_t* __restrict__ rows;          // [K], [B, K] or null: drawn
+  int64_t rows_stride;                       // 0 for [K]
+  const int64_t* __restrict__ step_tensor;   // [] or null
+  const double* __restrict__ z_tensor;       // [] or null
+  NegativeSampler sampler;
+  int64_t views, batch, columns, num_rows, num_negatives;
+  double inverse_temperature, z;
+  bool binary;
+  int splits;          // parts of the negatives
+  A* __restrict__ partial;  // [V, B, splits, D + 3]: weighted rows, maximum, sum of exponentials, binary loss
+  A* __restrict__ loss;     // [V, B]
+  A* __restrict__ lse;      // [V, B]
+  A* __restrict__ grad;     // [V, B, D]
+
+  __device__ double offset() const {
+    return binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, num_rows) : 0.0;
+  }
+};
+
+template <typename A>
+__device__ __forceinline__ NceTerm<A> nce_term(A u) {
+  const A e = exp(u > A(0) ? -u : u);
+  return NceTerm<A>(u, e, log1p(e));
+}
+
+// Sums M values over the warp; afterwards a lane holds the total of value lane / (32 / M). M is a power of two.
+// Every step halves the values by trading one half for the other half's lanes: M + log2(32 / M) shuffles, not 5 M.
+template <int M, int kOffset = kWarpSize / 2, typename A>
+__device__ __forceinline__ A transpose_sum(const A (&x)[M], int lane) {
+  if constexpr (M == 1) {
+    A total = x[0];
+#pragma unroll
+    for (int offset = kOffset; offset > 0; offset /= 2) total += __shfl_xor_sync(kFullMask, total, offset);
+    return total;
+  } else {
+    A half[M / 2];
+    const bool upper = lane & kOffset;
+#pragma unroll
+    for (int i = 0; i < M / 2; ++i) {
+      const A send = upper ? x[i] : x[i + M / 2], keep = upper ? x[i + M / 2] : x[i];
+      half[i] = keep + __shfl_xor_sync(kFullMask, send, kOffset);
+    }
+    return transpose_sum<M / 2, kOffset / 2>(half, lane);
+  }
+}
+
+// The columns of one row that a lane owns: 4 * lane + 128 * c .. + 3.
+template <typename T, int kChunks, bool kVector>
+__device__ __forceinline__ void load_row(const T* __restrict__ row, int64_t columns, int lane,
+                                         accumulate_t<T> (&x)[4 * kChunks]) {
+  using A = accumulate_t<T>;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int64_t first = 4 * lane + 128 * c;
+    A part[4] = {A(0), A(0), A(0), A(0)};
+    if constexpr (kVector) {
+      if (first < columns) load4(row + first, part);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) part[e] = first + e < columns ? static_cast<A>(row[first + e]) : A(0);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[4 * c + e] = part[e];
+  }
+}
+
+// Block (sample b, split s): every warp scores tiles of kTile rows for kViews views, keeping query, running softmax
+// state and weighted row sum in registers; the warps then merge through shared memory into one partial result.
+// Reads each row once: K * D * sizeof(T) bytes per sample.
+template <typename T, int kChunks, int kViews, bool kVector>
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Problem<T> p, int64_t first_view) {
+  using A = accumulate_t<T>;
+  constexpr int kColumns = 4 * kChunks;  // of one lane
+  constexpr int kTileRows = 8 / kChunks;  // 32 columns of rows in flight per lane
+  constexpr int kValues = kTileRows * kViews;
+  constexpr int kLanesPerValue = kWarpSize / kValues;
+  static_assert(kDraw % kTileRows == 0 && kValues <= kWarpSize && (kValues & (kValues - 1)) == 0);
+
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t b = blockIdx.x;
+  const int split = blockIdx.y;
+  const int64_t self = p.index[b];
+  if (self < 0 || self >= p.num_rows) __trap();
+  NegativeSampler sampler = p.sampler;
+  if (p.step_tensor != nullptr) sampler.step = *p.step_tensor;
+  const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.rows_stride;
+  const A offset = static_cast<A>(p.offset());
+
+  A query[kViews][kColumns], sums[kViews][kColumns], maximum[kViews];
+#pragma unroll
+  for (int v = 0; v < kViews; ++v) {
+    load_row<A, kChunks, kVector>(p.query + ((first_view + v) * p.batch + b) * p.columns, p.columns, lane, query[v]);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      query[v][j] *= static_cast<A>(p.inverse_temperature);
+      sums[v][j] = A(0);
+    }
+    maximum[v] = A(-INFINITY);
+  }
+  // A lane's own value: view my_view of row my_row of the tile (shared by kLanesPerValue lanes).
+  const int my_value = lane / kLanesPerValue, my_view = my_value / kTileRows, my_row = my_value % kTileRows;
+  A my_sum = A(0), my_loss = A(0);
+
+  const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw;
+  for (int64_t draw = int64_t(split) * kWarps + warp; draw < draws; draw += int64_t(p.splits) * kWarps) {
+    const int64_t base = draw * kDraw;
+    int64_t first, second;  // negatives base + 2 * lane and base + 2 * lane + 1
+    if (given == nullptr) {
+      sampler.draw(static_cast<uint32_t>(base / 2 + lane), self, &first, &second);
+    } else {
+      const int64_t k = base + 2 * lane;
+      first = k < p.num_negatives ? given[k] : self;
+      second = k + 1 < p.num_negatives ? given[k + 1] : self;
+      if (first < 0 || first >= p.num_rows || second < 0 || second >= p.num_rows) __trap();
+    }
+    for (int tile = 0; tile < kDraw && base + tile < p.num_negatives; tile += kTileRows) {
+      A rows[kTileRows][kColumns], values[kValues];
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t row = __shfl_sync(kFullMask, r % 2 == 0 ? first : second, (tile + r) / 2);
+        load_row<T, kChunks, kVector>(p.bank + row * p.columns, p.columns, lane, rows[r]);
+      }
+#pragma unroll
+      for (int v = 0; v < kViews; ++v) {
+#pragma unroll
+        for (int r = 0; r < kTileRows; ++r) {
+          A dot = A(0);
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) dot += query[v][j] * rows[r][j];
+          values[v * kTileRows + r] = dot;
+        }
+      }
+      A score = transpose_sum<kValues>(values, lane);
+      const bool valid = base + tile + my_row < p.num_negatives;
+      if (!valid) score = A(-INFINITY);
+
+      A my_maximum = maximum[0];
+#pragma unroll
+      for (int v = 1; v < kViews; ++v) my_maximum = my_view == v ? maximum[v] : my_maximum;
+      if (__any_sync(kFullMask, score > my_maximum + A(kLazyMargin))) {
+        A highest = score;  // over the rows of my view
+#pragma unroll
+        for (int o = kLanesPerValue; o < kLanesPerValue * kTileRows; o *= 2) {
+          const A other = __shfl_xor_sync(kFullMask, highest, o);
+          highest = other > highest ? other : highest;
+        }
+        highest = highest > my_maximum ? highest : my_maximum;
+#pragma unroll
+        for (int v = 0; v < kViews; ++v) {
+          const A raised = __shfl_sync(kFullMask, highest, v * kTileRows * kLanesPerValue);
+          const A factor = raised > maximum[v] ? exp(maximum[v] - raised) : A(1);
+          maximum[v] = raised;
+          if (my_view == v) my_sum *= factor, my_maximum = raised;
+          if (!p.binary) {
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) sums[v][j] *= factor;
+          }
+        }
+      }
+      A weight = valid ? exp(score - my_maximum) : A(0);
+      my_sum += weight;
+      if (p.binary) {
+        const NceTerm<A> term = nce_term(score - offset);
+        my_loss += valid ? term.softplus : A(0);
+        weight = valid ? term.sigmoid : A(0);
+      }
+#pragma unroll
+      for (int v = 0; v < kViews; ++v) {
+#pragma unroll
+        for (int r = 0; r < kTileRows; ++r) {
+          const A w = __shfl_sync(kFullMask, weight, (v * kTileRows + r) * kLanesPerValue);
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) sums[v][j] += w * rows[r][j];
+        }
+      }
+    }
+  }
+
+  // Merge the warps, one view after the other. A value was counted by each of its kLanesPerValue lanes.
+  __shared__ A shared_sums[kWarps][kColumns * kWarpSize];
+  __shared__ A shared_state[kWarps][3];
+#pragma unroll
+  for (int v = 0; v < kViews; ++v) {
+    const A sum = warp_sum(my_view == v ? my_sum : A(0)) / A(kLanesPerValue);
+    const A loss = warp_sum(my_view == v ? my_loss : A(0)) / A(kLanesPerValue);
+    if (lane == 0) {
+      shared_state[warp][0] = maximum[v];
+      shared_state[warp][1] = sum;
+      shared_state[warp][2] = loss;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) shared_sums[warp][128 * c + 4 * lane + e] = sums[v][4 * c + e];
+    }
+    __syncthreads();
+    A highest = A(-INFINITY), total = A(0), total_loss = A(0);
+    A factor[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) highest = shared_state[w][0] > highest ? shared_state[w][0] : highest;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      // A warp without rows has maximum -inf and nothing to add.
+      factor[w] = shared_state[w][0] > A(-INFINITY) ? exp(shared_state[w][0] - highest) : A(0);
+      total += factor[w] * shared_state[w][1];
+      total_loss += shared_state[w][2];
+    }
+    A* out = p.partial + (((first_view + v) * p.batch + b) * p.splits + split) * (p.columns + 3);
+    for (int64_t d = threadIdx.x; d < p.columns; d += kWarps * kWarpSize) {
+      A column = A(0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) column += (p.binary ? A(1) : factor[w]) * shared_sums[w][d];
+      out[d] = column;
+    }
+    if (threadIdx.x == 0) {
+      out[p.columns] = highest;
+      out[p.columns + 1] = total;
+      out[p.columns + 2] = total_loss;
+    }
+    __syncthreads();
+  }
+}
+
+// One warp per query: adds the splits in order, then the positive, and writes loss, log-sum-exp and gradient.
+template <typename T>
+__global__ void finish_kernel(const Problem<T> p) {
+  using A = accumulate_t<T>;
+  const int64_t vb = blockIdx.x * int64_t(kWarps) + threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (vb >= p.views * p.batch) return;
+  const A* query = p.query + vb * p.columns;
+  const T* positive = p.bank + p.index[vb % p.batch] * p.columns;
+  const A* partial = p.partial + vb * p.splits * (p.columns + 3);
+  const A inverse_temperature = static_cast<A>(p.inverse_temperature);
+
+  A score = A(0);
+  for (int64_t d = lane; d < p.columns; d += kWarpSize) score += query[d] * static_cast<A>(positive[d]);
+  score = warp_sum(score) * inverse_temperature;
+
+  OnlineLogSumExp<A> state{score, A(1)};
+  A loss = A(0);
+  for (int s = 0; s < p.splits; ++s) {
+    const A* part = partial + s * (p.columns + 3);
+    const A maximum = part[p.columns];
+    if (!(maximum > A(-INFINITY))) continue;  // a split without rows
+    state.raise(maximum);
+    state.sum += exp(maximum - state.maximum) * part[p.columns + 1];
+    loss += part[p.columns + 2];
+  }
+  const A lse = state.value();
+  A positive_weight;
+  if (p.binary) {
+    const NceTerm<A> term = nce_term(static_cast<A>(p.offset()) - score);  // -log h(s_0) = softplus(-u_0)
+    loss += term.softplus;
+    positive_weight = -term.sigmoid;
+  } else {
+    loss = lse - score;
+    positive_weight = exp(score - lse) - A(1);
+  }
+  if (lane == 0) {
+    p.loss[vb] = loss;
+    p.lse[vb] = lse;
+  }
+  for (int64_t d = lane; d < p.columns; d += kWarpSize) {
+    A column = positive_weight * static_cast<A>(positive[d]);
+    for (int s = 0; s < p.splits; ++s) {
+      const A* part = partial + s * (p.columns + 3);
+      const A weight = p.binary ? A(1) : exp(part[p.columns] - lse);  // exp(-inf) = 0 for a split without rows
+      column += weight * part[d];
+    }
+    p.grad[vb * p.columns + d] = column * inverse_temperature;
+  }
+}
+
+template <typename T, int kChunks, int kViews>
+void launch_views(const Problem<T>& p, int64_t first_view, bool vector, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.splits));
+  if (vector) {
+    score_kernel<T, kChunks, kViews, true><<<grid, kWarps * kWarpSize, 0, stream>>>(p, first_view);
+  } else {
+    score_kernel<T, kChunks, kViews, false><<<grid, kWarps * kWarpSize, 0, stream>>>(p, first_view);
+  }
+  check_launch("bank_nce");
+}
+
+// All views in one pass where there are one or two, PIRL's case; more go two by two. fp64, which is there for
+// checking, goes one by one: two views would not fit the registers.
+template <typename T, int kChunks>
+void launch_chunks(const Problem<T>& p, bool vector, cudaStream_t stream) {
+  int64_t view = 0;
+  if constexpr (!std::is_same_v<T, double>) {
+    for (; view + 2 <= p.views; view += 2) launch_views<T, kChunks, 2>(p, view, vector, stream);
+  }
+  for (; view < p.views; ++view) launch_views<T, kChunks, 1>(p, view, vector, stream);
+}
+
+template <typename T>
+void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor& index,
+            const std::optional<Tensor>& rows, const Tensor& loss, const Tensor& lse, const Tensor& grad) {
+  using A = accumulate_t<T>;
+  p.query = static_cast<const A*>(query.const_data_ptr());
+  p.bank = static_cast<const T*>(bank.const_data_ptr());
+  p.index = static_cast<const int64_t*>(index.const_data_ptr());
+  p.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  p.rows_stride = rows && rows->dim() == 2 ? p.num_negatives : 0;
+  p.views = query.size(0);
+  p.batch = query.size(1);
+  p.columns = query.size(2);
+  p.num_rows = bank.size(0);
+  p.loss = static_cast<A*>(loss.mutable_data_ptr());
+  p.lse = static_cast<A*>(lse.mutable_data_ptr());
+  p.grad = static_cast<A*>(grad.mutable_data_ptr());
+
+  int device = 0, sms = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw;
+  const int64_t wanted = (int64_t(kBlocksPerSm) * sms + p.batch - 1) / p.batch;
+  p.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>((draws + kWarps - 1) / kWarps, 1024)));
+  const std::vector<int64_t> partial_shape = {p.views, p.batch, int64_t(p.splits), p.columns + 3};
+  Tensor partial = torch::stable::new_empty(query, partial_shape);
+  p.partial = static_cast<A*>(partial.mutable_data_ptr());
+
+  const cudaStream_t stream = current_stream(query.get_device_index());
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  const bool vector = p.columns % 8 == 0 && aligned(p.bank) && aligned(p.query);
+  if (p.columns <= 128) {
+    launch_chunks<T, 1>(p, vector, stream);
+  } else if (p.columns <= 256) {
+    launch_chunks<T, 2>(p, vector, stream);
+  } else {
+    launch_chunks<T, 4>(p, vector, stream);
+  }
+  const int64_t queries = p.views * p.batch;
+  finish_kernel<T><<<static_cast<unsigned>((queries + kWarps - 1) / kWarps), kWarps * kWarpSize, 0, stream>>>(p);
+  check_launch("bank_nce");
+}
+
+std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B, D]
+                                                 const Tensor& bank_,   // [N, D]
+                                                 const Tensor& index_,  // [B]
+                                                 std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
+                                                 int64_t step, std::optional<Tensor> z_tensor, double z,
+                                                 int64_t num_negatives, double temperature, bool binary,
+                                                 bool exclude_self, int64_t seed) {
+  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed);
+  SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
+                kMaxColumns);
+  const torch::stable::accelerator::DeviceGuard guard(query_.get_device_index());
+  const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
+  const Tensor index = torch::stable::contiguous(index_);
+  std::optional<Tensor> rows;
+  if (rows_) rows = torch::stable::contiguous(*rows_);
+  const int64_t views = query.size(0), batch = query.size(1);
+  Tensor loss = torch::stable::new_empty(query, {views, batch});
+  Tensor lse = torch::stable::new_empty(query, {views, batch});
+  Tensor grad = torch::stable::new_empty(query, {views, batch, query.size(2)});
+  if (views == 0 || batch == 0) return {loss, lse, grad};
+
+  SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce", [&] {
+    Problem<scalar_t> problem{};
+    problem.step_tensor = step_tensor ? static_cast<const int64_t*>(step_tensor->const_data_ptr()) : nullptr;
+    problem.z_tensor = z_tensor ? static_cast<const double*>(z_tensor->const_data_ptr()) : nullptr;
+    problem.sampler = make_sampler(seed, step, bank.size(0), exclude_self);
+    problem.num_negatives = num_negatives;
+    problem.inverse_temperature = 1.0 / temperature;
+    problem.z = z;
+    problem.binary = binary;
+    launch<scalar_t>(problem, query, bank, index, rows, loss, lse, grad);
+  });
+  return {loss, lse, grad};
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("bank_nce", TORCH_BOX(&sslfast::bank_nce_cuda)); }

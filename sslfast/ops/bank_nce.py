@@ -1,0 +1,206 @@
+"""bank_nce: noise-contrastive loss and its gradient against a memory bank, in one pass over the rows."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from sslfast.ops import _library
+from sslfast.ops.negative_rows import negative_rows_reference
+
+
+def bank_nce(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = 0.07,
+    negatives: Literal["sampled"] | Tensor = "sampled",
+    num_negatives: int = 32000,
+    loss: Literal["infonce", "nce"] = "infonce",
+    z: float | Tensor | None = None,
+    exclude_self: bool = True,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Contrast every query with its own bank row against K other rows.
+
+    With scores ``s_k = query . bank[row_k] / temperature``, ``k = 0`` the positive ``bank[index]``, N bank rows:
+
+    - ``infonce``: ``logsumexp(s_0 .. s_K) - s_0`` (van den Oord et al. 2018, eq. 4);
+    - ``nce``: ``-log h(s_0) - sum_{k>=1} log(1 - h(s_k))`` with ``h = P / (P + K / N)`` and ``P = exp(s) / z``
+      (Wu et al. 2018, eqs. 5 to 8; PIRL section 3.2). Equal to binary cross-entropy on ``s_k - log(z K / N)``.
+
+    One pass over the rows gives loss and gradient for all views together; no ``[B, K, D]`` or ``[B, K]`` tensor exists.
+    Neither query nor bank is normalised here. Gradient flows to ``query`` alone and is computed in the forward pass;
+    a second derivative is not defined.
+
+    Args:
+        query: ``[..., B, D]`` floating; leading dimensions are views scored against the same negatives. Half types are
+            computed in fp32; fp64 needs an fp64 bank.
+        bank: ``[N, D]`` fp32, bf16, fp16 or fp64; sums are fp32 (fp64 for fp64).
+        index: ``[B]`` int64, bank row of the positive.
+        temperature: τ > 0.
+        negatives: "sampled": K rows drawn for each sample, exactly ``negative_rows(index, ...)``; or int64 rows
+            ``[K]`` or ``[B, K]``, scored as they are.
+        num_negatives: K for "sampled"; ignored where rows are given.
+        loss: "infonce" or "nce".
+        z: normaliser of nce, float or 0-d floating tensor (stays on the device). None: estimated from this very batch,
+            ``N * mean(exp(s))`` over all views, samples and K + 1 scores, at the cost of a second pass.
+        exclude_self: sampled negatives never hold the positive row.
+        seed, step: fix the draw together with ``index``; see :func:`sslfast.ops.negative_rows`.
+        return_lse: also return ``logsumexp(s_0 .. s_K)`` (detached), from which :func:`estimate_z` gets Z.
+
+    Returns:
+        ``[..., B]`` fp32 loss per query in nats (fp64 for fp64), or ``(loss, lse)``.
+
+    Raises:
+        ValueError: an option out of range, tensors on different devices.
+        RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
+    """
+    rows, num_negatives = _negatives(negatives, num_negatives)
+    _check(bank, temperature, num_negatives, loss, z, exclude_self, seed, drawn=rows is None)
+    step_tensor, step_number = _library.step_arguments(step)
+    _library.check_same_device(
+        "bank_nce", query=query, bank=bank, index=index, negatives=rows, step=step_tensor, z=_tensor_or_none(z)
+    )
+    if query.dim() < 2:
+        raise ValueError(f"bank_nce: query must have shape [..., B, D], got {list(query.shape)}")
+    flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
+    if flat.dtype != torch.float64:
+        flat = flat.float()
+
+    def run(query: Tensor, binary: bool, z: float | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, 1.0 if z is None else z)
+        return torch.ops.sslfast.bank_nce(
+            query, bank, index, rows, step_tensor, step_number, z_tensor, z_number,
+            num_negatives, temperature, binary, exclude_self, seed,
+        )  # fmt: skip
+
+    if loss == "nce" and z is None:
+        z = estimate_z(run(flat.detach(), False, None)[1], num_negatives=num_negatives, num_rows=bank.shape[0])
+    losses, lse, _ = run(flat, loss == "nce", z)
+    losses = losses.reshape(query.shape[:-1])
+    return (losses, lse.detach().reshape(query.shape[:-1])) if return_lse else losses
+
+
+def estimate_z(lse: Tensor, *, num_negatives: int, num_rows: int) -> Tensor:
+    """NCE's normaliser from one batch: ``Z = N * mean(exp(s))`` over samples and their K + 1 scores.
+
+    Args:
+        lse: any shape, ``logsumexp(s_0 .. s_K)`` per query, from ``bank_nce(..., return_lse=True)``.
+        num_negatives: K. num_rows: N.
+
+    Returns:
+        0-d fp64 tensor on the device of ``lse``: exp(1 / τ) leaves fp32 below τ = 0.0113. Source: Wu et al. 2018, section 3.2 (Monte Carlo estimate of Z).
+    """
+    return lse.double().flatten().logsumexp(0).exp() * num_rows / (lse.numel() * (num_negatives + 1))
+
+
+def bank_nce_reference(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = 0.07,
+    negatives: Literal["sampled"] | Tensor = "sampled",
+    num_negatives: int = 32000,
+    loss: Literal["infonce", "nce"] = "infonce",
+    z: float | Tensor | None = None,
+    exclude_self: bool = True,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same loss written out in torch, any float type, gradients by autograd: the specification."""
+    num_rows = bank.shape[0]
+    if isinstance(negatives, Tensor):
+        rows_BK = negatives.expand(index.shape[0], -1)
+    else:
+        rows_BK = negative_rows_reference(
+            index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, exclude_self=exclude_self
+        )
+    num_negatives = rows_BK.shape[1]
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
+    chosen_BKD = bank[torch.cat((index[:, None], rows_BK), dim=1)].to(query.dtype)
+    scores = torch.einsum("...bd,bkd->...bk", query, chosen_BKD) / temperature
+    lse = scores.detach().logsumexp(-1)
+    if loss == "infonce":
+        losses = scores.logsumexp(-1) - scores[..., 0]
+    else:
+        if z is None:
+            z = num_rows * scores.detach().exp().mean()
+        z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
+        logits = scores - (z * num_negatives / num_rows).log()
+        losses = softplus(-logits[..., 0]) + softplus(logits[..., 1:]).sum(-1)
+    return (losses, lse) if return_lse else losses
+
+
+def _negatives(negatives: str | Tensor, num_negatives: int) -> tuple[Tensor | None, int]:
+    if isinstance(negatives, Tensor):
+        if negatives.dim() not in (1, 2):
+            raise ValueError(f"bank_nce: negatives must have shape [K] or [B, K], got {list(negatives.shape)}")
+        return negatives, negatives.shape[-1]
+    if negatives != "sampled":
+        raise ValueError(f'bank_nce: negatives must be "sampled" or int64 rows [K] or [B, K], got {negatives!r}')
+    return None, num_negatives
+
+
+def _tensor_or_none(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _check(
+    bank: Tensor,
+    temperature: float,
+    num_negatives: int,
+    loss: str,
+    z: float | Tensor | None,
+    exclude_self: bool,
+    seed: int,
+    *,
+    drawn: bool,
+) -> None:
+    if not temperature > 0:
+        raise ValueError(f"bank_nce: temperature must be positive, got {temperature=}")
+    if loss not in ("infonce", "nce"):
+        raise ValueError(f'bank_nce: loss must be "infonce" or "nce", got {loss!r}')
+    if z is not None and not isinstance(z, Tensor) and not z > 0:
+        raise ValueError(f"bank_nce: z must be positive, got {z=}")
+    if num_negatives < 1:
+        raise ValueError(f"bank_nce: needs at least one negative per sample, got {num_negatives=}")
+    _library.check_seed("bank_nce", seed)
+    if drawn and bank.shape[0] < (2 if exclude_self else 1):
+        raise ValueError(
+            f"bank_nce: drawing negatives needs at least 2 bank rows when exclude_self is True, got {bank.shape[0]}; "
+            "pass exclude_self=False or explicit rows"
+        )
+
+
+@torch.library.register_fake("sslfast::bank_nce")
+def _(query: Tensor, bank: Tensor, index: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(query.dim() == 3, lambda: f"bank_nce: query must have shape [V, B, D], got {list(query.shape)}")
+    torch._check(
+        query.shape[2] == bank.shape[1],
+        lambda: f"bank_nce: query must have D={bank.shape[1]} columns like bank, got {query.shape[2]}",
+    )
+    return query.new_empty(query.shape[:2]), query.new_empty(query.shape[:2]), torch.empty_like(
+        query, memory_format=torch.contiguous_format
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, lse, grad = output
+    ctx.mark_non_differentiable(lse, grad)
+    ctx.save_for_backward(grad)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor, _grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return (grad_loss[..., None] * grad, *(None,) * 12)
+
+
+torch.library.register_autograd("sslfast::bank_nce", _backward, setup_context=_setup_context)
