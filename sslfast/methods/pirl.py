@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.bank import MemoryBank
-from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
@@ -212,13 +212,3 @@ class PIRL(nn.Module):
     def _set_z(self, lse: Tensor) -> None:
         self.z.copy_(self._estimate_z(lse))
         self._z_is_set = True
-
-
-def augment_paper() -> AugmentConfig:
-    """Flip, colour jitter and grayscale; the paper leaves the strengths open, these are NPID's (Wu et al. 2018)."""
-    return AugmentConfig(hue=0.4, grayscale_probability=0.2)
-
-
-def augment_vissl() -> AugmentConfig:
-    """VISSL's pirl_jigsaw_4node_resnet50.yaml: jitter .4/.4/.4/.2, photometric p=.66, grayscale p=.2, flip."""
-    return AugmentConfig(hue=0.2, photometric_probability=0.66, grayscale_probability=0.2)

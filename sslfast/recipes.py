@@ -1,0 +1,118 @@
+"""Recipes: functions that return a whole TrainConfig. ``RECIPES`` maps the name on the command line to the function.
+
+Numbers of the ImageNet recipes come from Misra & van der Maaten, CVPR 2020 (sections 3 and 4, appendix A) and from
+VISSL's ``configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml``. Where the paper leaves a value open (colour
+strengths, Z), VISSL's is taken and the field is named in the recipe's docstring.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
+from sslfast.methods.pirl import PIRL
+from sslfast.models.resnet import ResNetConfig
+from sslfast.optim import OptimConfig
+from sslfast.trainer import TrainConfig
+
+
+def pirl_paper() -> TrainConfig:
+    """PIRL with jigsaw as the paper has it: ResNet-50, 800 epochs, batch 1024, 32,000 negatives that exclude the sample.
+
+    Open in the paper and taken from VISSL: colour strengths, the photometric gate, Z from the first batch.
+    """
+    colour = AugmentConfig(hue=0.4, photometric_probability=0.66)
+    return TrainConfig(
+        recipe="pirl-paper",
+        method=PIRL.Config(
+            image_view=ViewConfig(augment=colour),
+            jigsaw_view=ViewConfig(
+                crop=CropConfig(size=255, scale=(0.6, 1.0)),
+                jigsaw=JigsawConfig(grid=3, patch_size=64),
+                augment=replace(colour, flip_probability=0.0),
+            ),
+            rotation_view=ViewConfig(rotation=True, augment=colour),
+        ),
+    )
+
+
+def pirl_vissl() -> TrainConfig:
+    """PIRL with jigsaw as VISSL runs it: NCE with Z frozen from the first batch's patch scores, negatives drawn per view
+    from all rows (the sample's own included), every augmentation on each patch, patch offsets 0 to 20."""
+    colour = AugmentConfig(hue=0.2, photometric_probability=0.66)
+    return TrainConfig(
+        recipe="pirl-vissl",
+        method=PIRL.Config(
+            z_from="pretext",
+            exclude_self=False,
+            separate_draws=True,
+            image_view=ViewConfig(augment=colour),
+            jigsaw_view=ViewConfig(
+                crop=CropConfig(size=255, scale=(0.6, 1.0)),
+                jigsaw=JigsawConfig(grid=3, patch_size=64, max_offset=20),
+                augment=colour,
+            ),
+            rotation_view=ViewConfig(rotation=True, augment=colour),
+        ),
+    )
+
+
+def pirl_rotation() -> TrainConfig:
+    """The paper's ablation with rotation (table 5): 400 epochs, 4,096 negatives."""
+    config = pirl_paper()
+    method = replace(config.method, pretext="rotation", num_negatives=4096)
+    return replace(config, recipe="pirl-rotation", method=method, epochs=400)
+
+
+def pirl_rotation_jigsaw() -> TrainConfig:
+    """The paper's ablation with rotation, then jigsaw (table 5): 400 epochs, 4,096 negatives."""
+    config = pirl_rotation()
+    return replace(
+        config, recipe="pirl-rotation-jigsaw", method=replace(config.method, pretext="rotation+jigsaw")
+    )
+
+
+def npid() -> TrainConfig:
+    """NPID++ of the PIRL paper: PIRL with λ = 0, that is instance discrimination with 32,000 negatives, 800 epochs."""
+    config = pirl_paper()
+    image = ViewConfig(augment=AugmentConfig(hue=0.4))
+    return replace(config, recipe="npid", method=replace(config.method, pretext_weight=0.0, image_view=image))
+
+
+def small_method() -> PIRL.Config:
+    """PIRL for images of about 64 px: 64 px crops, 3 x 3 cells of 21 px with 16 px patches, InfoNCE."""
+    colour = AugmentConfig(hue=0.1, jitter_probability=0.8)
+    return PIRL.Config(
+        num_negatives=4096,
+        loss="infonce",
+        image_view=ViewConfig(crop=CropConfig(size=64, scale=(0.2, 1.0)), augment=colour),
+        jigsaw_view=ViewConfig(
+            crop=CropConfig(size=63, scale=(0.6, 1.0)),
+            jigsaw=JigsawConfig(grid=3, patch_size=16),
+            augment=replace(colour, flip_probability=0.0),
+        ),
+        rotation_view=ViewConfig(rotation=True, crop=CropConfig(size=64, scale=(0.2, 1.0)), augment=colour),
+    )
+
+
+def pirl_small() -> TrainConfig:
+    """PIRL for small images (up to about 64 px): ResNet-18 with the small stem, batch 256, 200 epochs, InfoNCE (a
+    departure from the paper's NCE, whose Z does not suit a few thousand rows)."""
+    return TrainConfig(
+        recipe="pirl-small",
+        method=small_method(),
+        model=ResNetConfig(name="resnet18", stem="small"),
+        optim=OptimConfig(lr_per_256_images=0.06, final_lr_per_256_images=6e-5, lr_update="step", weight_decay=5e-4),
+        epochs=200,
+        batch_size=256,
+        checkpoint_every_steps=500,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "pirl-paper": pirl_paper,
+    "pirl-vissl": pirl_vissl,
+    "pirl-rotation": pirl_rotation,
+    "pirl-rotation-jigsaw": pirl_rotation_jigsaw,
+    "npid": npid,
+    "pirl-small": pirl_small,
+}
