@@ -201,8 +201,9 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """The algorithm. Nothing here waits for the device."""
         batch = next(batches)
+        views = self.stage(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            values = self.method(self.stage(batch), batch.rows, step=self.device_step)
+            values = self.method(views, batch.rows, step=self.device_step)
         values["loss"].backward()
         self.optimizer.step()
         self.method.after_step()  # type: ignore[operator]
@@ -227,7 +228,7 @@ class Trainer:
             self._resume()
             save_json(self.run.config, to_dict(self.config))
             self.run.add_versions(versions())
-            if self.manifest is not None:
+            if self.manifest is not None and not self.run.manifest.exists():
                 self.manifest.save(self.run.manifest)
             try:
                 return self._fit()
