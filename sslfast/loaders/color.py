@@ -29,7 +29,7 @@ _SOLARIZE_LEVELS = 257
 # All 24 orders of the four jitters in lexicographic order; row = draw * 24 // 2**32.
 _ORDERS = tuple((a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3)
 # Pixels of one pass on the CPU: larger temporaries are returned to the system and page-faulted in again.
-_CPU_PASS_PIXELS = 512 * 1024
+_CPU_PASS_PIXELS = 256 * 1024
 
 
 @dataclass(kw_only=True)
@@ -163,11 +163,10 @@ def shift_hue_(pixels: Tensor, turns: Tensor) -> Tensor:
     smallest = torch.minimum(torch.minimum(red, green), blue)
     largest = torch.maximum(torch.maximum(red, green), blue)
     chroma = largest - smallest
-    sextant = torch.where(
-        largest == red,
-        green - blue,
-        torch.where(largest == green, (blue - red).add_(chroma, alpha=2.0), (red - green).add_(chroma, alpha=4.0)),
-    )
+    # 0 where that channel is the largest, 1 elsewhere. torch.where is many times slower than arithmetic on the CPU.
+    not_red, not_green = ((largest - channel).mul_(1e30).clamp_(max=1.0) for channel in (red, green))
+    sextant = torch.lerp((blue - red).add_(chroma, alpha=2.0), (red - green).add_(chroma, alpha=4.0), not_green)
+    sextant = torch.lerp(green - blue, sextant, not_red)
     # Grey pixels have no hue and no chroma: any finite sextant leaves them as they are.
     sextant = sextant.div_(chroma.clamp(min=1e-6)).add_((turns * 6.0)[:, None, None]).remainder_(6.0)
     # Trapezoids over the sextant 0..6: red is high around 0, green around 2, blue around 4.
@@ -210,8 +209,8 @@ def sharpen_(pixels: Tensor, factor: Tensor) -> Tensor:
 
 def solarize_(pixels: Tensor, threshold: Tensor) -> Tensor:
     """``255 - x`` where ``x >= threshold`` ``[N]``. PIL's ``ImageOps.solarize``, exactly."""
-    inverted = 255.0 - pixels
-    return torch.where(pixels >= _per_image(threshold), inverted, pixels, out=pixels)
+    inverted = (pixels >= _per_image(threshold.to(pixels.dtype))).to(pixels.dtype)
+    return pixels.sub_(inverted, alpha=255.0).abs_()
 
 
 def autocontrast_(pixels: Tensor) -> Tensor:
@@ -290,12 +289,10 @@ def _augment_all(
     jittered: bool = True,
     photometric: bool | None = None,
 ) -> Tensor:
-    """``[N, 3, H, W]`` uint8 to normalised float32 of one set of images.
+    """``[N, 3, H, W]`` uint8, flipped where it should be, to normalised float32, of one set of images.
 
     ``blends_first``, ``jittered`` and ``photometric`` say what is true of all of them; None means mixed.
     """
-    if config.flip_probability > 0:
-        crops = torch.where(_per_image(p.flip), crops.flip(-1), crops)
     pixels = crops.to(torch.float32, memory_format=torch.contiguous_format)
     if jittered and config.jitter_probability > 0:
         _jitter_(pixels, jitter, shift_hue=config.hue > 0, blends_first=blends_first)
@@ -304,9 +301,16 @@ def _augment_all(
     elif photometric:
         _photometric_(pixels, p)
     if config.grayscale_probability > 0:
-        pixels = torch.where(_per_image(p.grayscale), luminance(pixels), pixels)
+        pixels.lerp_(luminance(pixels), _per_image(p.grayscale.to(pixels.dtype)))  # weights 0 and 1: exact
     mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (config.mean, config.std))
     return pixels.sub_(mean * 255.0).div_(std * 255.0)
+
+
+def _augment_mixed(crops: Tensor, p: PixelParameters, jitter: _Jitter, config: AugmentConfig) -> Tensor:
+    """All images at once, every operation under masks: no host sync."""
+    if config.flip_probability > 0:
+        crops = torch.where(_per_image(p.flip), crops.flip(-1), crops)
+    return _augment_all(crops, p, jitter, config)
 
 
 def _uniform_sets(
@@ -346,13 +350,16 @@ def augment(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     jitter = _plan_jitter(parameters, config)
     if crops.device.type != "cpu" or torch.compiler.is_compiling():
-        return _augment_all(crops, parameters, jitter, config).to(dtype=dtype, memory_format=memory_format)
-    output = torch.empty(crops.shape, dtype=dtype, memory_format=memory_format)
-    images = max(1, _CPU_PASS_PIXELS // max(1, crops.shape[2] * crops.shape[3]))
+        return _augment_mixed(crops, parameters, jitter, config).to(dtype=dtype, memory_format=memory_format)
+    count, channels, height, width = crops.shape
+    # Filled image by image: writing whole rows of dimension 0 is many times faster than through permuted strides.
+    shape = (count, height, width, channels) if channels_last else (count, channels, height, width)
+    output = torch.empty(shape, dtype=dtype)
+    images = max(1, _CPU_PASS_PIXELS // max(1, height * width))
     for indices, blends_first, jittered, photometric in _uniform_sets(parameters, jitter, config):
         for part in indices.split(images):
-            output[part] = _augment_all(
-                crops[part],
+            pixels = _augment_all(
+                _flip_selected(crops.index_select(0, part), parameters.flip[part]),
                 parameters[part],
                 jitter[part],
                 config,
@@ -360,4 +367,11 @@ def augment(
                 jittered=jittered,
                 photometric=photometric,
             ).to(dtype)
-    return output
+            output.index_copy_(0, part, pixels.permute(0, 2, 3, 1).contiguous() if channels_last else pixels)
+    return output.permute(0, 3, 1, 2) if channels_last else output
+
+
+def _flip_selected(crops: Tensor, flip: Tensor) -> Tensor:
+    """Mirror, in place, the CPU images that ask for it."""
+    selected = flip.nonzero()[:, 0]
+    return crops.index_copy_(0, selected, crops.index_select(0, selected).flip(-1))

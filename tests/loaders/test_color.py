@@ -156,7 +156,7 @@ def test_mixed_orders_and_gates_equal_one_image_at_a_time() -> None:
     alone = [augment(images[i : i + 1], p[i : i + 1], config) for i in range(count)]
     assert torch.equal(result, torch.cat(alone))
     jitter = color._plan_jitter(p, config)
-    masked = color._augment_all(images, p, jitter, config)  # the GPU's way: every operation under masks
+    masked = color._augment_mixed(images, p, jitter, config)  # the GPU's way
     torch.testing.assert_close(masked, result, rtol=0, atol=1e-5)
 
 
