@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sslfast.manifest import Manifest
 
 LOADERS = ("torch", "synthetic")
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+"""What pip calls a package that Python calls otherwise."""
 _MOST_WORKERS = 16
 
 
@@ -131,5 +133,5 @@ def _status(name: str) -> tuple[bool, str, str]:
         status: tuple[bool, str, str] = importlib.import_module(f"sslfast.loaders.{name}").status()
     except ImportError as error:
         package = error.name or name
-        return False, f"Python package {package!r} is not installed", f"pip install {package}"
+        return False, f"Python package {package!r} is not installed", f"pip install {DISTRIBUTIONS.get(package, package)}"
     return status

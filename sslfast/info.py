@@ -1,0 +1,96 @@
+"""``sslfast info``: versions, the compiled core, devices and loaders, with a remedy for what cannot be used."""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from sslfast import __version__
+from sslfast.loaders import DISTRIBUTIONS, loader_status
+from sslfast.ops import build_info
+
+OPTIONAL = {
+    "torchvision": "trunks for `sslfast pretrain`",
+    "PIL": "decoding images",
+    "tyro": "options of `sslfast pretrain`",
+    "rich": "progress bars and tables",
+    "tensorboard": "TensorBoard logs",
+    "skimage": "photographs of `sslfast demo`",
+    "sklearn": "photographs of `sslfast demo`",
+}
+# torchvision comes in pairs with torch: asked for alone, pip would replace the torch that is here.
+INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **DISTRIBUTIONS}
+
+
+def gather() -> dict[str, Any]:
+    """All facts as plain data: ``versions``, ``core``, ``devices``, ``packages``, ``loaders``."""
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(i)
+            devices.append(f"cuda:{i} ({facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory >> 30} GiB)")
+    return {
+        "versions": {
+            "sslfast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "core": build_info(),
+        "devices": devices,
+        "packages": {name: _package(name) for name in OPTIONAL},
+        "loaders": {
+            name: {"usable": usable, "reason": reason, "remedy": remedy}
+            for name, (usable, reason, remedy) in loader_status().items()
+        },
+    }
+
+
+def _package(name: str) -> str | None:
+    """Installed version, or None; nothing is imported."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as lines for a terminal."""
+    versions, core = facts["versions"], facts["core"]
+    kernels = core["cuda_architectures"]
+    lines = [
+        f"sslfast {versions['sslfast']}, torch {versions['torch']}, Python {versions['python']}, {versions['platform']}",
+        f"core      {core['note']}; {core['compiler']}",
+        "kernels   CPU" + (f" and CUDA for {kernels}" if kernels else ""),
+        *(f"{'devices' if i == 0 else '':9} {device}" for i, device in enumerate(facts["devices"])),
+    ]
+    if not kernels and torch.cuda.is_available():
+        lines.append("          this build has no CUDA kernels: reinstall with SSLFAST_CUDA=1 and nvcc on PATH")
+    for i, (name, status) in enumerate(facts["loaders"].items()):
+        words = "usable" if status["usable"] else f"not usable: {status['reason']}; {status['remedy']}"
+        lines.append(f"{'loaders' if i == 0 else '':9} {name:11} {words}")
+    for i, (name, version) in enumerate(facts["packages"].items()):
+        words = version or f"missing ({OPTIONAL[name]}): pip install {INSTALL.get(name, name)}"
+        lines.append(f"{'packages' if i == 0 else '':9} {name:11} {words}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the facts; ``--json`` as JSON."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments not in ([], ["--json"]):
+        print("usage: sslfast info [--json]", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    facts = gather()
+    print(json.dumps(facts, indent=2) if arguments else render(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
