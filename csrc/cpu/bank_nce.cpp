@@ -9,12 +9,13 @@
 #include <vector>
 
 #include "common/simd.h"
+#include "cpu/draw_rows.h"
 
 namespace sslfast {
 namespace {
 
 // Rows scored together: they stay in L1 between the scoring and the gradient pass, and their successors are being
-// prefetched meanwhile. 16 rows of 128 fp32 columns are 8 KiB.
+// prefetched meanwhile. 16 rows of 128 fp32 columns are 8 KiB; best of 8, 16, 32 (bench_bank_nce).
 constexpr int64_t kRows = 16;
 // Columns are padded to whole 64-byte vectors.
 constexpr int64_t kPad = 16;
@@ -173,9 +174,7 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
       if (given != nullptr) {
         for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < p.num_negatives ? given[first + r] : self;
       } else {
-        for (int64_t r = 0; r < kRows; r += 2) {
-          p.sampler.draw(static_cast<uint32_t>((first + r) / 2), self, target + r, target + r + 1);
-        }
+        draw_rows<int64_t>({p.sampler, self, first, kRows, target});
       }
       for (int64_t r = 0; r < kRows; ++r) reader.prefetch(target[r]);
     };

@@ -2,8 +2,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/draw_rows.h"
+
 namespace sslfast {
 namespace {
+
+SSLFAST_MULTIVERSION(draw_rows_best, draw_rows, const DrawRows&)
 
 Tensor negative_rows_cpu(const Tensor& index_,  // [B] int64
                          std::optional<Tensor> step_tensor, int64_t step, int64_t num_negatives, int64_t num_rows,
@@ -19,14 +23,7 @@ Tensor negative_rows_cpu(const Tensor& index_,  // [B] int64
 
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      int64_t* row = out + b * num_negatives;
-      for (int64_t k = 0; k + 1 < num_negatives; k += 2) {
-        sampler.draw(static_cast<uint32_t>(k / 2), self[b], row + k, row + k + 1);
-      }
-      if (num_negatives % 2 != 0) {
-        int64_t unused;
-        sampler.draw(static_cast<uint32_t>(num_negatives / 2), self[b], row + num_negatives - 1, &unused);
-      }
+      draw_rows_best<int64_t>({sampler, self[b], 0, num_negatives, out + b * num_negatives});
     }
   });
   return rows;
