@@ -60,7 +60,7 @@ class ViewConfig:
 
     crop: CropConfig = field(default_factory=CropConfig)
     rotation: bool = False
-    """Rotate the crop by a random number of quarter turns."""
+    """Rotate the crop by a random number of quarter turns; without jigsaw the flip comes before it."""
     jigsaw: JigsawConfig | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

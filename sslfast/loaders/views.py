@@ -3,7 +3,7 @@
 A view is drawn first (:func:`draw_view`: every random number of it, a function of seed, view position, epoch and
 row), then rendered (:func:`render`: a pure function of crops and drawn parameters). Order of a rendering: rotate by
 quarter turns, cut into jigsaw patches, then per image or patch flip, jitter, photometric operations, grayscale and
-normalisation (``loaders/color.py``).
+normalisation (``loaders/color.py``). A view that turns and has no jigsaw is mirrored before it is turned.
 """
 
 from collections.abc import Mapping
@@ -98,7 +98,12 @@ def render(
     """
     images, pixel = crops, parameters.pixel
     if parameters.quarter_turns is not None:
-        images = rotate90(images, parameters.quarter_turns)
+        turns = parameters.quarter_turns
+        if config.jigsaw is None:
+            # Turning the other way before mirroring is mirroring before turning: the number of turns stays what can be
+            # seen in the picture. Patches are mirrored one by one.
+            turns = torch.where(pixel.flip[:, 0], -turns, turns)
+        images = rotate90(images, turns)
     if config.jigsaw is None:
         pixels = augment(images, pixel.flatten(), config.augment, dtype=dtype, channels_last=channels_last)
         return View(pixels=pixels, quarter_turns=parameters.quarter_turns)

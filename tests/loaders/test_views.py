@@ -165,6 +165,19 @@ def test_without_augmentation_the_pixels_are_the_references() -> None:
         torch.testing.assert_close(render(crops, config, p).pixels, expected / 255, rtol=0, atol=1e-6)
 
 
+def test_a_turned_view_is_mirrored_first() -> None:
+    config = replace(ROTATION, augment=replace(PLAIN, flip_probability=0.5))
+    rows = list(range(32))
+    crops = make_batch(rows, views={"view": config}).crops["view"]
+    p = draw_view(torch.arange(32), config, seed=1, position=0, epoch=0)
+    assert p.quarter_turns is not None
+    flip = p.pixel.flip[:, 0]
+    assert len((flip * 4 + p.quarter_turns).unique()) == 8
+    mirrored = torch.where(flip[:, None, None, None], crops.flip(-1), crops)
+    expected = rotate90_reference(mirrored, p.quarter_turns) / 255
+    torch.testing.assert_close(render(crops, config, p).pixels, expected, rtol=0, atol=1e-6)
+
+
 def test_permutation_moves_rendered_patches_and_does_not_change_them() -> None:
     config = replace(JIGSAW, augment=AugmentConfig(photometric_probability=0.5))
     crops = make_batch([1, 2, 3], views={"view": config}).crops["view"]
