@@ -1,0 +1,67 @@
+# sslfast: `make help` lists the targets. Needs Python 3.11 or 3.12 with headers, g++ and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.11.0
+TORCHVISION ?= 0.26.0
+# A second torch, in an environment of its own: the binary built against TORCH must also run there.
+ABI_TORCH ?= 2.13.0
+ABI_VENV ?= .venv-abi
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench gpu-check clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.built ## create .venv, install torch and sslfast, compile the core
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "sslfast: $(PYTHON) is not Python 3.11 or 3.12; name one, for example make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "sslfast: $(PYTHON) cannot create environments; install its venv module (Debian: python3-venv)"; exit 1; }
+	$(PIP) install -q torch==$(TORCH) torchvision==$(TORCHVISION)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q "setuptools>=65,<81" wheel "cmake>=3.24" ninja "pybind11>=2.12"
+	$(PIP) install -q --no-build-isolation -e ".[train,demo,dev]"
+	@$(BIN)/sslfast info
+	@touch $@
+
+$(ABI_VENV)/.torch:
+	$(PYTHON) -m venv $(ABI_VENV)
+	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check --no-input install -q torch==$(ABI_TORCH) numpy
+	@touch $@
+
+demo: install ## pretrain PIRL on real photographs, compare with untrained and raw pixels, draw pictures
+	$(BIN)/sslfast demo
+
+test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch
+	$(BIN)/python -m pytest
+	$(ABI_VENV)/bin/python tests/abi_check.py
+
+lint: install ## ruff, clang-format and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: install ## rewrite Python and C++ files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: install ## time every op beside its eager form
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=build/benchmarks.json
+
+gpu-check: ## on a GPU machine, offline: build for its card, run all op tests and benchmarks there; results in build/gpu-check
+	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
+
+clean: ## remove builds and environments
+	rm -rf build dist $(VENV) $(ABI_VENV) sslfast/*.so *.egg-info

@@ -1,0 +1,58 @@
+"""Runs the binary of this checkout beside the torch of the interpreter that runs this file: `python tests/abi_check.py`.
+
+The core is built once, against one torch; the stable ABI promises that it runs on every torch from 2.10 on. This file
+needs torch alone (no pytest), so that an environment with another torch stays small.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.nn.functional import normalize
+
+from sslfast import ops
+
+
+def main() -> None:
+    """Every op against its reference, through the dispatcher, autograd and torch.library.opcheck."""
+    bank, index = normalize(torch.randn(90, 24), dim=1), torch.tensor([4, 4, 80])
+    query = torch.randn(2, 3, 24, requires_grad=True)
+    passed = 0
+
+    for loss in ("infonce", "nce"):
+        value = ops.bank_nce(query, bank, index, num_negatives=19, loss=loss, z=200.0)
+        expected = ops.bank_nce_reference(query, bank, index, num_negatives=19, loss=loss, z=200.0)
+        torch.testing.assert_close(value, expected)
+        gradients = [torch.autograd.grad(x.sum(), query)[0] for x in (value, expected)]
+        torch.testing.assert_close(*gradients)
+        passed += 1
+
+    draw = {"num_negatives": 19, "num_rows": 90, "seed": 1, "step": 2}
+    assert torch.equal(ops.negative_rows(index, **draw), ops.negative_rows_reference(index, **draw))
+
+    ours, theirs = bank.clone(), bank.clone()
+    ops.bank_update_(ours, index, query[0])
+    ops.bank_update_reference(theirs, index, query[0])
+    torch.testing.assert_close(ours, theirs)
+
+    images = torch.randint(256, (3, 3, 31, 31), dtype=torch.uint8)
+    turns = torch.tensor([1, 2, 3])
+    assert torch.equal(ops.rotate90(images, turns), ops.rotate90_reference(images, turns))
+    order, offsets = torch.rand(3, 9).argsort(1), torch.randint(3, (3, 9, 2))
+    patches = ops.jigsaw_patches(images, order, offsets, patch_size=8)
+    assert torch.equal(patches, ops.jigsaw_patches_reference(images, order, offsets, patch_size=8))
+    passed += 4
+
+    torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, None, 2, 19, 90, 1, True))
+    torch.library.opcheck(torch.ops.sslfast.bank_update_.default, (bank, index, query[0].detach(), 0.5))
+    passed += 2
+
+    built = ops.build_info()["note"]
+    print(f"binary ABI beside torch {torch.__version__} ({built})")
+    print(f"{passed} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()
