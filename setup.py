@@ -97,8 +97,17 @@ def plan_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
     return nvcc, f"CUDA build: nvcc found, torch has CUDA {torch_cuda or 'no runtime'}"
 
 
+def check_headers() -> None:
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").is_file():
+        stop(f"Python's headers are not in {include}; install them (Debian and Ubuntu: python3-dev) and try again")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        stop("no C++ compiler found; install g++ (Debian and Ubuntu: g++) or set CXX")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        check_headers()
         torch_dir = find_torch()
         torch_version, torch_cuda = torch_facts(torch_dir)
         if tuple(int(x) for x in torch_version.split(".")[:2]) < MINIMUM_TORCH:
