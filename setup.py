@@ -141,7 +141,7 @@ class CMakeBuild(build_ext):
         print(f"sslfast: torch {torch_version}" + (f"; architectures {arch_list}" if nvcc else ""), flush=True)
 
         cmake = shutil.which("cmake") or "cmake"
-        # An isolated build brings its own cmake and ninja under other paths each time; a stale cache would keep old ones.
+        # An isolated build brings its own cmake and ninja under new paths each time; a cache would keep the old ones.
         fresh = ["--fresh"] if "--no-build-isolation" not in sys.argv and "pip-build-env" in sys.path[0] else []
         command = [cmake, "-G", "Ninja", *fresh, "-S", str(ROOT), "-B", str(build_dir)]
         subprocess.run([*command, *(f"-D{key}={value}" for key, value in options.items())], check=True)

@@ -21,8 +21,8 @@ SSLFAST_HD double nce_offset(double z, int64_t num_negatives, int64_t num_rows) 
   return log(z) + log(static_cast<double>(num_negatives)) - log(static_cast<double>(num_rows));
 }
 
-// softplus(u) = log(1 + exp(u)) and sigmoid(u) from e = exp(-|u|) and log(1 + e), which each device computes its own way:
-// no overflow at any u.
+// softplus(u) = log(1 + exp(u)) and sigmoid(u) from e = exp(-|u|) and log(1 + e), which each device computes its own
+// way: no overflow at any u.
 template <typename A>
 struct NceTerm {
   A softplus, sigmoid;

@@ -1,5 +1,6 @@
 // Every op of sslfast, the contents page. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
-// fakes and autograd formulas live in sslfast/ops/<op>.py. Shapes: V views, B batch, N bank rows, D columns, K negatives.
+// fakes and autograd formulas live in sslfast/ops/<op>.py. Shapes: V views, B batch, N bank rows, D columns, K
+// negatives.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sslfast, m) {
@@ -10,7 +11,8 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
   // Loss [V, B], log-sum-exp of all K+1 scores [V, B] and d loss / d query [V, B, D] in one pass over the rows.
   // rows: none (drawn), [K] or [B, K]. binary: NCE with normaliser z (z_tensor, where given, replaces z), else InfoNCE.
   m.def(
-      "bank_nce(Tensor query, Tensor bank, Tensor index, Tensor? rows, Tensor? step_tensor, int step, Tensor? z_tensor, "
+      "bank_nce(Tensor query, Tensor bank, Tensor index, Tensor? rows, Tensor? step_tensor, int step, Tensor? "
+      "z_tensor, "
       "float z, int num_negatives, float temperature, bool binary, bool exclude_self, int seed) "
       "-> (Tensor, Tensor, Tensor)");
   // bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features); of a repeated index the last wins.

@@ -124,7 +124,7 @@ def bank_update_case(device: torch.device, *, batch: int = 1024, num_rows: int =
 def negative_rows_case(device: torch.device, *, batch: int = 256, num_negatives: int = 4096) -> Case:
     """Drawing the rows alone; the eager form is torch.randint, which cannot exclude the sample or be replayed."""
     index, rows = torch.arange(batch, device=device), 1_281_167
-    draw = {"num_negatives": num_negatives, "num_rows": rows, "seed": 0, "step": 0}
+    draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": rows, "seed": 0, "step": 0}
 
     def check() -> None:
         assert torch.equal(ops.negative_rows(index, **draw), ops.negative_rows_reference(index, **draw))
@@ -243,7 +243,9 @@ def render(rows: list[dict[str, Any]]) -> str:
             f"{row['op']:15} {row['size']:50} {row['implementation']:15} {row['median_ms']:10.3f} "
             f"{row['times_faster']:7.2f} {row['floor_gb_per_s']:7.2f} {memory}"
         )
-    lines.append("times: faster than the first line of the op. GB/s: bytes that must move over time. MiB: peak extra memory.")
+    lines.append(
+        "times: faster than the op's first line. GB/s: bytes that must move over time. MiB: peak extra memory."
+    )
     return "\n".join(lines)
 
 

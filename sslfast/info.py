@@ -65,7 +65,7 @@ def render(facts: dict[str, Any]) -> str:
     versions, core = facts["versions"], facts["core"]
     kernels = core["cuda_architectures"]
     lines = [
-        f"sslfast {versions['sslfast']}, torch {versions['torch']}, Python {versions['python']}, {versions['platform']}",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"core      {core['note']}; {core['compiler']}",
         "kernels   CPU" + (f" and CUDA for {kernels}" if kernels else ""),
         *(f"{'devices' if i == 0 else '':9} {device}" for i, device in enumerate(facts["devices"])),

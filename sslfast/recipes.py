@@ -16,7 +16,7 @@ from sslfast.trainer import TrainConfig
 
 
 def pirl_paper() -> TrainConfig:
-    """PIRL with jigsaw as the paper has it: ResNet-50, 800 epochs, batch 1024, 32,000 negatives that exclude the sample.
+    """PIRL with jigsaw as published: ResNet-50, 800 epochs, batch 1024, NCE, 32,000 negatives, never the sample.
 
     Open in the paper and taken from VISSL: colour strengths, the photometric gate, Z from the first batch.
     """
@@ -36,8 +36,11 @@ def pirl_paper() -> TrainConfig:
 
 
 def pirl_vissl() -> TrainConfig:
-    """PIRL with jigsaw as VISSL runs it: NCE with Z frozen from the first batch's patch scores, negatives drawn per view
-    from all rows (the sample's own included), every augmentation on each patch, patch offsets 0 to 20."""
+    """PIRL with jigsaw as VISSL runs it.
+
+    NCE with Z frozen from the first batch's patch scores, negatives drawn per view from all rows (the sample's own
+    included), every augmentation on each patch, patch offsets 0 to 20.
+    """
     colour = AugmentConfig(hue=0.2, photometric_probability=0.66)
     return TrainConfig(
         recipe="pirl-vissl",
@@ -66,9 +69,7 @@ def pirl_rotation() -> TrainConfig:
 def pirl_rotation_jigsaw() -> TrainConfig:
     """The paper's ablation with rotation, then jigsaw (table 5): 400 epochs, 4,096 negatives."""
     config = pirl_rotation()
-    return replace(
-        config, recipe="pirl-rotation-jigsaw", method=replace(config.method, pretext="rotation+jigsaw")
-    )
+    return replace(config, recipe="pirl-rotation-jigsaw", method=replace(config.method, pretext="rotation+jigsaw"))
 
 
 def npid() -> TrainConfig:
@@ -95,8 +96,10 @@ def small_method() -> PIRL.Config:
 
 
 def pirl_small() -> TrainConfig:
-    """PIRL for small images (up to about 64 px): ResNet-18 with the small stem, batch 256, 200 epochs, InfoNCE (a
-    departure from the paper's NCE, whose Z does not suit a few thousand rows)."""
+    """PIRL for images up to about 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, InfoNCE.
+
+    InfoNCE departs from the paper's NCE, whose Z from one batch does not suit a few thousand rows.
+    """
     return TrainConfig(
         recipe="pirl-small",
         method=small_method(),

@@ -1,4 +1,4 @@
-"""Runs the binary of this checkout beside the torch of the interpreter that runs this file: `python tests/abi_check.py`.
+"""Runs the binary of this checkout beside the torch of the interpreter at hand: `python tests/abi_check.py`.
 
 The core is built once, against one torch; the stable ABI promises that it runs on every torch from 2.10 on. This file
 needs torch alone (no pytest), so that an environment with another torch stays small.

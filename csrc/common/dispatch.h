@@ -7,12 +7,12 @@
 #include <torch/headeronly/util/Half.h>
 
 // fp32, fp64, bf16, fp16. Variadic, so that bodies may hold commas and kernel launches.
-#define SSLFAST_DISPATCH_FLOAT(TYPE, NAME, ...)                                            \
-  THO_DISPATCH_SWITCH(TYPE, NAME,                                                          \
-                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::Float, __VA_ARGS__) \
-                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::Double, __VA_ARGS__) \
-                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::BFloat16, __VA_ARGS__) \
-                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::Half, __VA_ARGS__))
+#define SSLFAST_DISPATCH_FLOAT(TYPE, NAME, ...)                                                       \
+  THO_DISPATCH_SWITCH(TYPE, NAME,                                                                     \
+                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::Float, __VA_ARGS__)            \
+                          THO_DISPATCH_CASE(torch::headeronly::ScalarType::Double, __VA_ARGS__)       \
+                              THO_DISPATCH_CASE(torch::headeronly::ScalarType::BFloat16, __VA_ARGS__) \
+                                  THO_DISPATCH_CASE(torch::headeronly::ScalarType::Half, __VA_ARGS__))
 
 namespace sslfast {
 

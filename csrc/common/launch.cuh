@@ -19,8 +19,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr ||
-      aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
+  if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
     throw std::runtime_error("sslfast: this torch has no CUDA streams; install a CUDA build of torch");
   }
   return static_cast<cudaStream_t>(stream);

@@ -28,32 +28,33 @@ inline Isa cpu_isa() {
 }
 
 #define SSLFAST_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define SSLFAST_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define SSLFAST_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 
 // Defines `name<T>(Args&)`, which runs body<T>(args) compiled for the CPU at hand. body must be SSLFAST_INLINE.
-#define SSLFAST_MULTIVERSION(name, body, Args)                        \
-  template <typename T>                                               \
-  SSLFAST_TARGET_AVX512 void name##_avx512(Args args) {               \
-    body<T>(args);                                                    \
-  }                                                                   \
-  template <typename T>                                               \
-  SSLFAST_TARGET_AVX2 void name##_avx2(Args args) {                   \
-    body<T>(args);                                                    \
-  }                                                                   \
-  template <typename T>                                               \
-  void name##_base(Args args) {                                       \
-    body<T>(args);                                                    \
-  }                                                                   \
-  template <typename T>                                               \
-  void name(Args args) {                                              \
-    switch (cpu_isa()) {                                              \
-      case Isa::kAvx512:                                              \
-        return name##_avx512<T>(args);                                \
-      case Isa::kAvx2:                                                \
-        return name##_avx2<T>(args);                                  \
-      default:                                                        \
-        return name##_base<T>(args);                                  \
-    }                                                                 \
+#define SSLFAST_MULTIVERSION(name, body, Args)          \
+  template <typename T>                                 \
+  SSLFAST_TARGET_AVX512 void name##_avx512(Args args) { \
+    body<T>(args);                                      \
+  }                                                     \
+  template <typename T>                                 \
+  SSLFAST_TARGET_AVX2 void name##_avx2(Args args) {     \
+    body<T>(args);                                      \
+  }                                                     \
+  template <typename T>                                 \
+  void name##_base(Args args) {                         \
+    body<T>(args);                                      \
+  }                                                     \
+  template <typename T>                                 \
+  void name(Args args) {                                \
+    switch (cpu_isa()) {                                \
+      case Isa::kAvx512:                                \
+        return name##_avx512<T>(args);                  \
+      case Isa::kAvx2:                                  \
+        return name##_avx2<T>(args);                    \
+      default:                                          \
+        return name##_base<T>(args);                    \
+    }                                                   \
   }
 
 #else

@@ -23,19 +23,19 @@ constexpr int64_t kPad = 16;
 template <typename T>
 struct Problem {
   using A = accumulate_t<T>;
-  const A* query;         // [V, B, D]
-  const T* bank;          // [N, D]
-  const int64_t* index;   // [B]
-  const int64_t* rows;    // [K], [B, K] or null: drawn
-  int64_t rows_stride;    // 0 for [K]
+  const A* query;        // [V, B, D]
+  const T* bank;         // [N, D]
+  const int64_t* index;  // [B]
+  const int64_t* rows;   // [K], [B, K] or null: drawn
+  int64_t rows_stride;   // 0 for [K]
   NegativeSampler sampler;
   int64_t views, batch, columns, num_negatives;
   double temperature;
   bool binary;
-  double offset;  // log(Z K / N)
-  A* loss;        // [V, B]
-  A* lse;         // [V, B]
-  A* grad;        // [V, B, D]
+  double offset;       // log(Z K / N)
+  A* loss;             // [V, B]
+  A* lse;              // [V, B]
+  A* grad;             // [V, B, D]
   int64_t begin, end;  // samples of this call
 };
 
@@ -56,7 +56,9 @@ SSLFAST_INLINE float fast_exp(float x) {
   std::memcpy(&scale, &bits, sizeof scale);
   return p * scale;
 }
-SSLFAST_INLINE double fast_exp(double x) { return std::exp(x); }
+SSLFAST_INLINE double fast_exp(double x) {
+  return std::exp(x);
+}
 
 // log(1 + e) for 0 <= e <= 1 by the series of 2 artanh(e / (2 + e)): relative error below 2e-7 also for tiny e.
 SSLFAST_INLINE float fast_log1p(float e) {
@@ -69,7 +71,9 @@ SSLFAST_INLINE float fast_log1p(float e) {
   p = p * y + 1.0f / 3;
   return 2 * z + 2 * z * y * p;
 }
-SSLFAST_INLINE double fast_log1p(double e) { return std::log1p(e); }
+SSLFAST_INLINE double fast_log1p(double e) {
+  return std::log1p(e);
+}
 
 template <typename A>
 SSLFAST_INLINE NceTerm<A> nce_term(A u) {
@@ -81,8 +85,8 @@ SSLFAST_INLINE NceTerm<A> nce_term(A u) {
 template <typename A>
 SSLFAST_INLINE void dot_rows(const A* __restrict__ query, const A* const* rows, int64_t columns, A* scores) {
   for (int64_t r = 0; r < kRows; r += 4) {
-    const A *__restrict__ a = rows[r], *__restrict__ b = rows[r + 1];
-    const A *__restrict__ c = rows[r + 2], *__restrict__ d = rows[r + 3];
+    const A* __restrict__ a = rows[r], * __restrict__ b = rows[r + 1];
+    const A* __restrict__ c = rows[r + 2], * __restrict__ d = rows[r + 3];
     A sa = 0, sb = 0, sc = 0, sd = 0;
 #pragma omp simd reduction(+ : sa, sb, sc, sd)
     for (int64_t j = 0; j < columns; ++j) {
@@ -103,9 +107,9 @@ SSLFAST_INLINE void dot_rows(const A* __restrict__ query, const A* const* rows, 
 template <typename A>
 SSLFAST_INLINE void add_weighted_rows(A* __restrict__ sum, const A* const* rows, const A* weights, int64_t columns) {
   for (int64_t r = 0; r < kRows; r += 8) {
-    const A *__restrict__ p0 = rows[r], *__restrict__ p1 = rows[r + 1], *__restrict__ p2 = rows[r + 2];
-    const A *__restrict__ p3 = rows[r + 3], *__restrict__ p4 = rows[r + 4], *__restrict__ p5 = rows[r + 5];
-    const A *__restrict__ p6 = rows[r + 6], *__restrict__ p7 = rows[r + 7];
+    const A* __restrict__ p0 = rows[r], * __restrict__ p1 = rows[r + 1], * __restrict__ p2 = rows[r + 2];
+    const A* __restrict__ p3 = rows[r + 3], * __restrict__ p4 = rows[r + 4], * __restrict__ p5 = rows[r + 5];
+    const A* __restrict__ p6 = rows[r + 6], * __restrict__ p7 = rows[r + 7];
     const A w0 = weights[r], w1 = weights[r + 1], w2 = weights[r + 2], w3 = weights[r + 3];
     const A w4 = weights[r + 4], w5 = weights[r + 5], w6 = weights[r + 6], w7 = weights[r + 7];
 #pragma omp simd
@@ -149,9 +153,9 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
   const int64_t padded = (p.columns + kPad - 1) / kPad * kPad;
   const RowReader<T> reader{p.bank, p.columns, padded, p.columns == padded};
   std::vector<A> scratch((2 * p.views + kRows) * padded, A(0));
-  A* queries = scratch.data();              // [V, padded], q / tau
-  A* sums = queries + p.views * padded;     // [V, padded], weighted rows
-  A* buffer = sums + p.views * padded;      // [kRows, padded]
+  A* queries = scratch.data();           // [V, padded], q / tau
+  A* sums = queries + p.views * padded;  // [V, padded], weighted rows
+  A* buffer = sums + p.views * padded;   // [kRows, padded]
   std::vector<OnlineLogSumExp<A>> states(p.views);
   std::vector<double> binary_losses(p.views);
   const A inverse_temperature = static_cast<A>(1.0 / p.temperature);
@@ -309,4 +313,6 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("bank_nce", TORCH_BOX(&sslfast::bank_nce_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("bank_nce", TORCH_BOX(&sslfast::bank_nce_cpu));
+}

@@ -14,9 +14,8 @@ namespace {
 std::vector<int64_t> last_occurrences(const int64_t* index, int64_t batch) {
   std::vector<int64_t> order(batch);
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return index[a] != index[b] ? index[a] < index[b] : a < b;
-  });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return index[a] != index[b] ? index[a] < index[b] : a < b; });
   std::vector<int64_t> winners;
   winners.reserve(batch);
   for (int64_t i = 0; i < batch; ++i) {
@@ -26,7 +25,7 @@ std::vector<int64_t> last_occurrences(const int64_t* index, int64_t batch) {
 }
 
 template <typename T, typename F>
-void update_rows(T* bank,            // [N, D]
+void update_rows(T* bank,               // [N, D]
                  const int64_t* index,  // [B]
                  const F* features,     // [B, D]
                  int64_t batch, int64_t columns, double momentum_) {
@@ -70,4 +69,6 @@ void bank_update_cpu(const Tensor& bank, const Tensor& index_, const Tensor& fea
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("bank_update_", TORCH_BOX(&sslfast::bank_update_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("bank_update_", TORCH_BOX(&sslfast::bank_update_cpu));
+}

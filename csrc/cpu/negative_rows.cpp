@@ -32,4 +32,6 @@ Tensor negative_rows_cpu(const Tensor& index_,  // [B] int64
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) { m.impl("negative_rows", TORCH_BOX(&sslfast::negative_rows_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("negative_rows", TORCH_BOX(&sslfast::negative_rows_cpu));
+}

@@ -1,5 +1,3 @@
-#include "bank_nce.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -7,16 +5,17 @@
 #include <type_traits>
 #include <vector>
 
+#include "bank_nce.h"
 #include "common/launch.cuh"
 #include "common/vector.cuh"
 
 namespace sslfast {
 namespace {
 
-constexpr int kWarps = 8;           // per block; a block owns one sample and one part of its negatives
-constexpr int kDraw = 64;           // negatives that a warp draws at once: two for each lane
-constexpr int kMaxColumns = 512;    // 32 lanes x 16 columns in registers
-constexpr int kBlocksPerSm = 4;     // blocks that the split over negatives aims at
+constexpr int kWarps = 8;         // per block; a block owns one sample and one part of its negatives
+constexpr int kDraw = 64;         // negatives that a warp draws at once: two for each lane
+constexpr int kMaxColumns = 512;  // 32 lanes x 16 columns in registers
+constexpr int kBlocksPerSm = 4;   // blocks that the split over negatives aims at
 
 // What a lane may exceed its query's running maximum by before everything is rescaled: exp(8) times K fits fp32 with
 // room to spare, and rescaling becomes rare.
@@ -25,18 +24,18 @@ constexpr float kLazyMargin = 8.0f;
 template <typename T>
 struct Problem {
   using A = accumulate_t<T>;
-  const A* __restrict__ query;               // [V, B, D]
-  const T* __restrict__ bank;                // [N, D]
-  const int64_t* __restrict__ index;         // [B]
-  const int64_t* __restrict__ rows;          // [K], [B, K] or null: drawn
-  int64_t rows_stride;                       // 0 for [K]
-  const int64_t* __restrict__ step_tensor;   // [] or null
-  const double* __restrict__ z_tensor;       // [] or null
+  const A* __restrict__ query;              // [V, B, D]
+  const T* __restrict__ bank;               // [N, D]
+  const int64_t* __restrict__ index;        // [B]
+  const int64_t* __restrict__ rows;         // [K], [B, K] or null: drawn
+  int64_t rows_stride;                      // 0 for [K]
+  const int64_t* __restrict__ step_tensor;  // [] or null
+  const double* __restrict__ z_tensor;      // [] or null
   NegativeSampler sampler;
   int64_t views, batch, columns, num_rows, num_negatives;
   double inverse_temperature, z;
   bool binary;
-  int splits;          // parts of the negatives
+  int splits;               // parts of the negatives
   A* __restrict__ partial;  // [V, B, splits, D + 3]: weighted rows, maximum, sum of exponentials, binary loss
   A* __restrict__ loss;     // [V, B]
   A* __restrict__ lse;      // [V, B]
@@ -100,7 +99,7 @@ __device__ __forceinline__ void load_row(const T* __restrict__ row, int64_t colu
 template <typename T, int kChunks, int kViews, bool kVector>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Problem<T> p, int64_t first_view) {
   using A = accumulate_t<T>;
-  constexpr int kColumns = 4 * kChunks;  // of one lane
+  constexpr int kColumns = 4 * kChunks;   // of one lane
   constexpr int kTileRows = 8 / kChunks;  // 32 columns of rows in flight per lane
   constexpr int kValues = kTileRows * kViews;
   constexpr int kLanesPerValue = kWarpSize / kValues;
@@ -404,4 +403,6 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("bank_nce", TORCH_BOX(&sslfast::bank_nce_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
+  m.impl("bank_nce", TORCH_BOX(&sslfast::bank_nce_cuda));
+}

@@ -1,7 +1,6 @@
-#include "bank_update_.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "bank_update_.h"
 #include "common/launch.cuh"
 
 namespace sslfast {
@@ -68,4 +67,6 @@ void bank_update_cuda(const Tensor& bank, const Tensor& index_, const Tensor& fe
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("bank_update_", TORCH_BOX(&sslfast::bank_update_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
+  m.impl("bank_update_", TORCH_BOX(&sslfast::bank_update_cuda));
+}

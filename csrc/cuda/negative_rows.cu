@@ -1,10 +1,9 @@
-#include "negative_rows.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
 #include "common/launch.cuh"
+#include "negative_rows.h"
 
 namespace sslfast {
 namespace {
@@ -14,8 +13,7 @@ constexpr int kThreads = 256;
 // One thread writes one pair of rows: block (x) runs over pairs, grid y over samples.
 __global__ void negative_rows_kernel(const int64_t* __restrict__ index,        // [B]
                                      const int64_t* __restrict__ step_tensor,  // [] or null
-                                     NegativeSampler sampler, int64_t num_rows, int64_t num_negatives,
-                                     int64_t batch,
+                                     NegativeSampler sampler, int64_t num_rows, int64_t num_negatives, int64_t batch,
                                      int64_t* __restrict__ rows) {  // [B, K]
   if (step_tensor != nullptr) sampler.step = *step_tensor;
   for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
@@ -55,4 +53,6 @@ Tensor negative_rows_cuda(const Tensor& index_,  // [B] int64
 }  // namespace
 }  // namespace sslfast
 
-STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) { m.impl("negative_rows", TORCH_BOX(&sslfast::negative_rows_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
+  m.impl("negative_rows", TORCH_BOX(&sslfast::negative_rows_cuda));
+}

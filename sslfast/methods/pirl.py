@@ -131,7 +131,7 @@ class PIRL(nn.Module):
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
         self._z_is_set = not bool(self.z.isnan())  # host sync: once per load
 
     def embed(self, views: Mapping[str, View]) -> Tensor:

@@ -29,6 +29,14 @@ class ResNetTrunk(nn.Module):
     """
 
     out_features: int
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
@@ -36,7 +44,7 @@ class ResNetTrunk(nn.Module):
             import torchvision
         except (ImportError, RuntimeError) as error:
             raise ImportError(
-                f"{config.name} comes from torchvision, which does not import beside torch {torch.__version__}: {error}. "
+                f"{config.name} needs torchvision, which does not import beside torch {torch.__version__}: {error}. "
                 "Install the pair that matches, for example `pip install torch==2.11.0 torchvision==0.26.0`"
             ) from error
         net = getattr(torchvision.models, config.name)(weights=None)

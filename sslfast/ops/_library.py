@@ -1,11 +1,11 @@
-"""Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``; one helpful error where it cannot."""
+"""Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``; one helpful error if it cannot."""
 
 from typing import Any
 
 import torch
 
 try:
-    from sslfast import _C
+    import sslfast._C as _C
 except ImportError as error:
     raise ImportError(
         f"sslfast's compiled core does not load with torch {torch.__version__}: {error}. "

@@ -95,7 +95,8 @@ def estimate_z(lse: Tensor, *, num_negatives: int, num_rows: int) -> Tensor:
         num_negatives: K. num_rows: N.
 
     Returns:
-        0-d fp64 tensor on the device of ``lse``: exp(1 / τ) leaves fp32 below τ = 0.0113. Source: Wu et al. 2018, section 3.2 (Monte Carlo estimate of Z).
+        0-d fp64 tensor on the device of ``lse``: exp(1 / τ) leaves fp32 below τ = 0.0113. Source: Wu et al.
+        2018, section 3.2 (Monte Carlo estimate of Z).
     """
     return lse.double().flatten().logsumexp(0).exp() * num_rows / (lse.numel() * (num_negatives + 1))
 
@@ -187,8 +188,10 @@ def _(query: Tensor, bank: Tensor, index: Tensor, *_args: Any) -> tuple[Tensor, 
         query.shape[2] == bank.shape[1],
         lambda: f"bank_nce: query must have D={bank.shape[1]} columns like bank, got {query.shape[2]}",
     )
-    return query.new_empty(query.shape[:2]), query.new_empty(query.shape[:2]), torch.empty_like(
-        query, memory_format=torch.contiguous_format
+    return (
+        query.new_empty(query.shape[:2]),
+        query.new_empty(query.shape[:2]),
+        torch.empty_like(query, memory_format=torch.contiguous_format),
     )
 
 

@@ -39,9 +39,7 @@ def negative_rows(
     _check(num_negatives, num_rows, seed, exclude_self)
     step_tensor, step_number = _library.step_arguments(step)
     _library.check_same_device("negative_rows", index=index, step=step_tensor)
-    return torch.ops.sslfast.negative_rows(
-        index, step_tensor, step_number, num_negatives, num_rows, seed, exclude_self
-    )
+    return torch.ops.sslfast.negative_rows(index, step_tensor, step_number, num_negatives, num_rows, seed, exclude_self)
 
 
 def negative_rows_reference(
@@ -64,9 +62,7 @@ def _check(num_negatives: int, num_rows: int, seed: int, exclude_self: bool) -> 
         raise ValueError(f"negative_rows: num_negatives must be at least 1, got {num_negatives=}")
     needed = 2 if exclude_self else 1
     if not needed <= num_rows <= 2**32:
-        raise ValueError(
-            f"negative_rows: num_rows must be in [{needed}, 2**32] with {exclude_self=}, got {num_rows=}"
-        )
+        raise ValueError(f"negative_rows: num_rows must be in [{needed}, 2**32] with {exclude_self=}, got {num_rows=}")
     _library.check_seed("negative_rows", seed)
 
 

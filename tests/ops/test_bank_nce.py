@@ -40,16 +40,16 @@ def loss_and_gradient(function: Any, query: Tensor, *args: Tensor, **options: An
 def assert_agrees(query: Tensor, bank: Tensor, index: Tensor, **options: Any) -> None:
     """Loss and gradient against the float64 reference on the very same stored numbers."""
     loss, gradient = loss_and_gradient(bank_nce, query, bank, index, **options)
-    expected, expected_gradient = loss_and_gradient(
-        bank_nce_reference, query.double(), bank.double(), index, **options
-    )
+    expected, expected_gradient = loss_and_gradient(bank_nce_reference, query.double(), bank.double(), index, **options)
     tolerance = 1e-12 if bank.dtype == torch.float64 else 3e-6  # fp32 sums of K terms
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
     scale = max(1.0, expected_gradient.abs().max().item())
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=scale * tolerance)
 
 
-@pytest.mark.parametrize("options", [{"loss": "infonce", "z": None}, {"loss": "nce", "z": 900.0}], ids=["infonce", "nce"])
+@pytest.mark.parametrize(
+    "options", [{"loss": "infonce", "z": None}, {"loss": "nce", "z": 900.0}], ids=["infonce", "nce"]
+)
 @pytest.mark.parametrize("columns", [1, 8, 123, 128, 200, 512])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equals_float64_reference(
@@ -158,9 +158,7 @@ def test_step_tensor_equals_number_and_lse(device: torch.device) -> None:
     loss, lse = bank_nce(query, bank, index, num_negatives=40, step=7, return_lse=True)
     again = bank_nce(query, bank, index, num_negatives=40, step=torch.tensor(7, device=device))
     assert torch.equal(loss, again)
-    _, expected = bank_nce_reference(
-        query.double(), bank.double(), index, num_negatives=40, step=7, return_lse=True
-    )
+    _, expected = bank_nce_reference(query.double(), bank.double(), index, num_negatives=40, step=7, return_lse=True)
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
     assert not lse.requires_grad
 
@@ -250,10 +248,10 @@ def test_compile_equals_eager(device: torch.device) -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature must be positive, got temperature=0.0"),
-        ({"loss": "softmax"}, "loss must be \"infonce\" or \"nce\", got 'softmax'"),
+        ({"loss": "softmax"}, 'loss must be "infonce" or "nce", got \'softmax\''),
         ({"loss": "nce", "z": -1.0}, "z must be positive, got z=-1.0"),
         ({"num_negatives": 0}, "needs at least one negative per sample"),
-        ({"negatives": "hard"}, "negatives must be \"sampled\" or int64 rows"),
+        ({"negatives": "hard"}, 'negatives must be "sampled" or int64 rows'),
         ({"negatives": torch.zeros(1, 1, 1, dtype=torch.long)}, r"negatives must have shape \[K\] or \[B, K\]"),
         ({"seed": -3}, "seed must be in"),
     ],
