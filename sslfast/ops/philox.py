@@ -24,6 +24,8 @@ class Stream(IntEnum):
     REPLACEMENT = 2
     SYNTHETIC = 3
     BANK_INIT = 4
+    DEMO_CROPS = 5
+    PROBE_SPLIT = 6
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
 
