@@ -51,7 +51,7 @@ class Preview:
 def pretrain(arguments: list[str]) -> int:
     """Run ``sslfast pretrain``; returns the exit code."""
     default = Pretrain(data=tyro.MISSING, config=_recipe(arguments, "pretrain"))
-    chosen = parse(Pretrain, arguments, prog="sslfast pretrain", default=default, description=_description())
+    chosen = _parse_recipe(Pretrain, arguments, prog="sslfast pretrain", default=default)
     if isinstance(chosen, int):
         return chosen
     config, data = chosen.config, _data(chosen.data)
@@ -76,7 +76,7 @@ def pretrain(arguments: list[str]) -> int:
 def preview(arguments: list[str]) -> int:
     """Run ``sslfast preview``; returns the exit code."""
     default = Preview(data=tyro.MISSING, config=_recipe(arguments, "preview"))
-    chosen = parse(Preview, arguments, prog="sslfast preview", default=default, description=_description())
+    chosen = _parse_recipe(Preview, arguments, prog="sslfast preview", default=default)
     if isinstance(chosen, int):
         return chosen
 
@@ -98,6 +98,13 @@ def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **option
         return tyro.cli(target, args=expanded, prog=prog, **options)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
+
+
+def _parse_recipe(target: type[T], arguments: list[str], *, prog: str, default: T) -> T | int:
+    # A part of the configuration that may be absent (a view's jigsaw) is there or not as the recipe says;
+    # its values are plain options then, not a subcommand.
+    options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
+    return parse(target, arguments, prog=prog, **options)
 
 
 def report(line: str) -> None:
@@ -125,7 +132,10 @@ def _recipe(arguments: list[str], command: str) -> TrainConfig:
 
 
 def _description() -> str:
-    lines = [f"  {name}: {(make.__doc__ or '').strip().partition(chr(10))[0]}" for name, make in RECIPES.items()]
+    lines = []
+    for name, make in RECIPES.items():
+        paragraph = " ".join((make.__doc__ or "").strip().partition("\n\n")[0].split())
+        lines.append(f"  {name}: {paragraph}")
     return "--recipe NAME sets the defaults of all options below:\n" + "\n".join(lines) + f"\n\n{EXIT_CODES}"
 
 

@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from sslfast import __version__, cli, commands
 from sslfast.config import from_dict, load_json
 from sslfast.interrupt import EXIT_CODES
 from sslfast.metrics import read_log
-from tests.tiny import Tiny, TinyConfig
+from tests.tiny import Tiny, TinyConfig, write_images
 
 
 def tiny() -> TinyConfig:
@@ -216,14 +214,6 @@ def test_signal_exits_75_and_the_same_command_goes_on(
     assert f"stopped by {number.name} after step 4/24" in capsys.readouterr().err
     assert cli.main(command) == 0
     assert "step 4/24" in capsys.readouterr().err
-
-
-def write_images(folder: Path, count: int) -> None:
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        path = folder / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
 
 
 def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -19,9 +20,12 @@ import torch
 
 from sslfast import checkpoint as checkpoint_module
 from sslfast.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from sslfast.cli import main
+from sslfast.loaders.torch import TorchLoader
+from sslfast.manifest import Manifest
 from sslfast.metrics import LogFile, read_log
 from sslfast.trainer import Trainer
-from tests.tiny import Tiny, TinyConfig, same
+from tests.tiny import Tiny, TinyConfig, same, write_images
 
 ROWS = 17
 STEPS = 24
@@ -84,6 +88,31 @@ def train(output: str, moment: str | None) -> None:
     trainer.fit()
 
 
+def command_line(data: str, output: str) -> None:
+    """``sslfast pretrain`` with everything real: PIRL with jigsaw on a ResNet-18, images from files, a loader process.
+
+    Crops of 16 and 24 px; 8 steps of 4 images with a checkpoint after 3 and 6.
+    """
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as outside of a fork server; its own would import torch again
+    values = {
+        "recipe": "pirl-small",
+        "batch-size": 4,
+        "epochs": 2,
+        "workers": 1,
+        "log-every-steps": 2,
+        "checkpoint-every-steps": 3,
+        "method.num-negatives": 16,
+        "method.loss": "nce",
+        "method.image-view.crop.size": 16,
+        "method.jigsaw-view.crop.size": 24,
+        "method.jigsaw-view.jigsaw.patch-size": 8,
+        "device": "cpu",
+    }
+    options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    sys.exit(main(["pretrain", data, "--output", output, "--no-tensorboard", *options]))
+
+
 def train_slowly(output: str) -> None:
     """A child that is hit at a random time: steps of 5 ms, a checkpoint after each."""
     torch.set_num_threads(1)
@@ -101,7 +130,7 @@ def train_slowly(output: str) -> None:
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # The first optimizer step would import torch._dynamo: seconds, in every child.
-    context.set_forkserver_preload(["tests.test_resume", "torch._dynamo"])
+    context.set_forkserver_preload(["tests.test_resume", "sslfast.commands", "torchvision", "torch._dynamo"])
     return context
 
 
@@ -178,3 +207,67 @@ def test_terminated_child_leaves_a_checkpoint_at_its_step(
     assert child.exitcode == 1  # multiprocessing's code for the exception; the command exits with 75
     assert start(server, train_slowly, tmp_path).exitcode == 0
     assert log_values(tmp_path) == log_values(whole)
+
+
+def test_command_line_killed_terminated_and_resumed(server: ForkServerContext, tmp_path: Path) -> None:
+    data, undisturbed, output = tmp_path / "data", tmp_path / "undisturbed", tmp_path / "output"
+    write_images(data, 18)
+    assert start(server, command_line, data, undisturbed).exitcode == 0
+
+    child = start(server, command_line, data, output, wait=False)
+    wait_for(child, output, count=1)
+    time.sleep(random.Random(1).uniform(0, 0.5))
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    child = start(server, command_line, data, output, wait=False)
+    wait_for(child, output, count=2)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    assert child.exitcode == 75
+    assert start(server, command_line, data, output).exitcode == 0
+
+    states = [load_checkpoint(checkpoint_path(path / "checkpoints", 8)) for path in (output, undisturbed)]
+    assert {"trunk.conv1.weight", "bank.rows", "z"} <= states[0]["method"].keys()
+    assert same(states[0], states[1])
+    assert log_values(output) == log_values(undisturbed)
+    assert [record["step"] for record in log_values(output)] == [2, 4, 6, 8]
+
+
+def load_and_hang(data: str, method: str, pids: str) -> None:
+    """A child in the middle of an epoch, with a loader process whose number it writes down."""
+    multiprocessing.set_start_method(method, force=True)
+    loader = TorchLoader(Manifest.scan(data), Tiny.Config().views(), batch_size=4, seed=0, workers=1)
+    next(loader.epoch(0))
+    Path(pids).write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_loader_processes_end_with_a_killed_run(method: str, server: ForkServerContext, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", 16)
+    pids = tmp_path / "pids"
+    child = start(server, load_and_hang, tmp_path / "data", method, pids, wait=False)
+    while child.is_alive() and not (pids.exists() and pids.read_text()):
+        time.sleep(0.01)
+    child.kill()
+    child.join()
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert workers
+    end = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < end, "loader processes outlive the run"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """A process that is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(child: Any, output: Path, *, count: int) -> None:
+    while child.is_alive() and len(list_checkpoints(output / "checkpoints")) < count:
+        time.sleep(0.002)

@@ -1,9 +1,12 @@
 """A method of a few milliseconds a step with everything that a checkpoint must carry: weights, BatchNorm, a bank."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -78,3 +81,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def write_images(folder: Path, count: int) -> None:
+    """``count`` images of 24 x 20 random pixels in two class folders."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)

@@ -3,9 +3,12 @@
 Needs nothing but torch, numpy and Pillow, works on every device and is the specification of what loaders yield.
 """
 
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +227,17 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
     silence_pillow()
+
+
+def _end_with_main_process() -> None:
+    """Where a fork server starts the workers (Python 3.14's default), torch's own watch sees the server, which lives
+    on for as long as its workers do: those of a killed main process would stay for good."""
+    main_process = multiprocessing.parent_process()
+    if main_process is not None:
+        main_process.join()
+        os._exit(1)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
