@@ -60,9 +60,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Data type of the autocast region: bfloat16 or float32 (no autocast)."""
+    """Data type of the autocast region: bfloat16 or float32 (no autocast).
+
+    ``auto`` is bfloat16 where the device computes in it: CUDA devices from 8.0 on, CPUs with AVX512-BF16 or AMX.
+    """
     if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # torch has no public question for this; without an answer the CPU counts as one that cannot.
+            questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            has_bf16 = any(getattr(torch.cpu, name, bool)() for name in questions)
         return torch.bfloat16 if has_bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 

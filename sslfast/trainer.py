@@ -62,9 +62,11 @@ class TrainConfig:
     device: str = "auto"
     """auto (the first CUDA device if there is one, else the CPU), cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast, parameters and bank stay fp32. auto: bf16 on CUDA devices that compute in it, else fp32."""
-    channels_last: bool = True
-    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores."""
+    """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
+    AVX512-BF16 or AMX), else fp32."""
+    channels_last: bool | None = None
+    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA devices
+    alone, since on CPUs the other one is the faster."""
     log_every_steps: int = 10
     """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
     checkpoint_every_steps: int = 1000
@@ -156,6 +158,7 @@ class Trainer:
         self.config, self.resume, self.report = config, str(resume), report
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
+        self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         if config.tensorboard:
             check_tensorboard()
         self.run = RunDirectory(output)
@@ -178,9 +181,9 @@ class Trainer:
                 f"batch_size={config.batch_size} is more than the {self.loader.num_rows} images there are; lower it"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=config.channels_last)
+        self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=self.channels_last)
         method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.method: nn.Module = method.to(self.device)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)

@@ -352,8 +352,10 @@ def test_bf16_and_layout_options(tmp_path: Path) -> None:
     state = trainer.method.state_dict()
     assert {v.dtype for k, v in state.items() if "num_batches" not in k} == {torch.float32}
     assert trainer.stage is not None
-    weight = Trainer(TinyConfig(), ROWS, tmp_path / "x").method.trunk[0].weight  # type: ignore[index, union-attr]
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+    for choice, chosen in ((None, False), (True, True), (False, False)):  # None: NHWC on CUDA devices alone
+        other = Trainer(TinyConfig(channels_last=choice, device="cpu"), ROWS, tmp_path / str(choice))
+        weight = other.method.trunk[0].weight  # type: ignore[index, union-attr]
+        assert weight.is_contiguous(memory_format=torch.channels_last) == chosen
 
 
 def test_two_processes_in_one_run_directory(tmp_path: Path) -> None:
@@ -430,12 +432,13 @@ def test_environment() -> None:
 def test_device_and_precision() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert resolve_precision("auto", torch.device("cpu")) == torch.float32
+    assert resolve_precision("fp32", torch.device("cpu")) == torch.float32
+    assert resolve_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)  # as the CPU has it
     assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
 
 
 def test_summary_names_what_will_run(tmp_path: Path) -> None:
-    lines = dict(summary(Trainer(TinyConfig(recipe="tiny-recipe"), ROWS, tmp_path / "run")))
+    lines = dict(summary(Trainer(TinyConfig(recipe="tiny-recipe", device="cpu", precision="fp32"), ROWS, tmp_path / "run")))
     assert lines["recipe"] == "tiny-recipe"
     assert lines["data"] == "synthetic: 17 images"
     assert lines["device"].startswith("cpu (CPU), float32")
