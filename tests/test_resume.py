@@ -94,7 +94,8 @@ def command_line(data: str, output: str) -> None:
     Crops of 16 and 24 px; 8 steps of 4 images with a checkpoint after 3 and 6.
     """
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as outside of a fork server; its own would import torch again
+    # As outside of a fork server; a server of its own would import torch once more.
+    multiprocessing.set_start_method("fork", force=True)
     values = {
         "recipe": "pirl-small",
         "batch-size": 4,
