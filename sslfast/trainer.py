@@ -15,14 +15,12 @@ from torch import nn
 from sslfast.checkpoint import (
     checkpoint_path,
     list_checkpoints,
-    load_checkpoint,
-    load_latest,
     prune_checkpoints,
     remove_leftovers,
     save_checkpoint,
     set_aside_newer,
 )
-from sslfast.config import differences, save_json, to_dict
+from sslfast.config import save_json, to_dict
 from sslfast.distributed import process_group, resolve_device, resolve_precision
 from sslfast.interrupt import Interrupts, RunInterruptedError
 from sslfast.loaders import LoaderConfig, build_loader
@@ -33,6 +31,7 @@ from sslfast.methods.pirl import PIRL
 from sslfast.metrics import DeviceMeans, LoaderTimer, LogFile, Progress, TensorBoardLog, check_tensorboard, read_log
 from sslfast.models.resnet import ResNetConfig
 from sslfast.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from sslfast.resume import check_same_run, find_checkpoint
 from sslfast.rundir import RunDirectory, versions
 
 MethodConfig: TypeAlias = PIRL.Config
@@ -65,8 +64,8 @@ class TrainConfig:
     """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
     AVX512-BF16 or AMX), else fp32."""
     channels_last: bool | None = None
-    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA devices
-    alone, since on CPUs the other one is the faster."""
+    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
+    devices alone, since on CPUs the other one is the faster."""
     log_every_steps: int = 10
     """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
     checkpoint_every_steps: int = 1000
@@ -88,22 +87,6 @@ class TrainConfig:
             raise ValueError(f"keep_every_steps must be at least 0, got {self.keep_every_steps}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
-
-
-FREE_AT_RESUME = (
-    "recipe",
-    "device",
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "keep_every_steps",
-    "tensorboard",
-    "progress",
-    "loader.workers",
-    "loader.on_bad_image",
-)
-"""Fields that may change at a resume: none of them changes what a step computes. Every other one may not; ``epochs``
-neither, since the learning rate of the steps already done depends on it."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -230,7 +213,7 @@ class Trainer:
             remove_leftovers(self.run.checkpoints)
             self._resume()
             save_json(self.run.config, to_dict(self.config))
-            self.run.add_versions(versions())
+            self.run.add_versions({**versions(), "device": str(self.device), "precision": str(self.dtype)})
             if self.manifest is not None and not self.run.manifest.exists():
                 self.manifest.save(self.run.manifest)
             try:
@@ -359,6 +342,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "metrics": self.means.state_dict(),
             "config": to_dict(self.config),
+            "precision": str(self.dtype),
             "manifest_digest": self._manifest_digest(),
         }
         path = save_checkpoint(self.run.checkpoints, state, self.step)
@@ -370,32 +354,11 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take up a checkpoint if ``self.resume`` and the run directory say so."""
-        kept = list_checkpoints(self.run.checkpoints)
-        if self.resume == "never":
-            if kept or self.run.log.exists():
-                raise ValueError(
-                    f"{self.run.path} already holds a run; choose another output directory, or go on with --resume auto"
-                )
+        found = find_checkpoint(self.run, self.resume, report=self.report)
+        if found is None:
             return
-        if self.resume == "auto":
-            found = load_latest(self.run.checkpoints, report=self.report)
-            if found is None:
-                return
-            path, state = found
-        else:
-            path = Path(self.resume)
-            if path.is_dir():
-                found = load_latest(RunDirectory(path).checkpoints, report=self.report)
-                if found is None:
-                    raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
-                path, state = found
-            else:
-                state = load_checkpoint(path)
-            if kept and path.resolve().parent != self.run.checkpoints.resolve():
-                raise ValueError(
-                    f"{self.run.path} already holds another run; choose a new output directory to resume {path} in"
-                )
-        self._check_same_run(path, state)
+        path, state = found
+        check_same_run(path, state, config=to_dict(self.config), manifest_digest=self._manifest_digest())
         for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
             self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
         self.method.load_state_dict(state["method"])
@@ -404,22 +367,8 @@ class Trainer:
         self.step = state["step"]
         self.device_step.fill_(self.step)
         self.report(f"resumed from {path}: step {self.step}/{self.total_steps}")
-
-    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        changed = [
-            f"{name} was {old!r}, is {new!r}"
-            for name, old, new in differences(state["config"], to_dict(self.config))
-            if name not in FREE_AT_RESUME
-        ]
-        if changed:
-            raise ValueError(
-                f"cannot resume {path}: {'; '.join(changed)}. Give the old values, or choose another output directory"
-            )
-        if state["manifest_digest"] != self._manifest_digest():
-            raise ValueError(
-                f"cannot resume {path}: the images are not those it was trained on (files added, removed "
-                "or changed), so rows of the bank would be wrong. Put them back, or choose another output directory"
-            )
+        if state["precision"] != str(self.dtype):
+            self.report(f"precision was {state['precision']} so far and is {self.dtype} on this device")
 
     def _manifest_digest(self) -> str:
         return f"synthetic-{self.loader.num_rows}" if self.manifest is None else self.manifest.digest()

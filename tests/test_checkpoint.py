@@ -1,8 +1,7 @@
 import hashlib
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sslfast.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
+from tests.tiny import fork_server
 
 
 def state(step: int) -> dict[str, Any]:
@@ -189,30 +189,30 @@ def test_newer_ones_are_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "step_00000003.pt.superseded").exists()
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from sslfast.checkpoint import save_checkpoint
-directory, block = Path(sys.argv[1]), torch.arange(1_000_000)
-for step in range(1, 1_000_000):
-    save_checkpoint(directory, {"step": step, "w": block + step}, step)
-    print(step, flush=True)
-"""
+def write_for_ever(directory: str, done: Any) -> None:
+    """A child that does nothing but write 8 MB checkpoints."""
+    torch.set_num_threads(1)
+    block = torch.arange(1_000_000)
+    for step in range(1, 1_000_000):
+        save_checkpoint(Path(directory), {"step": step, "w": block + step}, step)
+        done.value = step
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """SIGKILL at random moments of a process that does nothing but write 8 MB checkpoints."""
+    """SIGKILL at random moments: every checkpoint that was said to be saved is there, whole."""
     rng = random.Random(0)
-    for trial in range(2):
-        directory = tmp_path / str(trial)
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(directory)], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        assert child.stdout.readline() == "1\n"
-        time.sleep(rng.uniform(0, 0.3))
+    server = fork_server()
+    for trial in range(5):
+        directory, done = tmp_path / str(trial), server.RawValue("q", 0)
+        child = server.Process(target=write_for_ever, args=(str(directory), done))
+        child.start()
+        while child.is_alive() and not done.value:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.2))
         child.kill()
-        done = int(["1", *child.stdout.read().split()][-1])
-        child.wait()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         found = load_latest(directory, report=pytest.fail)
         assert found is not None
-        assert found[1]["step"] >= done
+        assert found[1]["step"] >= done.value
         assert torch.equal(found[1]["w"], torch.arange(1_000_000) + found[1]["step"])

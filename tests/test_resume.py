@@ -25,7 +25,7 @@ from sslfast.loaders.torch import TorchLoader
 from sslfast.manifest import Manifest
 from sslfast.metrics import LogFile, read_log
 from sslfast.trainer import Trainer
-from tests.tiny import Tiny, TinyConfig, same, write_images
+from tests.tiny import Tiny, TinyConfig, fork_server, same, write_images
 
 ROWS = 17
 STEPS = 24
@@ -129,10 +129,7 @@ def train_slowly(output: str) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    # The first optimizer step would import torch._dynamo: seconds, in every child.
-    context.set_forkserver_preload(["tests.test_resume", "sslfast.commands", "torchvision", "torch._dynamo"])
-    return context
+    return fork_server()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.checkpoint import CorruptCheckpointError, checkpoint_path, list_checkpoints, load_checkpoint
+from sslfast.checkpoint import (
+    CorruptCheckpointError,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from sslfast.config import from_dict, load_json, to_dict
 from sslfast.distributed import process_group, resolve_device, resolve_precision
 from sslfast.interrupt import Interrupts, RunInterruptedError
@@ -81,7 +87,19 @@ def test_run_directory_and_result(tmp_path: Path) -> None:
     assert from_dict(TinyConfig, load_json(tmp_path / "config.json")) == config
     facts = load_json(tmp_path / "versions.json")["starts"][0]
     assert facts["torch"] == torch.__version__
-    assert set(facts) == {"sslfast", "torch", "python", "platform", "devices", "git", "command", "unix_seconds"}
+    asked = {
+        "sslfast",
+        "torch",
+        "python",
+        "platform",
+        "devices",
+        "git",
+        "command",
+        "unix_seconds",
+        "device",
+        "precision",
+    }
+    assert set(facts) == asked
     assert result.step == STEPS
     assert result.checkpoint == checkpoint_path(tmp_path / "checkpoints", STEPS)
     assert result.metrics["loss"] == log_values(tmp_path)[-1]["loss"]
@@ -278,6 +296,12 @@ def test_changed_configuration_is_one_line_with_every_field(tmp_path: Path) -> N
     assert from_dict(TinyConfig, load_json(tmp_path / "config.json")) == TinyConfig()
 
 
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "other", {"step": 1, "weights": torch.zeros(1)}, 1)
+    with pytest.raises(CorruptCheckpointError, match=r"is no checkpoint of a run \(method, optimizer, .* missing\)"):
+        run(tmp_path / "run", resume=path)
+
+
 def test_harmless_fields_may_change(tmp_path: Path, whole: Path) -> None:
     trainer = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet)
     stop_at(trainer, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -290,6 +314,19 @@ def test_harmless_fields_may_change(tmp_path: Path, whole: Path) -> None:
     assert same(last[0]["method"], last[1]["method"])
     assert same(last[0]["optimizer"], last[1]["optimizer"])
     assert [r["step"] for r in log_values(tmp_path)] == [3, 6, 9, 12, 14, 16, 18, 20, 22, 24]
+
+
+def test_another_precision_of_another_device_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet)
+    before = trainer.dtype
+    stop_at(trainer, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterruptedError):
+        trainer.fit()
+    after = torch.float32 if before == torch.bfloat16 else torch.bfloat16
+    monkeypatch.setattr("sslfast.trainer.resolve_precision", lambda precision, device: after)
+    lines: list[str] = []
+    run(tmp_path, report=lines.append)
+    assert lines[1:] == [f"precision was {before} so far and is {after} on this device"]
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
@@ -438,7 +475,9 @@ def test_device_and_precision() -> None:
 
 
 def test_summary_names_what_will_run(tmp_path: Path) -> None:
-    lines = dict(summary(Trainer(TinyConfig(recipe="tiny-recipe", device="cpu", precision="fp32"), ROWS, tmp_path / "run")))
+    lines = dict(
+        summary(Trainer(TinyConfig(recipe="tiny-recipe", device="cpu", precision="fp32"), ROWS, tmp_path / "run"))
+    )
     assert lines["recipe"] == "tiny-recipe"
     assert lines["data"] == "synthetic: 17 images"
     assert lines["device"].startswith("cpu (CPU), float32")
