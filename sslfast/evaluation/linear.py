@@ -1,0 +1,289 @@
+"""Linear classifier on frozen features, trained to the optimum: protocol ``linear-frozen-avgpool-lbfgs``.
+
+Features are the pooled output of the trunk in eval mode on centre crops, standardised per column with the training
+set's mean and deviation. One linear layer minimises
+
+    ``mean_i CE(W x_i + b, y_i) + λ/2 ‖W‖²``
+
+by full-batch L-BFGS in float64. λ is the one of ``strengths`` with the best accuracy on a fifth of the training
+images (of every class, drawn by Philox), the stronger at a tie; the layer is then trained again on all of them. The
+problem is convex, so no learning rate, schedule or augmentation hides in the number; numbers of protocols that train
+the layer by SGD on augmented images (MoCo's, Goyal et al.'s) are not comparable.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sslfast.distributed import resolve_device
+from sslfast.evaluation.features import (
+    EvaluationSet,
+    OnBadImage,
+    load_evaluation_set,
+    standard_error,
+    write_result,
+)
+from sslfast.evaluation.table import accuracy_table
+from sslfast.ops.philox import Stream, random_uint32
+
+PROTOCOL = "linear-frozen-avgpool-lbfgs"
+STRENGTHS = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
+HELD_OUT = 5
+"""One in this many training images of every class chooses λ."""
+
+
+@dataclass(kw_only=True)
+class LinearLayer:
+    """``logits = x @ weight + bias`` for standardised features."""
+
+    weight: Tensor
+    """``[D, C]`` float64."""
+    bias: Tensor
+    """``[C]`` float64."""
+    iterations: int
+    """L-BFGS iterations of the last fit."""
+    gradient: float
+    """Largest absolute entry of the gradient there."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return features @ self.weight + self.bias
+
+
+def fit_linear(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    strength: float,
+    start: LinearLayer | None = None,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-5,
+) -> LinearLayer:
+    """The minimum of ``mean CE(W x + b, y) + strength/2 ‖W‖²`` by L-BFGS with strong Wolfe line search.
+
+    Args:
+        features: ``[N, D]`` float64, standardised.
+        labels: ``[N]`` int64 in ``[0, classes)``.
+        classes: columns of the layer.
+        strength: λ, positive.
+        start: where to start from; None: zeros. The optimum does not depend on it.
+        max_iterations: bound.
+        tolerance: stop where no entry of the gradient is larger.
+    """
+    if not strength > 0:
+        raise ValueError(f"strength must be positive, got {strength=}")
+    columns = features.shape[1]
+    parameters = features.new_zeros(columns + 1, classes)
+    if start is not None:
+        parameters[:-1], parameters[-1] = start.weight, start.bias
+    parameters.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [parameters],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        history_size=20,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+    one_hot = torch.nn.functional.one_hot(labels, classes).to(features.dtype)
+
+    def closure() -> Tensor:
+        # The gradient in closed form: half the time of autograd, which keeps the [N, C] intermediates.
+        with torch.no_grad():
+            logits = torch.addmm(parameters[-1], features, parameters[:-1])
+            log_shares = logits.log_softmax(1)
+            loss = -(log_shares * one_hot).sum() / len(labels) + strength / 2 * parameters[:-1].square().sum()
+            residual = (log_shares.exp() - one_hot) / len(labels)
+            gradient = torch.empty_like(parameters)
+            torch.mm(features.T, residual, out=gradient[:-1])
+            gradient[:-1] += strength * parameters[:-1]
+            gradient[-1] = residual.sum(0)
+            parameters.grad = gradient
+        return loss
+
+    optimizer.step(closure)
+    closure()
+    assert parameters.grad is not None
+    solution = parameters.detach()
+    return LinearLayer(
+        weight=solution[:-1],
+        bias=solution[-1],
+        iterations=int(optimizer.state[parameters]["n_iter"]),
+        gradient=parameters.grad.abs().max().item(),
+    )
+
+
+def held_out_mask(labels: Tensor, *, seed: int = 0) -> Tensor:
+    """``[N]`` bool: a fifth (rounded down) of the rows of every class, by Philox draws of (seed, row).
+
+    Raises:
+        ValueError: no class has five images.
+    """
+    count = len(labels)
+    draws = random_uint32(torch.arange(count), 1, seed=seed, stream=Stream.PROBE_SPLIT, step=0)[:, 0]
+    mask = torch.zeros(count, dtype=torch.bool)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero()[:, 0]
+        mask[rows[draws[rows].argsort(stable=True)][: len(rows) // HELD_OUT]] = True
+    if not mask.any():
+        raise ValueError(
+            f"no class has {HELD_OUT} training images, so none can be held out to choose the L2 strength; "
+            "give more images, or one strength"
+        )
+    return mask
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """A trained linear probe and how its strength was chosen."""
+
+    layer: LinearLayer
+    mean: Tensor
+    """``[D]`` of the training features."""
+    deviation: Tensor
+    """``[D]``; 1 where a column does not vary."""
+    strength: float
+    """Chosen λ."""
+    held_out: dict[float, float]
+    """λ -> accuracy on the held-out fifth; empty where only one was given."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits ``[N, C]`` float64 of features ``[N, D]``."""
+        return self.layer((features.double() - self.mean) / self.deviation)
+
+
+def train_probe(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> Probe:
+    """Choose λ on a held-out fifth, then train on everything.
+
+    Args:
+        features: ``[N, D]`` float.
+        labels: ``[N]`` int64 in ``[0, classes)``, on the same device.
+        classes: number of classes.
+        strengths: candidates for λ, each positive.
+        seed: of the held-out draw.
+
+    Raises:
+        ValueError: no or a non-positive strength, non-finite features, too few images to hold any out.
+    """
+    if not strengths or min(strengths) <= 0:
+        raise ValueError(f"strengths must be positive numbers, at least one, got {tuple(strengths)}")
+    if not bool(features.isfinite().all()):
+        raise ValueError("features hold infinite values or NaN; the encoder's weights are broken")
+    features = features.double()
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    # A column that does not vary but for rounding carries nothing; dividing by its deviation would make it noise.
+    deviation = torch.where(deviation > 1e-7 * (1 + mean.abs()), deviation, 1.0)
+    standard = (features - mean) / deviation
+    ordered = sorted(set(strengths), reverse=True)
+    held_out: dict[float, float] = {}
+    best = ordered[0]
+    if len(ordered) > 1:
+        out = held_out_mask(labels.cpu(), seed=seed).to(labels.device)
+        layer = None
+        for strength in ordered:  # from strong to weak, each starting at the one before
+            layer = fit_linear(standard[~out], labels[~out], classes=classes, strength=strength, start=layer)
+            held_out[strength] = (layer(standard[out]).argmax(1) == labels[out]).double().mean().item()
+        best = max(ordered, key=lambda strength: held_out[strength])
+    layer = fit_linear(standard, labels, classes=classes, strength=best)
+    return Probe(layer=layer, mean=mean, deviation=deviation, strength=best, held_out=held_out)
+
+
+def evaluate_linear(
+    run: Path,
+    data: Path,
+    *,
+    strengths: tuple[float, ...] = STRENGTHS,
+    seed: int = 0,
+    size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    on_bad_image: OnBadImage = "error",
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Accuracy of a linear classifier on a run's frozen features, beside the untrained encoder and raw pixels.
+
+    Args:
+        run: run directory that sslfast pretrain wrote.
+        data: folder with train/<class>/ and val/<class>/.
+        strengths: L2 strengths to choose from on a held-out fifth of train.
+        seed: of the held-out draw.
+        size: side of the images in pixels; default: that of the run.
+        batch_size: images per forward pass.
+        workers: decoding threads; 0: none besides the main one.
+        device: auto, cpu, cuda or cuda:N.
+        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+        output: JSON file to write; default: RUN/evaluation/linear.json.
+    """
+    if not strengths or min(strengths) <= 0:
+        raise ValueError(f"strengths must be positive numbers, at least one, got {strengths}")
+    evaluation = load_evaluation_set(
+        run, data, size=size, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
+    )
+    path = Path(run) / "evaluation" / "linear.json" if output is None else output
+    return linear_result(evaluation, strengths=strengths, seed=seed, device=device, output=path)
+
+
+def linear_result(
+    evaluation: EvaluationSet,
+    *,
+    strengths: tuple[float, ...] = STRENGTHS,
+    seed: int = 0,
+    device: str = "auto",
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """The result of :func:`evaluate_linear` from features that are already there."""
+    chosen = resolve_device(device)
+    train_labels, val_labels = evaluation.train_labels.to(chosen), evaluation.val_labels.to(chosen)
+    classes = len(evaluation.classes)
+    rows = []
+    for name, features in evaluation.train.items():
+        probe = train_probe(features.to(chosen), train_labels, classes=classes, strengths=strengths, seed=seed)
+        logits = probe(evaluation.val[name].to(chosen))
+        order = logits.topk(min(5, classes), dim=1).indices
+        hits = order == val_labels[:, None]
+        top1, top5 = hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
+        rows.append(
+            {
+                "encoder": name,
+                "protocol": PROTOCOL,
+                "features": features.shape[1],
+                "top1": top1,
+                "top1_standard_error": standard_error(top1, len(val_labels)),
+                "top5": top5,
+                "top5_standard_error": standard_error(top5, len(val_labels)),
+                "validation_loss": cross_entropy(logits, val_labels).item(),
+                "strength": probe.strength,
+                "held_out_top1": {f"{key:g}": value for key, value in probe.held_out.items()},
+                "iterations": probe.layer.iterations,
+                "largest_gradient": probe.layer.gradient,
+            }
+        )
+    result = {
+        "protocol": PROTOCOL,
+        "strengths": list(strengths),
+        "held_out_seed": seed,
+        "results": rows,
+        **evaluation.facts,
+    }
+    if output is not None:
+        write_result(result, output)
+    return result
+
+
+def render_table(result: dict[str, Any]) -> str:
+    """The result as a small table for a terminal."""
+    return accuracy_table(result)
