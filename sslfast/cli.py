@@ -1,6 +1,5 @@
 """The command ``sslfast``. This file imports nothing heavy: each command imports what it needs when it runs."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -67,18 +66,24 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _evaluate_knn(arguments: list[str]) -> int:
-    from sslfast.evaluation.knn import evaluate_knn
+    from sslfast.evaluation import knn
 
-    return _evaluate(evaluate_knn, arguments, "sslfast evaluate knn")
+    return _evaluate(knn.evaluate_knn, knn.render_table, arguments, "sslfast evaluate knn")
 
 
 def _evaluate_linear(arguments: list[str]) -> int:
-    from sslfast.evaluation.linear import evaluate_linear
+    from sslfast.evaluation import linear
 
-    return _evaluate(evaluate_linear, arguments, "sslfast evaluate linear")
+    return _evaluate(linear.evaluate_linear, linear.render_table, arguments, "sslfast evaluate linear")
 
 
-def _evaluate(function: Callable[..., dict[str, Any]], arguments: list[str], prog: str) -> int:
+def _evaluate(
+    function: Callable[..., dict[str, Any]],
+    render: Callable[[dict[str, Any]], str],
+    arguments: list[str],
+    prog: str,
+) -> int:
+    """Run an evaluation whose options are the arguments of its function; it writes its own JSON file."""
     import tyro
 
     from sslfast.commands import parse
@@ -86,7 +91,7 @@ def _evaluate(function: Callable[..., dict[str, Any]], arguments: list[str], pro
     result = parse(function, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
     if isinstance(result, int):
         return result
-    print(json.dumps(result, indent=2, default=str))
+    print(render(result))
     return 0
 
 

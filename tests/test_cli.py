@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -248,6 +247,13 @@ def test_data_check_of_good_images(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["data", "check"]) == 2
 
 
+def test_evaluation_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path / split, 8)
+    assert cli.main(["evaluate", "knn", str(tmp_path / "no_run"), str(tmp_path)]) == 2
+    assert "no_run" in error_line(capsys)
+
+
 def test_evaluation_options_come_from_the_function(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,8 +267,11 @@ def test_evaluation_options_come_from_the_function(
         """
         return {"run": run, "accuracy": neighbours / 100}
 
-    assert cli._evaluate(evaluate, ["RUN", "DATA", "--neighbours", "5"], "sslfast evaluate knn") == 0
-    assert json.loads(capsys.readouterr().out) == {"run": "RUN", "accuracy": 0.05}
-    assert cli._evaluate(evaluate, ["--help"], "sslfast evaluate knn") == 0
+    def run(*arguments: str) -> int:
+        return cli._evaluate(evaluate, str, list(arguments), "sslfast evaluate knn")
+
+    assert run("RUN", "DATA", "--neighbours", "5") == 0
+    assert capsys.readouterr().out == f"{{'run': {Path('RUN')!r}, 'accuracy': 0.05}}\n"
+    assert run("--help") == 0
     assert "how many vote" in capsys.readouterr().out
-    assert cli._evaluate(evaluate, ["RUN"], "sslfast evaluate knn") == 2
+    assert run("RUN") == 2
