@@ -20,6 +20,18 @@ class ResNetConfig:
     for images up to 64 px."""
 
 
+class _StridedConv(nn.Conv2d):
+    """A strided 3x3 convolution that takes stride 1 on 1x1 maps, where the stride changes nothing.
+
+    oneDNN's bf16 weight gradient of the strided form reads memory there that it never wrote (torch 2.11, CPU): random,
+    often NaN. Patches of 16 px reach res5 as 1x1 maps.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = self.stride if max(x.shape[-2:]) > 1 else (1, 1)
+        return nn.functional.conv2d(x, self.weight, self.bias, stride, self.padding)
+
+
 class ResNetTrunk(nn.Module):
     """Images to pooled res5 features.
 
@@ -52,6 +64,9 @@ class ResNetTrunk(nn.Module):
             net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (2, 2):
+                module.__class__ = _StridedConv
         self.out_features = net.fc.in_features
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))

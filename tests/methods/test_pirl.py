@@ -244,6 +244,23 @@ def test_trunk_is_torchvisions(name: str) -> None:
     torch.testing.assert_close(maps[-1].mean(dim=(2, 3)), trunk(images), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_strided_convolutions_on_single_pixels() -> None:
+    """16 px patches reach res5 as 1x1 maps; the bf16 weight gradient there is that of fp32, rounded."""
+    conv = build_trunk(ResNetConfig(name="resnet18"), seed=0).layer4[0].conv1  # type: ignore[index]
+    maps = torch.randn(64, 256, 1, 1)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        junk = [torch.full((512 * 256 * 9,), float("nan")) for _ in range(4)]
+        del junk  # whatever is read without having been written is NaN now
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = conv(maps)
+        assert out.shape == (64, 512, 1, 1)
+        out.float().square().sum().backward()
+        gradients.append(conv.weight.grad.clone())
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+
+
 def test_small_stem_keeps_resolution() -> None:
     trunk = build_trunk(ResNetConfig(name="resnet18", stem="small"), seed=0)
     assert [m.shape[-1] for m in trunk.stages(torch.randn(1, 3, 32, 32))] == [32, 32, 16, 8, 4]
