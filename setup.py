@@ -93,7 +93,7 @@ def plan_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
             stop("SSLFAST_CUDA=1, but nvcc was not found; put it on PATH or set CUDA_HOME")
         return None, "CPU build: no CUDA compiler (nvcc) found"
     if choice == "auto" and torch_cuda is None:
-        return None, "CPU build: the installed torch has no CUDA; SSLFAST_CUDA=1 compiles the kernels all the same"
+        return None, "CPU build: the installed torch has no CUDA (SSLFAST_CUDA=1 compiles the kernels all the same)"
     return nvcc, f"CUDA build: nvcc found, torch has CUDA {torch_cuda or 'no runtime'}"
 
 
@@ -128,7 +128,7 @@ class CMakeBuild(build_ext):
             "PYBIND11_FINDPYTHON": "ON",
             "SSLFAST_TORCH_DIR": torch_dir,
             "SSLFAST_VERSION": self.distribution.get_version(),
-            "SSLFAST_BUILD_NOTE": note,
+            "SSLFAST_BUILD_NOTE": note,  # no semicolon: CMake would take it for a list
             "SSLFAST_WITH_CUDA": "ON" if nvcc else "OFF",
         }
         if nvcc:
