@@ -124,6 +124,8 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "Python_EXECUTABLE": sys.executable,
+            # Named each time: an isolated build brings its own ninja under another path than the one cached.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "PYBIND11_FINDPYTHON": "ON",
             "SSLFAST_TORCH_DIR": torch_dir,
@@ -141,9 +143,7 @@ class CMakeBuild(build_ext):
         print(f"sslfast: torch {torch_version}" + (f"; architectures {arch_list}" if nvcc else ""), flush=True)
 
         cmake = shutil.which("cmake") or "cmake"
-        # An isolated build brings its own cmake and ninja under new paths each time; a cache would keep the old ones.
-        fresh = ["--fresh"] if "--no-build-isolation" not in sys.argv and "pip-build-env" in sys.path[0] else []
-        command = [cmake, "-G", "Ninja", *fresh, "-S", str(ROOT), "-B", str(build_dir)]
+        command = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir)]
         subprocess.run([*command, *(f"-D{key}={value}" for key, value in options.items())], check=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run([cmake, "--build", str(build_dir), *jobs], check=True)
