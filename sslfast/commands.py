@@ -82,7 +82,7 @@ def preview(arguments: list[str]) -> int:
 
     from sslfast.figures.preview import write_preview
 
-    views = chosen.config.method.views()
+    views = chosen.config.method.preview_views()
     write_preview(chosen.data, views, chosen.output, count=chosen.count, seed=chosen.config.seed)
     print(chosen.output)
     return 0

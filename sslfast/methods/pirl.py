@@ -84,6 +84,15 @@ class PIRL(nn.Module):
                 }[self.pretext]
             return views
 
+        def preview_views(self) -> dict[str, ViewConfig]:
+            """``views()`` as a run draws them, then the transforms that this configuration leaves out."""
+            views = self.views()
+            if "jigsaw" not in self.pretext or PRETEXT not in views:
+                views["jigsaw"] = self.jigsaw_view
+            if self.pretext != "rotation" or PRETEXT not in views:
+                views["rotation"] = self.rotation_view
+            return views
+
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             if not 0 <= self.pretext_weight <= 1:
