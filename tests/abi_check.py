@@ -17,8 +17,9 @@ from sslfast import ops
 
 def main() -> None:
     """Every op against its reference, through the dispatcher, autograd and torch.library.opcheck."""
+    torch.manual_seed(0)
     bank, index = normalize(torch.randn(90, 24), dim=1), torch.tensor([4, 4, 80])
-    query = torch.randn(2, 3, 24, requires_grad=True)
+    query = normalize(torch.randn(2, 3, 24), dim=-1).requires_grad_()
     passed = 0
 
     for loss in ("infonce", "nce"):
@@ -26,7 +27,7 @@ def main() -> None:
         expected = ops.bank_nce_reference(query, bank, index, num_negatives=19, loss=loss, z=200.0)
         torch.testing.assert_close(value, expected)
         gradients = [torch.autograd.grad(x.sum(), query)[0] for x in (value, expected)]
-        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)  # gradients reach 1 / temperature
         passed += 1
 
     draw = {"num_negatives": 19, "num_rows": 90, "seed": 1, "step": 2}
