@@ -77,6 +77,12 @@ def _evaluate_linear(arguments: list[str]) -> int:
     return _evaluate(linear.evaluate_linear, linear.render_table, arguments, "sslfast evaluate linear")
 
 
+def _neighbours(arguments: list[str]) -> int:
+    from sslfast.figures.neighbours import run_neighbours
+
+    return _evaluate(run_neighbours, lambda result: str(result["output"]), arguments, "sslfast neighbours")
+
+
 def _evaluate(
     function: Callable[..., dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
@@ -150,6 +156,7 @@ COMMANDS = {
         _group("evaluate", EVALUATIONS),
     ),
     "preview": Command("preview DATA --recipe NAME -o FILE", "picture sheet of what the network sees", _preview),
+    "neighbours": Command("neighbours RUN DATA", "picture sheet of images and their nearest neighbours", _neighbours),
     "data": Command("data check DIR", "find the images that cannot be used", _group("data", DATA_COMMANDS)),
     "info": Command("info", "versions, devices, what is usable here and why not", _info),
     "demo": Command("demo", "pretrain and evaluate on real photographs in minutes", _demo),

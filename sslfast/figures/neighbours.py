@@ -7,12 +7,13 @@ similarity. Several encoders stand side by side for the same queries.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.evaluation.features import EvaluationSet
+from sslfast.evaluation.features import EvaluationSet, OnBadImage, load_evaluation_set
 from sslfast.evaluation.knn import nearest_neighbours
 from sslfast.images import decode_full, quiet_pillow, read_bytes
 
@@ -105,6 +106,39 @@ def write_neighbours(
     output.parent.mkdir(parents=True, exist_ok=True)
     neighbour_sheet(sheet, title=title).save(output)
     return output
+
+
+def run_neighbours(
+    run: Path,
+    data: Path,
+    *,
+    output: Path = Path("neighbours.png"),
+    queries: int = 12,
+    k: int = 6,
+    size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    on_bad_image: OnBadImage = "error",
+) -> dict[str, Any]:
+    """Picture sheet of validation images and the training images most similar to them, for a run and its baselines.
+
+    Args:
+        run: run directory that sslfast pretrain wrote.
+        data: folder with train/<class>/ and val/<class>/.
+        output: picture to write.
+        queries: validation images, at most the number of classes.
+        k: neighbours of each.
+        size: side of the images in pixels; default: that of the run.
+        batch_size: images per forward pass.
+        workers: decoding threads; 0: none besides the main one.
+        device: auto, cpu, cuda or cuda:N.
+        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+    """
+    evaluation = load_evaluation_set(
+        run, data, size=size, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
+    )
+    return {"output": str(write_neighbours(evaluation, output, queries=queries, k=k))}
 
 
 def choose_queries(labels: Tensor, count: int) -> Tensor:

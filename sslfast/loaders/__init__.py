@@ -133,5 +133,6 @@ def _status(name: str) -> tuple[bool, str, str]:
         status: tuple[bool, str, str] = importlib.import_module(f"sslfast.loaders.{name}").status()
     except ImportError as error:
         package = error.name or name
-        return False, f"Python package {package!r} is not installed", f"pip install {DISTRIBUTIONS.get(package, package)}"
+        remedy = f"pip install {DISTRIBUTIONS.get(package, package)}"
+        return False, f"Python package {package!r} is not installed", remedy
     return status
