@@ -111,6 +111,34 @@ def pirl_small() -> TrainConfig:
     )
 
 
+def demo() -> TrainConfig:
+    """PIRL in minutes on two CPU cores, for the crops of ``sslfast demo``: ResNet-18 with the ImageNet stem on 48 px,
+    batch 32 (so small a set needs many steps more than large batches), InfoNCE with temperature 0.1."""
+    colour = AugmentConfig(hue=0.1, jitter_probability=0.8)
+    image = ViewConfig(crop=CropConfig(size=48, scale=(0.2, 1.0)), augment=colour)
+    return TrainConfig(
+        recipe="demo",
+        method=PIRL.Config(
+            num_negatives=1024,
+            loss="infonce",
+            temperature=0.1,
+            image_view=image,
+            jigsaw_view=ViewConfig(
+                crop=CropConfig(size=48, scale=(0.6, 1.0)),
+                jigsaw=JigsawConfig(grid=3, patch_size=14),
+                augment=replace(colour, flip_probability=0.0),
+            ),
+            rotation_view=replace(image, rotation=True),
+        ),
+        model=ResNetConfig(name="resnet18", stem="imagenet"),
+        optim=OptimConfig(lr_per_256_images=0.72, final_lr_per_256_images=0.0, lr_update="step", weight_decay=5e-4),
+        epochs=40,
+        batch_size=32,
+        log_every_steps=16,
+        checkpoint_every_steps=160,
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "pirl-paper": pirl_paper,
     "pirl-vissl": pirl_vissl,
@@ -118,4 +146,5 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "pirl-rotation-jigsaw": pirl_rotation_jigsaw,
     "npid": npid,
     "pirl-small": pirl_small,
+    "demo": demo,
 }
