@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
       "-> (Tensor, Tensor, Tensor)");
   // bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features); of a repeated index the last wins.
   m.def("bank_update_(Tensor(a!) bank, Tensor index, Tensor features, float momentum) -> ()");
+  // Keys [B, D] into a ring of N rows from row head on; head (0-d int64) moves on by B modulo N.
+  m.def("bank_enqueue_(Tensor(a!) bank, Tensor(b!) head, Tensor keys) -> ()");
+  // Every target = momentum * target + (1 - momentum) * source; momentum_tensor (0-d), where given, replaces momentum.
+  m.def("ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor? momentum_tensor, float momentum) -> ()");
   // Images [N, C, S, S] turned counter-clockwise by quarter_turns [N].
   m.def("rotate90(Tensor images, Tensor quarter_turns) -> Tensor");
   // Patches [N, grid^2, C, p, p] of images [N, C, H, W]; slot j shows cell permutation[n, j], moved by its offset.

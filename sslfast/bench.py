@@ -39,6 +39,33 @@ def scatter_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: 
     bank.index_copy_(0, index, rows.div_(rows.norm(dim=1, keepdim=True)))
 
 
+def slice_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
+    """MoCo's queue: the head is read on the host and the bank's rows must be a multiple of the batch."""
+    start = int(head)
+    bank[start : start + len(keys)] = keys
+    head.fill_((start + len(keys)) % len(bank))
+
+
+def loop_ema_(targets: list[Tensor], sources: list[Tensor], *, momentum: float) -> None:
+    """MoCo's momentum encoder: one tensor after the other."""
+    for target, source in zip(targets, sources, strict=True):
+        target.mul_(momentum).add_(source, alpha=1 - momentum)
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """Shapes of ResNet-50's 161 parameters (He et al. 2016, 25.6 million values), in the order of its layers."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            kernels = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            kernels += [(4 * width, inputs, 1, 1)] if block == 0 else []
+            for kernel in kernels:
+                shapes += [kernel, kernel[:1], kernel[:1]]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
 @dataclass
 class Case:
     """One op at one size: what each implementation does in one call, and the bytes that must move at least."""
@@ -121,6 +148,52 @@ def bank_update_case(device: torch.device, *, batch: int = 1024, num_rows: int =
     return Case("bank_update_", f"B={batch} D=128 N={num_rows} float32", implementations, 3 * batch * 512, check)
 
 
+def bank_enqueue_case(device: torch.device, *, batch: int = 256, num_rows: int = 65_536) -> Case:
+    """One batch of keys into MoCo's queue (batch 256, 65,536 keys, section 4.1)."""
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(num_rows, 128, generator=generator), dim=1).to(device)
+    keys = normalize(torch.randn(batch, 128, generator=generator), dim=1).to(device)
+    head = torch.zeros((), dtype=torch.int64, device=device)
+
+    def check() -> None:
+        ours, theirs = (bank.clone(), head.clone()), (bank.clone(), head.clone())
+        ops.bank_enqueue_(*ours, keys)
+        slice_enqueue_(*theirs, keys)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+    implementations = {
+        "eager slice": lambda: slice_enqueue_(bank, head, keys),
+        "sslfast": lambda: ops.bank_enqueue_(bank, head, keys),
+    }
+    return Case("bank_enqueue_", f"B={batch} D=128 N={num_rows} float32", implementations, 2 * batch * 512, check)
+
+
+def ema_update_case(device: torch.device, *, source_dtype: torch.dtype = torch.float32) -> Case:
+    """The momentum encoder of a ResNet-50: fp32 targets."""
+    generator = torch.Generator().manual_seed(0)
+    targets = [torch.randn(shape, generator=generator).to(device) for shape in resnet50_shapes()]
+    sources = [torch.randn(shape, generator=generator).to(device, source_dtype) for shape in resnet50_shapes()]
+    momentum = 0.999
+
+    def check() -> None:
+        ours, theirs = [t.clone() for t in targets], [t.clone() for t in targets]
+        ops.ema_update_(ours, sources, momentum=momentum)
+        loop_ema_(theirs, sources, momentum=momentum)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+
+    implementations: dict[str, Callable[[], Any]] = {
+        "eager loop": lambda: loop_ema_(targets, sources, momentum=momentum)
+    }
+    if source_dtype == torch.float32:  # one dtype for both lists
+        implementations["_foreach_lerp_"] = lambda: torch._foreach_lerp_(targets, sources, 1 - momentum)
+    implementations["sslfast"] = lambda: ops.ema_update_(targets, sources, momentum=momentum)
+    floor = sum(t.numel() * (8 + s.element_size()) for t, s in zip(targets, sources, strict=True))
+    size = f"ResNet-50, {len(targets)} tensors, {str(source_dtype)[6:]} to float32"
+    return Case("ema_update_", size, implementations, floor, check)
+
+
 def negative_rows_case(device: torch.device, *, batch: int = 256, num_negatives: int = 4096) -> Case:
     """Drawing the rows alone; the eager form is torch.randint, which cannot exclude the sample or be replayed."""
     index, rows = torch.arange(batch, device=device), 1_281_167
@@ -176,6 +249,9 @@ def op_cases(device: torch.device) -> list[Case]:
         bank_nce_case(device, loss="nce"),
         negative_rows_case(device),
         bank_update_case(device),
+        bank_enqueue_case(device),
+        ema_update_case(device),
+        ema_update_case(device, source_dtype=torch.bfloat16),
         *pixel_cases(device),
     ]
 

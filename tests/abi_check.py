@@ -38,17 +38,33 @@ def main() -> None:
     ops.bank_update_reference(theirs, index, query[0])
     torch.testing.assert_close(ours, theirs)
 
+    rings = [(bank.clone(), torch.tensor(88)) for _ in range(2)]
+    ops.bank_enqueue_(*rings[0], query[0])
+    ops.bank_enqueue_reference(*rings[1], query[0])
+    assert torch.equal(rings[0][0], rings[1][0])
+    assert rings[0][1] == 1
+    encoders = [[bank.clone(), bank[:3, :1].clone(), query[1].detach().double()] for _ in range(2)]
+    sources = [bank.flip(0).bfloat16(), bank[5:8, :1], query[0]]
+    for momentum in (0.9, torch.tensor(0.2)):
+        ops.ema_update_(encoders[0], sources, momentum=momentum)
+        ops.ema_update_reference(encoders[1], sources, momentum=momentum)
+    for mine, other in zip(*encoders, strict=True):
+        torch.testing.assert_close(mine, other)
+
     images = torch.randint(256, (3, 3, 31, 31), dtype=torch.uint8)
     turns = torch.tensor([1, 2, 3])
     assert torch.equal(ops.rotate90(images, turns), ops.rotate90_reference(images, turns))
     order, offsets = torch.rand(3, 9).argsort(1), torch.randint(3, (3, 9, 2))
     patches = ops.jigsaw_patches(images, order, offsets, patch_size=8)
     assert torch.equal(patches, ops.jigsaw_patches_reference(images, order, offsets, patch_size=8))
-    passed += 4
+    passed += 6
 
     torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, None, 2, 19, 90, 1, True))
     torch.library.opcheck(torch.ops.sslfast.bank_update_.default, (bank, index, query[0].detach(), 0.5))
-    passed += 2
+    torch.library.opcheck(torch.ops.sslfast.bank_enqueue_.default, (*rings[0], query[0].detach()))
+    lists = (encoders[0], [source.detach() for source in sources])
+    torch.library.opcheck(torch.ops.sslfast.ema_update_.default, (*lists, None, 0.9))
+    passed += 4
 
     built = ops.build_info()["note"]
     print(f"binary ABI beside torch {torch.__version__} ({built})")

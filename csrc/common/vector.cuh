@@ -34,4 +34,15 @@ __device__ __forceinline__ void load4(const torch::headeronly::Half* __restrict_
   x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
 }
 
+// Four neighbouring elements as they are stored: for memory that the kernel also writes (no __ldg), and for stores.
+template <typename T>
+struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
+  T x[4];
+};
+
+template <typename T>
+__device__ __forceinline__ bool is_quad_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % alignof(Quad<T>) == 0;
+}
+
 }  // namespace sslfast

@@ -1,18 +1,24 @@
 """The ops of sslfast. Importing this needs torch and the compiled core, nothing else."""
 
 from sslfast.ops._library import build_info
+from sslfast.ops.bank_enqueue_ import bank_enqueue_, bank_enqueue_reference
 from sslfast.ops.bank_nce import bank_nce, bank_nce_reference, estimate_z
 from sslfast.ops.bank_update_ import bank_update_, bank_update_reference
+from sslfast.ops.ema_update_ import ema_update_, ema_update_reference
 from sslfast.ops.jigsaw_patches import jigsaw_patches, jigsaw_patches_reference
 from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 from sslfast.ops.rotate90 import rotate90, rotate90_reference
 
 __all__ = [
+    "bank_enqueue_",
+    "bank_enqueue_reference",
     "bank_nce",
     "bank_nce_reference",
     "bank_update_",
     "bank_update_reference",
     "build_info",
+    "ema_update_",
+    "ema_update_reference",
     "estimate_z",
     "jigsaw_patches",
     "jigsaw_patches_reference",

@@ -1,0 +1,57 @@
+// bank_enqueue_: checks and where the keys go in the ring.
+#pragma once
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/philox.h"  // SSLFAST_HD
+
+namespace sslfast {
+
+// Of B keys the last min(B, N) stay. Key `skipped + k` goes to row `(head + skipped + k) mod N`, so no two of them
+// meet.
+struct Ring {
+  int64_t num_rows, batch, skipped, kept;
+
+  Ring(int64_t num_rows, int64_t batch)
+      : num_rows(num_rows),
+        batch(batch),
+        skipped(std::max<int64_t>(batch - num_rows, 0)),
+        kept(std::min(batch, num_rows)) {}
+
+  SSLFAST_HD int64_t start(int64_t head) const { return (head + skipped) % num_rows; }
+  SSLFAST_HD int64_t row(int64_t start, int64_t k) const {
+    return start + k < num_rows ? start + k : start + k - num_rows;
+  }
+  SSLFAST_HD int64_t advanced(int64_t head) const { return (head + batch) % num_rows; }
+};
+
+inline void check_bank_enqueue(const Tensor& bank,    // [N, D]
+                               const Tensor& head,    // []
+                               const Tensor& keys) {  // [B, D]
+  constexpr const char* op = "bank_enqueue_";
+  SSLFAST_CHECK(bank.dim() == 2 && bank.size(0) > 0, op, ": bank must have shape [N, D] with N >= 1, got ",
+                shape_string(bank));
+  SSLFAST_CHECK(bank.is_contiguous(), op, ": bank must be contiguous, it is updated in place");
+  SSLFAST_CHECK(is_floating(bank.scalar_type()), op, ": bank must be fp32, fp64, bf16 or fp16");
+  SSLFAST_CHECK(is_floating(keys.scalar_type()), op, ": keys must be fp32, fp64, bf16 or fp16");
+  SSLFAST_CHECK(head.dim() == 0, op, ": head must be 0-d, got shape ", shape_string(head));
+  SSLFAST_CHECK(head.scalar_type() == ScalarType::Long, op, ": head must be int64; convert it with .long()");
+  SSLFAST_CHECK(keys.dim() == 2 && keys.size(1) == bank.size(1), op, ": keys must have shape [B, D] = [B, ",
+                bank.size(1), "], got ", shape_string(keys));
+  check_same_device(op, "head", head, "bank", bank);
+  check_same_device(op, "keys", keys, "bank", bank);
+}
+
+// A row that is read as a key while it is written as a bank row would depend on threads.
+inline void check_apart(const Tensor& bank, const Tensor& keys /* contiguous */) {
+  if (keys.numel() == 0) return;
+  const char* bank_begin = static_cast<const char*>(bank.const_data_ptr());
+  const char* keys_begin = static_cast<const char*>(keys.const_data_ptr());
+  const bool apart = keys_begin + keys.numel() * keys.element_size() <= bank_begin ||
+                     bank_begin + bank.numel() * bank.element_size() <= keys_begin;
+  SSLFAST_CHECK(apart, "bank_enqueue_: keys must not share memory with bank; pass keys.clone()");
+}
+
+}  // namespace sslfast

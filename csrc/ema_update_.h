@@ -1,0 +1,151 @@
+// ema_update_: checks, the flat memory that both devices walk, and the arithmetic of one element.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/philox.h"  // SSLFAST_HD
+
+namespace sslfast {
+
+// target + weight * (source - target), written so that weight 0, weight 1 and source == target are exact.
+template <typename A>
+SSLFAST_HD A move_toward(A target, A source, A weight) {
+  const A difference = source - target;
+  return weight < A(0.5) ? target + weight * difference : source - (A(1) - weight) * difference;
+}
+
+// One pair of tensors as flat memory: element i of target belongs to element i of source.
+struct Span {
+  void* target;
+  const void* source;
+  int64_t elements;
+  ScalarType target_type, source_type;
+};
+
+struct Plan {
+  std::vector<Span> spans;                            // none empty
+  std::vector<Tensor> copies;                         // keeps the memory of contiguous copies
+  std::vector<std::pair<Tensor, Tensor>> write_back;  // targets that are not flat, and their contiguous copies
+};
+
+// Every element of t lies at its own place and there are no gaps, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Strides of dimensions of size 1 mean nothing: channels_last 1x1 weights have others than contiguous ones.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+inline bool is_flat_pair(const Tensor& target, const Tensor& source) {
+  return (target.is_contiguous() && source.is_contiguous()) || (is_dense(target) && same_strides(target, source));
+}
+
+inline void check_ema_pair(size_t i, const Tensor& target, const Tensor& source, const Tensor& first) {
+  constexpr const char* op = "ema_update_";
+  for (const auto& [list, t] : {std::pair("targets", &target), std::pair("sources", &source)}) {
+    SSLFAST_CHECK(is_floating(t->scalar_type()), op, ": ", list, "[", i, "] must be fp32, fp64, bf16 or fp16, got ",
+                  torch::headeronly::toString(t->scalar_type()),
+                  "; leave integer buffers such as num_batches_tracked out and copy them with target.copy_(source)");
+    SSLFAST_CHECK(t->is_cuda() == first.is_cuda() && t->get_device_index() == first.get_device_index(), op, ": ", list,
+                  "[", i, "] and targets[0] must be on the same device; move one of them with .to(device)");
+  }
+  bool same_shape = target.dim() == source.dim();
+  for (int64_t d = 0; same_shape && d < target.dim(); ++d) same_shape = target.size(d) == source.size(d);
+  SSLFAST_CHECK(same_shape, op, ": sources[", i, "] must have shape ", shape_string(target), " as targets[", i,
+                "], got ", shape_string(source));
+  for (int64_t d = 0; d < target.dim(); ++d) {
+    SSLFAST_CHECK(target.stride(d) != 0 || target.size(d) <= 1 || target.numel() == 0, op, ": targets[", i,
+                  "] is expanded, several of its elements share memory; pass a .clone()");
+  }
+}
+
+// Two targets in the same memory would be updated in an order that depends on threads.
+inline void check_targets_apart(const std::vector<Tensor>& targets) {
+  struct Place {
+    const char *begin, *end;
+    size_t i;
+  };
+  std::vector<Place> places;
+  places.reserve(targets.size());
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const Tensor& t = targets[i];
+    if (t.numel() == 0) continue;
+    const char* begin = static_cast<const char*>(t.const_data_ptr());
+    // Columns of one matrix may interleave: of a target with gaps only the first element counts.
+    places.push_back({begin, begin + (is_dense(t) ? t.numel() : 1) * static_cast<int64_t>(t.element_size()), i});
+  }
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.begin < b.begin; });
+  for (size_t p = 1; p < places.size(); ++p) {
+    SSLFAST_CHECK(places[p - 1].end <= places[p].begin, "ema_update_: targets[", places[p - 1].i, "] and targets[",
+                  places[p].i, "] share memory; pass tied weights once");
+    places[p].end = std::max(places[p].end, places[p - 1].end);
+  }
+}
+
+inline void check_ema_update(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
+                             const std::optional<Tensor>& momentum_tensor, double momentum) {
+  constexpr const char* op = "ema_update_";
+  SSLFAST_CHECK(targets.size() == sources.size(), op, ": as many sources as targets are needed, got ", targets.size(),
+                " and ", sources.size());
+  SSLFAST_CHECK(momentum >= 0 && momentum <= 1, op, ": momentum must be in [0, 1], got ", momentum);
+  for (size_t i = 0; i < targets.size(); ++i) check_ema_pair(i, targets[i], sources[i], targets[0]);
+  if (momentum_tensor) {
+    SSLFAST_CHECK(momentum_tensor->dim() == 0 && (momentum_tensor->scalar_type() == ScalarType::Float ||
+                                                  momentum_tensor->scalar_type() == ScalarType::Double),
+                  op, ": momentum must be a float or a 0-d fp32 or fp64 tensor, got ",
+                  torch::headeronly::toString(momentum_tensor->scalar_type()), " of shape ",
+                  shape_string(*momentum_tensor));
+    if (!targets.empty()) check_same_device(op, "momentum", *momentum_tensor, "targets[0]", targets[0]);
+  }
+  check_targets_apart(targets);
+}
+
+// Pairs of dense tensors with equal strides (contiguous, channels_last) are flat as they are; others go through
+// contiguous copies, targets back again in finish().
+inline Plan plan_ema_update(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
+  Plan plan;
+  plan.spans.reserve(targets.size());
+  for (size_t i = 0; i < targets.size(); ++i) {
+    Tensor target = targets[i], source = sources[i];
+    if (target.numel() == 0) continue;
+    if (!is_flat_pair(target, source)) {
+      source = torch::stable::contiguous(source);
+      if (!target.is_contiguous()) {
+        target = torch::stable::contiguous(target);
+        plan.write_back.emplace_back(targets[i], target);
+      }
+      plan.copies.push_back(source);
+    }
+    plan.spans.push_back({target.mutable_data_ptr(), source.const_data_ptr(), target.numel(), target.scalar_type(),
+                          source.scalar_type()});
+  }
+  return plan;
+}
+
+inline void finish(Plan& plan) {
+  for (auto& [target, copy] : plan.write_back) torch::stable::copy_(target, copy);
+}
+
+}  // namespace sslfast

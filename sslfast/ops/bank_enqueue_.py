@@ -1,0 +1,46 @@
+"""bank_enqueue_: a ring of the newest keys, in place."""
+
+import torch
+from torch import Tensor
+
+from sslfast.ops import _library
+
+
+def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
+    """Write keys over the oldest rows of a ring and move its head.
+
+    ``bank[(head + b) % N] = keys[b]`` for b = 0 .. B-1 in this order, then ``head = (head + B) % N``: the first-in,
+    first-out dictionary of MoCo (He et al. 2020, section 3.1). B need not divide N, and of more keys than rows the last
+    N stay. The head lives on the device, is read and moved there (no host sync, captured graphs replay it), and
+    is part of the state to save. Rows written are distinct, so the result does not depend on threads.
+
+    Args:
+        bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous, N >= 1; updated in place.
+        head: 0-d int64 in [0, N), the row that the next key goes to; updated in place.
+        keys: ``[B, D]`` fp32, fp64, bf16 or fp16, rounded to the bank's dtype; stored as given (normalise before), no
+            gradient flows, no memory shared with the bank.
+
+    Raises:
+        ValueError: tensors on different devices.
+        RuntimeError: wrong dtype or shape, shared memory; on CPU also a head outside the bank (CUDA: a device trap).
+    """
+    _library.check_same_device("bank_enqueue_", bank=bank, head=head, keys=keys)
+    torch.ops.sslfast.bank_enqueue_(bank, head, keys.detach())
+
+
+def bank_enqueue_reference(bank: Tensor, head: Tensor, keys: Tensor) -> None:
+    """The same update in torch: the specification of :func:`bank_enqueue_`, equal to the last bit."""
+    num_rows, batch = len(bank), len(keys)
+    kept = torch.arange(max(0, batch - num_rows), batch, device=bank.device)
+    bank[(head + kept) % num_rows] = keys.detach()[kept].to(bank.dtype)
+    head.copy_((head + batch) % num_rows)
+
+
+@torch.library.register_fake("sslfast::bank_enqueue_")
+def _(bank: Tensor, head: Tensor, keys: Tensor) -> None:
+    torch._check(bank.dim() == 2, lambda: f"bank_enqueue_: bank must have shape [N, D], got {list(bank.shape)}")
+    torch._check(head.dim() == 0, lambda: f"bank_enqueue_: head must be 0-d, got shape {list(head.shape)}")
+    torch._check(
+        keys.dim() == 2 and keys.shape[1] == bank.shape[1],
+        lambda: f"bank_enqueue_: keys must have shape [B, D] = [B, {bank.shape[1]}], got {list(keys.shape)}",
+    )
