@@ -190,7 +190,7 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
                 for j, neighbour in enumerate(query.neighbours[name]):
                     x = start + j * (cell + _GAP)
                     sheet.paste(_framed(neighbour.path, _SAME if neighbour.same_class else _OTHER), (x, y))
-                    _caption(draw, f"{neighbour.similarity:.2f}", x, y + cell, fonts[_SMALL])
+                    _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, fonts[_SMALL])
     return sheet
 
 
