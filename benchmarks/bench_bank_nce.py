@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.bench import bank_nce_case, peak_extra_bytes
+from sslfast.bench import bank_nce_case, time_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [
@@ -24,25 +24,9 @@ SIZES = [
 @pytest.mark.parametrize("impl", ["eager gather", "sslfast"])
 @pytest.mark.parametrize("size", SIZES)
 def test_bank_nce(benchmark: Any, size: dict[str, Any], impl: str) -> None:
-    case = bank_nce_case(DEVICE, **size)
-    case.check()
-    benchmark.group = f"{case.op} {case.size}, {DEVICE}"
-    peak = peak_extra_bytes(DEVICE, case.implementations[impl])
-
-    def run() -> None:
-        case.implementations[impl]()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=15, warmup_rounds=2)
-    if benchmark.stats:
-        benchmark.extra_info["peak_mib"] = None if peak is None else round(peak / 2**20, 2)
-        benchmark.extra_info["gb_per_s"] = round(case.floor_bytes / benchmark.stats.stats.median / 1e9, 2)
+    time_case(benchmark, bank_nce_case(DEVICE, **size), impl, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_bank_nce_binary(benchmark: Any, dtype: torch.dtype) -> None:
-    case = bank_nce_case(DEVICE, loss="nce", dtype=dtype)
-    case.check()
-    benchmark.group = f"{case.op} {case.size}, {DEVICE}"
-    benchmark.pedantic(case.implementations["sslfast"], rounds=15, warmup_rounds=2)
+    time_case(benchmark, bank_nce_case(DEVICE, loss="nce", dtype=dtype), "sslfast", DEVICE)

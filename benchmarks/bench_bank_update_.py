@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.bench import bank_update_case
+from sslfast.bench import bank_update_case, time_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,13 +16,4 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("impl", ["eager gather", "sslfast"])
 @pytest.mark.parametrize("batch", [41, 256, 1024, 8192])
 def test_bank_update(benchmark: Any, batch: int, impl: str) -> None:
-    case = bank_update_case(DEVICE, batch=batch)
-    case.check()
-    benchmark.group = f"{case.op} {case.size}, {DEVICE}"
-
-    def run() -> None:
-        case.implementations[impl]()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=50, warmup_rounds=5)
+    time_case(benchmark, bank_update_case(DEVICE, batch=batch), impl, DEVICE, rounds=50)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.bench import ema_update_case
+from sslfast.bench import ema_update_case, time_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [
@@ -21,13 +21,4 @@ CASES = [
 
 @pytest.mark.parametrize(("source_dtype", "impl"), CASES)
 def test_ema_update(benchmark: Any, source_dtype: torch.dtype, impl: str) -> None:
-    case = ema_update_case(DEVICE, source_dtype=source_dtype)
-    case.check()
-    benchmark.group = f"{case.op} {case.size}, {DEVICE}"
-
-    def run() -> None:
-        case.implementations[impl]()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=50, warmup_rounds=5)
+    time_case(benchmark, ema_update_case(DEVICE, source_dtype=source_dtype), impl, DEVICE, rounds=50)

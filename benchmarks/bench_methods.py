@@ -1,6 +1,6 @@
 """Pretrain every method on a labelled folder without its labels, evaluate, and write a table: real images, one budget.
 
-    python benchmarks/bench_methods.py DATA -o OUT [--per-class 100] [--epochs 12] [--seeds 0]
+    python benchmarks/bench_methods.py DATA -o OUT [--per-class 100] [--pretrain-per-class 30] [--epochs 24] [--seeds 0]
 
 DATA holds train/<class>/ and val/<class>/. Every method gets the same images, epochs, trunk and augmentation; the
 numbers are kNN and a linear probe on the frozen trunk, beside raw pixels and an untrained trunk. Finished runs in OUT
@@ -67,14 +67,14 @@ def budget(arguments: argparse.Namespace, seed: int) -> TrainConfig:
     )
 
 
-def run(config: TrainConfig, data: Path, output: Path) -> dict[str, Any]:
+def run(config: TrainConfig, few: Path, data: Path, output: Path) -> dict[str, Any]:
     """Pretrains (or goes on, or finds it done) and evaluates one method."""
     done = output / "result.json"
     if done.exists():
         result: dict[str, Any] = json.loads(done.read_text())
         return result
     start = time.monotonic()
-    Trainer(config, data / "train", output).fit()
+    Trainer(config, few, output).fit()
     minutes = (time.monotonic() - start) / 60
     result = {
         "minutes": round(minutes, 1),
@@ -89,26 +89,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--per-class", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--per-class", type=int, default=100, help="training images of a class for the evaluations")
+    parser.add_argument("--pretrain-per-class", type=int, default=30, help="of them, how many are pretrained on")
+    parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--size", type=int, default=48, help="side of the image crop")
     parser.add_argument("--stem", choices=["imagenet", "small"], default="imagenet")
-    parser.add_argument("--lr", type=float, default=0.12, help="learning rate per 256 images")
-    parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--lr", type=float, default=0.72, help="learning rate per 256 images")
+    parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     arguments = parser.parse_args()
 
     data = subset(arguments.data, arguments.output / "data", arguments.per_class)
+    few = subset(arguments.data, arguments.output / "pretraining", arguments.pretrain_per_class) / "train"
     results: dict[str, dict[int, Any]] = {}
     for seed in arguments.seeds:
         for name in arguments.methods:
             config = budget(arguments, seed)
             config = replace(config, recipe=f"bench-{name}", method=METHODS[name](config.method))
             folder = "".join(c if c.isalnum() else "-" for c in name).strip("-")
-            results.setdefault(name, {})[seed] = run(config, data, arguments.output / f"{folder}-seed{seed}")
+            results.setdefault(name, {})[seed] = run(config, few, data, arguments.output / f"{folder}-seed{seed}")
             report(results, arguments)
 
 

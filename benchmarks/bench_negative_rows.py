@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.bench import negative_rows_case
+from sslfast.bench import negative_rows_case, time_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,13 +16,4 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("impl", ["eager randint", "sslfast"])
 @pytest.mark.parametrize(("batch", "num_negatives"), [(41, 1271), (256, 4096), (256, 32000)])
 def test_negative_rows(benchmark: Any, batch: int, num_negatives: int, impl: str) -> None:
-    case = negative_rows_case(DEVICE, batch=batch, num_negatives=num_negatives)
-    case.check()
-    benchmark.group = f"{case.op} {case.size}, {DEVICE}"
-
-    def run() -> None:
-        case.implementations[impl]()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=15, warmup_rounds=2)
+    time_case(benchmark, negative_rows_case(DEVICE, batch=batch, num_negatives=num_negatives), impl, DEVICE, rounds=15)

@@ -309,6 +309,23 @@ def measure(case: Case, device: torch.device, *, rounds: int) -> list[dict[str, 
     ]
 
 
+def time_case(benchmark: Any, case: Case, implementation: str, device: torch.device, *, rounds: int = 15) -> None:
+    """One implementation under pytest-benchmark: checked, grouped with its peers, memory and bandwidth noted."""
+    case.check()
+    benchmark.group = f"{case.op} {case.size}, {device}"
+    peak = peak_extra_bytes(device, case.implementations[implementation])
+
+    def run() -> None:
+        case.implementations[implementation]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=2)
+    if benchmark.stats:
+        benchmark.extra_info["peak_mib"] = None if peak is None else round(peak / 2**20, 2)
+        benchmark.extra_info["gb_per_s"] = round(case.floor_bytes / benchmark.stats.stats.median / 1e9, 2)
+
+
 def render(rows: list[dict[str, Any]]) -> str:
     """The measurements as a table."""
     head = f"{'op':15} {'size':50} {'implementation':15} {'median ms':>10} {'times':>7} {'GB/s':>7} {'MiB':>8}"

@@ -30,6 +30,15 @@ def check_seed(op: str, seed: int) -> None:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed=}")
 
 
+def mark_updated(*tensors: torch.Tensor) -> None:
+    """Tells autograd that tensors changed in place: a backward that saved one of them then stops instead of using it.
+
+    Library ops do not do this by themselves. Traced code needs it not: there the schema says what an op changes.
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """Raises ValueError unless all tensors given are on the device of the first."""
     (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)

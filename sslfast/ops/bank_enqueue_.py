@@ -26,6 +26,7 @@ def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
     """
     _library.check_same_device("bank_enqueue_", bank=bank, head=head, keys=keys)
     torch.ops.sslfast.bank_enqueue_(bank, head, keys.detach())
+    _library.mark_updated(bank, head)
 
 
 def bank_enqueue_reference(bank: Tensor, head: Tensor, keys: Tensor) -> None:

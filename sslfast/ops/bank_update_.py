@@ -28,6 +28,7 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
         raise ValueError(f"bank_update_: momentum must be in [0, 1], got {momentum=}")
     _library.check_same_device("bank_update_", bank=bank, index=index, features=features)
     torch.ops.sslfast.bank_update_(bank, index, features.detach(), momentum)
+    _library.mark_updated(bank)
 
 
 def bank_update_reference(bank: Tensor, index: Tensor, features: Tensor, *, momentum: float = 0.5) -> None:

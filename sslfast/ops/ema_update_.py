@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sslfast.ops import _library
+
 
 def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentum: float | Tensor) -> None:
     """Move every target toward its source: the momentum encoder of MoCo, BYOL and DINO.
@@ -39,6 +41,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     _check_devices(targets, sources, momentum_tensor)
     with torch.no_grad():  # targets are usually leaves that require grad
         torch.ops.sslfast.ema_update_(targets, sources, momentum_tensor, number)
+    _library.mark_updated(*targets)
 
 
 def ema_update_reference(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentum: float | Tensor) -> None:

@@ -122,3 +122,13 @@ def test_wrong_device() -> None:
     bank, index, features = make(torch.device("cpu"))
     with pytest.raises(ValueError, match="bank_update_: index is on meta and bank on cpu"):
         bank_update_(bank, index.to("meta"), features)
+
+
+def test_autograd_notices_the_update(device: torch.device) -> None:
+    """A backward that saved the bank stops, as with torch's own in-place functions."""
+    bank, index, features = make(device)
+    query = features.float().requires_grad_()
+    scores = query @ bank.t()
+    bank_update_(bank, index, features)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
