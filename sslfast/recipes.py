@@ -46,6 +46,7 @@ def pirl_vissl() -> TrainConfig:
         recipe="pirl-vissl",
         method=PIRL.Config(
             z_from="pretext",
+            running_stats="mixed",
             exclude_self=False,
             separate_draws=True,
             image_view=ViewConfig(augment=colour),
@@ -131,7 +132,7 @@ def demo() -> TrainConfig:
             rotation_view=replace(image, rotation=True),
         ),
         model=ResNetConfig(name="resnet18", stem="imagenet"),
-        optim=OptimConfig(lr_per_256_images=0.72, final_lr_per_256_images=0.0, lr_update="step", weight_decay=5e-4),
+        optim=OptimConfig(lr_per_256_images=0.36, final_lr_per_256_images=0.0, lr_update="step", weight_decay=5e-4),
         epochs=40,
         batch_size=32,
         log_every_steps=16,

@@ -6,7 +6,8 @@ image), and L the noise-contrastive loss against K bank rows (NCE, or its softma
 moves toward ``f(v_I)``. ``λ = 0`` is NPID (Wu et al. 2018): no transformed view is computed at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
 
@@ -64,6 +65,10 @@ class PIRL(nn.Module):
         """Draw other negatives for the transformed view than for the image view."""
         bank_momentum: float = 0.5
         """Weight of the old row in the bank update."""
+        running_stats: Literal["image", "mixed"] = "image"
+        """Whose batch statistics enter BatchNorm's running ones, which evaluations use. image: the image view's alone.
+        mixed: the transformed view's too, as VISSL's two trunk calls leave them; patches differ from images, and
+        features on mixed statistics vary from seed to seed. Training uses each call's own batch either way."""
         bank_dtype: Literal["fp32", "bf16"] = "fp32"
         """Storage of the bank; sums are fp32 either way."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
@@ -148,7 +153,8 @@ class PIRL(nn.Module):
         embeddings = []
         if self.pretext_head is not None:
             pixels = views[PRETEXT].pixels
-            features = self.trunk(pixels.flatten(0, -4))  # [B * P, C], or [B, C] without patches
+            with self._running_stats_kept():
+                features = self.trunk(pixels.flatten(0, -4))  # [B * P, C], or [B, C] without patches
             embeddings.append(self.pretext_head(features.unflatten(0, pixels.shape[:-3])))
         embeddings.append(self.image_head(self.trunk(views[IMAGE].pixels)))
         return normalize(torch.stack(embeddings).float(), dim=-1)
@@ -188,6 +194,20 @@ class PIRL(nn.Module):
             raise RuntimeError("PIRL.after_step was called before a forward pass")
         self.bank.update_(*self._pending)
         self._pending = None
+
+    @contextmanager
+    def _running_stats_kept(self) -> Iterator[None]:
+        """BatchNorm inside normalises by its batch as always, and leaves its running statistics as they are."""
+        norms = [module for module in self.trunk.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        if self.config.running_stats == "image":
+            for norm in norms:
+                norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
     def _score(
         self, queries: Tensor, rows: Tensor, *, step: int | Tensor, loss: Literal["nce", "infonce"]

@@ -119,6 +119,18 @@ def test_step_zero_values_of_the_recipes(recipe: str) -> None:
     assert abs(out["loss"].item() - (math.log(4097) + isotropic)) < 0.35
 
 
+@pytest.mark.parametrize("running_stats", ["image", "mixed"])
+def test_running_statistics(running_stats: str) -> None:
+    method = build(running_stats=running_stats)
+    views, rows = batch(method)
+    method(views, rows, step=0)
+    alone = build(pretext_weight=0.0)
+    alone(views, rows, step=0)
+    same = torch.equal(method.trunk.bn1.running_mean, alone.trunk.bn1.running_mean)  # type: ignore[arg-type]
+    assert same == (running_stats == "image")
+    assert {m.momentum for m in method.trunk.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+
+
 def test_z_frozen_running_and_resumed() -> None:
     frozen, running = build(), build(z="running", z_momentum=0.5)
     values = {}
