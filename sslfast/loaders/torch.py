@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ class TorchLoader:
         self._steps = _Steps(self.plan)
         self._generation = 0
         self._iterator: Any = None
+        self._workers = workers
         if workers:
             _check_shared_memory(views, batch_size // world_size, workers)
         decoder = BatchDecoder(
@@ -183,7 +185,7 @@ class TorchLoader:
 
     def _next(self) -> dict[str, Any]:
         try:
-            item: dict[str, Any] = next(self._iterator)
+            item = self._fetch()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -193,6 +195,18 @@ class TorchLoader:
             ) from None
         if "error" in item:
             raise ValueError(item["error"])
+        return item
+
+    def _fetch(self) -> dict[str, Any]:
+        try:
+            item: dict[str, Any] = next(self._iterator)
+        except (EOFError, OSError) as error:
+            if self._workers == 0:
+                raise
+            # A worker that dies while it hands a batch over breaks the connection. torch reports a dead worker from a
+            # signal handler, as a RuntimeError wherever the main thread is: let that come here, not into the caller.
+            time.sleep(0.2)
+            raise RuntimeError(f"DataLoader worker broke off: {type(error).__name__}") from None
         return item
 
     def _to_device(self, batch: Batch, copies: "torch.cuda.Stream | None") -> Batch:
