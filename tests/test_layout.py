@@ -19,7 +19,7 @@ LAYERS: list[list[str]] = [
     ["sslfast.ops"],
     ["sslfast.config", "sslfast.images", "sslfast.interrupt"],
     ["sslfast.models", "sslfast.bank", "sslfast.optim", "sslfast.distributed", "sslfast.checkpoint", "sslfast.manifest",
-     "sslfast.metrics", "sslfast.rundir", "sslfast.resume", "sslfast.loaders.batch"],
+     "sslfast.metrics", "sslfast.rundir", "sslfast.resume", "sslfast.loaders.batch", "sslfast.adapters"],
     ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],
     ["sslfast.trainer"],
     ["sslfast.recipes"],
