@@ -33,7 +33,7 @@ class NCEAverage(nn.Module):
     - Memory starts normalised, as in VISSL and PyContrast; lemniscate's first rows are only near unit length.
     - The memory moves in ``forward`` after scoring, in train mode only (lemniscate: in ``backward``); of an index that
       occurs twice the last one wins.
-    - VISSL and lemniscate add 1e-7 inside the logarithms of NCE, which this does not.
+    - lemniscate and VISSL add a small term inside the logarithms of NCE (1e-7, 2**-23), which this does not.
     - Nothing stops the host; there is no assertion on ``y.max()``.
 
     Args:
