@@ -50,14 +50,13 @@ struct OnlineLogSumExp {
   SSLFAST_HD A value() const { return maximum + log(sum); }
 };
 
-inline void check_bank_nce(const Tensor& query,                       // [V, B, D] fp32 or fp64
-                           const Tensor& bank,                        // [N, D]
-                           const Tensor& index,                       // [B] int64
-                           const std::optional<Tensor>& rows,         // [K] or [B, K] int64
-                           const std::optional<Tensor>& step_tensor,  // [] int64
-                           const std::optional<Tensor>& z_tensor,     // [] float
-                           int64_t num_negatives, double temperature, bool exclude_self, int64_t seed) {
-  constexpr const char* op = "bank_nce";
+// What bank_nce and bank_nce_dense ask of their tensors.
+inline void check_scoring(const char* op,
+                          const Tensor& query,                    // [V, B, D] fp32 or fp64
+                          const Tensor& bank,                     // [N, D]
+                          const Tensor& index,                    // [B] int64
+                          const std::optional<Tensor>& z_tensor,  // [] fp64
+                          double temperature) {
   SSLFAST_CHECK(bank.dim() == 2, op, ": bank must have shape [N, D], got ", shape_string(bank));
   SSLFAST_CHECK(is_floating(bank.scalar_type()), op, ": bank must be fp32, fp64, bf16 or fp16");
   SSLFAST_CHECK(query.dim() == 3, op, ": query must have shape [V, B, D], got ", shape_string(query));
@@ -72,18 +71,30 @@ inline void check_bank_nce(const Tensor& query,                       // [V, B, 
   check_same_device(op, "bank", bank, "query", query);
   check_same_device(op, "index", index, "query", query);
   SSLFAST_CHECK(temperature > 0, op, ": temperature must be positive, got ", temperature);
-  check_step(op, step_tensor, index);
   if (z_tensor) {
     SSLFAST_CHECK(z_tensor->dim() == 0 && z_tensor->scalar_type() == ScalarType::Double, op,
                   ": z must be a float or a 0-d fp64 tensor, got shape ", shape_string(*z_tensor));
     check_same_device(op, "z", *z_tensor, "query", query);
   }
+}
+
+inline void check_bank_nce(const Tensor& query,                       // [V, B, D] fp32 or fp64
+                           const Tensor& bank,                        // [N, D]
+                           const Tensor& index,                       // [B] int64
+                           const std::optional<Tensor>& rows,         // [B, K] int64; none: drawn
+                           const std::optional<Tensor>& step_tensor,  // [] int64
+                           const std::optional<Tensor>& z_tensor,     // [] fp64
+                           int64_t num_negatives, double temperature, bool exclude_self, int64_t seed) {
+  constexpr const char* op = "bank_nce";
+  check_scoring(op, query, bank, index, z_tensor, temperature);
+  check_step(op, step_tensor, index);
   if (rows) {
-    const bool shared = rows->dim() == 1, each = rows->dim() == 2 && rows->size(0) == index.size(0);
     SSLFAST_CHECK(rows->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
-    SSLFAST_CHECK(shared || each, op, ": negatives must have shape [K] or [B, K] with B=", index.size(0), ", got ",
-                  shape_string(*rows));
-    SSLFAST_CHECK(rows->size(rows->dim() - 1) == num_negatives && num_negatives >= 1, op,
+    SSLFAST_CHECK(rows->dim() == 2 && rows->size(0) == index.size(0), op,
+                  ": negatives must have shape [K] or [B, K] "
+                  "with B=",
+                  index.size(0), ", got ", shape_string(*rows));
+    SSLFAST_CHECK(rows->size(1) == num_negatives && num_negatives >= 1, op,
                   ": negatives must name at least one row per sample, got shape ", shape_string(*rows));
     check_same_device(op, "negatives", *rows, "query", query);
   } else {

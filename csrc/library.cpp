@@ -4,17 +4,22 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sslfast, m) {
-  // Rows [B, K] that sampled negatives use; step_tensor (0-d int64), where given, replaces step.
+  // Rows [B, K] that sampled negatives use; step_tensor (0-d int64), where given, replaces step. shared: the draw that
+  // a whole batch shares, one row for every entry of index, which must be zeros.
   m.def(
       "negative_rows(Tensor index, Tensor? step_tensor, int step, int num_negatives, int num_rows, int seed, "
-      "bool exclude_self) -> Tensor");
+      "bool exclude_self, bool shared) -> Tensor");
   // Loss [V, B], log-sum-exp of all K+1 scores [V, B] and d loss / d query [V, B, D] in one pass over the rows.
-  // rows: none (drawn), [K] or [B, K]. binary: NCE with normaliser z (z_tensor, where given, replaces z), else InfoNCE.
+  // rows: none (drawn) or [B, K]. binary: NCE with normaliser z (z_tensor, where given, replaces z), else InfoNCE.
   m.def(
       "bank_nce(Tensor query, Tensor bank, Tensor index, Tensor? rows, Tensor? step_tensor, int step, Tensor? "
       "z_tensor, "
       "float z, int num_negatives, float temperature, bool binary, bool exclude_self, int seed) "
       "-> (Tensor, Tensor, Tensor)");
+  // The same against one list of rows for all queries: rows [K], or none for the whole bank. index -1: no positive.
+  m.def(
+      "bank_nce_dense(Tensor query, Tensor bank, Tensor index, Tensor? rows, Tensor? z_tensor, float z, "
+      "float temperature, bool binary, bool exclude_self) -> (Tensor, Tensor, Tensor)");
   // bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features); of a repeated index the last wins.
   m.def("bank_update_(Tensor(a!) bank, Tensor index, Tensor features, float momentum) -> ()");
   // Keys [B, D] into a ring of N rows from row head on; head (0-d int64) moves on by B modulo N.

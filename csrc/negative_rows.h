@@ -11,19 +11,23 @@ struct NegativeSampler {
   int64_t seed, step;
   uint64_t bound;  // num_rows, or num_rows - 1 where self is excluded
   bool exclude_self;
+  uint32_t stream;
 
   SSLFAST_HD int64_t shift(int64_t row, int64_t self) const { return row + (exclude_self && row >= self ? 1 : 0); }
 
   // Negatives 2 * pair and 2 * pair + 1 of the sample with bank row `self`.
   SSLFAST_HD void draw(uint32_t pair, int64_t self, int64_t* first, int64_t* second) const {
-    const PhiloxBlock bits = philox_row(pair, self, step, kStreamNegatives, seed);
+    const PhiloxBlock bits = philox_row(pair, self, step, stream, seed);
     *first = shift(scale_to_bound(bits.x0, bits.x1, bound), self);
     *second = shift(scale_to_bound(bits.x2, bits.x3, bound), self);
   }
 };
 
-inline NegativeSampler make_sampler(int64_t seed, int64_t step, int64_t num_rows, bool exclude_self) {
-  return {seed, step, static_cast<uint64_t>(num_rows - (exclude_self ? 1 : 0)), exclude_self};
+// shared: the draw of a whole batch, that of row 0 in a stream of its own, which excludes nobody.
+inline NegativeSampler make_sampler(int64_t seed, int64_t step, int64_t num_rows, bool exclude_self,
+                                    bool shared = false) {
+  return {seed, step, static_cast<uint64_t>(num_rows - (exclude_self ? 1 : 0)), exclude_self,
+          shared ? kStreamSharedNegatives : kStreamNegatives};
 }
 
 inline void check_sampling(const char* op, int64_t num_negatives, int64_t num_rows, int64_t seed, bool exclude_self) {
@@ -37,10 +41,13 @@ inline void check_sampling(const char* op, int64_t num_negatives, int64_t num_ro
 
 inline void check_negative_rows(const Tensor& index,                       // [B] int64
                                 const std::optional<Tensor>& step_tensor,  // [] int64
-                                int64_t num_negatives, int64_t num_rows, int64_t seed, bool exclude_self) {
+                                int64_t num_negatives, int64_t num_rows, int64_t seed, bool exclude_self, bool shared) {
   check_index("negative_rows", "index", index);
   check_step("negative_rows", step_tensor, index);
   check_sampling("negative_rows", num_negatives, num_rows, seed, exclude_self);
+  SSLFAST_CHECK(!(shared && exclude_self),
+                "negative_rows: a shared draw is for the whole batch and excludes no row; "
+                "pass exclude_self=False");
 }
 
 }  // namespace sslfast

@@ -128,6 +128,52 @@ def bank_nce_case(
     return Case("bank_nce", size, {**peers, "sslfast": fused}, floor, check)
 
 
+def bank_nce_dense_case(
+    device: torch.device,
+    *,
+    batch: int = 256,
+    num_rows: int = 100_000,
+    dimensions: int = 128,
+    num_negatives: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Forward and backward of InfoNCE against the whole bank, or against ``num_negatives`` rows for the whole batch."""
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device, dtype)
+    query = normalize(torch.randn(1, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
+    index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
+    rows = None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+
+    def fused() -> Tensor:
+        query.grad = None
+        value = ops.bank_nce_dense(query, bank, index, rows=rows)[0].mean()
+        value.backward()
+        return value.detach()
+
+    def eager() -> Tensor:
+        query.grad = None
+        chosen = bank if rows is None else torch.cat((bank[rows], bank[index]))
+        scores = (query[0].to(dtype) @ chosen.T).float() / 0.07
+        target = index if rows is None else len(rows) + torch.arange(batch, device=device)
+        if rows is not None:  # of the batch's own rows, each sample has one
+            others = ~torch.eye(batch, dtype=torch.bool, device=device)
+            scores[:, len(rows) :] = scores[:, len(rows) :].masked_fill(others, -torch.inf)
+        value = cross_entropy(scores, target)
+        value.backward()
+        return value.detach()
+
+    def check() -> None:
+        value, gradient = fused(), query.grad
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # a bf16 bank has 8 bits of mantissa
+        torch.testing.assert_close(value, eager(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
+
+    rest = "whole bank" if rows is None else f"K={len(rows)} shared"
+    size = f"B={batch} D={dimensions} N={num_rows} {str(dtype)[6:]} {rest}"
+    floor = (num_rows if rows is None else len(rows)) * dimensions * bank.element_size()
+    return Case("bank_nce_dense", size, {"eager [B, N] scores": eager, "sslfast": fused}, floor, check)
+
+
 def bank_update_case(device: torch.device, *, batch: int = 1024, num_rows: int = 100_000) -> Case:
     """The momentum update of one batch."""
     generator = torch.Generator().manual_seed(0)
@@ -247,6 +293,8 @@ def op_cases(device: torch.device) -> list[Case]:
         bank_nce_case(device, views=2),
         bank_nce_case(device, dtype=torch.bfloat16),
         bank_nce_case(device, loss="nce"),
+        bank_nce_dense_case(device),
+        bank_nce_dense_case(device, num_negatives=4096),
         negative_rows_case(device),
         bank_update_case(device),
         bank_enqueue_case(device),

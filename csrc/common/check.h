@@ -46,12 +46,12 @@ inline void check_index(const char* op, const char* name, const Tensor& index) {
 
 // CPU only: reads the values. On CUDA the kernels trap instead, since reading them would stop the host.
 inline void check_rows_in_range(const char* op, const char* name, const Tensor& rows /* int64, contiguous */,
-                                int64_t num_rows) {
+                                int64_t num_rows, int64_t lowest = 0) {
   const int64_t* values = static_cast<const int64_t*>(rows.const_data_ptr());
   const int64_t count = rows.numel();
   for (int64_t i = 0; i < count; ++i) {
-    SSLFAST_CHECK(values[i] >= 0 && values[i] < num_rows, op, ": ", name, " must be in [0, ", num_rows, "), got ",
-                  values[i], " at flat position ", i);
+    SSLFAST_CHECK(values[i] >= lowest && values[i] < num_rows, op, ": ", name, " must be in [", lowest, ", ", num_rows,
+                  "), got ", values[i], " at flat position ", i);
   }
 }
 

@@ -31,6 +31,19 @@ inline Isa cpu_isa() {
 #define SSLFAST_TARGET_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 
+#define SSLFAST_CHOOSE_VERSION(name, Args) \
+  template <typename T>                    \
+  void name(Args args) {                   \
+    switch (cpu_isa()) {                   \
+      case Isa::kAvx512:                   \
+        return name##_avx512<T>(args);     \
+      case Isa::kAvx2:                     \
+        return name##_avx2<T>(args);       \
+      default:                             \
+        return name##_base<T>(args);       \
+    }                                      \
+  }
+
 // Defines `name<T>(Args&)`, which runs body<T>(args) compiled for the CPU at hand. body must be SSLFAST_INLINE.
 #define SSLFAST_MULTIVERSION(name, body, Args)          \
   template <typename T>                                 \
@@ -45,19 +58,32 @@ inline Isa cpu_isa() {
   void name##_base(Args args) {                         \
     body<T>(args);                                      \
   }                                                     \
+  SSLFAST_CHOOSE_VERSION(name, Args)
+
+// The same for body<T, kBytes>(args), kBytes being the width of a vector register: bodies that hold a block of sums in
+// registers must know how many there are.
+#define SSLFAST_MULTIVERSION_BY_WIDTH(name, body, Args) \
   template <typename T>                                 \
-  void name(Args args) {                                \
-    switch (cpu_isa()) {                                \
-      case Isa::kAvx512:                                \
-        return name##_avx512<T>(args);                  \
-      case Isa::kAvx2:                                  \
-        return name##_avx2<T>(args);                    \
-      default:                                          \
-        return name##_base<T>(args);                    \
-    }                                                   \
-  }
+  SSLFAST_TARGET_AVX512 void name##_avx512(Args args) { \
+    body<T, 64>(args);                                  \
+  }                                                     \
+  template <typename T>                                 \
+  SSLFAST_TARGET_AVX2 void name##_avx2(Args args) {     \
+    body<T, 32>(args);                                  \
+  }                                                     \
+  template <typename T>                                 \
+  void name##_base(Args args) {                         \
+    body<T, 16>(args);                                  \
+  }                                                     \
+  SSLFAST_CHOOSE_VERSION(name, Args)
 
 #else
+
+#define SSLFAST_MULTIVERSION_BY_WIDTH(name, body, Args) \
+  template <typename T>                                 \
+  void name(Args args) {                                \
+    body<T, 16>(args);                                  \
+  }
 
 #define SSLFAST_MULTIVERSION(name, body, Args) \
   template <typename T>                        \

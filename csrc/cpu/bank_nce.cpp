@@ -3,13 +3,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "common/simd.h"
 #include "cpu/draw_rows.h"
+#include "cpu/fast_math.h"
 
 namespace sslfast {
 namespace {
@@ -26,8 +26,7 @@ struct Problem {
   const A* query;        // [V, B, D]
   const T* bank;         // [N, D]
   const int64_t* index;  // [B]
-  const int64_t* rows;   // [K], [B, K] or null: drawn
-  int64_t rows_stride;   // 0 for [K]
+  const int64_t* rows;   // [B, K] or null: drawn
   NegativeSampler sampler;
   int64_t views, batch, columns, num_negatives;
   double temperature;
@@ -38,48 +37,6 @@ struct Problem {
   A* grad;             // [V, B, D]
   int64_t begin, end;  // samples of this call
 };
-
-// exp for x <= 0 (and moderately above), relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
-SSLFAST_INLINE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;  // below: 1e-38, which no sum of interest can hear
-  const float n = __builtin_rintf(x * 1.44269504088896341f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
-  float p = 1.9875691500e-4f;  // Taylor coefficients, minimax-adjusted, from Cephes' expf
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
-}
-SSLFAST_INLINE double fast_exp(double x) {
-  return std::exp(x);
-}
-
-// log(1 + e) for 0 <= e <= 1 by the series of 2 artanh(e / (2 + e)): relative error below 2e-7 also for tiny e.
-SSLFAST_INLINE float fast_log1p(float e) {
-  const float z = e / (2.0f + e), y = z * z;  // z <= 1/3
-  float p = 1.0f / 13;
-  p = p * y + 1.0f / 11;
-  p = p * y + 1.0f / 9;
-  p = p * y + 1.0f / 7;
-  p = p * y + 1.0f / 5;
-  p = p * y + 1.0f / 3;
-  return 2 * z + 2 * z * y * p;
-}
-SSLFAST_INLINE double fast_log1p(double e) {
-  return std::log1p(e);
-}
-
-template <typename A>
-SSLFAST_INLINE NceTerm<A> nce_term(A u) {
-  const A e = fast_exp(u > 0 ? -u : u);
-  return NceTerm<A>(u, e, fast_log1p(e));
-}
 
 // scores[r] = q . row_r for kRows rows, four at a time so that a chunk of q is loaded once for all four.
 template <typename A>
@@ -164,7 +121,7 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
 
   for (int64_t b = p.begin; b < p.end; ++b) {
     const int64_t self = p.index[b];
-    const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.rows_stride;
+    const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
     for (int64_t v = 0; v < p.views; ++v) {
       const A* source = p.query + (v * p.batch + b) * p.columns;
       for (int64_t j = 0; j < p.columns; ++j) queries[v * padded + j] = source[j] * inverse_temperature;
@@ -285,7 +242,6 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
         static_cast<const scalar_t*>(bank.const_data_ptr()),
         static_cast<const int64_t*>(index.const_data_ptr()),
         rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr,
-        rows && rows->dim() == 2 ? num_negatives : 0,
         make_sampler(seed, host_step(step_tensor, step), bank.size(0), exclude_self),
         views,
         batch,

@@ -27,8 +27,7 @@ struct Problem {
   const A* __restrict__ query;              // [V, B, D]
   const T* __restrict__ bank;               // [N, D]
   const int64_t* __restrict__ index;        // [B]
-  const int64_t* __restrict__ rows;         // [K], [B, K] or null: drawn
-  int64_t rows_stride;                      // 0 for [K]
+  const int64_t* __restrict__ rows;         // [B, K] or null: drawn
   const int64_t* __restrict__ step_tensor;  // [] or null
   const double* __restrict__ z_tensor;      // [] or null
   NegativeSampler sampler;
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
   if (self < 0 || self >= p.num_rows) __trap();
   NegativeSampler sampler = p.sampler;
   if (p.step_tensor != nullptr) sampler.step = *p.step_tensor;
-  const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.rows_stride;
+  const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
   const A offset = static_cast<A>(p.offset());
 
   A query[kViews][kColumns], sums[kViews][kColumns], maximum[kViews];
@@ -304,12 +303,8 @@ __global__ void finish_kernel(const Problem<T> p) {
 template <typename T, int kChunks, int kViews>
 void launch_views(const Problem<T>& p, int64_t first_view, bool vector, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.splits));
-  if (vector) {
-    score_kernel<T, kChunks, kViews, true><<<grid, kWarps * kWarpSize, 0, stream>>>(p, first_view);
-  } else {
-    score_kernel<T, kChunks, kViews, false><<<grid, kWarps * kWarpSize, 0, stream>>>(p, first_view);
-  }
-  check_launch("bank_nce");
+  const auto kernel = vector ? score_kernel<T, kChunks, kViews, true> : score_kernel<T, kChunks, kViews, false>;
+  launch_kernel("bank_nce", kernel, grid, kWarps * kWarpSize, 0, stream, p, first_view);
 }
 
 // All views in one pass where there are one or two, PIRL's case; more go two by two. fp64, which is there for
@@ -331,7 +326,6 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
   p.bank = static_cast<const T*>(bank.const_data_ptr());
   p.index = static_cast<const int64_t*>(index.const_data_ptr());
   p.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
-  p.rows_stride = rows && rows->dim() == 2 ? p.num_negatives : 0;
   p.views = query.size(0);
   p.batch = query.size(1);
   p.columns = query.size(2);
@@ -340,11 +334,8 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
   p.lse = static_cast<A*>(lse.mutable_data_ptr());
   p.grad = static_cast<A*>(grad.mutable_data_ptr());
 
-  int device = 0, sms = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw;
-  const int64_t wanted = (int64_t(kBlocksPerSm) * sms + p.batch - 1) / p.batch;
+  const int64_t wanted = (int64_t(kBlocksPerSm) * multiprocessors() + p.batch - 1) / p.batch;
   p.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>((draws + kWarps - 1) / kWarps, 1024)));
   const std::vector<int64_t> partial_shape = {p.views, p.batch, int64_t(p.splits), p.columns + 3};
   Tensor partial = torch::stable::new_empty(query, partial_shape);
@@ -361,8 +352,8 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
     launch_chunks<T, 4>(p, vector, stream);
   }
   const int64_t queries = p.views * p.batch;
-  finish_kernel<T><<<static_cast<unsigned>((queries + kWarps - 1) / kWarps), kWarps * kWarpSize, 0, stream>>>(p);
-  check_launch("bank_nce");
+  const unsigned blocks = static_cast<unsigned>((queries + kWarps - 1) / kWarps);
+  launch_kernel("bank_nce", finish_kernel<T>, blocks, kWarps * kWarpSize, 0, stream, p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B, D]
@@ -375,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
   check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
-  const torch::stable::accelerator::DeviceGuard guard(query_.get_device_index());
+  const DeviceGuard guard(query_.get_device_index());
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
   std::optional<Tensor> rows;

@@ -31,22 +31,21 @@ __global__ void negative_rows_kernel(const int64_t* __restrict__ index,        /
 
 Tensor negative_rows_cuda(const Tensor& index_,  // [B] int64
                           std::optional<Tensor> step_tensor, int64_t step, int64_t num_negatives, int64_t num_rows,
-                          int64_t seed, bool exclude_self) {
-  check_negative_rows(index_, step_tensor, num_negatives, num_rows, seed, exclude_self);
-  const torch::stable::accelerator::DeviceGuard guard(index_.get_device_index());
+                          int64_t seed, bool exclude_self, bool shared) {
+  check_negative_rows(index_, step_tensor, num_negatives, num_rows, seed, exclude_self, shared);
+  const DeviceGuard guard(index_.get_device_index());
   const Tensor index = torch::stable::contiguous(index_);
   const int64_t batch = index.size(0);
   Tensor rows = torch::stable::new_empty(index, {batch, num_negatives});
   if (batch == 0) return rows;
-  const NegativeSampler sampler = make_sampler(seed, step, num_rows, exclude_self);
+  const NegativeSampler sampler = make_sampler(seed, step, num_rows, exclude_self, shared);
   const int64_t pairs = (num_negatives + 1) / 2;
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>((pairs + kThreads - 1) / kThreads, 1024)),
                   static_cast<unsigned>(std::min<int64_t>(batch, 65535)));
-  negative_rows_kernel<<<grid, kThreads, 0, current_stream(index.get_device_index())>>>(
-      static_cast<const int64_t*>(index.const_data_ptr()),
-      step_tensor ? static_cast<const int64_t*>(step_tensor->const_data_ptr()) : nullptr, sampler, num_rows,
-      num_negatives, batch, static_cast<int64_t*>(rows.mutable_data_ptr()));
-  check_launch("negative_rows");
+  launch_kernel("negative_rows", negative_rows_kernel, grid, kThreads, 0, current_stream(index.get_device_index()),
+                static_cast<const int64_t*>(index.const_data_ptr()),
+                step_tensor ? static_cast<const int64_t*>(step_tensor->const_data_ptr()) : nullptr, sampler, num_rows,
+                num_negatives, batch, static_cast<int64_t*>(rows.mutable_data_ptr()));
   return rows;
 }
 

@@ -3,6 +3,7 @@
 from sslfast.ops._library import build_info
 from sslfast.ops.bank_enqueue_ import bank_enqueue_, bank_enqueue_reference
 from sslfast.ops.bank_nce import bank_nce, bank_nce_reference, estimate_z
+from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference
 from sslfast.ops.bank_update_ import bank_update_, bank_update_reference
 from sslfast.ops.ema_update_ import ema_update_, ema_update_reference
 from sslfast.ops.jigsaw_patches import jigsaw_patches, jigsaw_patches_reference
@@ -13,6 +14,8 @@ __all__ = [
     "bank_enqueue_",
     "bank_enqueue_reference",
     "bank_nce",
+    "bank_nce_dense",
+    "bank_nce_dense_reference",
     "bank_nce_reference",
     "bank_update_",
     "bank_update_reference",

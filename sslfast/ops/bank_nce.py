@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from sslfast.ops import _library
-from sslfast.ops.negative_rows import negative_rows_reference
+from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference
+from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 
 
 def bank_nce(
@@ -17,7 +18,7 @@ def bank_nce(
     index: Tensor,
     *,
     temperature: float = 0.07,
-    negatives: Literal["sampled"] | Tensor = "sampled",
+    negatives: Literal["sampled", "shared", "full"] | Tensor = "sampled",
     num_negatives: int = 32000,
     loss: Literal["infonce", "nce"] = "infonce",
     z: float | Tensor | None = None,
@@ -26,7 +27,7 @@ def bank_nce(
     step: int | Tensor = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Contrast every query with its own bank row against K other rows.
+    """Contrast every query with its own bank row against K other rows, or against all of them.
 
     With scores ``s_k = query . bank[row_k] / temperature``, ``k = 0`` the positive ``bank[index]``, N bank rows:
 
@@ -44,13 +45,19 @@ def bank_nce(
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64; sums are fp32 (fp64 for fp64).
         index: ``[B]`` int64, bank row of the positive.
         temperature: τ > 0.
-        negatives: "sampled": K rows drawn for each sample, exactly ``negative_rows(index, ...)``; or int64 rows
-            ``[K]`` or ``[B, K]``, scored as they are.
-        num_negatives: K for "sampled"; ignored where rows are given.
+        negatives: whom a sample is contrasted with.
+            "sampled": K rows drawn for each sample, exactly ``negative_rows(index, ...)`` (the papers' form).
+            "shared": K rows drawn once for the batch, exactly ``negative_rows(index, ..., shared=True)``: products of
+            matrices, and K rows read instead of B K.
+            "full": every row of the bank, K = N - 1, exact; nothing is drawn.
+            int64 rows ``[K]`` or ``[B, K]``: scored as they are.
+        num_negatives: K for "sampled" and "shared"; ignored otherwise.
         loss: "infonce" or "nce".
         z: normaliser of nce, float or 0-d floating tensor (stays on the device). None: estimated from this very batch,
-            ``N * mean(exp(s))`` over all views, samples and K + 1 scores, at the cost of a second pass.
-        exclude_self: sampled negatives never hold the positive row.
+            ``N * mean(exp(s))`` over all views, samples and K + 1 scores, at the cost of a second pass;
+            exact for "full".
+        exclude_self: sampled negatives never hold the positive row; shared rows that are a sample's own are left out
+            for that sample.
         seed, step: fix the draw together with ``index``; see :func:`sslfast.ops.negative_rows`.
         return_lse: also return ``logsumexp(s_0 .. s_K)`` (detached), from which :func:`estimate_z` gets Z.
 
@@ -61,8 +68,8 @@ def bank_nce(
         ValueError: an option out of range, tensors on different devices.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
-    rows, num_negatives = _negatives(negatives, num_negatives)
-    _check(bank, temperature, num_negatives, loss, z, exclude_self, seed, drawn=rows is None)
+    mode, rows, num_negatives = _negatives(negatives, num_negatives, bank)
+    _check(bank, temperature, mode, num_negatives, loss, z, exclude_self, seed)
     step_tensor, step_number = _library.step_arguments(step)
     _library.check_same_device(
         "bank_nce", query=query, bank=bank, index=index, negatives=rows, step=step_tensor, z=_tensor_or_none(z)
@@ -72,19 +79,31 @@ def bank_nce(
     flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
     if flat.dtype != torch.float64:
         flat = flat.float()
+    # Given rows are scored as they are, and the whole bank holds each positive once.
+    exclude_self = exclude_self and mode in ("sampled", "shared")
+    if mode == "shared":
+        rows = negative_rows(
+            index, num_negatives=num_negatives, num_rows=bank.shape[0], seed=seed, step=step, shared=True
+        )
 
-    def run(query: Tensor, binary: bool, z: float | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, 1.0 if z is None else z)
-        return torch.ops.sslfast.bank_nce(
+    def run(query: Tensor, loss: Literal["infonce", "nce"], z: float | Tensor) -> tuple[Tensor, Tensor]:
+        if mode == "full" or (rows is not None and rows.dim() == 1):
+            return bank_nce_dense(
+                query, bank, index, rows=rows, temperature=temperature, loss=loss, z=z, exclude_self=exclude_self
+            )
+        z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
+        losses, lse, _ = torch.ops.sslfast.bank_nce(
             query, bank, index, rows, step_tensor, step_number, z_tensor, z_number,
-            num_negatives, temperature, binary, exclude_self, seed,
+            num_negatives, temperature, loss == "nce", exclude_self, seed,
         )  # fmt: skip
+        return losses, lse.detach()
 
     if loss == "nce" and z is None:
-        z = estimate_z(run(flat.detach(), False, None)[1], num_negatives=num_negatives, num_rows=bank.shape[0])
-    losses, lse, _ = run(flat, loss == "nce", z)
+        lse = run(flat.detach(), "infonce", 1.0)[1]
+        z = estimate_z(lse, num_negatives=num_negatives, num_rows=bank.shape[0])
+    losses, lse = run(flat, loss, 1.0 if z is None else z)
     losses = losses.reshape(query.shape[:-1])
-    return (losses, lse.detach().reshape(query.shape[:-1])) if return_lse else losses
+    return (losses, lse.reshape(query.shape[:-1])) if return_lse else losses
 
 
 def estimate_z(lse: Tensor, *, num_negatives: int, num_rows: int) -> Tensor:
@@ -107,7 +126,7 @@ def bank_nce_reference(
     index: Tensor,
     *,
     temperature: float = 0.07,
-    negatives: Literal["sampled"] | Tensor = "sampled",
+    negatives: Literal["sampled", "shared", "full"] | Tensor = "sampled",
     num_negatives: int = 32000,
     loss: Literal["infonce", "nce"] = "infonce",
     z: float | Tensor | None = None,
@@ -118,12 +137,22 @@ def bank_nce_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same loss written out in torch, any float type, gradients by autograd: the specification."""
     num_rows = bank.shape[0]
+    draw = {"num_negatives": num_negatives, "num_rows": num_rows, "seed": seed, "step": step}
     if isinstance(negatives, Tensor):
         rows_BK = negatives.expand(index.shape[0], -1)
+    elif negatives == "sampled":
+        rows_BK = negative_rows_reference(index, **draw, exclude_self=exclude_self)
     else:
-        rows_BK = negative_rows_reference(
-            index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, exclude_self=exclude_self
-        )
+        rows = negative_rows_reference(index, **draw, shared=True) if negatives == "shared" else None
+        flat = query.reshape(-1, *query.shape[-2:])
+        own = exclude_self and rows is not None
+        kwargs: dict[str, Any] = {"rows": rows, "temperature": temperature, "exclude_self": own}
+        if z is None:
+            _, lse = bank_nce_dense_reference(flat.detach(), bank, index, **kwargs)
+            z = estimate_z(lse, num_negatives=num_rows - 1 if rows is None else len(rows), num_rows=num_rows)
+        losses, lse = bank_nce_dense_reference(flat, bank, index, **kwargs, loss=loss, z=z)
+        losses = losses.reshape(query.shape[:-1])
+        return (losses, lse.reshape(query.shape[:-1])) if return_lse else losses
     num_negatives = rows_BK.shape[1]
     query = query.to(torch.promote_types(query.dtype, torch.float32))
     chosen_BKD = bank[torch.cat((index[:, None], rows_BK), dim=1)].to(query.dtype)
@@ -136,18 +165,21 @@ def bank_nce_reference(
             z = num_rows * scores.detach().exp().mean()
         z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
         logits = scores - (z * num_negatives / num_rows).log()
-        losses = softplus(-logits[..., 0]) + softplus(logits[..., 1:]).sum(-1)
+        losses = -logsigmoid(logits[..., 0]) - logsigmoid(-logits[..., 1:]).sum(-1)
     return (losses, lse) if return_lse else losses
 
 
-def _negatives(negatives: str | Tensor, num_negatives: int) -> tuple[Tensor | None, int]:
+def _negatives(negatives: str | Tensor, num_negatives: int, bank: Tensor) -> tuple[str, Tensor | None, int]:
+    """Mode, rows where given, and K."""
     if isinstance(negatives, Tensor):
         if negatives.dim() not in (1, 2):
             raise ValueError(f"bank_nce: negatives must have shape [K] or [B, K], got {list(negatives.shape)}")
-        return negatives, negatives.shape[-1]
-    if negatives != "sampled":
-        raise ValueError(f'bank_nce: negatives must be "sampled" or int64 rows [K] or [B, K], got {negatives!r}')
-    return None, num_negatives
+        return "rows", negatives, negatives.shape[-1]
+    if negatives not in ("sampled", "shared", "full"):
+        raise ValueError(
+            f'bank_nce: negatives must be "sampled", "shared", "full" or int64 rows [K] or [B, K], got {negatives!r}'
+        )
+    return negatives, None, bank.shape[0] - 1 if negatives == "full" else num_negatives
 
 
 def _tensor_or_none(value: object) -> Tensor | None:
@@ -157,13 +189,12 @@ def _tensor_or_none(value: object) -> Tensor | None:
 def _check(
     bank: Tensor,
     temperature: float,
+    mode: str,
     num_negatives: int,
     loss: str,
     z: float | Tensor | None,
     exclude_self: bool,
     seed: int,
-    *,
-    drawn: bool,
 ) -> None:
     if not temperature > 0:
         raise ValueError(f"bank_nce: temperature must be positive, got {temperature=}")
@@ -171,10 +202,14 @@ def _check(
         raise ValueError(f'bank_nce: loss must be "infonce" or "nce", got {loss!r}')
     if z is not None and not isinstance(z, Tensor) and not z > 0:
         raise ValueError(f"bank_nce: z must be positive, got {z=}")
+    _library.check_seed("bank_nce", seed)
+    if mode == "full":
+        if loss == "nce" and bank.shape[0] < 2:
+            raise ValueError(f"bank_nce: nce against the full bank needs at least 2 rows, got {bank.shape[0]}")
+        return
     if num_negatives < 1:
         raise ValueError(f"bank_nce: needs at least one negative per sample, got {num_negatives=}")
-    _library.check_seed("bank_nce", seed)
-    if drawn and bank.shape[0] < (2 if exclude_self else 1):
+    if mode != "rows" and bank.shape[0] < (2 if exclude_self else 1):
         raise ValueError(
             f"bank_nce: drawing negatives needs at least 2 bank rows when exclude_self is True, got {bank.shape[0]}; "
             "pass exclude_self=False or explicit rows"

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     BANK_INIT = 4
     DEMO_CROPS = 5
     PROBE_SPLIT = 6
+    SHARED_NEGATIVES = 7
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
 

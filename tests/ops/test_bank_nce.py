@@ -43,7 +43,7 @@ def assert_agrees(query: Tensor, bank: Tensor, index: Tensor, **options: Any) ->
     expected, expected_gradient = loss_and_gradient(bank_nce_reference, query.double(), bank.double(), index, **options)
     tolerance = 1e-12 if bank.dtype == torch.float64 else 3e-6  # fp32 sums of K terms
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
-    scale = max(1.0, expected_gradient.abs().max().item())
+    scale = max(loss.numel(), expected_gradient.abs().max().item())  # losses are weighted by 1 .. numel
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=scale * tolerance)
 
 
@@ -251,7 +251,7 @@ def test_compile_equals_eager(device: torch.device) -> None:
         ({"loss": "softmax"}, 'loss must be "infonce" or "nce", got \'softmax\''),
         ({"loss": "nce", "z": -1.0}, "z must be positive, got z=-1.0"),
         ({"num_negatives": 0}, "needs at least one negative per sample"),
-        ({"negatives": "hard"}, 'negatives must be "sampled" or int64 rows'),
+        ({"negatives": "hard"}, 'negatives must be "sampled", "shared", "full" or int64 rows'),
         ({"negatives": torch.zeros(1, 1, 1, dtype=torch.long)}, r"negatives must have shape \[K\] or \[B, K\]"),
         ({"seed": -3}, "seed must be in"),
     ],
@@ -272,8 +272,10 @@ def test_bad_tensors() -> None:
         bank_nce(query, bank.double(), index, num_negatives=4)
     with pytest.raises(RuntimeError, match=r"index must be in \[0, 300\), got 300 at flat position 0"):
         bank_nce(query, bank, index * 0 + 300, num_negatives=4)
-    with pytest.raises(RuntimeError, match=r"negatives must be in \[0, 300\), got -1"):
+    with pytest.raises(RuntimeError, match=r"bank_nce_dense: rows must be in \[0, 300\), got -1"):
         bank_nce(query, bank, index, negatives=torch.tensor([-1]))
+    with pytest.raises(RuntimeError, match=r"bank_nce: negatives must be in \[0, 300\), got 300"):
+        bank_nce(query, bank, index, negatives=torch.full((5, 2), 300))
     with pytest.raises(RuntimeError, match=r"negatives must have shape \[K\] or \[B, K\] with B=5, got \[4, 2\]"):
         bank_nce(query, bank, index, negatives=torch.zeros(4, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"query must have shape \[..., B, D\], got \[128\]"):

@@ -55,6 +55,18 @@ def test_function_of_seed_step_row_alone(device: torch.device) -> None:
     assert torch.equal(longer[:, :37], rows)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 1000, 2**32])
+def test_shared_draw(device: torch.device, num_rows: int) -> None:
+    draw = DRAW | {"num_rows": num_rows}
+    index = torch.tensor([7, 3], device=device)
+    rows = negative_rows(index, **draw, shared=True)
+    assert rows.shape == (37,)
+    assert torch.equal(rows, negative_rows_reference(index, **draw, shared=True))
+    assert torch.equal(rows, negative_rows(index[:1], **draw, shared=True))
+    if num_rows == 1000:  # a stream of its own
+        assert not torch.equal(rows, negative_rows(index.new_zeros(1), **draw, exclude_self=False)[0])
+
+
 def test_step_tensor_equals_step_number(device: torch.device) -> None:
     index = torch.arange(5, device=device)
     step = torch.tensor(3, device=device)
@@ -71,7 +83,9 @@ def test_opcheck_and_compile(device: torch.device) -> None:
     index = torch.arange(6, device=device)
     step = torch.tensor(3, device=device)
     for step_tensor, number in ((None, 3), (step, 0)):
-        torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, step_tensor, number, 37, 1000, 5, True))
+        for exclude_self, shared in ((True, False), (False, True)):
+            arguments = (index, step_tensor, number, 37, 1000, 5, exclude_self, shared)
+            torch.library.opcheck(torch.ops.sslfast.negative_rows.default, arguments)
     compiled = torch.compile(negative_rows, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(index, **(DRAW | {"step": step})), negative_rows(index, **DRAW))
 
@@ -99,6 +113,11 @@ def test_bad_tensors() -> None:
         negative_rows(torch.tensor([0, 1000]), **DRAW)
     with pytest.raises(RuntimeError, match="step must be an int or a 0-d int64 tensor"):
         negative_rows(torch.arange(3), **(DRAW | {"step": torch.zeros(2, dtype=torch.int64)}))
+
+
+def test_shared_draw_of_the_raw_op_excludes_nobody() -> None:
+    with pytest.raises(RuntimeError, match="a shared draw is for the whole batch and excludes no row"):
+        torch.ops.sslfast.negative_rows(torch.zeros(1, dtype=torch.int64), None, 0, 4, 10, 0, True, True)
 
 
 def test_random_helpers_have_the_right_range() -> None:

@@ -1,0 +1,129 @@
+"""bank_nce_dense: noise-contrastive loss of every query against the same bank rows, streamed."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from sslfast.ops import _library
+
+
+def bank_nce_dense(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 0.07,
+    loss: Literal["infonce", "nce"] = "infonce",
+    z: float | Tensor = 1.0,
+    exclude_self: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Contrast every query with its own bank row against the whole bank, or against one list of rows for all.
+
+    What ``bank_nce(negatives="full")`` and ``"shared"`` run. With scores ``s_j = query . bank[j] / temperature`` and
+    the positive's ``s_0``, over the rows j of the bank (``rows=None``, K = N - 1) or of the list and the positive:
+
+    - ``infonce``: ``logsumexp_j(s_j) - s_0``;
+    - ``nce``: ``softplus(-u_0) + sum_j softplus(u_j)`` over the negatives, ``u = s - log(z K / N)``.
+
+    The rows are streamed in tiles with a running log-sum-exp; loss and gradient come out of one pass, and no ``[B, N]``
+    or ``[B, K]`` tensor exists. A bank cut into shards merges: a query whose ``index`` is -1 has no positive here, and
+    gets ``logsumexp_j(s_j)`` (``sum_j softplus(u_j)``) as its loss; its gradient is the derivative of that.
+
+    CUDA: for a bank in bf16 or fp16 the products take query and weights in the bank's type and sum in fp32.
+
+    Args:
+        query: ``[V, B, D]`` fp32, fp64 for an fp64 bank; V views.
+        bank: ``[N, D]`` fp32, bf16, fp16 or fp64.
+        index: ``[B]`` int64, bank row of the positive, or -1.
+        rows: ``[K]`` int64 or None.
+        temperature: τ > 0.
+        loss: "infonce" or "nce".
+        z: normaliser of nce, float or 0-d floating tensor.
+        exclude_self: leave entries of ``rows`` that are the sample's own row out for that sample.
+
+    Returns:
+        ``(loss, lse)``, each ``[V, B]``: the loss in nats, differentiable in ``query``, and the log-sum-exp of all
+        scores (detached).
+
+    Raises:
+        ValueError: an option out of range, tensors on different devices.
+        RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
+    """
+    if not temperature > 0:
+        raise ValueError(f"bank_nce_dense: temperature must be positive, got {temperature=}")
+    if loss not in ("infonce", "nce"):
+        raise ValueError(f'bank_nce_dense: loss must be "infonce" or "nce", got {loss!r}')
+    if not isinstance(z, Tensor) and not z > 0:
+        raise ValueError(f"bank_nce_dense: z must be positive, got {z=}")
+    z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
+    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, rows=rows, z=z_tensor)
+    losses, lse, _ = torch.ops.sslfast.bank_nce_dense(
+        query, bank, index, rows, z_tensor, z_number, temperature, loss == "nce", exclude_self
+    )
+    return losses, lse.detach()
+
+
+def bank_nce_dense_reference(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 0.07,
+    loss: Literal["infonce", "nce"] = "infonce",
+    z: float | Tensor = 1.0,
+    exclude_self: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same loss written out in torch, any float type, gradients by autograd: the specification."""
+    num_rows = bank.shape[0]
+    query, here = query.to(torch.promote_types(query.dtype, torch.float32)), index >= 0
+    listed = torch.arange(num_rows, device=bank.device) if rows is None else rows
+    own = listed == index[:, None]  # [B, K]
+    scores = torch.einsum("vbd,kd->vbk", query, bank[listed].to(query.dtype)) / temperature
+    positive = torch.einsum("vbd,bd->vb", query, bank[index.clamp_min(0)].to(query.dtype)) / temperature
+    if rows is not None:
+        scores = scores.masked_fill(own & exclude_self, -torch.inf)
+        extra = positive.masked_fill(~here, -torch.inf)
+        lse = torch.cat((scores, extra[..., None]), dim=-1).logsumexp(-1)
+    else:
+        lse = scores.logsumexp(-1)
+    if loss == "infonce":
+        return torch.where(here, lse - positive, lse), lse.detach()
+    num_negatives = num_rows - 1 if rows is None else len(listed)
+    offset = (torch.as_tensor(z, dtype=query.dtype, device=query.device) * num_negatives / num_rows).log()
+    terms = -logsigmoid(offset - scores)
+    if rows is None:
+        terms = terms.masked_fill(own, 0.0)
+    return terms.sum(-1) - torch.where(here, logsigmoid(positive - offset), 0.0), lse.detach()
+
+
+@torch.library.register_fake("sslfast::bank_nce_dense")
+def _(query: Tensor, bank: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(query.dim() == 3, lambda: f"bank_nce_dense: query must have shape [V, B, D], got {list(query.shape)}")
+    torch._check(
+        query.shape[2] == bank.shape[1],
+        lambda: f"bank_nce_dense: query must have D={bank.shape[1]} columns like bank, got {query.shape[2]}",
+    )
+    shape = query.shape[:2]
+    return (
+        query.new_empty(shape),
+        query.new_empty(shape),
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, lse, grad = output
+    ctx.mark_non_differentiable(lse, grad)
+    ctx.save_for_backward(grad)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor, _grad_grad: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return (grad_loss[..., None] * grad, *(None,) * 8)
+
+
+torch.library.register_autograd("sslfast::bank_nce_dense", _backward, setup_context=_setup_context)
