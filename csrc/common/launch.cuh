@@ -1,5 +1,11 @@
-// Launching on torch's current stream. Included by .cu files only.
+// Launching on torch's current stream, and everything else that a .cu file asks of the CUDA runtime: .cu files call no
+// cuda* function. Included by .cu files only. Tests run kernels on the CPU with the definitions of
+// tests/cuda_emulation instead.
 #pragma once
+
+#ifdef SSLFAST_EMULATE_CUDA
+#include <emulation.h>
+#else
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -7,6 +13,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 // Weak: the binary also loads beside a CPU build of torch, which has no CUDA streams; no op reaches this there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -14,8 +21,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace sslfast {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kFullMask = 0xffffffffu;
+using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
@@ -25,12 +31,56 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+// 80 for 8.0.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+// The block's dynamic shared memory, for which launch_kernel gets the number of bytes.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char sslfast_dynamic_shared[];
+  return reinterpret_cast<T*>(sslfast_dynamic_shared);
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), its errors as exceptions that name the op.
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, Arguments&&... arguments) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    // clang-format off: it takes the last three brackets apart
+    kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
+    // clang-format on
+    error = cudaGetLastError();
+  }
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 }
+
+}  // namespace sslfast
+
+#endif  // SSLFAST_EMULATE_CUDA
+
+namespace sslfast {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
 
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {

@@ -49,15 +49,14 @@ __global__ void advance_kernel(int64_t* head, Ring ring) {
 template <typename T, typename F>
 void launch(const Tensor& bank, const Tensor& head, const Tensor& keys, const Ring& ring, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>((ring.kept + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  bank_enqueue_kernel<T, F><<<blocks, kWarpsPerBlock * kWarpSize, 0, stream>>>(
-      static_cast<T*>(bank.mutable_data_ptr()), static_cast<const int64_t*>(head.const_data_ptr()),
-      static_cast<const F*>(keys.const_data_ptr()), bank.size(1), ring);
-  check_launch("bank_enqueue_");
+  launch_kernel("bank_enqueue_", bank_enqueue_kernel<T, F>, blocks, kWarpsPerBlock * kWarpSize, 0, stream,
+                static_cast<T*>(bank.mutable_data_ptr()), static_cast<const int64_t*>(head.const_data_ptr()),
+                static_cast<const F*>(keys.const_data_ptr()), bank.size(1), ring);
 }
 
 void bank_enqueue_cuda(const Tensor& bank, const Tensor& head, const Tensor& keys_) {
   check_bank_enqueue(bank, head, keys_);
-  const torch::stable::accelerator::DeviceGuard guard(bank.get_device_index());
+  const DeviceGuard guard(bank.get_device_index());
   const Tensor keys = torch::stable::contiguous(keys_);
   check_apart(bank, keys);
   const Ring ring(bank.size(0), keys.size(0));
@@ -70,8 +69,7 @@ void bank_enqueue_cuda(const Tensor& bank, const Tensor& head, const Tensor& key
                              [&] { launch<bank_t, scalar_t>(bank, head, keys, ring, stream); });
     });
   }
-  advance_kernel<<<1, 1, 0, stream>>>(static_cast<int64_t*>(head.mutable_data_ptr()), ring);
-  check_launch("bank_enqueue_");
+  launch_kernel("bank_enqueue_", advance_kernel, 1, 1, 0, stream, static_cast<int64_t*>(head.mutable_data_ptr()), ring);
 }
 
 }  // namespace

@@ -46,15 +46,15 @@ template <typename T, typename F>
 void launch(const Tensor& bank, const Tensor& index, const Tensor& features, double momentum) {
   const int64_t batch = index.size(0);
   const unsigned blocks = static_cast<unsigned>((batch + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  bank_update_kernel<T, F><<<blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(bank.get_device_index())>>>(
-      static_cast<T*>(bank.mutable_data_ptr()), static_cast<const int64_t*>(index.const_data_ptr()),
-      static_cast<const F*>(features.const_data_ptr()), batch, bank.size(1), bank.size(0), momentum);
-  check_launch("bank_update_");
+  launch_kernel("bank_update_", bank_update_kernel<T, F>, blocks, kWarpsPerBlock * kWarpSize, 0,
+                current_stream(bank.get_device_index()), static_cast<T*>(bank.mutable_data_ptr()),
+                static_cast<const int64_t*>(index.const_data_ptr()), static_cast<const F*>(features.const_data_ptr()),
+                batch, bank.size(1), bank.size(0), momentum);
 }
 
 void bank_update_cuda(const Tensor& bank, const Tensor& index_, const Tensor& features_, double momentum) {
   check_bank_update(bank, index_, features_, momentum);
-  const torch::stable::accelerator::DeviceGuard guard(bank.get_device_index());
+  const DeviceGuard guard(bank.get_device_index());
   const Tensor index = torch::stable::contiguous(index_), features = torch::stable::contiguous(features_);
   if (index.size(0) == 0 || bank.size(1) == 0) return;
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_update_", [&] {

@@ -91,8 +91,7 @@ void launch_all(const std::vector<Span>& spans, ScalarType target_type, ScalarTy
   uint32_t chunks = 0;
   const auto flush = [&] {
     if (arguments.count == 0) return;
-    ema_update_kernel<T, F><<<chunks, kThreads, 0, stream>>>(arguments);
-    check_launch("ema_update_");
+    launch_kernel("ema_update_", ema_update_kernel<T, F>, chunks, kThreads, 0, stream, arguments);
     arguments.count = 0;
     chunks = 0;
   };
@@ -116,7 +115,7 @@ void ema_update_cuda(const std::vector<Tensor>& targets, const std::vector<Tenso
                      const std::optional<Tensor>& momentum_tensor, double momentum) {
   check_ema_update(targets, sources, momentum_tensor, momentum);
   if (targets.empty()) return;
-  const torch::stable::accelerator::DeviceGuard guard(targets[0].get_device_index());
+  const DeviceGuard guard(targets[0].get_device_index());
   const cudaStream_t stream = current_stream(targets[0].get_device_index());
   Plan plan = plan_ema_update(targets, sources);
   Arguments arguments;

@@ -55,10 +55,10 @@ void launch(const Tensor& images, const Tensor& permutation, const Tensor& offse
   constexpr int64_t kPacksPerBlock = kThreads * kPacksPerThread;
   const dim3 blocks(static_cast<unsigned>((packs + kPacksPerBlock - 1) / kPacksPerBlock),
                     static_cast<unsigned>(std::min<int64_t>(shape.batch * shape.cells(), 65535)));
-  jigsaw_patches_kernel<T, V><<<blocks, kThreads, 0, current_stream(images.get_device_index())>>>(
+  launch_kernel(
+      "jigsaw_patches", jigsaw_patches_kernel<T, V>, blocks, kThreads, 0, current_stream(images.get_device_index()),
       static_cast<const T*>(images.const_data_ptr()), static_cast<const int64_t*>(permutation.const_data_ptr()),
       static_cast<const int64_t*>(offsets.const_data_ptr()), shape, static_cast<T*>(patches.mutable_data_ptr()));
-  check_launch("jigsaw_patches");
 }
 
 Tensor jigsaw_patches_cuda(const Tensor& images_,       // [N, C, H, W]
@@ -69,7 +69,7 @@ Tensor jigsaw_patches_cuda(const Tensor& images_,       // [N, C, H, W]
   SSLFAST_CHECK(shape.channels * patch_size * patch_size < (int64_t(1) << 30),
                 "jigsaw_patches: a patch must have fewer than 2**30 elements, got C * p * p = ",
                 shape.channels * patch_size * patch_size);
-  const torch::stable::accelerator::DeviceGuard guard(images_.get_device_index());
+  const DeviceGuard guard(images_.get_device_index());
   const Tensor images = torch::stable::contiguous(images_), offsets = torch::stable::contiguous(offsets_);
   const Tensor permutation = torch::stable::contiguous(permutation_);
   Tensor patches =

@@ -89,11 +89,11 @@ void launch(const Tensor& images, const Tensor& quarter_turns, const Tensor& rot
   const int64_t planes = images.size(0) * images.size(1), side = images.size(2);
   const int64_t tiles = (side / V + kTile - 1) / kTile;
   const dim3 blocks(static_cast<unsigned>(tiles * tiles), static_cast<unsigned>(std::min<int64_t>(planes, 65535)));
-  rotate90_kernel<T, V><<<blocks, dim3(kTile, kRows), 0, current_stream(images.get_device_index())>>>(
-      static_cast<const T*>(images.const_data_ptr()), static_cast<const int64_t*>(quarter_turns.const_data_ptr()),
-      static_cast<unsigned>(planes), static_cast<unsigned>(images.size(1)), static_cast<int>(side),
-      static_cast<int>(tiles), static_cast<T*>(rotated.mutable_data_ptr()));
-  check_launch("rotate90");
+  launch_kernel("rotate90", rotate90_kernel<T, V>, blocks, dim3(kTile, kRows), 0,
+                current_stream(images.get_device_index()), static_cast<const T*>(images.const_data_ptr()),
+                static_cast<const int64_t*>(quarter_turns.const_data_ptr()), static_cast<unsigned>(planes),
+                static_cast<unsigned>(images.size(1)), static_cast<int>(side), static_cast<int>(tiles),
+                static_cast<T*>(rotated.mutable_data_ptr()));
 }
 
 Tensor rotate90_cuda(const Tensor& images_,           // [N, C, S, S]
@@ -103,7 +103,7 @@ Tensor rotate90_cuda(const Tensor& images_,           // [N, C, S, S]
                 images_.size(2));
   SSLFAST_CHECK(images_.size(0) * images_.size(1) < (int64_t(1) << 31),
                 "rotate90: images must have fewer than 2**31 planes, got N * C = ", images_.size(0) * images_.size(1));
-  const torch::stable::accelerator::DeviceGuard guard(images_.get_device_index());
+  const DeviceGuard guard(images_.get_device_index());
   const Tensor images = torch::stable::contiguous(images_);
   const Tensor quarter_turns = torch::stable::contiguous(quarter_turns_);
   const int64_t side = images.size(2);
