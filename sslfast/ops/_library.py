@@ -14,14 +14,19 @@ except ImportError as error:
     ) from error
 
 
+_OPTIONAL = {"negatives", "rows", "step", "z"}  # arguments of ops that None leaves out
+
+
 def build_info() -> dict[str, Any]:
     """Facts about the compiled core: version, note, cuda_architectures, compiler."""
     return dict(_C.build_info())
 
 
 def step_arguments(step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
-    """Splits a public ``step`` into the schema's ``(step_tensor, step)``."""
-    return (step, 0) if isinstance(step, torch.Tensor) else (None, step)
+    """Splits a public ``step`` into the schema's ``(step_tensor, step)``; draws use a step modulo 2**32."""
+    if isinstance(step, torch.Tensor):
+        return step, 0
+    return None, step % 2**32 if isinstance(step, int | torch.SymInt) else step
 
 
 def check_seed(op: str, seed: int) -> None:
@@ -40,8 +45,14 @@ def mark_updated(*tensors: torch.Tensor) -> None:
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raises ValueError unless all tensors given are on the device of the first."""
-    (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    """Raises TypeError unless all that is given are tensors, ValueError unless on the device of the first."""
+    given: list[tuple[str, Any]] = [
+        (name, tensor) for name, tensor in tensors.items() if tensor is not None or name not in _OPTIONAL
+    ]
+    for name, tensor in given:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    (first, head), *rest = given
     for name, tensor in rest:
         if tensor.device != head.device:
             raise ValueError(

@@ -39,6 +39,7 @@ def bank_enqueue_reference(bank: Tensor, head: Tensor, keys: Tensor) -> None:
 
 @torch.library.register_fake("sslfast::bank_enqueue_")
 def _(bank: Tensor, head: Tensor, keys: Tensor) -> None:
+    _library.check_same_device("bank_enqueue_", bank=bank, head=head, keys=keys)
     torch._check(bank.dim() == 2, lambda: f"bank_enqueue_: bank must have shape [N, D], got {list(bank.shape)}")
     torch._check(head.dim() == 0, lambda: f"bank_enqueue_: head must be 0-d, got shape {list(head.shape)}")
     torch._check(

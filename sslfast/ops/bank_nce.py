@@ -68,12 +68,13 @@ def bank_nce(
         ValueError: an option out of range, tensors on different devices.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
+    options = {"negatives": _tensor_or_none(negatives), "step": _tensor_or_none(step), "z": _tensor_or_none(z)}
+    _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
+    if bank.dim() != 2:
+        raise ValueError(f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
     mode, rows, num_negatives = _negatives(negatives, num_negatives, bank)
     _check(bank, temperature, mode, num_negatives, loss, z, exclude_self, seed)
     step_tensor, step_number = _library.step_arguments(step)
-    _library.check_same_device(
-        "bank_nce", query=query, bank=bank, index=index, negatives=rows, step=step_tensor, z=_tensor_or_none(z)
-    )
     if query.dim() < 2:
         raise ValueError(f"bank_nce: query must have shape [..., B, D], got {list(query.shape)}")
     flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
@@ -137,14 +138,14 @@ def bank_nce_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same loss written out in torch, any float type, gradients by autograd: the specification."""
     num_rows = bank.shape[0]
-    draw = {"num_negatives": num_negatives, "num_rows": num_rows, "seed": seed, "step": step}
+    draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": num_rows, "seed": seed, "step": step}
     if isinstance(negatives, Tensor):
         rows_BK = negatives.expand(index.shape[0], -1)
     elif negatives == "sampled":
         rows_BK = negative_rows_reference(index, **draw, exclude_self=exclude_self)
     else:
         rows = negative_rows_reference(index, **draw, shared=True) if negatives == "shared" else None
-        flat = query.reshape(-1, *query.shape[-2:])
+        flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
         own = exclude_self and rows is not None
         kwargs: dict[str, Any] = {"rows": rows, "temperature": temperature, "exclude_self": own}
         if z is None:
@@ -217,7 +218,19 @@ def _check(
 
 
 @torch.library.register_fake("sslfast::bank_nce")
-def _(query: Tensor, bank: Tensor, index: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    rows: Tensor | None,
+    step_tensor: Tensor | None,
+    step: int,
+    z_tensor: Tensor | None,
+    *_args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = {"negatives": rows, "step": step_tensor, "z": z_tensor}
+    _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
+    torch._check(bank.dim() == 2, lambda: f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
     torch._check(query.dim() == 3, lambda: f"bank_nce: query must have shape [V, B, D], got {list(query.shape)}")
     torch._check(
         query.shape[2] == bank.shape[1],

@@ -101,7 +101,11 @@ def bank_nce_dense_reference(
 
 
 @torch.library.register_fake("sslfast::bank_nce_dense")
-def _(query: Tensor, bank: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    query: Tensor, bank: Tensor, index: Tensor, rows: Tensor | None, z_tensor: Tensor | None, *_args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, rows=rows, z=z_tensor)
+    torch._check(bank.dim() == 2, lambda: f"bank_nce_dense: bank must have shape [N, D], got {list(bank.shape)}")
     torch._check(query.dim() == 3, lambda: f"bank_nce_dense: query must have shape [V, B, D], got {list(query.shape)}")
     torch._check(
         query.shape[2] == bank.shape[1],

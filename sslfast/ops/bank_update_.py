@@ -42,4 +42,5 @@ def bank_update_reference(bank: Tensor, index: Tensor, features: Tensor, *, mome
 
 @torch.library.register_fake("sslfast::bank_update_")
 def _(bank: Tensor, index: Tensor, features: Tensor, momentum: float) -> None:
+    _library.check_same_device("bank_update_", bank=bank, index=index, features=features)
     torch._check(bank.dim() == 2, lambda: f"bank_update_: bank must have shape [N, D], got {list(bank.shape)}")

@@ -38,7 +38,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
         raise ValueError(f"ema_update_: as many sources as targets are needed, got {len(targets)=}, {len(sources)=}")
     if not targets:
         return
-    _check_devices(targets, sources, momentum_tensor)
+    _check_tensors(targets, sources, momentum_tensor)
     with torch.no_grad():  # targets are usually leaves that require grad
         torch.ops.sslfast.ema_update_(targets, sources, momentum_tensor, number)
     _library.mark_updated(*targets)
@@ -53,10 +53,12 @@ def ema_update_reference(targets: Iterable[Tensor], sources: Iterable[Tensor], *
         target.detach().copy_(moved)
 
 
-def _check_devices(targets: list[Tensor], sources: list[Tensor], momentum_tensor: Tensor | None) -> None:
-    device = targets[0].device
+def _check_tensors(targets: list[Tensor], sources: list[Tensor], momentum_tensor: Tensor | None) -> None:
+    device = getattr(targets[0], "device", None)
     for name, tensors in (("targets", targets), ("sources", sources)):
         for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"ema_update_: {name}[{i}] must be a tensor, got {type(tensor).__name__}")
             if tensor.device != device:
                 raise ValueError(
                     f"ema_update_: {name}[{i}] is on {tensor.device} and targets[0] on {device}; "
@@ -74,6 +76,8 @@ def _(targets: list[Tensor], sources: list[Tensor], momentum_tensor: Tensor | No
         len(targets) == len(sources),
         lambda: f"ema_update_: as many sources as targets are needed, got {len(targets)} and {len(sources)}",
     )
+    if targets:
+        _check_tensors(targets, sources, momentum_tensor)
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         torch._check(
             target.shape == source.shape,

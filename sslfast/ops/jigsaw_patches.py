@@ -34,8 +34,8 @@ def jigsaw_patches(
         RuntimeError: wrong dtype or shape; on CPU also a permutation or offset out of range, naming the sample
             (CUDA: a device trap).
     """
-    _check(images, grid, patch_size)
     _library.check_same_device("jigsaw_patches", images=images, permutation=permutation, offsets=offsets)
+    _check(images, grid, patch_size)
     return torch.ops.sslfast.jigsaw_patches(images, permutation, offsets, grid, patch_size)
 
 
@@ -74,9 +74,11 @@ def _pixels(permutation: Tensor, offsets: Tensor, height: int, width: int, grid:
 
 @torch.library.register_fake("sslfast::jigsaw_patches")
 def _(images: Tensor, permutation: Tensor, offsets: Tensor, grid: int, patch_size: int) -> Tensor:
+    _library.check_same_device("jigsaw_patches", images=images, permutation=permutation, offsets=offsets)
     torch._check(
         images.dim() == 4, lambda: f"jigsaw_patches: images must have shape [N, C, H, W], got {list(images.shape)}"
     )
+    _check(images, grid, patch_size)
     return images.new_empty((images.shape[0], grid**2, images.shape[1], patch_size, patch_size))
 
 

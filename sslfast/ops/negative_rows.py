@@ -90,5 +90,6 @@ def _(
     exclude_self: bool,
     shared: bool,
 ) -> Tensor:
+    _library.check_same_device("negative_rows", index=index, step=step_tensor)
     torch._check(index.dim() == 1, lambda: f"negative_rows: index must have shape [B], got {list(index.shape)}")
     return index.new_empty((index.shape[0], num_negatives))

@@ -40,6 +40,7 @@ def rotate90_reference(images: Tensor, quarter_turns: Tensor) -> Tensor:
 
 @torch.library.register_fake("sslfast::rotate90")
 def _(images: Tensor, quarter_turns: Tensor) -> Tensor:
+    _library.check_same_device("rotate90", images=images, quarter_turns=quarter_turns)
     torch._check(images.dim() == 4, lambda: f"rotate90: images must have shape [N, C, H, W], got {list(images.shape)}")
     torch._check(
         images.shape[2] == images.shape[3],
