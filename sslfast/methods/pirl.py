@@ -53,8 +53,9 @@ class PIRL(nn.Module):
         """K, bank rows drawn per sample and step."""
         loss: Literal["nce", "infonce"] = "nce"
         """nce: binary loss with normaliser Z. infonce: softmax over the positive and the K negatives."""
-        z: Literal["frozen", "running"] = "frozen"
-        """frozen: Z estimated from the first batch. running: moving average of the estimate of every batch."""
+        z: Literal["frozen", "running", "exact"] = "frozen"
+        """frozen: Z estimated from the first batch. running: moving average of the estimate of every batch. exact: Z of
+        each batch over every row of the bank, mean_q sum_j exp(q . m_j / τ), at the cost of a pass over the bank."""
         z_momentum: float = 0.99
         """Weight of the old value when z is running."""
         z_from: Literal["all", "pretext"] = "all"
@@ -173,8 +174,10 @@ class PIRL(nn.Module):
         config = self.config
         queries = self.embed(views)  # [V, B, D]
         self._pending = (rows, queries[-1].detach())
-        if config.loss == "nce" and not self._z_is_set:
-            self._set_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1])
+        if config.loss == "nce" and config.z == "exact":
+            self._set_z(self._exact_z(queries.detach(), rows))
+        elif config.loss == "nce" and not self._z_is_set:
+            self._set_z(self._estimate_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1]))
         losses, lse = self._score(queries, rows, step=step, loss=config.loss)
         if config.loss == "nce" and config.z == "running":
             self.z.lerp_(self._estimate_z(lse), 1 - config.z_momentum)
@@ -233,11 +236,19 @@ class PIRL(nn.Module):
         ]
         return cast(tuple[Tensor, Tensor], tuple(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _estimate_z(self, lse: Tensor) -> Tensor:
+    def _estimate_z(self, lse: Tensor, *, num_negatives: int | None = None) -> Tensor:
         used = lse[:1] if self.config.z_from == PRETEXT else lse
-        return estimate_z(used, num_negatives=self.config.num_negatives, num_rows=self.bank.rows.shape[0])
+        negatives = self.config.num_negatives if num_negatives is None else num_negatives
+        return estimate_z(used, num_negatives=negatives, num_rows=len(self.bank.rows))
+
+    def _exact_z(self, queries: Tensor, rows: Tensor) -> Tensor:
+        bank = self.bank.rows
+        out = bank_nce(
+            queries, bank, rows, temperature=self.config.temperature, negatives="full", return_lse=True
+        )  # the log-sum-exp over all N rows
+        return self._estimate_z(out[1], num_negatives=len(bank) - 1)
 
     @torch.no_grad()
-    def _set_z(self, lse: Tensor) -> None:
-        self.z.copy_(self._estimate_z(lse))
+    def _set_z(self, z: Tensor) -> None:
+        self.z.copy_(z)
         self._z_is_set = True

@@ -223,9 +223,12 @@ def test_step_zero(device: torch.device, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("z_from", ["all", "pretext"])
-@pytest.mark.parametrize("kind", ["frozen", "running"])
+@pytest.mark.parametrize("kind", ["frozen", "running", "exact"])
 def test_z_of_the_method(kind: str, z_from: str) -> None:
-    """Frozen: the estimate of batch 0 in every step. Running: z_momentum of the old value, each estimate after use."""
+    """Frozen: the estimate of batch 0 in every step. Running: z_momentum of the old value, each estimate after use.
+
+    Exact: of every batch, the mean over its queries of the sum of exp(s) over all rows (Wu et al. 2018, equation 2).
+    """
     config = PIRL.Config(num_negatives=20, z=kind, z_from=z_from, z_momentum=0.75, bank_momentum=1.0)  # type: ignore[arg-type]
     method = config.build(model=ResNetConfig(name="resnet18"), num_rows=40, seed=5)
     batches = [draw(views=2, batch=3, columns=128, num_rows=40, negatives=20 + step) for step in range(4)]
@@ -237,8 +240,12 @@ def test_z_of_the_method(kind: str, z_from: str) -> None:
             bank=method.bank.rows,
             rows=negative_rows(d.index, num_negatives=20, num_rows=40, seed=5, step=step),
         )
-        estimate = z_formula(replace(d, query=d.query[:1]) if z_from == "pretext" else d, 0.07)
-        expected = estimate if step == 0 else expected
+        used = d.query[:1] if z_from == "pretext" else d.query
+        if kind == "exact":
+            estimate = (used.double() @ method.bank.rows.double().T / 0.07).exp().sum(dim=-1).mean().item()
+        else:
+            estimate = z_formula(replace(d, query=used), 0.07)
+        expected = estimate if step == 0 or kind == "exact" else expected
         method.embed = lambda _, query=d.query: query  # type: ignore[method-assign]
         out = method({}, d.index, step=step)
         losses = nce_formula(d, 0.07, expected)[0].mean(dim=1)
