@@ -50,6 +50,22 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// Two elements of t may lie in one place, unless every stride passes all that the smaller ones span.
+inline bool may_overlap_itself(const Tensor& t) {
+  if (t.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return true;
+    span += (size - 1) * stride;
+  }
+  return false;
+}
+
 // Strides of dimensions of size 1 mean nothing: channels_last 1x1 weights have others than contiguous ones.
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -75,32 +91,46 @@ inline void check_ema_pair(size_t i, const Tensor& target, const Tensor& source,
   for (int64_t d = 0; same_shape && d < target.dim(); ++d) same_shape = target.size(d) == source.size(d);
   SSLFAST_CHECK(same_shape, op, ": sources[", i, "] must have shape ", shape_string(target), " as targets[", i,
                 "], got ", shape_string(source));
-  for (int64_t d = 0; d < target.dim(); ++d) {
-    SSLFAST_CHECK(target.stride(d) != 0 || target.size(d) <= 1 || target.numel() == 0, op, ": targets[", i,
-                  "] is expanded, several of its elements share memory; pass a .clone()");
-  }
+  SSLFAST_CHECK(!may_overlap_itself(target), op, ": targets[", i,
+                "] is expanded or overlaps itself, several of its elements share memory; pass a .clone()");
 }
 
-// Two targets in the same memory would be updated in an order that depends on threads.
-inline void check_targets_apart(const std::vector<Tensor>& targets) {
-  struct Place {
-    const char *begin, *end;
-    size_t i;
-  };
+// Memory of tensor i of a list. Columns of one matrix may interleave: of a tensor with gaps only the first element
+// counts.
+struct Place {
+  const char *begin, *end;
+  size_t i;
+
+  Place(const Tensor& t, size_t i)
+      : begin(static_cast<const char*>(t.const_data_ptr())),
+        end(begin + (is_dense(t) ? t.numel() : 1) * static_cast<int64_t>(t.element_size())),
+        i(i) {}
+};
+
+// Elements in two tensors would be updated, or read after an update, in an order that depends on threads. A source may
+// be its own target.
+inline void check_apart(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
   std::vector<Place> places;
   places.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor& t = targets[i];
-    if (t.numel() == 0) continue;
-    const char* begin = static_cast<const char*>(t.const_data_ptr());
-    // Columns of one matrix may interleave: of a target with gaps only the first element counts.
-    places.push_back({begin, begin + (is_dense(t) ? t.numel() : 1) * static_cast<int64_t>(t.element_size()), i});
+    if (targets[i].numel() != 0) places.emplace_back(targets[i], i);
   }
   std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.begin < b.begin; });
   for (size_t p = 1; p < places.size(); ++p) {
     SSLFAST_CHECK(places[p - 1].end <= places[p].begin, "ema_update_: targets[", places[p - 1].i, "] and targets[",
                   places[p].i, "] share memory; pass tied weights once");
-    places[p].end = std::max(places[p].end, places[p - 1].end);
+  }
+  for (size_t i = 0; i < sources.size(); ++i) {
+    if (sources[i].numel() == 0) continue;
+    const Place source(sources[i], i);
+    auto target = std::partition_point(places.begin(), places.end(),
+                                       [&](const Place& place) { return place.end <= source.begin; });
+    for (; target != places.end() && target->begin < source.end; ++target) {
+      const bool own = target->i == i && target->begin == source.begin &&
+                       targets[i].element_size() == sources[i].element_size() && same_strides(targets[i], sources[i]);
+      SSLFAST_CHECK(own, "ema_update_: sources[", i, "] and targets[", target->i,
+                    "] share memory; pass a .clone() of the source");
+    }
   }
 }
 
@@ -119,7 +149,7 @@ inline void check_ema_update(const std::vector<Tensor>& targets, const std::vect
                   shape_string(*momentum_tensor));
     if (!targets.empty()) check_same_device(op, "momentum", *momentum_tensor, "targets[0]", targets[0]);
   }
-  check_targets_apart(targets);
+  check_apart(targets, sources);
 }
 
 // Pairs of dense tensors with equal strides (contiguous, channels_last) are flat as they are; others go through

@@ -17,7 +17,7 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     Args:
         bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous; updated in place.
         index: ``[B]`` int64.
-        features: ``[B, D]`` fp32, fp64, bf16 or fp16; no gradient flows.
+        features: ``[B, D]`` fp32, fp64, bf16 or fp16, in other memory than bank; no gradient flows.
         momentum: weight of the old row in [0, 1].
 
     Raises:

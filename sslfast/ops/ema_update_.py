@@ -28,7 +28,8 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     Raises:
         ValueError: momentum out of range, lists of different length, tensors on different devices.
         RuntimeError: different shapes, a dtype that is not floating (leave integer buffers such as BatchNorm's
-            ``num_batches_tracked`` out and copy them), an expanded target, targets that share memory.
+            ``num_batches_tracked`` out and copy them), a target that is expanded or overlaps itself, tensors that share
+            memory (columns that interleave are not looked into).
     """
     targets, sources = list(targets), list(sources)
     momentum_tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)

@@ -116,6 +116,9 @@ def test_bad_arguments() -> None:
         bank_update_(bank.to(torch.int32), index, features)
     with pytest.raises(RuntimeError, match=r"index must be in \[0, 50\), got -1 at flat position 0"):
         bank_update_(bank, index * 0 - 1, features)
+    with pytest.raises(RuntimeError, match=r"features must not share memory with bank; pass features.clone\(\)"):
+        bank_update_(bank, index, bank[3 : 3 + len(index)])
+    bank_update_(bank, index, bank[3 : 3 + len(index)].clone())
 
 
 def test_wrong_device() -> None:

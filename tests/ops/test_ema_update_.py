@@ -275,7 +275,7 @@ def test_bad_arguments() -> None:
         ema_update_([targets[0], torch.tensor(3)], [sources[0], torch.tensor(4)], momentum=0.5)
     with pytest.raises(RuntimeError, match=r"sources\[0\] must be fp32, fp64, bf16 or fp16, got Int"):
         ema_update_(targets[:1], [sources[0].int()], momentum=0.5)
-    with pytest.raises(RuntimeError, match=r"targets\[0\] is expanded, .* pass a .clone\(\)"):
+    with pytest.raises(RuntimeError, match=r"targets\[0\] is expanded or overlaps itself, .* pass a .clone\(\)"):
         ema_update_([torch.zeros(1).expand(3)], sources[:1], momentum=0.5)
     assert_equal(targets, before)
 
@@ -289,6 +289,26 @@ def test_tied_targets() -> None:
         ema_update_([weights[5:], weights[:6]], [torch.ones(5), torch.ones(6)], momentum=0.5)
     ema_update_([weights[5:], weights[:5]], [torch.ones(5)] * 2, momentum=0.5)
     assert weights.tolist() == [0.5] * 10
+
+
+def test_sources_in_the_memory_of_other_targets() -> None:
+    weights = torch.zeros(10)
+    with pytest.raises(RuntimeError, match=r"sources\[0\] and targets\[0\] share memory; pass a .clone\(\)"):
+        ema_update_([weights[1:]], [weights[:-1]], momentum=0.5)
+    with pytest.raises(RuntimeError, match=r"sources\[1\] and targets\[0\] share memory"):
+        ema_update_([weights[:5], weights[5:]], [torch.ones(5), weights[:5]], momentum=0.5)
+    columns = torch.zeros(3, 4)
+    columns[:, 2:] = 1
+    ema_update_([columns[:, :2]], [columns[:, 2:]], momentum=0.5)  # interleaved, nothing shared
+    assert columns.tolist() == [[0.5, 0.5, 1, 1]] * 3
+
+
+def test_target_that_overlaps_itself() -> None:
+    windows = torch.arange(6.0).unfold(0, 3, 1)
+    with pytest.raises(
+        RuntimeError, match=r"targets\[0\] is expanded or overlaps itself, several of its elements share"
+    ):
+        ema_update_([windows], [torch.ones(4, 3)], momentum=0.5)
 
 
 def test_wrong_device() -> None:
