@@ -1,0 +1,299 @@
+// bank_nce_dense on the warpgroup tensor cores of 9.0a, for half types, 64 or 128 columns, the whole bank.
+//
+// As dense_mma.cuh, with the copy engine filling the stages: one thread of the producer warpgroup keeps the ring full,
+// two consumer warpgroups take 64 queries each. A consumer has the next tile's scores and this tile's P M under way
+// together, so that exponentials overlap with products.
+#pragma once
+
+#include "common/launch.cuh"
+#include "common/wgmma.cuh"
+#include "cuda/dense_mma.cuh"
+#include "cuda/dense_problem.cuh"
+
+namespace sslfast {
+namespace wgmma {
+
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroup;
+constexpr int kQueries = kConsumers * 64;
+constexpr int kTile = 128;      // bank rows of a stage
+constexpr int kRowBytes = 128;  // of a panel: 64 columns
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+template <int kColumns>
+constexpr int kPanels = kColumns / 64;
+template <int kColumns>
+constexpr int kStageBytes = kTile * kColumns * 2;
+template <int kColumns>
+constexpr int kStages = kColumns == 128 ? 4 : 6;
+template <int kColumns>
+constexpr size_t kSharedBytes =
+    1024 + size_t(kQueries) * kColumns * 2 + size_t(kStages<kColumns>) * kStageBytes<kColumns> + 16 * kStages<kColumns>;
+
+template <int kColumns>
+struct Shared {
+  unsigned char* queries;  // [kPanels, kQueries, 128 bytes], swizzled
+  unsigned char* stages;   // [kStages, kPanels, kTile, 128 bytes], swizzled
+  uint64_t* full;          // [kStages]: the copy engine has filled the stage
+  uint64_t* empty;         // [kStages]: every consumer is done with it
+
+  __device__ __forceinline__ explicit Shared(unsigned char* raw)
+      : queries(raw + ((1024 - (shared_address(raw) & 1023)) & 1023)),
+        stages(queries + kQueries * kColumns * 2),
+        full(reinterpret_cast<uint64_t*>(stages + kStages<kColumns> * kStageBytes<kColumns>)),
+        empty(full + kStages<kColumns>) {}
+};
+
+// Byte of column `column` of row `row` in a panel: as the copy engine lays a box down.
+SSLFAST_HD int swizzled_byte(int row, int column /* of 64 */) {
+  return row * kRowBytes + (((column / 8) ^ (row & 7)) * 16) + column % 8 * 2;
+}
+
+// The running state of the two query rows that a thread shares with the three others of its quad.
+template <typename T>
+struct Rows {
+  float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, loss[2] = {0.0f, 0.0f};
+
+  // Scores [64, kTile] become weights, in place; factor: for what was summed before. Returns whether any row rescales.
+  __device__ __forceinline__ bool weigh(float (&scores)[kTile / 2], float scale, bool binary, float offset, int valid,
+                                        int member, float (&factor)[2]) {
+    using mma::kLazyMargin, mma::kLn2;
+    constexpr int kShift = mma::Instruction<T>::kShift, kBinaryShift = mma::Instruction<T>::kBinaryShift;
+    bool any = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kTile / 8; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[4 * i + 2 * h + e];
+          if (valid < kTile && 8 * i + 2 * member + e >= valid) score = -INFINITY;
+          highest = fmaxf(highest, score);
+        }
+      }
+      highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
+      highest = scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
+      const bool raise = highest > reference[h] + (kLazyMargin + kShift);
+      factor[h] = raise ? exp2f(reference[h] - highest + kShift) : 1.0f;
+      if (raise) reference[h] = highest - kShift;
+      any |= raise;
+      sum[h] *= factor[h];
+#pragma unroll
+      for (int i = 0; i < kTile / 8; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[4 * i + 2 * h + e];
+          const float weight = exp2f(fmaf(score, scale, -reference[h]));
+          sum[h] += weight;
+          if (binary) {
+            const NceTerm<float> term = dense_nce_term(score * (scale * kLn2) - offset);
+            const bool counts = score > -INFINITY;
+            loss[h] += counts ? term.softplus : 0.0f;
+            score = counts ? term.sigmoid * float(1 << kBinaryShift) : 0.0f;
+          } else {
+            score = weight;
+          }
+        }
+      }
+    }
+    return __any_sync(kFullMask, any);
+  }
+};
+
+template <typename T, int kColumns>
+__device__ __forceinline__ void score_tile(float (&scores)[kTile / 2], const unsigned char* queries,
+                                           const unsigned char* stage) {
+  using I = typename mma::Instruction<T>::type;
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k) {
+    const int panel = k / 4, byte = k % 4 * 32;
+    wgmma_m64n128k16(I{}, scores, matrix_descriptor(queries + panel * kQueries * kRowBytes + byte, 16),
+                     matrix_descriptor(stage + panel * kTile * kRowBytes + byte, 16), k > 0);
+  }
+}
+
+template <typename T, int kColumns>
+__device__ __forceinline__ void add_tile(float (&sums)[kColumns / 2], const uint32_t (&weights)[kTile / 16][4],
+                                         const unsigned char* stage) {
+  using I = typename mma::Instruction<T>::type;
+#pragma unroll
+  for (int k = 0; k < kTile / 16; ++k) {
+    const uint64_t rows = matrix_descriptor(stage + k * 16 * kRowBytes, kTile * kRowBytes);
+    if constexpr (kColumns == 128) {
+      wgmma_m64n128k16_transposed(I{}, sums, weights[k], rows);
+    } else {
+      wgmma_m64n64k16_transposed(I{}, sums, weights[k], rows);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void pack_weights(uint32_t (&weights)[kTile / 16][4], const float (&scores)[kTile / 2]) {
+#pragma unroll
+  for (int k = 0; k < kTile / 16; ++k) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) weights[k][r] = mma::pack<T>(scores[8 * k + 2 * r], scores[8 * k + 2 * r + 1]);
+  }
+}
+
+template <typename T, int kColumns>
+__device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<kColumns>& shared, int tile_begin,
+                                        int tile_end) {
+  constexpr int kRing = kStages<kColumns>;
+  const int consumer = threadIdx.x / kGroup - 1, thread = threadIdx.x % kGroup;
+  const int warp = thread / kWarpSize, group = thread % kWarpSize / 4, member = thread % 4;
+  const int64_t first_query = blockIdx.x * int64_t(kQueries) + consumer * 64;
+  const int part = blockIdx.y;
+  const float scale = static_cast<float>(p.inverse_temperature) * mma::kLog2E, offset = p.offset();
+  const unsigned char* own = shared.queries + consumer * 64 * kRowBytes;
+
+  for (int i = thread; i < 64 * (kColumns / 2); i += kGroup) {
+    const int row = i / (kColumns / 2), d = i % (kColumns / 2) * 2;
+    const int64_t q = first_query + row;
+    const float* source = p.query + q * kColumns + d;
+    *reinterpret_cast<uint32_t*>(shared.queries + d / 64 * kQueries * kRowBytes +
+                                 swizzled_byte(consumer * 64 + row, d % 64)) =
+        q < p.queries ? mma::pack<T>(source[0], source[1]) : 0u;
+  }
+  async_proxy_fence();
+  named_barrier_sync(1 + consumer, kGroup);  // the warpgroup's queries are there
+
+  float sums[kColumns / 2], scores[kTile / 2], factor[2];
+  uint32_t weights[kTile / 16][4];
+  Rows<T> rows;
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0.0f;
+  const auto stage_of = [&](int t) { return (t - tile_begin) % kRing; };
+  const auto wait_for = [&](int t) {
+    barrier_wait(shared.full + stage_of(t), static_cast<uint32_t>((t - tile_begin) / kRing) & 1);
+  };
+  const auto valid_of = [&](int t) { return static_cast<int>(min(int64_t(kTile), p.num_rows - int64_t(t) * kTile)); };
+
+  wait_for(tile_begin);
+  wgmma_hold(scores);
+  wgmma_fence();
+  score_tile<T, kColumns>(scores, own, shared.stages + stage_of(tile_begin) * kStageBytes<kColumns>);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(scores);
+  rows.weigh(scores, scale, p.binary, offset, valid_of(tile_begin), member, factor);  // nothing summed before
+  pack_weights<T>(weights, scores);
+
+  for (int t = tile_begin + 1; t < tile_end; ++t) {
+    wait_for(t);
+    wgmma_hold(scores);
+    wgmma_hold(sums);
+    wgmma_fence();
+    score_tile<T, kColumns>(scores, own, shared.stages + stage_of(t) * kStageBytes<kColumns>);
+    wgmma_commit();
+    add_tile<T, kColumns>(sums, weights, shared.stages + stage_of(t - 1) * kStageBytes<kColumns>);
+    wgmma_commit();
+    wgmma_wait<1>();
+    wgmma_hold(scores);
+    const bool rescale = rows.weigh(scores, scale, p.binary, offset, valid_of(t), member, factor);
+    wgmma_wait<0>();
+    wgmma_hold(sums);
+    if (thread == 0) barrier_arrive(shared.empty + stage_of(t - 1));
+    if (rescale && !p.binary) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) sums[i] *= factor[i % 4 / 2];
+    }
+    pack_weights<T>(weights, scores);
+  }
+  wgmma_hold(sums);
+  wgmma_fence();
+  add_tile<T, kColumns>(sums, weights, shared.stages + stage_of(tile_end - 1) * kStageBytes<kColumns>);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(sums);
+
+  const float unshift = p.binary ? 1.0f / float(1 << mma::Instruction<T>::kBinaryShift) : 1.0f;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float total = rows.sum[h], total_loss = rows.loss[h];
+    total += __shfl_xor_sync(kFullMask, total, 1);
+    total += __shfl_xor_sync(kFullMask, total, 2);
+    total_loss += __shfl_xor_sync(kFullMask, total_loss, 1);
+    total_loss += __shfl_xor_sync(kFullMask, total_loss, 2);
+    const int64_t q = first_query + warp * 16 + group + 8 * h;
+    if (q >= p.queries) continue;
+    const int64_t slot = part * p.queries + q;
+    if (member == 0) p.states[slot] = {rows.reference[h] * mma::kLn2, total, total_loss};
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      *reinterpret_cast<float2*>(p.weighted + slot * kColumns + 8 * i + 2 * member) =
+          make_float2(sums[4 * i + 2 * h] * unshift, sums[4 * i + 2 * h + 1] * unshift);
+    }
+  }
+}
+
+// Block (query block x, part y).
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const DenseProblem<T> p, const __grid_constant__ RowMap map) {
+#if defined(SSLFAST_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kRing = kStages<kColumns>;
+  const Shared<kColumns> shared(dynamic_shared<unsigned char>());
+  const int part = blockIdx.y;
+  const int tile_begin = p.first_tile(part, kTile), tile_end = p.first_tile(part + 1, kTile);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kRing; ++s) {
+      barrier_init(shared.full + s, 1);
+      barrier_init(shared.empty + s, kConsumers);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < kGroup) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    for (int t = tile_begin; t < tile_end; ++t) {
+      const int slot = (t - tile_begin) % kRing;
+      // The first round finds the stages empty: parity 1 of a fresh barrier.
+      barrier_wait(shared.empty + slot, (static_cast<uint32_t>((t - tile_begin) / kRing) & 1) ^ 1);
+      barrier_arrive_expecting(shared.full + slot, kStageBytes<kColumns>);
+      for (int panel = 0; panel < kPanels<kColumns>; ++panel) {
+        load_box(shared.stages + slot * kStageBytes<kColumns> + panel * kTile * kRowBytes, &map, panel * 64, t * kTile,
+                 shared.full + slot);
+      }
+    }
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume<T, kColumns>(p, shared, tile_begin, tile_end);
+  }
+#endif
+}
+
+}  // namespace wgmma
+
+// Whether this build and this card have the kernel for the problem.
+template <typename T>
+bool wgmma_takes(const DenseProblem<T>& p) {
+#if defined(SSLFAST_EMULATE_CUDA) || defined(SSLFAST_SM90A)
+  return compute_capability() == 90 && p.rows == nullptr && (p.columns == 64 || p.columns == 128) &&
+         p.bank_rows < (int64_t(1) << 31);
+#else
+  (void)p;
+  return false;
+#endif
+}
+
+template <typename T>
+DenseShape wgmma_shape(const DenseProblem<T>&) {
+  return {wgmma::kQueries, wgmma::kTile, 1};
+}
+
+template <typename T>
+void launch_wgmma(const DenseProblem<T>& p, dim3 grid, cudaStream_t stream) {
+  const RowMap map = make_row_map(typename mma::Instruction<T>::type{}, p.bank, p.bank_rows, p.columns, wgmma::kTile);
+  const dim3 block(wgmma::kThreads);
+  constexpr const char* op = "bank_nce_dense";
+  if (p.columns == 64) {
+    launch_kernel(op, wgmma::kernel<T, 64>, grid, block, wgmma::kSharedBytes<64>, stream, p, map);
+  } else {
+    launch_kernel(op, wgmma::kernel<T, 128>, grid, block, wgmma::kSharedBytes<128>, stream, p, map);
+  }
+}
+
+}  // namespace sslfast
