@@ -80,7 +80,7 @@ def test_bank_nce_columns(dtype: torch.dtype, columns: int) -> None:
 
 @pytest.mark.parametrize("binary", [False, True], ids=["infonce", "nce"])
 @pytest.mark.parametrize("views", [1, 2, 3])
-@pytest.mark.parametrize("num_negatives", [1, 63, 65, 700])
+@pytest.mark.parametrize("num_negatives", [1, 63, 65, 300])
 def test_bank_nce_views_and_counts(num_negatives: int, views: int, binary: bool) -> None:
     args = bank_nce_arguments(views=views, num_negatives=num_negatives, binary=binary, batch=2)
     assert_scores_agree("bank_nce", args, order=views)
@@ -89,13 +89,13 @@ def test_bank_nce_views_and_counts(num_negatives: int, views: int, binary: bool)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("multiprocessors", [1, 7])
 def test_bank_nce_splits_and_orders(multiprocessors: int, order: int) -> None:
-    # 2100 negatives are 33 draws of 64: up to 5 splits of 8 warps, the last of them nearly empty.
-    args = bank_nce_arguments(batch=1, views=2, num_negatives=2100, binary=order % 2 == 1, num_rows=5000)
+    # 1100 negatives are 18 draws of 64: up to 3 splits of 8 warps, the last of them nearly empty.
+    args = bank_nce_arguments(batch=1, views=2, num_negatives=1100, binary=order % 2 == 1, num_rows=5000)
     assert_scores_agree("bank_nce", args, order=order, multiprocessors=multiprocessors)
 
 
 def test_bank_nce_is_the_same_in_every_order() -> None:
-    args = bank_nce_arguments(num_negatives=1100, views=3, dtype=torch.bfloat16)
+    args = bank_nce_arguments(num_negatives=600, views=3, dtype=torch.bfloat16)
     first, *rest = [emulate("bank_nce", *args, order=order, multiprocessors=5) for order in ORDERS]
     for other in rest:
         for a, b in zip(first, other, strict=True):
@@ -233,7 +233,7 @@ ELEMENTS = [torch.uint8, torch.bfloat16, torch.float32, torch.float64]
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 def test_rotate90(dtype: torch.dtype, order: int) -> None:
     turns = torch.tensor([0, 1, 2, 3, -1])
-    for side in (1, 4, 33, 36, 132):
+    for side in (1, 4, 33, 132):
         images = (draw(5, 1, side, side, seed=side) * 50).to(dtype)
         expected = run_on_cpu("rotate90", images, turns)
         assert torch.equal(emulate("rotate90", *fenced(images, turns), order=order), expected)

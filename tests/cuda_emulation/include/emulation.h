@@ -4,6 +4,8 @@
 
 #include <fibers.h>
 #include <guarded.h>
+#include <tensor_cores.h>
+#include <warpgroup.h>
 
 namespace sslfast {
 
@@ -199,9 +201,6 @@ inline int __syncthreads_or(int predicate, SSLFAST_SITE) {
 template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;  // alignment is checked by -fsanitize=alignment
-}
-inline size_t __cvta_generic_to_shared(const void* pointer) {
-  return static_cast<size_t>(static_cast<const unsigned char*>(pointer) - cuda_emulation::machine.dynamic_shared);
 }
 
 template <typename T, typename Change>

@@ -78,7 +78,7 @@ struct Fiber {
   State state = State::kDone;
   Wait wait;
   void* stack = nullptr;
-  std::shared_ptr<void> copies;  // what asynchronous.h keeps for a thread
+  std::shared_ptr<void> copies;  // what tensor_cores.h keeps for a thread
 };
 
 struct Settings {
@@ -102,9 +102,10 @@ struct Machine {
   int64_t spins = 0, launches = 0;
   unsigned char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
-  std::shared_ptr<void> block_state;  // what asynchronous.h keeps for a block
+  std::shared_ptr<void> block_state;  // what warpgroup.h keeps for a block
 };
 inline Machine machine;
+inline std::string (*end_of_block)() = nullptr;  // says what a finished block left undone
 
 inline std::string words(const dim3& d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
@@ -378,6 +379,7 @@ inline void run_block() {
   for (int i = 0; i < m.threads && m.failure.empty(); ++i) {
     if (m.fibers[i].state != State::kDone) m.failure = describe_deadlock();
   }
+  if (m.failure.empty() && end_of_block != nullptr) m.failure = end_of_block();
 }
 
 }  // namespace cuda_emulation
