@@ -10,7 +10,7 @@ ABI_VENV ?= .venv-abi
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulation/*.cu tests/cuda_emulation/include/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench gpu-check clean

@@ -101,6 +101,20 @@ def test_op_is_a_row(op: str) -> None:
     assert {op, f"{op.rstrip('_')}_reference"} <= set(sslfast.ops.__all__)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_runs_on_the_cpu(op: str) -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "ops").glob("test_cuda_*.py"))
+    assert f'"{op}"' in tests, f"csrc/cuda/{op}.cu never runs in tests/ops/test_cuda_*.py"
+
+
+def test_kernels_reach_cuda_through_headers() -> None:
+    """What the CPU emulation stands in for is in one place: no cuda* call, no launch, no assembly elsewhere."""
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
+        code = re.sub(r"//.*", "", path.read_text())
+        found = re.findall(r"\bcuda(?!Stream_t)[A-Z]\w*|<<<|\basm\b", code)
+        assert not found, f"{path.name} uses {found}: wrap it in csrc/common/launch.cuh or ptx.cuh"
+
+
 def test_no_op_without_a_schema() -> None:
     helpers = {"__init__", "_library", "philox"}
     assert {path.stem for path in (PACKAGE / "ops").glob("*.py")} - helpers == set(OPS)

@@ -126,12 +126,11 @@ T shuffle(Site site, unsigned mask, T value, int width, const Source& source) {
   };
   const int lane = lane_of(*machine.current);
   Lane mine{value, value, source(lane, lane / width * width)};
-  const std::string words = site.words();
   warp_collective(site, mask, mine, [&](Lane** lanes) {
     for (int i = 0; i < kWarp; ++i) {
       if (lanes[i] == nullptr) continue;
       if (lanes[lanes[i]->from] == nullptr) {
-        fail(words + " reads lane " + std::to_string(lanes[i]->from) + ", which takes no part");
+        fail(site.words() + " reads lane " + std::to_string(lanes[i]->from) + ", which takes no part");
       }
       lanes[i]->result = lanes[lanes[i]->from]->value;
     }
