@@ -192,6 +192,7 @@ def check(run: Run, query: Tensor, bank: Tensor, index: Tensor) -> None:
 
 def measure_point(run: Run, sizes: Sizes, query: Tensor, banks: dict[torch.dtype, Tensor], index: Tensor) -> None:
     """Every way at one size; they take turns, so that a noisy machine slows all alike."""
+    torch.compiler.reset()  # past a handful of shapes torch.compile would quietly go on in eager mode
     calls: dict[str, tuple[Way, Callable[[], Any]]] = {}
     for way in run.ways:
         reason = run.slow.get(f"{way.name} {sizes.num_rows}") or unfit(run, way, sizes)
