@@ -116,11 +116,6 @@ def configure(library: ctypes.CDLL, *, order: int = 0, multiprocessors: int = 2,
     library.cuda_emulation_configure(ctypes.c_uint64(order), multiprocessors, compute_capability)
 
 
-def launches(library: ctypes.CDLL) -> int:
-    library.cuda_emulation_launches.restype = ctypes.c_int64
-    return int(library.cuda_emulation_launches())
-
-
 def emulate(op: str, *args: Any, **device: int) -> Any:
     """Runs csrc/cuda/<op>.cu on CPU tensors; arguments as in the schema.
 
@@ -130,11 +125,7 @@ def emulate(op: str, *args: Any, **device: int) -> Any:
     """
     _, library = load([source_of("library"), source_of(op)])
     configure(library, **device)
-    before = launches(library)
-    result = getattr(torch.ops.sslfast_emulated, op)(*args)
-    nothing_to_do = all(tensor.numel() == 0 for tensor in args if isinstance(tensor, Tensor))
-    assert launches(library) > before or nothing_to_do or op.endswith("_"), "no kernel ran"
-    return result
+    return getattr(torch.ops.sslfast_emulated, op)(*args)
 
 
 def fence(tensor: Tensor, *, at_end: bool = True) -> Tensor:

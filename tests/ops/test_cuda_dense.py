@@ -65,6 +65,28 @@ def test_half_types_without_tensor_cores(dtype: torch.dtype, columns: int) -> No
     assert_agrees(arguments(dtype=dtype, columns=columns, num_rows=77), tensor_cores=False, order=2)
 
 
+def test_bank_at_an_odd_address_or_strided() -> None:
+    args = arguments(columns=64, num_rows=77)
+    bank = args[1]
+    args[1] = torch.empty(bank.numel() + 1, dtype=bank.dtype)[1:].view(bank.shape).copy_(bank)
+    expected = torch.ops.sslfast.bank_nce_dense(args[0].double(), bank.double(), *args[2:])
+    for value, wanted in zip(emulate("bank_nce_dense", *args), expected, strict=True):  # without tensor cores
+        torch.testing.assert_close(value.double(), wanted, rtol=0, atol=1e-4)
+    for capability in (80, 90):
+        straight = emulate("bank_nce_dense", args[0], bank, *args[2:], compute_capability=capability)
+        strided = [args[0].transpose(0, 2).contiguous().transpose(0, 2), bank.t().contiguous().t(), *args[2:]]
+        for a, b in zip(emulate("bank_nce_dense", *strided, compute_capability=capability), straight, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_empty() -> None:
+    for views, batch in ((0, 3), (2, 0)):
+        args = arguments(columns=64)
+        args[0], args[2] = torch.empty(views, batch, 64), torch.empty(batch, dtype=torch.int64)
+        loss, lse, grad = emulate("bank_nce_dense", *args)
+        assert (loss.shape, lse.shape, grad.shape) == ((views, batch), (views, batch), (views, batch, 64))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("columns", [8, 64, 72, 128, 200, 256])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

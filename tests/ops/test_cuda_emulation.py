@@ -263,6 +263,25 @@ def test_jigsaw_patches(dtype: torch.dtype, patch: int) -> None:
             assert torch.equal(result, run_on_cpu("jigsaw_patches", *args))
 
 
+def test_empty() -> None:
+    index = torch.empty(0, dtype=torch.int64)
+    nce = bank_nce_arguments()
+    nce[0], nce[2] = torch.empty(2, 0, 128), index
+    assert emulate("bank_nce", *nce)[2].shape == (2, 0, 128)
+    assert emulate("negative_rows", index, None, 0, 5, 10, 1, True, False).shape == (0, 5)
+    assert emulate("rotate90", torch.empty(0, 3, 4, 4), index).shape == (0, 3, 4, 4)
+    assert emulate("rotate90", torch.empty(2, 3, 0, 0), torch.zeros(2, dtype=torch.int64)).shape == (2, 3, 0, 0)
+    empty = torch.empty(0, 9, 2, dtype=torch.int64)
+    patches = emulate("jigsaw_patches", torch.empty(0, 3, 9, 9), empty[..., 0], empty, 3, 2)
+    assert patches.shape == (0, 9, 3, 2, 2)
+    bank, head = torch.ones(4, 8), torch.tensor(2)
+    emulate("bank_update_", bank, index, torch.empty(0, 8), 0.5)
+    emulate("bank_enqueue_", bank, head, torch.empty(0, 8))
+    emulate("ema_update_", [torch.empty(0)], [torch.empty(0)], None, 0.5)
+    assert torch.equal(bank, torch.ones(4, 8))
+    assert head.item() == 2
+
+
 def _out_of_range() -> list[Any]:
     nce = bank_nce_arguments()
     nce[2] = torch.tensor([0, 90, 1])

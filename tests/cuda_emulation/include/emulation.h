@@ -87,12 +87,8 @@ extern "C" __attribute__((visibility("default"))) inline void cuda_emulation_con
                                                                                        int compute_capability) {
   cuda_emulation::machine.settings = {order, multiprocessors, compute_capability};
 }
-extern "C" __attribute__((visibility("default"))) inline int64_t cuda_emulation_launches() {
-  return cuda_emulation::machine.launches;
-}
-// Never called: an inline function that nobody uses would not be in the library.
-__attribute__((used)) inline void* const cuda_emulation_exports[] = {reinterpret_cast<void*>(&cuda_emulation_configure),
-                                                                     reinterpret_cast<void*>(&cuda_emulation_launches)};
+// An inline function that nobody uses would not be in the library.
+__attribute__((used)) inline void* const cuda_emulation_exports = reinterpret_cast<void*>(&cuda_emulation_configure);
 
 [[noreturn]] inline void __trap(SSLFAST_SITE) {
   cuda_emulation::fail(SSLFAST_HERE("device trap").words());
