@@ -94,7 +94,7 @@ class NTXentLoss(MemoryBankModule):
 
     Args:
         temperature: τ, as in lightly 0.5 by default.
-        memory_bank_size: ``(rows, columns)`` or rows, at least 2. Without a bank (lightly's in-batch form) there is
+        memory_bank_size: ``(rows, columns)`` or rows, at least 1. Without a bank (lightly's in-batch form) there is
             nothing here to replace: that is an error.
         gather_distributed, seed: see :class:`MemoryBankModule`.
     """
@@ -110,9 +110,9 @@ class NTXentLoss(MemoryBankModule):
         super().__init__(memory_bank_size, gather_distributed, seed=seed)
         if not temperature >= 1e-8:
             raise ValueError(f"NTXentLoss: temperature must be at least 1e-8, got {temperature=}")
-        if self.size[0] < 2:
+        if self.size[0] < 1:
             raise ValueError(
-                f"NTXentLoss: memory_bank_size must be at least 2 rows, got {memory_bank_size!r}; "
+                f"NTXentLoss: memory_bank_size must be at least 1 row, got {memory_bank_size!r}; "
                 "lightly's own NTXentLoss has the form without a memory bank"
             )
         self.temperature = temperature
@@ -123,9 +123,8 @@ class NTXentLoss(MemoryBankModule):
         query, key = normalize(out0.float(), dim=1), normalize(out1.float(), dim=1)
         positive = (query * key).sum(dim=1) / self.temperature
         # The positive is no bank row. Against bank row 0, bank_nce is logsumexp over all rows less the score of row 0.
-        rows = torch.arange(1, len(self.bank), device=self.bank.device)
         first = torch.zeros(len(query), dtype=torch.int64, device=self.bank.device)
-        over_first = bank_nce(query, self.bank, first, negatives=rows, temperature=self.temperature)
+        over_first = bank_nce(query, self.bank, first, negatives="full", temperature=self.temperature)
         assert isinstance(over_first, Tensor)
         negatives = over_first + query @ self.bank[0].clone() / self.temperature
         if out0.requires_grad:

@@ -107,5 +107,5 @@ def test_bad_options() -> None:
         MemoryBankModule(size=(-1, 4))
     with pytest.raises(ValueError, match="NTXentLoss: temperature must be at least 1e-8, got temperature=0"):
         NTXentLoss(0, memory_bank_size=(8, 16))
-    with pytest.raises(ValueError, match="memory_bank_size must be at least 2 rows, got 0"):
+    with pytest.raises(ValueError, match="memory_bank_size must be at least 1 row, got 0"):
         NTXentLoss(memory_bank_size=0)
