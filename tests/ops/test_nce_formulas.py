@@ -115,6 +115,22 @@ def test_fixed_draws(device: torch.device, views: int, loss: str, z: float | Non
     assert_formula(draw(device, views=views, dtype=dtype), loss, z=z)
 
 
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(("loss", "z"), [("infonce", None), ("nce", 120.0), ("nce", None)])
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+def test_whole_bank_and_shared_draw(
+    device: torch.device, temperature: float, loss: str, z: float | None, views: int
+) -> None:
+    """Full: all other rows are the negatives, K = N - 1, and Z estimated from the batch is the exact one."""
+    d = draw(device, views=views)
+    everyone = torch.arange(50, device=device).expand(4, -1)
+    others = everyone[everyone != d.index[:, None]].reshape(4, 49)
+    assert_formula(replace(d, rows=others), loss, temperature=temperature, z=z, negatives="full")
+    rows = negative_rows(d.index, num_negatives=30, num_rows=50, seed=4, step=5, shared=True)
+    options = {"negatives": "shared", "num_negatives": 30, "seed": 4, "step": 5, "exclude_self": False}
+    assert_formula(replace(d, rows=rows.expand(4, -1)), loss, temperature=temperature, z=z, **options)
+
+
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 @pytest.mark.parametrize("loss", ["infonce", "nce"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
