@@ -4,7 +4,8 @@
 #   PYTHON=python3 benchmarks/gpu_check.sh [OUT]        default OUT: build/gpu-check
 #
 # Builds for the card found, runs every test that has a CUDA side (a missing device or a skip is a failure),
-# compute-sanitizer on the kernels, and all benchmarks. OUT gets the logs, benchmarks.json, ops.json and summary.md.
+# compute-sanitizer on the kernels, and all benchmarks. OUT gets the logs, benchmarks.json, ops.json,
+# crossover.* and summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -46,7 +47,8 @@ print(f"- commit {run('git', 'rev-parse', 'HEAD') or 'unknown'}\n\n| step | end 
 PY
 
 step build env SSLFAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py build_ext --inplace
-step tests no_skips "$python" -m pytest -rs tests/ops tests/methods tests/loaders/test_views.py tests/loaders/test_color.py
+step tests no_skips "$python" -m pytest -rs tests/ops tests/methods tests/adapters tests/test_peers.py \
+  tests/loaders/test_views.py tests/loaders/test_color.py
 if command -v compute-sanitizer >/dev/null; then
   # Values only: torch.compile and opcheck would run the same kernels through minutes of tracing.
   kernels=(-m pytest -x tests/ops -k "cuda and not compile and not opcheck and not thread")
@@ -58,6 +60,7 @@ else
   failed=1
 fi
 step benchmarks "$python" -m pytest benchmarks --benchmark-enable --benchmark-json="$out/benchmarks.json"
+step crossover "$python" -m benchmarks.bench_crossover --device cuda -o "$out/crossover"
 step ops "$python" -m sslfast.bench ops --device cuda --json "$out/ops.json"
 cat "$out/summary.md"
 exit $failed
