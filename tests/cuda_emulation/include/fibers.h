@@ -118,9 +118,30 @@ inline std::string where(const Fiber& fiber) {
   throw std::runtime_error(what + ", " + where(*machine.current));
 }
 
-// noipa: threadIdx and everything else may be another's before and is this fiber's after the call.
+inline int pick_ready() {
+  Machine& m = machine;
+  size_t position = 0;
+  if (m.settings.order == 1) position = m.ready.size() - 1;
+  if (m.settings.order > 1) position = m.random() % m.ready.size();
+  std::swap(m.ready[position], position == 0 ? m.ready.front() : m.ready.back());
+  const int number = position == 0 ? m.ready.front() : m.ready.back();
+  position == 0 ? m.ready.pop_front() : m.ready.pop_back();
+  return number;
+}
+
+[[noreturn]] inline void enter(int number) {
+  machine.current = &machine.fibers[number];
+  threadIdx = machine.current->thread;
+  _longjmp(machine.current->context, 1);
+}
+
+// To whoever is next, or back to the scheduler. noipa: threadIdx and everything else may be another's before and is
+// this fiber's after the call.
 __attribute__((noipa)) inline void suspend() {
-  if (_setjmp(machine.current->context) == 0) _longjmp(machine.scheduler, 1);
+  Machine& m = machine;
+  if (_setjmp(m.current->context) != 0) return;
+  if (m.ready.empty() || !m.failure.empty()) _longjmp(m.scheduler, 1);
+  enter(pick_ready());
 }
 
 inline void make_ready(Fiber& fiber) {
@@ -216,10 +237,7 @@ inline void fiber_main() {
 }
 
 __attribute__((noipa)) inline void resume(int number) {
-  Machine& m = machine;
-  m.current = &m.fibers[number];
-  threadIdx = m.current->thread;
-  if (_setjmp(m.scheduler) == 0) _longjmp(m.current->context, 1);
+  if (_setjmp(machine.scheduler) == 0) enter(number);
 }
 
 __attribute__((noipa)) inline void make_fiber() {
@@ -349,17 +367,6 @@ class FaultHandler {
   stack_t old_stack_;
   struct sigaction old_[3];
 };
-
-inline int pick_ready() {
-  Machine& m = machine;
-  size_t position = 0;
-  if (m.settings.order == 1) position = m.ready.size() - 1;
-  if (m.settings.order > 1) position = m.random() % m.ready.size();
-  std::swap(m.ready[position], position == 0 ? m.ready.front() : m.ready.back());
-  const int number = position == 0 ? m.ready.front() : m.ready.back();
-  position == 0 ? m.ready.pop_front() : m.ready.pop_back();
-  return number;
-}
 
 inline void run_block() {
   Machine& m = machine;
