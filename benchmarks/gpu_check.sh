@@ -60,7 +60,7 @@ else
   failed=1
 fi
 step benchmarks "$python" -m pytest benchmarks --benchmark-enable --benchmark-json="$out/benchmarks.json"
-step crossover "$python" -m benchmarks.bench_crossover --device cuda -o "$out/crossover"
+step crossover "$python" -m benchmarks.bench_crossover --device cuda --without compiled -o "$out/crossover"
 step ops "$python" -m sslfast.bench ops --device cuda --json "$out/ops.json"
 cat "$out/summary.md"
 exit $failed
