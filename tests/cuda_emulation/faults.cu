@@ -4,6 +4,7 @@
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "common/vector.cuh"
 #include "common/wgmma.cuh"
 
 namespace sslfast {
@@ -27,6 +28,7 @@ enum Fault {
   kMissingBoxWait,
   kStageReleasedEarly,
   kMissingProductWait,
+  kMissingProxyFence,
 };
 
 // Reverses 64 floats through shared memory.
@@ -72,7 +74,7 @@ __global__ void copy_kernel(const float* x, float* out, bool waits) {
   out[i] = values[i];
 }
 
-// out [64, 64] = a a^T for a bf16 [64, 64], by way of the copy engine and a warpgroup.
+// out [64, 64] = 4 a a^T for a bf16 [64, 64], by way of the copy engine and a warpgroup.
 __global__ void product_kernel(const __grid_constant__ RowMap map, float* out, int which) {
   unsigned char* const stage = dynamic_shared<unsigned char>();
   uint64_t* const full = reinterpret_cast<uint64_t*>(stage + 64 * 128 * 2);
@@ -84,13 +86,19 @@ __global__ void product_kernel(const __grid_constant__ RowMap map, float* out, i
     load_box(stage + 64 * 128, &map, 0, 64, full);  // rows outside of the matrix: zeros
   }
   if (which != kMissingBoxWait) barrier_wait(full, 0);
+  if (threadIdx.x < 64) {
+    torch::headeronly::BFloat16* const row = reinterpret_cast<torch::headeronly::BFloat16*>(stage + 128 * threadIdx.x);
+    for (int c = 0; c < 64; ++c) row[c] = 2 * static_cast<float>(row[c]);
+  }
+  if (which != kMissingProxyFence) async_proxy_fence();
+  __syncthreads();
   float d[64];
   wgmma_fence();
   for (int k = 0; k < 4; ++k) {
     wgmma_m64n128k16(Bf16{}, d, matrix_descriptor(stage + 32 * k, 16), matrix_descriptor(stage + 32 * k, 16), k > 0);
   }
   wgmma_commit();
-  if (which == kStageReleasedEarly) stage[threadIdx.x] = 0;
+  if (which == kStageReleasedEarly) stage[2 * threadIdx.x + 1] = 0;
   if (which != kMissingProductWait) wgmma_wait<0>();
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
   for (int i = 0; i < 64; ++i) {

@@ -13,6 +13,7 @@ NAMES = [
     "none", "missing_syncthreads", "missing_syncwarp", "divergent_shuffle", "exit_before_barrier",
     "read_behind_tensor", "write_behind_result", "misaligned", "missing_copy_wait", "shared_too_small",
     "spin_forever", "unwritten", "missing_box_wait", "stage_released_early", "missing_product_wait",
+    "missing_proxy_fence",
 ]  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_kernels_without_a_mistake(library: ctypes.CDLL, order: int) -> None:
     assert torch.equal(run(library, "faulty_warp", "none", order), x.view(2, 32).flip(1).flatten())
     assert torch.equal(run(library, "faulty_copy", "none", order), x)
     a = torch.randint(-4, 5, (64, 64), generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(run(library, "faulty_product", "none", order, fence(a)), a.float() @ a.float().t())
+    assert torch.equal(run(library, "faulty_product", "none", order, fence(a)), 4 * a.float() @ a.float().t())
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,12 @@ def test_wrong_results(library: ctypes.CDLL, kernel: str, fault: str) -> None:
         assert run(library, kernel, fault, order).isnan().any(), order
 
 
-@pytest.mark.parametrize("fault", ["stage_released_early", "missing_product_wait"])
+@pytest.mark.parametrize("fault", ["stage_released_early", "missing_product_wait", "missing_proxy_fence"])
 def test_wrong_products(library: ctypes.CDLL, fault: str) -> None:
     a = torch.ones(64, 64).bfloat16()
     assert any(
-        not torch.equal(run(library, "faulty_product", fault, order, a), a.float() @ a.float().t()) for order in (0, 2)
+        not torch.equal(run(library, "faulty_product", fault, order, a), 4 * a.float() @ a.float().t())
+        for order in (0, 2)
     )
 
 

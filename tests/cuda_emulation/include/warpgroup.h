@@ -1,6 +1,6 @@
 // The wrappers of csrc/common/wgmma.cuh on the host: barriers that count bytes, boxes that the copy engine brings some
 // time later, warpgroup products from 128-byte-swizzled shared memory. Products read shared memory when they are waited
-// for (in odd orders: when they are issued), and accumulators hold NaN in between.
+// for (in odd orders: when they are issued), accumulators hold NaN in between, and so does what was written unfenced.
 #pragma once
 
 #include <tensor_cores.h>
@@ -33,6 +33,9 @@ struct Box {
   uint64_t* barrier;
 };
 
+// Shared memory as the copy engine and wgmma see it: what threads wrote and did not fence is missing.
+inline std::vector<unsigned char> engine_memory;
+
 struct Operand {
   uint64_t descriptor;
   bool along_k;  // rows of the matrix run along k
@@ -54,7 +57,8 @@ struct Operand {
       fail("wgmma reads outside of shared memory");
     }
     memcpy(&bits, pointer, 2);
-    return bits;
+    constexpr uint16_t kNan = 0x7fff;
+    return memcmp(pointer, engine_memory.data() + (address - 2048), 2) == 0 ? bits : kNan;
   }
 };
 
@@ -92,7 +96,10 @@ struct BlockState {
   std::map<int, WarpgroupThread> threads;
 };
 inline BlockState& block_state() {
-  if (machine.block_state == nullptr) machine.block_state = std::make_shared<BlockState>();
+  if (machine.block_state == nullptr) {
+    machine.block_state = std::make_shared<BlockState>();
+    engine_memory.assign(kSharedBytes, kPoison);
+  }
   return *static_cast<BlockState*>(machine.block_state.get());
 }
 
@@ -119,6 +126,7 @@ inline void bring_a_box() {
       uint32_t address = static_cast<uint32_t>(box.to - machine.dynamic_shared) + 2048 + r * 128 + c * 2;
       address ^= (address >> 7 & 7) << 4;
       memcpy(machine.dynamic_shared + (address - 2048), &bits, 2);
+      memcpy(engine_memory.data() + (address - 2048), &bits, 2);
     }
   }
   Barrier& barrier = block.barriers.at(box.barrier);
@@ -273,7 +281,12 @@ inline void load_box(void* shared, const RowMap* map, int column, int row, uint6
       {static_cast<unsigned char*>(shared), map->matrix, map->rows, map->columns, map->box_rows, column, row, barrier});
 }
 
-inline void async_proxy_fence() {}
+// Of all threads' writes so far: a fence that nobody makes shows, one that some leave out does not.
+inline void async_proxy_fence() {
+  using namespace cuda_emulation;
+  block_state();
+  memcpy(engine_memory.data(), machine.dynamic_shared, machine.dynamic_bytes);
+}
 inline void wgmma_fence() {
   cuda_emulation::block_state().threads[cuda_emulation::machine.current->number].fenced = true;
 }
