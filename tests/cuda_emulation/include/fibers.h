@@ -166,6 +166,12 @@ inline void progress() {
   machine.spins = 0;
 }
 
+// In drawn orders, what is not a wait may take its time too.
+inline void dawdle(Site site) {
+  if (machine.settings.order < 2) return;
+  for (uint64_t n = machine.random() % 4; n > 0; --n) yield(site);
+}
+
 // Blocks until `needed` of the partners have come, calling thread included; the last one runs `complete` on their
 // operands and frees them.
 template <typename Complete>

@@ -135,7 +135,8 @@ inline void cp_async_commit() {
   copies.open.clear();
 }
 template <int kPending>
-void cp_async_wait() {
+void cp_async_wait(SSLFAST_SITE) {
+  cuda_emulation::dawdle(SSLFAST_HERE("cp.async.wait_group"));
   cuda_emulation::ThreadCopies& copies = cuda_emulation::copies_of(*cuda_emulation::machine.current);
   for (; copies.groups.size() > kPending; copies.groups.pop_front()) {
     for (const cuda_emulation::Copy& copy : copies.groups.front()) {

@@ -255,6 +255,7 @@ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes, SSLFAST_
   found.bytes += bytes;
   if (--found.pending < 0) cuda_emulation::fail(SSLFAST_HERE("mbarrier.arrive").words() + " once too often");
   found.settle();
+  cuda_emulation::dawdle(SSLFAST_HERE("mbarrier.arrive"));
 }
 inline void barrier_arrive(uint64_t* barrier, SSLFAST_SITE) {
   barrier_arrive_expecting(barrier, 0, function, file, line);
@@ -297,7 +298,8 @@ inline void wgmma_commit() {
   mine.open.clear();
 }
 template <int kPending>
-void wgmma_wait() {
+void wgmma_wait(SSLFAST_SITE) {
+  cuda_emulation::dawdle(SSLFAST_HERE("wgmma.wait_group"));
   cuda_emulation::wait_for_products(kPending);
 }
 template <int kCount>
