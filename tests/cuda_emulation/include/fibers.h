@@ -20,6 +20,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace cuda_emulation {
@@ -94,6 +95,7 @@ struct Machine {
   std::deque<Fiber> fibers;  // grows to the largest block, stacks are kept
   std::vector<void*> free_stacks;
   std::deque<int> ready;
+  int next = -1;  // who runs before anybody of `ready`
   int threads = 0;
   Fiber* current = nullptr;
   jmp_buf scheduler;
@@ -120,6 +122,7 @@ inline std::string where(const Fiber& fiber) {
 
 inline int pick_ready() {
   Machine& m = machine;
+  if (m.next >= 0) return std::exchange(m.next, -1);
   size_t position = 0;
   if (m.settings.order == 1) position = m.ready.size() - 1;
   if (m.settings.order > 1) position = m.random() % m.ready.size();
@@ -170,6 +173,20 @@ inline void progress() {
 inline void dawdle(Site site) {
   if (machine.settings.order < 2) return;
   for (uint64_t n = machine.random() % 4; n > 0; --n) yield(site);
+}
+
+// In drawn orders, half of the time: goes straight to a thread that spins at `what`, which may find its wait over.
+inline void let_waiters_go(const char* what) {
+  Machine& m = machine;
+  if (m.settings.order < 2 || m.random() % 2 == 0) return;
+  for (auto it = m.ready.begin(); it != m.ready.end(); ++it) {
+    if (strcmp(m.fibers[*it].wait.site.what, what) != 0) continue;
+    m.next = *it;
+    m.ready.erase(it);
+    make_ready(*m.current);
+    suspend();
+    return;
+  }
 }
 
 // Blocks until `needed` of the partners have come, calling thread included; the last one runs `complete` on their
@@ -381,6 +398,7 @@ inline void run_block() {
   if (m.dynamic_bytes > 0) memset(m.dynamic_shared, kPoison, m.dynamic_bytes + kSharedMargin);
   m.block_state.reset();
   m.ready.clear();
+  m.next = -1;
   m.spins = 0;
   for (int i = 0; i < m.threads; ++i) {
     Fiber& fiber = m.fibers[i];

@@ -1,6 +1,7 @@
 // The wrappers of csrc/common/wgmma.cuh on the host: barriers that count bytes, boxes that the copy engine brings some
 // time later, warpgroup products from 128-byte-swizzled shared memory. Products read shared memory when they are waited
-// for (in odd orders: when they are issued), accumulators hold NaN in between, and so does what was written unfenced.
+// for (in odd orders: when the first thread issues them), accumulators hold NaN in between, and so does what was
+// written unfenced.
 #pragma once
 
 #include <tensor_cores.h>
@@ -69,6 +70,18 @@ struct Product {
   uint32_t fragments[kWarpgroup][4];
   float* targets[kWarpgroup];
   float (*value)(uint16_t) = nullptr;
+  std::vector<float> left_values, right_values;  // [64, 16] and [16, columns], once shared memory has been read
+
+  void read() {
+    if (!right_values.empty()) return;
+    const Operand a{left, true}, b{right, !left_in_registers};
+    for (int row = 0; row < 64 && !left_in_registers; ++row) {
+      for (int k = 0; k < 16; ++k) left_values.push_back(value(a.at(row, k)));
+    }
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < columns; ++n) right_values.push_back(value(b.at(n, k)));
+    }
+  }
 };
 
 struct WarpgroupThread {
@@ -94,6 +107,7 @@ struct BlockState {
   std::map<uint64_t*, Barrier> barriers;
   std::deque<Box> boxes;
   std::map<int, WarpgroupThread> threads;
+  std::map<int, std::shared_ptr<Product>> starting;  // by a warpgroup's first thread: not all threads have come yet
 };
 inline BlockState& block_state() {
   if (machine.block_state == nullptr) {
@@ -137,23 +151,23 @@ inline void bring_a_box() {
 inline void perform(Product& product, int first_thread) {
   if (product.done) return;
   product.done = true;
-  static float left[64][16], right[16][256];
-  const Operand a{product.left, true}, b{product.right, !product.left_in_registers};
-  for (int k = 0; k < 16; ++k) {
+  product.read();
+  if (product.left_in_registers) {
     for (int row = 0; row < 64; ++row) {
-      const uint32_t value = product.fragments[row / 16 * kWarp + a_lane(row % 16, k)][a_register(row % 16, k)];
-      left[row][k] =
-          product.value(product.left_in_registers ? static_cast<uint16_t>(value >> 16 * (k % 2)) : a.at(row, k));
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t value = product.fragments[row / 16 * kWarp + a_lane(row % 16, k)][a_register(row % 16, k)];
+        product.left_values.push_back(product.value(static_cast<uint16_t>(value >> 16 * (k % 2))));
+      }
     }
-    for (int n = 0; n < product.columns; ++n) right[k][n] = product.value(b.at(n, k));
   }
+  const float *left = product.left_values.data(), *right = product.right_values.data();
   for (int row = 0; row < 64; ++row) {
     for (int n = 0; n < product.columns; ++n) {
       const int thread = row / 16 * kWarp + row % 8 * 4 + n % 8 / 2;
       WarpgroupThread& owner = block_state().threads[first_thread + thread];
       float& result = owner.accumulators.at(product.targets[thread])[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
       float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][n];
+      for (int k = 0; k < 16; ++k) sum += left[row * 16 + k] * right[k * product.columns + n];
       result = product.add ? result + sum : sum;
     }
   }
@@ -170,6 +184,16 @@ void issue(Site site, float (&d)[kCount], const uint32_t* a, uint64_t left, uint
     mine.accumulators[d].assign(d, d + kCount);
     memset(d, kPoison, sizeof(d));
   }
+  if (auto& product = block_state().starting[first]; product == nullptr) {
+    product = std::make_shared<Product>();
+    product->add = add;
+    product->left_in_registers = a != nullptr;
+    product->columns = kCount * 2;
+    product->left = left, product->right = right;
+    product->value = &from_bits<Tag>;
+    // A warp that is there need not wait for the others.
+    if (m.settings.order % 2 == 1) product->read();
+  }
   struct Lane {
     float* d;
     const uint32_t* a;
@@ -179,12 +203,8 @@ void issue(Site site, float (&d)[kCount], const uint32_t* a, uint64_t left, uint
   int partners[kWarpgroup];
   for (int i = 0; i < kWarpgroup; ++i) partners[i] = first + i;
   meet(Wait{site, 0xffffffffu, -2, 0, &lane}, partners, kWarpgroup, kWarpgroup, [&] {
-    const auto product = std::make_shared<Product>();
-    product->add = add;
-    product->left_in_registers = a != nullptr;
-    product->columns = kCount * 2;
-    product->left = left, product->right = right;
-    product->value = &from_bits<Tag>;
+    const auto product = std::move(block_state().starting[first]);
+    block_state().starting.erase(first);
     for (int i = 0; i < kWarpgroup; ++i) {
       const Lane& other = *static_cast<Lane*>(m.fibers[first + i].wait.lane);
       if (other.left != left || other.right != right || other.add != add) {
@@ -255,6 +275,7 @@ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes, SSLFAST_
   found.bytes += bytes;
   if (--found.pending < 0) cuda_emulation::fail(SSLFAST_HERE("mbarrier.arrive").words() + " once too often");
   found.settle();
+  cuda_emulation::let_waiters_go("mbarrier.try_wait");
   cuda_emulation::dawdle(SSLFAST_HERE("mbarrier.arrive"));
 }
 inline void barrier_arrive(uint64_t* barrier, SSLFAST_SITE) {
@@ -300,6 +321,8 @@ inline void wgmma_commit() {
 template <int kPending>
 void wgmma_wait(SSLFAST_SITE) {
   cuda_emulation::dawdle(SSLFAST_HERE("wgmma.wait_group"));
+  char nothing = 0;
+  cuda_emulation::warp_collective(SSLFAST_HERE("wgmma.wait_group"), 0xffffffffu, nothing, [](char**) {});
   cuda_emulation::wait_for_products(kPending);
 }
 template <int kCount>
