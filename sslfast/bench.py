@@ -286,6 +286,35 @@ def pixel_cases(device: torch.device, *, batch: int = 64) -> list[Case]:
     return cases
 
 
+def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = True) -> Case:
+    """The view stage of PIRL's jigsaw view (255-pixel crops, nine patches of 64) or image view (224), all colour
+    operations on, beside the same operations one after the other in torch."""
+    generator = torch.Generator().manual_seed(0)
+    side, pictures = (255, 9) if jigsaw else (224, 1)
+    crops = torch.randint(256, (batch, 3, side, side), generator=generator).to(device, torch.uint8)
+    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0])
+    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25])
+    drawn = low + torch.rand(batch, pictures, 12, generator=generator) * (high - low)
+    whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    parameters = torch.where(whole, drawn.floor(), drawn).to(device)
+    options: dict[str, Any] = {"photometric": False}
+    if jigsaw:
+        options["permutation"] = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
+        options["offsets"] = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
+
+    def check() -> None:
+        ours = ops.render_views(crops, parameters, **options)
+        torch.testing.assert_close(ours, ops.render_views_reference(crops, parameters, **options), rtol=0, atol=1e-3)
+
+    implementations = {
+        "torch": lambda: ops.render_views_reference(crops, parameters, **options),
+        "sslfast": lambda: ops.render_views(crops, parameters, **options),
+    }
+    written = batch * 3 * (9 * 64 * 64 if jigsaw else 224 * 224)
+    size = f"{'jigsaw' if jigsaw else 'image'} view, B={batch}, float32"
+    return Case("render_views", size, implementations, 5 * written, check)
+
+
 def op_cases(device: torch.device) -> list[Case]:
     """What ``sslfast bench ops`` measures."""
     return [
@@ -301,6 +330,8 @@ def op_cases(device: torch.device) -> list[Case]:
         ema_update_case(device),
         ema_update_case(device, source_dtype=torch.bfloat16),
         *pixel_cases(device),
+        render_views_case(device),
+        render_views_case(device, jigsaw=False),
     ]
 
 

@@ -3,7 +3,7 @@
 A view is drawn first (:func:`draw_view`: every random number of it, a function of seed, view position, epoch and
 row), then rendered (:func:`render`: a pure function of crops and drawn parameters). Order of a rendering: rotate by
 quarter turns, cut into jigsaw patches, then per image or patch flip, jitter, photometric operations, grayscale and
-normalisation (``loaders/color.py``). A view that turns and has no jigsaw is mirrored before it is turned.
+normalisation (``ops/render_views.py``). A view that turns and has no jigsaw is mirrored before it is turned.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sslfast.loaders.batch import AugmentConfig, Batch, JigsawConfig, View, ViewConfig
-from sslfast.loaders.color import WORDS, PixelParameters, augment, draw_pixel_parameters, uint32_below
-from sslfast.ops.jigsaw_patches import jigsaw_patches
+from sslfast.loaders.color import WORDS, PixelParameters, draw_pixel_parameters, uint32_below
 from sslfast.ops.philox import Stream, random_uint32
-from sslfast.ops.rotate90 import rotate90
+from sslfast.ops.render_views import DTYPES, render_views
 
 _BLOCK = 4  # uint32 numbers in a Philox block
 MAX_VIEWS = 15
@@ -96,24 +95,40 @@ def render(
     Returns:
         :class:`View` with pixels ``[B, 3, S, S]``, or ``[B, P, 3, p, p]`` where the view has a jigsaw.
     """
-    images, pixel = crops, parameters.pixel
-    if parameters.quarter_turns is not None:
-        turns = parameters.quarter_turns
-        if config.jigsaw is None:
+    pixel, turns = parameters.pixel, parameters.quarter_turns
+    augment = config.augment
+    if config.jigsaw is None:
+        if turns is not None:
             # Turning the other way before mirroring is mirroring before turning: the number of turns stays what can be
             # seen in the picture. Patches are mirrored one by one.
             turns = torch.where(pixel.flip[:, 0], -turns, turns)
-        images = rotate90(images, turns)
-    if config.jigsaw is None:
-        pixels = augment(images, pixel.flatten(), config.augment, dtype=dtype, channels_last=channels_last)
+        pixels = render_views(
+            crops,
+            pixel.pack(),
+            quarter_turns=turns,
+            mean=augment.mean,
+            std=augment.std,
+            dtype=dtype,
+            channels_last=channels_last,
+            photometric=augment.photometric_probability > 0,
+        )
         return View(pixels=pixels, quarter_turns=parameters.quarter_turns)
     permutation, offsets = parameters.permutation, parameters.offsets
     if permutation is None or offsets is None:
         raise ValueError("parameters were drawn for a view without a jigsaw; draw them with this config")
-    grid, side = config.jigsaw.grid, config.jigsaw.patch_size
-    patches = jigsaw_patches(images, permutation, offsets, grid=grid, patch_size=side).flatten(0, 1)
-    pixels = augment(
-        patches, pixel.permute(permutation).flatten(), config.augment, dtype=dtype, channels_last=channels_last
+    pixels = render_views(
+        crops,
+        pixel.permute(permutation).pack(),
+        quarter_turns=turns,
+        permutation=permutation,
+        offsets=offsets,
+        grid=config.jigsaw.grid,
+        patch_size=config.jigsaw.patch_size,
+        mean=augment.mean,
+        std=augment.std,
+        dtype=dtype,
+        channels_last=channels_last,
+        photometric=augment.photometric_probability > 0,
     )
     return View(
         pixels=pixels.unflatten(0, permutation.shape),
@@ -146,8 +161,8 @@ class ViewStage:
         check_views(views)
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed=}")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating type, got {dtype=}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         self.views = dict(views)
         self.seed = seed
         self.dtype = dtype

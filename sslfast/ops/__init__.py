@@ -8,6 +8,7 @@ from sslfast.ops.bank_update_ import bank_update_, bank_update_reference
 from sslfast.ops.ema_update_ import ema_update_, ema_update_reference
 from sslfast.ops.jigsaw_patches import jigsaw_patches, jigsaw_patches_reference
 from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
+from sslfast.ops.render_views import render_views, render_views_reference
 from sslfast.ops.rotate90 import rotate90, rotate90_reference
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "jigsaw_patches_reference",
     "negative_rows",
     "negative_rows_reference",
+    "render_views",
+    "render_views_reference",
     "rotate90",
     "rotate90_reference",
 ]

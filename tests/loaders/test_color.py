@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sslfast.loaders import color
 from sslfast.loaders.batch import AugmentConfig
-from sslfast.loaders.color import PixelParameters, augment, draw_pixel_parameters
+from sslfast.loaders.color import PixelParameters, draw_pixel_parameters
+from sslfast.ops import pixels, render_views
 from sslfast.ops.philox import random_uint32
 
 N = 8
@@ -49,6 +50,16 @@ def parameters(count: int = N, config: AugmentConfig | None = None, seed: int = 
     return draw_pixel_parameters(words, config or AugmentConfig(photometric_probability=1.0))
 
 
+def augment(
+    images: Tensor, p: PixelParameters, config: AugmentConfig, *, dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Tensor:  # fmt: skip
+    """The op on whole crops."""
+    return render_views(
+        images, p.pack()[:, None], mean=config.mean, std=config.std, dtype=dtype, channels_last=channels_last
+    )
+
+
 FACTORS = torch.tensor([0.6, 1.4, 1.0, 0.0, 0.73, 1.21, 2.0, 0.5])
 TURNS = torch.tensor([0.2, -0.2, 0.5, 0.1, -0.5, 0.0, 0.07, -0.13])
 
@@ -56,15 +67,15 @@ TURNS = torch.tensor([0.2, -0.2, 0.5, 0.1, -0.5, 0.0, 0.07, -0.13])
 @pytest.mark.parametrize(
     ("kind", "reference", "enhancer"),
     [
-        (color.BRIGHTNESS, tvf.adjust_brightness, ImageEnhance.Brightness),
-        (color.CONTRAST, tvf.adjust_contrast, ImageEnhance.Contrast),
-        (color.SATURATION, tvf.adjust_saturation, ImageEnhance.Color),
+        (pixels.BRIGHTNESS, tvf.adjust_brightness, ImageEnhance.Brightness),
+        (pixels.CONTRAST, tvf.adjust_contrast, ImageEnhance.Contrast),
+        (pixels.SATURATION, tvf.adjust_saturation, ImageEnhance.Color),
     ],
     ids=["brightness", "contrast", "saturation"],
 )
 def test_blends(kind: int, reference: Callable, enhancer: type) -> None:
     images = pictures()
-    result = color.blend_(levels(images), torch.full((N,), kind), FACTORS)
+    result = pixels.blend_(levels(images), torch.full((N,), kind), FACTORS)
     expected = [reference(x / 255, float(f)) * 255 for x, f in zip(levels(images), FACTORS, strict=True)]
     torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-3)
     from_pil = pil(images, lambda image, i: enhancer(image).enhance(float(FACTORS[i])))
@@ -74,7 +85,7 @@ def test_blends(kind: int, reference: Callable, enhancer: type) -> None:
 
 def test_hue() -> None:
     images = pictures()
-    result = color.shift_hue_(levels(images), TURNS)
+    result = pixels.shift_hue_(levels(images), TURNS)
     expected = [tvf.adjust_hue(x / 255, float(t)) * 255 for x, t in zip(levels(images), TURNS, strict=True)]
     torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-2)
     from_pil = pil(images, lambda image, i: tvf.adjust_hue(image, float(TURNS[i])))
@@ -85,15 +96,15 @@ def test_hue() -> None:
 def test_hue_keeps_grey_and_returns_after_a_full_turn() -> None:
     images = levels(pictures())
     grey = images[2:3].clone()
-    assert torch.equal(color.shift_hue_(grey.clone(), torch.tensor([0.3])), grey)
-    half = color.shift_hue_(images.clone(), torch.full((N,), 0.5))
-    torch.testing.assert_close(color.shift_hue_(half, torch.full((N,), 0.5)), images, rtol=0, atol=1e-2)
+    assert torch.equal(pixels.shift_hue_(grey.clone(), torch.tensor([0.3])), grey)
+    half = pixels.shift_hue_(images.clone(), torch.full((N,), 0.5))
+    torch.testing.assert_close(pixels.shift_hue_(half, torch.full((N,), 0.5)), images, rtol=0, atol=1e-2)
 
 
 def test_posterize_equals_pil() -> None:
     images, bits = pictures(), torch.tensor([4, 5, 6, 7, 8, 4, 5, 6])
     expected = pil(images, lambda image, i: ImageOps.posterize(image, int(bits[i])))
-    assert torch.equal(color.posterize_(levels(images), bits), expected)
+    assert torch.equal(pixels.posterize_(levels(images), bits), expected)
     assert torch.equal(
         expected, torch.stack([tvf.posterize(x, int(b)) for x, b in zip(images, bits, strict=True)]).float()
     )
@@ -102,7 +113,7 @@ def test_posterize_equals_pil() -> None:
 @pytest.mark.parametrize("side", [37, 3, 2, 1])
 def test_sharpness_equals_pil(side: int) -> None:
     images, factors = pictures(side), torch.tensor([0.1, 1.9, 1.0, 0.5, 1.5, 0.3, 1.7, 0.9])
-    result = color.sharpen_(levels(images), factors)
+    result = pixels.sharpen_(levels(images), factors)
     expected = pil(images, lambda image, i: ImageEnhance.Sharpness(image).enhance(float(factors[i])))
     torch.testing.assert_close(result, expected, rtol=0, atol=1.0)
     assert (result != expected).float().mean() < 1e-3
@@ -114,12 +125,12 @@ def test_sharpness_equals_pil(side: int) -> None:
 def test_solarize_equals_pil() -> None:
     images, threshold = pictures(), torch.tensor([0, 1, 64, 128, 200, 255, 256, 100])
     expected = pil(images, lambda image, i: ImageOps.solarize(image, int(threshold[i])))
-    assert torch.equal(color.solarize_(levels(images), threshold), expected)
+    assert torch.equal(pixels.solarize_(levels(images), threshold), expected)
 
 
 def test_autocontrast_equals_pil() -> None:
     images = pictures()
-    result = color.autocontrast_(levels(images))
+    result = pixels.autocontrast_(levels(images))
     expected = pil(images, lambda image, _: ImageOps.autocontrast(image))
     torch.testing.assert_close(result, expected, rtol=0, atol=1.0)
     assert (result >= expected).all()  # below only where PIL's table falls short of a whole number
@@ -128,7 +139,7 @@ def test_autocontrast_equals_pil() -> None:
 
 def test_luminance_equals_torchvision() -> None:
     images = levels(pictures())
-    torch.testing.assert_close(color.luminance(images), tvf.rgb_to_grayscale(images), rtol=0, atol=1e-4)
+    torch.testing.assert_close(pixels.luminance(images), tvf.rgb_to_grayscale(images), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
@@ -155,9 +166,9 @@ def test_mixed_orders_and_gates_equal_one_image_at_a_time() -> None:
     result = augment(images, p, config)
     alone = [augment(images[i : i + 1], p[i : i + 1], config) for i in range(count)]
     assert torch.equal(result, torch.cat(alone))
-    jitter = color._plan_jitter(p, config)
-    masked = color._augment_mixed(images, p, jitter, config)  # the GPU's way
-    torch.testing.assert_close(masked, result, rtol=0, atol=1e-5)
+    # Level operations may move by one level where a sum crosses a whole number, and autocontrast widens that.
+    reference = pixels.augment(images, p.pack(), mean=config.mean, std=config.std)
+    assert ((reference - result).abs() > 2e-5).float().mean() < 1e-3
 
 
 def test_photometric_order_equals_pil_chain() -> None:
@@ -201,7 +212,7 @@ def test_strength_zero_is_off(off: str) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_output_dtype_and_memory_format(dtype: torch.dtype, channels_last: bool) -> None:
     config = AugmentConfig()
     images, p = pictures(), parameters(config=config)

@@ -1,0 +1,301 @@
+#include "render_views.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "common/simd.h"
+
+namespace sslfast {
+namespace {
+
+constexpr int64_t kStrip = 512;  // pixels that stay in the L1 cache while every operation passes over them
+
+template <typename Out>
+struct Problem {
+  const uint8_t* crops;        // [B, 3, S, S]
+  const float* parameters;     // [B, M, 12]
+  const int64_t* turns;        // [B] or null
+  const int64_t* permutation;  // [B, M] or null
+  const int64_t* offsets;      // [B, M, 2] or null
+  ViewShape shape;
+  std::array<float, 3> scale, shift;  // of normalisation
+  bool channels_last;
+  Out* out;            // [B * M, 3, side, side], or [B * M, side, side, 3]
+  int64_t begin, end;  // pictures of this call
+};
+
+struct Strip {
+  alignas(64) float r[kStrip], g[kStrip], b[kStrip];
+};
+
+// Pixels first .. first + count - 1 of a picture, row by row.
+SSLFAST_INLINE void gather(const uint8_t* crop, int64_t plane, const PixelMap& map, int64_t side, int64_t first,
+                           int64_t count, Strip& strip) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t y = (first + done) / side, x = (first + done) % side, run = std::min(side - x, count - done);
+    const uint8_t* source = crop + map.base + y * map.down + x * map.right;
+    float* targets[3] = {strip.r + done, strip.g + done, strip.b + done};
+    for (int c = 0; c < 3; ++c, source += plane) {
+      float* __restrict__ target = targets[c];
+      if (map.right == 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < run; ++i) target[i] = source[i];
+      } else if (map.right == -1) {
+#pragma omp simd
+        for (int64_t i = 0; i < run; ++i) target[i] = source[-i];
+      } else {
+        for (int64_t i = 0; i < run; ++i) target[i] = source[i * map.right];
+      }
+    }
+    done += run;
+  }
+}
+
+template <int kKind>
+SSLFAST_INLINE void jitter_strip(Strip& s, int64_t count, float factor, float level) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const Rgb x = apply_jitter({s.r[i], s.g[i], s.b[i]}, kKind, factor, level);
+    s.r[i] = x.r, s.g[i] = x.g, s.b[i] = x.b;
+  }
+}
+
+SSLFAST_INLINE void jitter_strip(const PictureOps& ops, int steps, float level, Strip& strip, int64_t count) {
+  for (int step = 0; step < steps; ++step) {
+    if (!ops.applies[step]) continue;
+    switch (ops.kinds[step]) {
+      case kBrightness:
+        jitter_strip<kBrightness>(strip, count, ops.factors[step], 0.0f);
+        break;
+      case kContrast:
+        jitter_strip<kContrast>(strip, count, ops.factors[step], level);
+        break;
+      case kSaturation:
+        jitter_strip<kSaturation>(strip, count, ops.factors[step], 0.0f);
+        break;
+      default:
+        jitter_strip<kHue>(strip, count, ops.factors[step], 0.0f);
+        break;
+    }
+  }
+}
+
+// Grayscale, normalisation, and out.
+template <typename Out>
+SSLFAST_INLINE void write_strip(const Problem<Out>& p, const PictureOps& ops, Strip& s, int64_t picture, int64_t first,
+                                int64_t count) {
+  if (ops.grayscale) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) s.r[i] = s.g[i] = s.b[i] = luminance(s.r[i], s.g[i], s.b[i]);
+  }
+  const int64_t pixels = p.shape.side * p.shape.side;
+  const float* planes[3] = {s.r, s.g, s.b};
+  Out* __restrict__ out = p.out + picture * 3 * pixels;
+  if (p.channels_last) {
+    out += first * 3;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int c = 0; c < 3; ++c) out[3 * i + c] = static_cast<Out>(planes[c][i] * p.scale[c] + p.shift[c]);
+    }
+  } else {
+    for (int c = 0; c < 3; ++c) {
+      Out* __restrict__ target = out + c * pixels + first;
+      const float* __restrict__ source = planes[c];
+      const float scale = p.scale[c], shift = p.shift[c];
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Out>(source[i] * scale + shift);
+    }
+  }
+}
+
+// Levels [3, n] posterized -> sharpened and solarized.
+SSLFAST_INLINE void sharpen_solarize(const uint8_t* levels, int64_t side, const PictureOps& ops, uint8_t* out) {
+  const float sharpness = ops.sharpness, threshold = ops.threshold;
+  for (int64_t line = 0; line < 3 * side; ++line) {
+    const int64_t y = line % side;
+    const uint8_t* __restrict__ row = levels + line * side;
+    uint8_t* __restrict__ target = out + line * side;
+    const bool border = side < 3 || y == 0 || y == side - 1;
+    const uint8_t* __restrict__ above = border ? row : row - side;
+    const uint8_t* __restrict__ below = border ? row : row + side;
+    const auto finish = [&](float x) __attribute__((always_inline)) {
+      return static_cast<uint8_t>(static_cast<int>(x >= threshold ? 255.0f - x : x));
+    };
+    if (border) {
+      for (int64_t x = 0; x < side; ++x) target[x] = finish(row[x]);
+      continue;
+    }
+    target[0] = finish(row[0]);
+    target[side - 1] = finish(row[side - 1]);
+#pragma omp simd
+    for (int64_t x = 1; x < side - 1; ++x) {
+      const int sum = above[x - 1] + above[x] + above[x + 1] + row[x - 1] + row[x + 1] + below[x - 1] + below[x] +
+                      below[x + 1] + 5 * row[x];
+      target[x] = finish(sharpen_level(static_cast<float>(row[x]), static_cast<float>(sum), sharpness));
+    }
+  }
+}
+
+template <typename Out>
+SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, std::vector<uint8_t>& levels) {
+  const int64_t pictures = p.shape.pictures(), sample = picture / pictures, side = p.shape.side;
+  const int64_t plane = p.shape.size * p.shape.size, pixels = side * side;
+  const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
+  int64_t top = 0, left = 0;
+  if (p.permutation != nullptr) {
+    const int64_t cell = p.permutation[picture];
+    const int64_t* offset = p.offsets + (sample * pictures + cell) * 2;
+    top = cell / p.shape.grid * p.shape.cell() + offset[0];
+    left = cell % p.shape.grid * p.shape.cell() + offset[1];
+  }
+  const int turns = p.turns == nullptr ? 0 : static_cast<int>(p.turns[sample] & 3);
+  const PixelMap map = p.shape.map(turns, top, left, ops.flip);
+  const uint8_t* crop = p.crops + sample * 3 * plane;
+  Strip strip;
+
+  float level = 0.0f;
+  if (ops.contrast < 4) {
+    double total = 0;
+    for (int64_t first = 0; first < pixels; first += kStrip) {
+      const int64_t count = std::min(kStrip, pixels - first);
+      gather(crop, plane, map, side, first, count, strip);
+      jitter_strip(ops, ops.contrast, 0.0f, strip, count);
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < count; ++i) sum += luminance(strip.r[i], strip.g[i], strip.b[i]);
+      total += static_cast<double>(sum);
+    }
+    level = (1.0f - ops.factors[ops.contrast]) * static_cast<float>(total / static_cast<double>(pixels));
+  }
+
+  if (ops.photometric) levels.resize(6 * pixels);
+  for (int64_t first = 0; first < pixels; first += kStrip) {
+    const int64_t count = std::min(kStrip, pixels - first);
+    gather(crop, plane, map, side, first, count, strip);
+    jitter_strip(ops, 4, level, strip, count);
+    if (!ops.photometric) {
+      write_strip(p, ops, strip, picture, first, count);
+      continue;
+    }
+    const float* planes[3] = {strip.r, strip.g, strip.b};
+    for (int c = 0; c < 3; ++c) {
+      uint8_t* __restrict__ target = levels.data() + c * pixels + first;
+      const float* __restrict__ source = planes[c];
+      const int mask = ~(static_cast<int>(ops.level_step) - 1);  // posterize keeps the upper bits
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) target[i] = static_cast<uint8_t>(static_cast<int>(rintf(source[i])) & mask);
+    }
+  }
+  if (!ops.photometric) return;
+
+  uint8_t* solarized = levels.data() + 3 * pixels;
+  sharpen_solarize(levels.data(), side, ops, solarized);
+  float low[3], span[3];
+  for (int c = 0; c < 3; ++c) {
+    const auto [smallest, largest] = std::minmax_element(solarized + c * pixels, solarized + (c + 1) * pixels);
+    const bool flat = *smallest == *largest;
+    low[c] = flat ? 0.0f : *smallest;
+    span[c] = flat ? 255.0f : static_cast<float>(*largest - *smallest);
+  }
+  for (int64_t first = 0; first < pixels; first += kStrip) {
+    const int64_t count = std::min(kStrip, pixels - first);
+    float* planes[3] = {strip.r, strip.g, strip.b};
+    for (int c = 0; c < 3; ++c) {
+      const uint8_t* __restrict__ source = solarized + c * pixels + first;
+      float* __restrict__ target = planes[c];
+      const float lowest = low[c], width = span[c];
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) target[i] = stretch_level(source[i], lowest, width);
+    }
+    write_strip(p, ops, strip, picture, first, count);
+  }
+}
+
+template <typename Out>
+SSLFAST_INLINE void render_pictures(const Problem<Out>& p) {
+  std::vector<uint8_t> levels;
+  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, levels);
+}
+
+SSLFAST_MULTIVERSION(render_pictures_best, render_pictures, const Problem<T>&)
+
+void check_values(const ViewShape& shape, bool photometric, const float* parameters, const int64_t* permutation,
+                  const int64_t* offsets) {
+  for (int64_t i = 0; i < shape.batch * shape.pictures(); ++i) {
+    SSLFAST_CHECK(parameters_in_range(parameters + i * kViewParameters),
+                  "render_views: parameters must be finite, with order codes in [0, 24) and bits in [0, 8]; those of "
+                  "sample ",
+                  i / shape.pictures(), ", picture ", i % shape.pictures(), " are not");
+    SSLFAST_CHECK(photometric || parameters[i * kViewParameters + 7] == 0,
+                  "render_views: photometric is False, but the gate of sample ", i / shape.pictures(), ", picture ",
+                  i % shape.pictures(), " is open; pass photometric=True");
+    if (permutation == nullptr) continue;
+    SSLFAST_CHECK(shape.has_cell(permutation[i]), "render_views: permutation must be in [0, ", shape.pictures(),
+                  "), got ", permutation[i], " at sample ", i / shape.pictures(), ", slot ", i % shape.pictures());
+    SSLFAST_CHECK(shape.has_offset(offsets[2 * i], offsets[2 * i + 1]), "render_views: offsets must be in [0, ",
+                  shape.cell() - shape.side, "], got (", offsets[2 * i], ", ", offsets[2 * i + 1], ") at sample ",
+                  i / shape.pictures(), ", cell ", i % shape.pictures());
+  }
+}
+
+Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::optional<Tensor> turns_,
+                        std::optional<Tensor> permutation_, std::optional<Tensor> offsets_, int64_t grid,
+                        int64_t patch_size, double mean_r, double mean_g, double mean_b, double std_r, double std_g,
+                        double std_b, ScalarType dtype, bool channels_last, bool photometric) {
+  const float std_of[3] = {float(std_r), float(std_g), float(std_b)};
+  const ViewShape shape =
+      check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
+  const Tensor crops = torch::stable::contiguous(crops_), parameters = torch::stable::contiguous(parameters_);
+  std::optional<Tensor> turns, permutation, offsets;
+  if (turns_) turns = torch::stable::contiguous(*turns_);
+  if (grid > 0) {
+    permutation = torch::stable::contiguous(*permutation_);
+    offsets = torch::stable::contiguous(*offsets_);
+  }
+  const auto values = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
+  };
+  const float* numbers = static_cast<const float*>(parameters.const_data_ptr());
+  check_values(shape, photometric, numbers, values(permutation), values(offsets));
+  const int64_t pictures = shape.batch * shape.pictures(), side = shape.side;
+  const std::vector<int64_t> sizes =
+      channels_last ? std::vector<int64_t>{pictures, side, side, 3} : std::vector<int64_t>{pictures, 3, side, side};
+  Tensor out = torch::stable::new_empty(crops, sizes, dtype);
+  if (pictures == 0) return out;
+  dispatch_view_dtype(dtype, [&](auto zero) {
+    using Out = decltype(zero);
+    Problem<Out> p{};
+    p.crops = static_cast<const uint8_t*>(crops.const_data_ptr());
+    p.parameters = numbers;
+    p.turns = values(turns);
+    p.permutation = values(permutation);
+    p.offsets = values(offsets);
+    p.shape = shape;
+    const double mean[3] = {mean_r, mean_g, mean_b};
+    for (int c = 0; c < 3; ++c) {
+      p.scale[c] = 1.0f / (255.0f * std_of[c]);
+      p.shift[c] = static_cast<float>(-mean[c]) / std_of[c];
+    }
+    p.channels_last = channels_last;
+    p.out = static_cast<Out*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, pictures, 1, [&](int64_t begin, int64_t end) {
+      Problem<Out> some = p;
+      some.begin = begin;
+      some.end = end;
+      render_pictures_best<Out>(some);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CPU, m) {
+  m.impl("render_views", TORCH_BOX(&sslfast::render_views_cpu));
+}

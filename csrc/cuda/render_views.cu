@@ -1,0 +1,217 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "common/launch.cuh"
+#include "render_views.h"
+
+namespace sslfast {
+namespace {
+
+constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize;
+// Pictures up to this many bytes of levels keep them in shared memory: a 224-pixel crop, on 8.0 and later.
+constexpr int64_t kSharedLevels = 160 * 1024;
+
+template <typename Out>
+struct Problem {
+  const uint8_t* __restrict__ crops;        // [B, 3, S, S]
+  const float* __restrict__ parameters;     // [B, M, 12]
+  const int64_t* __restrict__ turns;        // [B] or null
+  const int64_t* __restrict__ permutation;  // [B, M] or null
+  const int64_t* __restrict__ offsets;      // [B, M, 2] or null
+  ViewShape shape;
+  float scale[3], shift[3];  // of normalisation
+  bool channels_last, photometric;
+  uint8_t* scratch;       // [B * M, 3, side, side] levels, or null: in shared memory
+  Out* __restrict__ out;  // [B * M, 3, side, side], or [B * M, side, side, 3]
+};
+
+struct Extremes {
+  float low, high;
+};
+
+// All threads of the block get the result; `shared` holds kMaxWarps of them and is free again afterwards.
+template <typename T, typename Merge>
+__device__ __forceinline__ T block_reduce(T x, T* shared, T neutral, const Merge& merge) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x = merge(x, offset);
+  __syncthreads();
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  x = lane < warps ? shared[lane] : neutral;
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x = merge(x, offset);
+  __syncthreads();
+  return x;
+}
+
+template <typename Out>
+__device__ __forceinline__ void write_pixel(const Problem<Out>& p, const PictureOps& ops, Rgb x, int64_t picture,
+                                            int pixel, int pixels) {
+  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
+  Out* out = p.out + picture * 3 * pixels + (p.channels_last ? 3 * pixel : pixel);
+  const int step = p.channels_last ? 1 : pixels;
+  out[0] = static_cast<Out>(x.r * p.scale[0] + p.shift[0]);
+  out[step] = static_cast<Out>(x.g * p.scale[1] + p.shift[1]);
+  out[2 * step] = static_cast<Out>(x.b * p.scale[2] + p.shift[2]);
+}
+
+// A posterized level, sharpened and solarized.
+__device__ __forceinline__ float sharpened_level(const uint8_t* plane, int side, int pixel, const PictureOps& ops) {
+  const int y = pixel / side, x = pixel % side;
+  float level = plane[pixel];
+  if (y > 0 && y < side - 1 && x > 0 && x < side - 1) {
+    const uint8_t* above = plane + pixel - side;
+    const uint8_t* row = plane + pixel;
+    const uint8_t* below = plane + pixel + side;
+    const int sum = above[-1] + above[0] + above[1] + row[-1] + row[1] + below[-1] + below[0] + below[1] + 5 * row[0];
+    level = sharpen_level(level, static_cast<float>(sum), ops.sharpness);
+  }
+  return level >= ops.threshold ? 255.0f - level : level;
+}
+
+// One block renders one picture. Its bytes are read once, twice where contrast needs a mean; levels of the photometric
+// set, whole numbers, wait in shared memory while neighbours and extremes are looked at.
+template <typename Out>
+__global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> p) {
+  __shared__ float sums[kMaxWarps];
+  __shared__ Extremes extremes[kMaxWarps];
+  const int64_t picture = blockIdx.x, pictures = p.shape.pictures(), sample = picture / pictures;
+  const int side = static_cast<int>(p.shape.side), pixels = side * side, threads = static_cast<int>(blockDim.x);
+  const int64_t plane = p.shape.size * p.shape.size;
+  if (!parameters_in_range(p.parameters + picture * kViewParameters)) __trap();
+  const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
+  if (ops.photometric && !p.photometric) __trap();
+  int64_t top = 0, left = 0;
+  if (p.permutation != nullptr) {
+    const int64_t cell = p.permutation[picture];
+    if (!p.shape.has_cell(cell)) __trap();
+    const int64_t* offset = p.offsets + (sample * pictures + cell) * 2;
+    if (!p.shape.has_offset(offset[0], offset[1])) __trap();
+    top = cell / p.shape.grid * p.shape.cell() + offset[0];
+    left = cell % p.shape.grid * p.shape.cell() + offset[1];
+  }
+  const int turns = p.turns == nullptr ? 0 : static_cast<int>(p.turns[sample] & 3);
+  const PixelMap map = p.shape.map(turns, top, left, ops.flip);
+  const uint8_t* crop = p.crops + sample * 3 * plane + map.base;
+  const auto read = [&](int pixel) {
+    const uint8_t* source = crop + pixel / side * map.down + pixel % side * map.right;
+    return Rgb{float(__ldg(source)), float(__ldg(source + plane)), float(__ldg(source + 2 * plane))};
+  };
+
+  float level = 0.0f;
+  if (ops.contrast < 4) {
+    float sum = 0.0f;
+    for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
+      const Rgb x = apply_jitters(read(pixel), ops, ops.contrast, 0.0f);
+      sum += luminance(x.r, x.g, x.b);
+    }
+    sum = block_reduce(sum, sums, 0.0f, [](float a, int offset) { return a + __shfl_xor_sync(kFullMask, a, offset); });
+    level = (1.0f - p.parameters[picture * kViewParameters + 4]) * (sum / static_cast<float>(pixels));
+  }
+
+  uint8_t* levels = nullptr;
+  if (ops.photometric) levels = p.scratch != nullptr ? p.scratch + picture * 3 * pixels : dynamic_shared<uint8_t>();
+  const int mask = ~(static_cast<int>(ops.level_step) - 1);
+  for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
+    const Rgb x = apply_jitters(read(pixel), ops, 4, level);
+    if (!ops.photometric) {
+      write_pixel(p, ops, x, picture, pixel, pixels);
+      continue;
+    }
+    levels[pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.r)) & mask);
+    levels[pixels + pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.g)) & mask);
+    levels[2 * pixels + pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.b)) & mask);
+  }
+  if (!ops.photometric) return;
+  __syncthreads();
+
+  float low[3], span[3];
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    Extremes found{255.0f, 0.0f};
+    for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
+      const float x = sharpened_level(levels + c * pixels, side, pixel, ops);
+      found = {fminf(found.low, x), fmaxf(found.high, x)};
+    }
+    found = block_reduce(found, extremes, Extremes{255.0f, 0.0f}, [](Extremes a, int offset) {
+      return Extremes{fminf(a.low, __shfl_xor_sync(kFullMask, a.low, offset)),
+                      fmaxf(a.high, __shfl_xor_sync(kFullMask, a.high, offset))};
+    });
+    const bool flat = found.low == found.high;
+    low[c] = flat ? 0.0f : found.low;
+    span[c] = flat ? 255.0f : found.high - found.low;
+  }
+  for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
+    const Rgb x{stretch_level(sharpened_level(levels, side, pixel, ops), low[0], span[0]),
+                stretch_level(sharpened_level(levels + pixels, side, pixel, ops), low[1], span[1]),
+                stretch_level(sharpened_level(levels + 2 * pixels, side, pixel, ops), low[2], span[2])};
+    write_pixel(p, ops, x, picture, pixel, pixels);
+  }
+}
+
+Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::optional<Tensor> turns_,
+                         std::optional<Tensor> permutation_, std::optional<Tensor> offsets_, int64_t grid,
+                         int64_t patch_size, double mean_r, double mean_g, double mean_b, double std_r, double std_g,
+                         double std_b, ScalarType dtype, bool channels_last, bool photometric) {
+  const float std_of[3] = {float(std_r), float(std_g), float(std_b)};
+  const ViewShape shape =
+      check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
+  const DeviceGuard guard(crops_.get_device_index());
+  const Tensor crops = torch::stable::contiguous(crops_), parameters = torch::stable::contiguous(parameters_);
+  std::optional<Tensor> turns, permutation, offsets;
+  if (turns_) turns = torch::stable::contiguous(*turns_);
+  if (grid > 0) {
+    permutation = torch::stable::contiguous(*permutation_);
+    offsets = torch::stable::contiguous(*offsets_);
+  }
+  const int64_t pictures = shape.batch * shape.pictures(), side = shape.side;
+  const std::vector<int64_t> sizes =
+      channels_last ? std::vector<int64_t>{pictures, side, side, 3} : std::vector<int64_t>{pictures, 3, side, side};
+  Tensor out = torch::stable::new_empty(crops, sizes, dtype);
+  if (pictures == 0) return out;
+  const int64_t level_bytes = photometric ? 3 * side * side : 0;
+  const bool shared = level_bytes <= kSharedLevels;
+  const std::vector<int64_t> scratch_sizes = {shared ? 0 : pictures * level_bytes};
+  Tensor scratch = torch::stable::new_empty(crops, scratch_sizes);
+  const auto values = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
+  };
+  dispatch_view_dtype(dtype, [&](auto zero) {
+    using Out = decltype(zero);
+    Problem<Out> p{};
+    p.crops = static_cast<const uint8_t*>(crops.const_data_ptr());
+    p.parameters = static_cast<const float*>(parameters.const_data_ptr());
+    p.turns = values(turns);
+    p.permutation = values(permutation);
+    p.offsets = values(offsets);
+    p.shape = shape;
+    const double mean[3] = {mean_r, mean_g, mean_b};
+    for (int c = 0; c < 3; ++c) {
+      p.scale[c] = 1.0f / (255.0f * std_of[c]);
+      p.shift[c] = static_cast<float>(-mean[c]) / std_of[c];
+    }
+    p.channels_last = channels_last;
+    p.photometric = photometric;
+    p.scratch = shared ? nullptr : static_cast<uint8_t*>(scratch.mutable_data_ptr());
+    p.out = static_cast<Out*>(out.mutable_data_ptr());
+    // About 16 pixels for a thread.
+    const int64_t warps = std::clamp<int64_t>(side * side / (16 * kWarpSize), 1, kMaxWarps);
+    launch_kernel("render_views", render_kernel<Out>, dim3(static_cast<unsigned>(pictures)),
+                  dim3(static_cast<unsigned>(warps * kWarpSize)), static_cast<size_t>(shared ? level_bytes : 0),
+                  current_stream(crops.get_device_index()), p);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace sslfast
+
+STABLE_TORCH_LIBRARY_IMPL(sslfast, CUDA, m) {
+  m.impl("render_views", TORCH_BOX(&sslfast::render_views_cuda));
+}

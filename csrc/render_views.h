@@ -1,0 +1,255 @@
+// render_views: the view stage in one pass over the bytes. Checks, where a pixel comes from, and what happens to it.
+//
+// A picture is a whole turned crop, or one jigsaw patch of it. Its pixels go through: flip, the four jitters in the
+// picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), grayscale,
+// normalisation. All of it is per pixel but for three numbers or neighbourhoods: contrast needs the mean luminance of
+// the picture as it is then, sharpen the eight neighbours' levels, autocontrast each channel's extremes. Levels are
+// whole there, so a byte holds them.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+
+#include "common/check.h"
+#include "common/philox.h"  // SSLFAST_HD
+
+namespace sslfast {
+
+#ifdef __CUDA_ARCH__
+#define SSLFAST_UNROLL _Pragma("unroll")
+#else
+#define SSLFAST_UNROLL
+#endif
+
+constexpr int kViewParameters = 12;  // fp32 numbers of a picture, in the order of PictureOps::read
+
+enum Jitter : int { kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3 };
+
+// Everything that happens to one picture.
+struct PictureOps {
+  bool flip, photometric, grayscale;
+  int kinds[4];      // the jitters in the picture's order
+  float factors[4];  // of each; hue: turns
+  bool applies[4];   // whether it changes anything
+  int contrast;      // the step at which contrast applies; 4: it does not
+  float level_step;  // posterize: 2^(8 - bits)
+  float sharpness, threshold;
+
+  // Loops of four with constant bounds and a list in an integer: on a GPU all of this stays in registers.
+  SSLFAST_HD static PictureOps read(const float* p) {
+    PictureOps ops{};
+    ops.flip = p[0] != 0;
+    ops.photometric = p[7] != 0;
+    ops.grayscale = p[11] != 0;
+    int code = static_cast<int>(p[2]);  // rank of the order among the 24, lexicographic
+    unsigned left = 0x3210;             // kinds not yet placed, four bits each
+    ops.contrast = 4;
+    SSLFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int block = i == 0 ? 6 : i == 1 ? 2 : 1, shift = 4 * (code / block);
+      const int kind = static_cast<int>(left >> shift & 15u);
+      left = (left & ((1u << shift) - 1)) | (left >> (shift + 4) << shift);
+      code %= block;
+      const float factor = kind == kBrightness ? p[3] : kind == kContrast ? p[4] : kind == kSaturation ? p[5] : p[6];
+      ops.kinds[i] = kind;
+      ops.factors[i] = factor;
+      ops.applies[i] = p[1] != 0 && factor != (kind == kHue ? 0.0f : 1.0f);
+      if (ops.applies[i] && kind == kContrast) ops.contrast = i;
+    }
+    ops.level_step = static_cast<float>(1 << (8 - static_cast<int>(p[8])));
+    ops.sharpness = p[9];
+    ops.threshold = p[10];
+    return ops;
+  }
+};
+
+SSLFAST_HD bool parameters_in_range(const float* p) {
+  const bool code = p[2] >= 0 && p[2] < 24, bits = p[8] >= 0 && p[8] <= 8;
+  bool finite = true;
+  for (int i = 0; i < kViewParameters; ++i) finite &= p[i] - p[i] == 0.0f;
+  return code && bits && finite;
+}
+
+SSLFAST_HD float luminance(float r, float g, float b) {
+  return 0.2989f * r + 0.587f * g + 0.114f * b;
+}
+
+SSLFAST_HD float clamp_level(float x) {
+  x = x > 0.0f ? x : 0.0f;
+  return x < 255.0f ? x : 255.0f;
+}
+
+struct Rgb {
+  float r, g, b;
+};
+
+// factor * x + level: brightness (level 0) and contrast (level (1 - factor) * mean luminance).
+SSLFAST_HD Rgb scale_levels(Rgb x, float factor, float level) {
+  return {clamp_level(factor * x.r + level), clamp_level(factor * x.g + level), clamp_level(factor * x.b + level)};
+}
+
+SSLFAST_HD Rgb saturate_levels(Rgb x, float factor) {
+  return scale_levels(x, factor, (1.0f - factor) * luminance(x.r, x.g, x.b));
+}
+
+SSLFAST_HD float ramp(float distance) {  // 1 up to distance 1, 0 from 2 on
+  const float x = 2.0f - distance;
+  return x < 0.0f ? 0.0f : x < 1.0f ? x : 1.0f;
+}
+
+// Turns the hue at fixed HSV saturation and value. `turns6`: six times the turns, in [0, 6).
+SSLFAST_HD Rgb shift_hue(Rgb x, float turns6) {
+  const float low = x.r < x.g ? (x.r < x.b ? x.r : x.b) : (x.g < x.b ? x.g : x.b);
+  const float high = x.r > x.g ? (x.r > x.b ? x.r : x.b) : (x.g > x.b ? x.g : x.b);
+  const float chroma = high - low;
+  const float rg = x.r - x.g, gb = x.g - x.b, br = x.b - x.r;
+  const float over = chroma > 1e-6f ? chroma : 1e-6f;  // a grey pixel: any hue does
+  float sextant = x.r == high ? gb : x.g == high ? br + 2.0f * chroma : rg + 4.0f * chroma;
+  sextant = sextant / over + turns6;  // in (-1, 11)
+  sextant = sextant >= 6.0f ? sextant - 6.0f : sextant;
+  sextant = sextant < 0.0f ? sextant + 6.0f : sextant;
+  // Red is high around 0 (and 6), green around 2, blue around 4.
+  const float to3 = sextant > 3.0f ? sextant - 3.0f : 3.0f - sextant;
+  const float to2 = sextant > 2.0f ? sextant - 2.0f : 2.0f - sextant;
+  const float to4 = sextant > 4.0f ? sextant - 4.0f : 4.0f - sextant;
+  return {low + chroma * ramp(3.0f - to3), low + chroma * ramp(to2), low + chroma * ramp(to4)};
+}
+
+SSLFAST_HD float hue_sixths(float turns) {
+  return turns < 0.0f ? 6.0f * turns + 6.0f : 6.0f * turns;
+}
+
+// `level`: (1 - factor) * mean luminance for contrast.
+SSLFAST_HD Rgb apply_jitter(Rgb x, int kind, float factor, float level) {
+  return kind == kHue          ? shift_hue(x, hue_sixths(factor))
+         : kind == kSaturation ? saturate_levels(x, factor)
+                               : scale_levels(x, factor, kind == kContrast ? level : 0.0f);
+}
+
+// floor(s + f (x - s)), s the rounded mean of the pixel (five times) and its neighbours; `sum` is 13 times that mean.
+SSLFAST_HD float sharpen_level(float x, float sum, float factor) {
+  const float smooth = rintf(sum / 13.0f);
+  return floorf(clamp_level((x - smooth) * factor + smooth));
+}
+
+// Autocontrast of one level; a flat channel has low 0 and span 255.
+SSLFAST_HD float stretch_level(float x, float low, float span) {
+  return floorf((x - low) * 255.0f / span);
+}
+
+// Steps 0 .. steps - 1 of a picture's jitters.
+SSLFAST_HD Rgb apply_jitters(Rgb x, const PictureOps& ops, int steps, float level) {
+  SSLFAST_UNROLL
+  for (int step = 0; step < 4; ++step) {
+    if (step < steps && ops.applies[step]) x = apply_jitter(x, ops.kinds[step], ops.factors[step], level);
+  }
+  return x;
+}
+
+// Where the pixels of a picture lie in a plane of its crop: pixel (y, x) at base + y * down + x * right.
+struct PixelMap {
+  int64_t base;
+  int64_t down, right;
+};
+
+struct ViewShape {
+  int64_t batch, size, grid, side;  // grid 0: whole crops, side = size
+
+  SSLFAST_HD int64_t pictures() const { return grid == 0 ? 1 : grid * grid; }
+  SSLFAST_HD int64_t cell() const { return size / grid; }
+  SSLFAST_HD bool has_cell(int64_t c) const { return c >= 0 && c < grid * grid; }
+  SSLFAST_HD bool has_offset(int64_t y, int64_t x) const {
+    return y >= 0 && x >= 0 && y <= cell() - side && x <= cell() - side;
+  }
+
+  // `turns` counter-clockwise, then the side x side square at (top, left) of the turned crop, then a mirror.
+  SSLFAST_HD PixelMap map(int turns, int64_t top, int64_t left, bool flip) const {
+    const int64_t last = size - 1;
+    // Turned pixel (y, x) is crop pixel (y, x), (x, last - y), (last - y, last - x), (last - x, y).
+    PixelMap m{};
+    switch (turns & 3) {
+      case 0:
+        m = {0, size, 1};
+        break;
+      case 1:
+        m = {last, -1, size};
+        break;
+      case 2:
+        m = {last * size + last, -size, -1};
+        break;
+      default:
+        m = {last * size, 1, -size};
+        break;
+    }
+    m.base += top * m.down + left * m.right;
+    if (flip) {
+      m.base += (side - 1) * m.right;
+      m.right = -m.right;
+    }
+    return m;
+  }
+};
+
+inline ViewShape check_render_views(const Tensor& crops,                         // [B, 3, S, S] uint8
+                                    const Tensor& parameters,                    // [B, M, 12] fp32
+                                    const std::optional<Tensor>& quarter_turns,  // [B] int64
+                                    const std::optional<Tensor>& permutation,    // [B, M] int64
+                                    const std::optional<Tensor>& offsets,        // [B, M, 2] int64
+                                    int64_t grid, int64_t patch_size, const float* std_of) {
+  constexpr const char* op = "render_views";
+  SSLFAST_CHECK(crops.scalar_type() == ScalarType::Byte, op, ": crops must be uint8");
+  SSLFAST_CHECK(crops.dim() == 4 && crops.size(1) == 3 && crops.size(2) == crops.size(3), op,
+                ": crops must have shape [B, 3, S, S], got ", shape_string(crops));
+  SSLFAST_CHECK(crops.size(2) >= 1 && crops.size(2) <= 16384, op, ": crops must have a side in [1, 16384], got ",
+                crops.size(2));
+  ViewShape shape{crops.size(0), crops.size(2), grid, grid == 0 ? crops.size(2) : patch_size};
+  SSLFAST_CHECK(grid >= 0 && grid <= shape.size, op, ": grid must be in [0, ", shape.size, "], got ", grid);
+  if (grid > 0) {
+    SSLFAST_CHECK(patch_size >= 1 && patch_size <= shape.cell(), op, ": patch_size must be in [1, ", shape.cell(),
+                  "], the cell side of ", shape.size, "-pixel crops in a grid of ", grid, ", got ", patch_size);
+    SSLFAST_CHECK(permutation && offsets, op, ": a jigsaw needs permutation and offsets");
+    SSLFAST_CHECK(permutation->scalar_type() == ScalarType::Long && permutation->dim() == 2 &&
+                      permutation->size(0) == shape.batch && permutation->size(1) == grid * grid,
+                  op, ": permutation must be int64 [B, grid**2] = [", shape.batch, ", ", grid * grid, "], got ",
+                  shape_string(*permutation));
+    SSLFAST_CHECK(offsets->scalar_type() == ScalarType::Long && offsets->dim() == 3 &&
+                      offsets->size(0) == shape.batch && offsets->size(1) == grid * grid && offsets->size(2) == 2,
+                  op, ": offsets must be int64 [B, grid**2, 2] = [", shape.batch, ", ", grid * grid, ", 2], got ",
+                  shape_string(*offsets));
+    check_same_device(op, "permutation", *permutation, "crops", crops);
+    check_same_device(op, "offsets", *offsets, "crops", crops);
+  }
+  if (quarter_turns) {
+    check_index(op, "quarter_turns", *quarter_turns);
+    SSLFAST_CHECK(quarter_turns->size(0) == shape.batch, op, ": quarter_turns must have shape [B] = [", shape.batch,
+                  "], got ", shape_string(*quarter_turns));
+    check_same_device(op, "quarter_turns", *quarter_turns, "crops", crops);
+  }
+  SSLFAST_CHECK(parameters.scalar_type() == ScalarType::Float && parameters.dim() == 3 &&
+                    parameters.size(0) == shape.batch && parameters.size(1) == shape.pictures() &&
+                    parameters.size(2) == kViewParameters,
+                op, ": parameters must be fp32 [B, M, ", kViewParameters, "] = [", shape.batch, ", ", shape.pictures(),
+                ", ", kViewParameters, "], got ", shape_string(parameters));
+  check_same_device(op, "parameters", parameters, "crops", crops);
+  for (int c = 0; c < 3; ++c) SSLFAST_CHECK(std_of[c] > 0, op, ": std must be positive, got ", std_of[c]);
+  return shape;
+}
+
+// fp32, bf16 and fp16: calls body with a zero of the type.
+template <typename Body>
+void dispatch_view_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float(0));
+    case ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16(0));
+    case ScalarType::Half:
+      return body(torch::headeronly::Half(0));
+    default:
+      SSLFAST_CHECK(false, "render_views: dtype must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace sslfast

@@ -1,0 +1,76 @@
+"""render_views' CUDA kernel, run on the CPU (tests/cuda_emulation), against the CPU op."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_emulation import emulate, fence, load, source_of
+from tests.ops.test_render_views import make
+
+NORMAL = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    load([source_of("library"), source_of("render_views")])
+
+
+def arguments(
+    *, dtype: torch.dtype = torch.float32, channels_last: bool = False, photometric: bool = True, **shape: Any
+) -> list[Any]:
+    crops, parameters, options = make(torch.device("cpu"), **shape)
+    if not photometric:
+        parameters[..., 7] = 0
+    places = [options.get(name) for name in ("quarter_turns", "permutation", "offsets")]
+    sizes = [options.get("grid", 0), options.get("patch_size", 0)]
+    return [crops, parameters, *places, *sizes, *NORMAL, dtype, channels_last, photometric]
+
+
+def assert_agrees(args: list[Any], order: int = 0) -> None:
+    """Equal to rounding; a level of the photometric set may fall to the other side of a whole number."""
+    expected = torch.ops.sslfast.render_views(*args)
+    result = emulate("render_views", *[fence(arg) if isinstance(arg, Tensor) else arg for arg in args], order=order)
+    assert result.shape == expected.shape
+    assert result.dtype == expected.dtype
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 4 * torch.finfo(expected.dtype).eps
+    different = (result.double() - expected.double()).abs() > tolerance
+    assert different.float().mean() < (2e-3 if args[-1] else 1e-9)
+
+
+@pytest.mark.parametrize("photometric", [False, True])
+@pytest.mark.parametrize("side", [1, 2, 3, 17, 40])
+def test_whole_crops(side: int, photometric: bool) -> None:
+    for order in (0, 2):
+        assert_agrees(arguments(batch=5, side=side, turns=True, photometric=photometric), order)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_jigsaw(dtype: torch.dtype, channels_last: bool) -> None:
+    args = arguments(dtype=dtype, channels_last=channels_last, batch=2, side=40, grid=3, patch=11, turns=True)
+    for order in (1, 3):
+        assert_agrees(args, order)
+
+
+def test_several_warps_and_levels_in_global_memory() -> None:
+    assert_agrees(arguments(batch=1, side=75), 2)
+    args = arguments(batch=1, side=240)  # 172,800 bytes of levels
+    args[1][..., 7] = 1
+    assert_agrees(args, 0)
+
+
+@pytest.mark.parametrize(("argument", "value"), [(1, float("nan")), (3, 9), (4, 3)])
+def test_bad_values_trap(argument: int, value: float) -> None:
+    args = arguments(batch=2, side=40, grid=3, patch=11)
+    args[argument][1, 4] = value
+    with pytest.raises(RuntimeError, match="render_views: device trap in"):
+        emulate("render_views", *args)
+
+
+def test_an_open_gate_that_was_promised_shut_traps() -> None:
+    args = arguments(batch=2, side=12, photometric=False)
+    args[1][1, 0, 7] = 1
+    with pytest.raises(RuntimeError, match="render_views: device trap in"):
+        emulate("render_views", *args)

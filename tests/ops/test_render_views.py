@@ -1,0 +1,206 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslfast.ops import jigsaw_patches_reference, render_views, render_views_reference, rotate90_reference
+from sslfast.ops.pixels import ORDERS
+
+PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # levels come out
+
+
+def make(
+    device: torch.device, *, batch: int = 3, side: int = 26, grid: int = 0, patch: int = 0, turns: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Smooth crops with some noise, random parameters, and what places the pictures."""
+    generator = torch.Generator().manual_seed(side + 100 * grid)
+    coarse = torch.rand(batch, 3, 5, 5, generator=generator) * 255
+    crops = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    crops = (crops + torch.randn(crops.shape, generator=generator) * 8).clamp(0, 255).to(torch.uint8)
+    pictures = max(1, grid * grid)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(batch, pictures, generator=generator) * (high - low) + low
+
+    columns = [
+        uniform(0, 2).floor(), uniform(0, 4).floor().clamp(max=1), uniform(0, 24).floor(), uniform(0.6, 1.4),
+        uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(-0.5, 0.5), uniform(0, 2).floor(), uniform(4, 9).floor(),
+        uniform(0.1, 1.9), uniform(0, 257).floor(), uniform(0, 2).floor(),
+    ]  # fmt: skip
+    options: dict[str, Any] = {}
+    if grid:
+        options["permutation"] = torch.stack([torch.randperm(pictures, generator=generator) for _ in range(batch)])
+        options["offsets"] = torch.randint(side // grid - patch + 1, (batch, pictures, 2), generator=generator)
+    if turns:
+        options["quarter_turns"] = torch.arange(batch) - 1
+    options = {name: value.to(device) for name, value in options.items()}
+    if grid:
+        options |= {"grid": grid, "patch_size": patch}
+    return crops.to(device), torch.stack(columns, dim=-1).to(device), options
+
+
+def plain(batch: int, pictures: int = 1, **columns: float) -> Tensor:
+    """Parameters that change nothing, but for the named columns."""
+    names = ("flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "photometric", "bits",
+             "sharpness", "threshold", "grayscale")  # fmt: skip
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "bits": 8.0, "sharpness": 1.0, "threshold": 256.0}
+    values = [(neutral | columns).get(name, 0.0) for name in names]
+    return torch.tensor(values).expand(batch, pictures, 12).clone()
+
+
+def assert_agrees(crops: Tensor, parameters: Tensor, **options: Any) -> None:
+    """The reference on the CPU; a level of the photometric set may fall to the other side of a whole number."""
+    result = render_views(crops, parameters, **PLAIN, **options)
+    moved = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in options.items()}
+    expected = render_views_reference(crops.cpu(), parameters.cpu(), **PLAIN, **moved)
+    assert result.shape == expected.shape
+    different = (result.cpu() - expected).abs() > 0.01
+    photometric = parameters[..., 7].flatten().cpu() != 0
+    assert not different[~photometric].any()
+    if photometric.any():
+        assert different[photometric].float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("side", [1, 2, 3, 31, 64, 100])
+def test_whole_crops_equal_reference(device: torch.device, side: int, turns: bool) -> None:
+    crops, parameters, options = make(device, batch=9, side=side, turns=turns)
+    assert_agrees(crops, parameters, **options)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize(("side", "grid", "patch"), [(26, 3, 5), (26, 2, 13), (63, 3, 16), (255, 3, 64), (7, 7, 1)])
+def test_jigsaw_equals_reference(device: torch.device, side: int, grid: int, patch: int, turns: bool) -> None:
+    crops, parameters, options = make(device, batch=2, side=side, grid=grid, patch=patch, turns=turns)
+    assert_agrees(crops, parameters, **options)
+
+
+def test_large_pictures_leave_shared_memory(device: torch.device) -> None:
+    crops, parameters, options = make(device, batch=2, side=300)
+    parameters[..., 7] = 1
+    assert_agrees(crops, parameters, **options)
+
+
+@pytest.mark.parametrize("code", range(24))
+def test_every_order(device: torch.device, code: int) -> None:
+    crops, parameters, _ = make(device, batch=4, side=20)
+    parameters[..., 1], parameters[..., 2], parameters[..., 7] = 1, code, 0
+    assert_agrees(crops, parameters)
+    assert sorted(ORDERS[code]) == [0, 1, 2, 3]
+
+
+def test_neutral_parameters_move_pixels_alone(device: torch.device) -> None:
+    crops, _, options = make(device, batch=5, side=26, grid=3, patch=7, turns=True)
+    for gate in (0.0, 1.0):  # open gates around neutral values change nothing either, but for autocontrast
+        neutral = plain(5, 9, jitter=gate, order=17).to(device)
+        result = render_views(crops, neutral, **PLAIN, **options)
+        turned = rotate90_reference(crops, options["quarter_turns"])
+        patches = jigsaw_patches_reference(turned, options["permutation"], options["offsets"], grid=3, patch_size=7)
+        torch.testing.assert_close(result, patches.flatten(0, 1).float(), rtol=0, atol=2e-5)
+    whole = render_views(crops, plain(5, flip=1.0).to(device), **PLAIN)
+    torch.testing.assert_close(whole, crops.flip(-1).float(), rtol=0, atol=2e-5)
+
+
+def test_known_values(device: torch.device) -> None:
+    crops = torch.tensor([[100, 50], [200, 7]], dtype=torch.uint8, device=device).expand(1, 3, 2, 2).contiguous()
+    gray = crops[:, 0].float()
+
+    def levels(**columns: float) -> Tensor:
+        return render_views(crops, plain(1, **columns).to(device), **PLAIN)[0, 0]
+
+    torch.testing.assert_close(levels(jitter=1, brightness=1.3), (1.3 * gray[0]).clamp(max=255), rtol=0, atol=1e-3)
+    mean = gray.mean() * (0.2989 + 0.587 + 0.114)
+    torch.testing.assert_close(levels(jitter=1, contrast=0.5), 0.5 * gray[0] + 0.5 * mean, rtol=0, atol=1e-3)
+    torch.testing.assert_close(levels(jitter=1, hue=0.3), gray[0], rtol=0, atol=1e-3)  # grey has no hue
+    # Posterize to 4 bits: 96, 48, 192, 0; solarize from 100: 96, 48, 63, 0; autocontrast: x * 255 / 96.
+    stretched = torch.tensor([[255.0, 127.0], [167.0, 0.0]], device=device)
+    torch.testing.assert_close(levels(photometric=1, bits=4, threshold=100), stretched, rtol=0, atol=2e-5)
+    normal = render_views(crops, plain(1).to(device), mean=(0.5, 0.1, 0.2), std=(0.5, 2.0, 0.1))
+    torch.testing.assert_close(normal[0, 1], (gray[0] / 255 - 0.1) / 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_and_layout(device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
+    crops, parameters, options = make(device, side=40, grid=3, patch=9)
+    result = render_views(crops, parameters, dtype=dtype, channels_last=channels_last, **options)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert result.dtype == dtype
+    assert result.shape == (27, 3, 9, 9)
+    assert result.is_contiguous(memory_format=layout)
+    assert torch.equal(result, render_views(crops, parameters, **options).to(dtype))
+
+
+def test_non_contiguous_and_empty(device: torch.device) -> None:
+    crops, parameters, options = make(device, batch=4, side=24, grid=2, patch=10, turns=True)
+    wide = torch.stack((crops, crops), dim=-1)[..., 0]
+    assert not wide.is_contiguous()
+    strided = {name: torch.stack((v, v), dim=-1)[..., 0] if isinstance(v, Tensor) else v for name, v in options.items()}
+    expected = render_views(crops, parameters, **options)
+    assert torch.equal(render_views(wide, parameters.transpose(0, 1).contiguous().transpose(0, 1), **strided), expected)
+    none = {name: v[:0] if isinstance(v, Tensor) else v for name, v in options.items()}
+    assert render_views(crops[:0], parameters[:0], **none).shape == (0, 3, 10, 10)
+
+
+def test_opcheck_and_compile(device: torch.device) -> None:
+    crops, parameters, options = make(device, side=24, grid=2, patch=10, turns=True)
+    numbers = (0.4, 0.5, 0.6, 0.2, 0.2, 0.2, torch.float16)
+    places = (options["quarter_turns"], options["permutation"], options["offsets"], 2, 10)
+    torch.library.opcheck(torch.ops.sslfast.render_views.default, (crops, parameters, *places, *numbers, True, True))
+    whole = (crops, parameters[:, :1], None, None, None, 0, 0, *numbers, False, True)
+    torch.library.opcheck(torch.ops.sslfast.render_views.default, whole)
+    compiled = torch.compile(render_views, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(crops, parameters, **options), render_views(crops, parameters, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"permutation": torch.zeros(3, 4, dtype=torch.int64)}, "needs permutation and offsets, a whole crop neither"),
+        ({"std": (0.1, 0.0, 0.1)}, "std above 0"),
+        ({"mean": (0.1, 0.1)}, "must have 3 values"),
+        ({"dtype": torch.float64}, "dtype must be one of"),
+        ({"grid": 0, "permutation": torch.zeros(3, 4), "offsets": torch.zeros(3)}, "grid must be at least 1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    crops, parameters, _ = make(torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        render_views(crops, parameters, **options)
+
+
+def test_bad_tensors() -> None:
+    crops, parameters, options = make(torch.device("cpu"), side=24, grid=2, patch=10, turns=True)
+    for change, message in (
+        ({"permutation": options["permutation"] + 1}, r"permutation must be in \[0, 4\), got 4"),
+        ({"offsets": options["offsets"] + 3}, r"offsets must be in \[0, 2\]"),
+        ({"patch_size": 13}, r"patch_size must be in \[1, 12\], the cell side of 24-pixel crops"),
+        ({"quarter_turns": options["quarter_turns"][:2]}, r"quarter_turns must have shape \[B\] = \[3\]"),
+        ({"offsets": options["offsets"].float()}, "offsets must be int64"),
+        ({"photometric": False}, "photometric is False, but the gate of sample"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            render_views(crops, parameters, **(options | change))
+    with pytest.raises(RuntimeError, match="crops must be uint8"):
+        render_views(crops.float(), parameters, **options)
+    with pytest.raises(RuntimeError, match=r"parameters must be fp32 \[B, M, 12\] = \[3, 1, 12\], got \[3, 4, 12\]"):
+        render_views(crops, parameters)
+    for column, value in ((2, 24.0), (8, 9.0), (3, float("nan")), (6, float("inf"))):
+        broken = parameters.clone()
+        broken[1, 2, column] = value
+        with pytest.raises(RuntimeError, match=r"parameters must be finite.*sample 1, picture 2 are not"):
+            render_views(crops, broken, **options)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    crops, parameters, options = make(torch.device("cpu"), batch=8, side=50, grid=3, patch=14)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = render_views(crops, parameters, **options)
+        torch.set_num_threads(3)
+        three = render_views(crops, parameters, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, three)
