@@ -1,6 +1,6 @@
 """Pretrain every method on a labelled folder without its labels, evaluate, and write a table: real images, one budget.
 
-    python benchmarks/bench_methods.py DATA -o OUT [--per-class 100] [--pretrain-per-class 30] [--epochs 24] [--seeds 0]
+    python benchmarks/bench_methods.py DATA -o OUT [--per-class 100] [--pretrain-per-class 30] [--epochs 48] [--seeds 0]
 
 DATA holds train/<class>/ and val/<class>/. Every method gets the same images, epochs, trunk and augmentation; the
 numbers are kNN and a linear probe on the frozen trunk, beside raw pixels and an untrained trunk. Finished runs in OUT
@@ -91,11 +91,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=100, help="training images of a class for the evaluations")
     parser.add_argument("--pretrain-per-class", type=int, default=30, help="of them, how many are pretrained on")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--size", type=int, default=48, help="side of the image crop")
     parser.add_argument("--stem", choices=["imagenet", "small"], default="imagenet")
-    parser.add_argument("--lr", type=float, default=0.72, help="learning rate per 256 images")
+    parser.add_argument("--lr", type=float, default=0.36, help="learning rate per 256 images")
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=0)
