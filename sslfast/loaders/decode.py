@@ -58,13 +58,7 @@ def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: S
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     crops = []
     for box, size in zip(boxes, sizes, strict=True):
-        left, top, right, bottom = (int(edge) for edge in box)
-        if flip_horizontal:
-            left, right = opened.width - right, opened.width - left
-        if flip_vertical:
-            top, bottom = opened.height - bottom, opened.height - top
-        if transpose:
-            left, top, right, bottom = top, left, bottom, right
+        left, top, right, bottom = stored_box(opened, box)
         part = image[:, top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
         if part.shape[1:] != (size, size):
             part = F.interpolate(part[None], size=(size, size), mode="bilinear", antialias=True)[0]
@@ -72,6 +66,17 @@ def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: S
             part = part.transpose(1, 2)
         crops.append((part.flip(flipped) if flipped else part).expand(3, size, size))
     return crops
+
+
+def stored_box(opened: OpenImage, box: NDArray[np.int64]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in the picture as stored, for a box in the upright one."""
+    transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
+    left, top, right, bottom = (int(edge) for edge in box)
+    if flip_horizontal:
+        left, right = opened.width - right, opened.width - left
+    if flip_vertical:
+        top, bottom = opened.height - bottom, opened.height - top
+    return (top, left, bottom, right) if transpose else (left, top, right, bottom)
 
 
 @dataclass
@@ -121,13 +126,10 @@ class BatchDecoder:
             boxes = self._boxes(epoch, batch.rows[list(opened)], list(opened.values()))
             for position, (slot, image) in enumerate(opened.items()):
                 try:
-                    crops = decode_crops(image, boxes[position], [v.crop.size for v in self.views.values()])
+                    self._take(batch, slot, image, boxes[position])
                 except BadImageError as error:
                     self._bad(batch, slot, error)
                     failed.append(slot)
-                    continue
-                for out, crop in zip(batch.crops.values(), crops, strict=True):
-                    out[slot] = crop
             for slot in failed:
                 row = int(batch.rows[slot])
                 if slot not in candidates:
@@ -140,6 +142,12 @@ class BatchDecoder:
                     )
                 batch.rows[slot] = candidates[slot].pop()
             slots = failed
+
+    def _take(self, batch: DecodedBatch, slot: int, image: OpenImage, boxes: NDArray[np.int64]) -> None:
+        """Fill a slot with the image's crops, one per view. Raises BadImageError."""
+        crops = decode_crops(image, list(boxes), [view.crop.size for view in self.views.values()])
+        for out, crop in zip(batch.crops.values(), crops, strict=True):
+            out[slot] = crop
 
     def _open(self, row: int) -> OpenImage:
         if row in self.known_bad:
