@@ -49,8 +49,11 @@ class PIRL(nn.Module):
         """Columns of the memory bank."""
         temperature: float = 0.07
         """τ of the scores."""
+        negatives: Literal["sampled", "shared", "full"] = "sampled"
+        """sampled: K rows drawn for every sample, as published. shared: K rows drawn once for the batch. full: every
+        row of the bank, nothing drawn; faster than sampled from some batch size on (benchmarks/bench_crossover.py)."""
         num_negatives: int = 32000
-        """K, bank rows drawn per sample and step."""
+        """K, bank rows drawn per sample and step; unused with negatives full."""
         loss: Literal["nce", "infonce"] = "nce"
         """nce: binary loss with normaliser Z. infonce: softmax over the positive and the K negatives."""
         z: Literal["frozen", "running", "exact"] = "frozen"
@@ -217,13 +220,14 @@ class PIRL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(losses ``[V, B]``, log-sum-exp of the scores ``[V, B]``)."""
         config = self.config
-        separate = config.separate_draws and queries.shape[0] > 1
+        separate = config.separate_draws and config.negatives != "full" and queries.shape[0] > 1
         parts = [
             bank_nce(
                 part,
                 self.bank.rows,
                 rows,
                 temperature=config.temperature,
+                negatives=config.negatives,
                 num_negatives=config.num_negatives,
                 loss=loss,
                 z=self.z if loss == "nce" else None,
@@ -236,17 +240,20 @@ class PIRL(nn.Module):
         ]
         return cast(tuple[Tensor, Tensor], tuple(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _estimate_z(self, lse: Tensor, *, num_negatives: int | None = None) -> Tensor:
+    def _estimate_z(self, lse: Tensor, *, whole_bank: bool = False) -> Tensor:
         used = lse[:1] if self.config.z_from == PRETEXT else lse
-        negatives = self.config.num_negatives if num_negatives is None else num_negatives
-        return estimate_z(used, num_negatives=negatives, num_rows=len(self.bank.rows))
+        num_rows = len(self.bank.rows)
+        whole_bank = whole_bank or self.config.negatives == "full"
+        return estimate_z(
+            used, num_negatives=num_rows - 1 if whole_bank else self.config.num_negatives, num_rows=num_rows
+        )
 
     def _exact_z(self, queries: Tensor, rows: Tensor) -> Tensor:
         bank = self.bank.rows
         out = bank_nce(
             queries, bank, rows, temperature=self.config.temperature, negatives="full", return_lse=True
         )  # the log-sum-exp over all N rows
-        return self._estimate_z(out[1], num_negatives=len(bank) - 1)
+        return self._estimate_z(out[1], whole_bank=True)
 
     @torch.no_grad()
     def _set_z(self, z: Tensor) -> None:

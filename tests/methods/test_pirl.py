@@ -34,9 +34,11 @@ def batch(method: PIRL, size: int = 4) -> tuple[dict[str, View], Tensor]:
 
 
 @pytest.mark.parametrize("pretext", ["jigsaw", "rotation", "rotation+jigsaw"])
-@pytest.mark.parametrize("loss", ["nce", "infonce"])
-def test_loss_is_the_formula(pretext: str, loss: str) -> None:
-    method = build(pretext=pretext, loss=loss, pretext_weight=0.3)
+@pytest.mark.parametrize(
+    ("loss", "negatives"), [("nce", "sampled"), ("infonce", "sampled"), ("nce", "full"), ("infonce", "shared")]
+)
+def test_loss_is_the_formula(pretext: str, loss: str, negatives: str) -> None:
+    method = build(pretext=pretext, loss=loss, pretext_weight=0.3, negatives=negatives)
     views, rows = batch(method)
     out = method(views, rows, step=5)
 
@@ -47,7 +49,7 @@ def test_loss_is_the_formula(pretext: str, loss: str) -> None:
     transformed = transformed if pixels.dim() == 4 else transformed.reshape(4, 9, -1)
     g = normalize(method.pretext_head(transformed), dim=1)  # type: ignore[misc]
     f = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
-    options = {"loss": loss, "num_negatives": 64, "seed": 3, "step": 5}
+    options = {"loss": loss, "negatives": negatives, "num_negatives": 64, "seed": 3, "step": 5}
     both = bank_nce_reference(torch.stack((g, f)), method.bank.rows, rows, **options)
     expected = 0.3 * both[0].mean() + 0.7 * both[1].mean()
     torch.testing.assert_close(out["loss"], expected, rtol=1e-5, atol=1e-5)
