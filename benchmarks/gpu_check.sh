@@ -52,7 +52,7 @@ step tests no_skips "$python" -m pytest -rs tests/ops tests/methods tests/adapte
 if command -v compute-sanitizer >/dev/null; then
   # Values only: torch.compile and opcheck would run the same kernels through minutes of tracing.
   kernels=(-m pytest -x tests/ops -k "cuda and not compile and not opcheck and not thread")
-  for tool in memcheck racecheck initcheck; do
+  for tool in memcheck racecheck initcheck synccheck; do
     step "$tool" timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "${kernels[@]}"
   done
 else
