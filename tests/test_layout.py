@@ -17,7 +17,7 @@ OPS = re.findall(r'"(\w+)\(Tensor', SCHEMA)
 LAYERS: list[list[str]] = [
     ["sslfast._C", "sslfast.__version__"],
     ["sslfast.ops"],
-    ["sslfast.config", "sslfast.images", "sslfast.interrupt"],
+    ["sslfast.config", "sslfast.images", "sslfast.interrupt", "sslfast.jpeg_scan"],
     ["sslfast.models", "sslfast.bank", "sslfast.optim", "sslfast.distributed", "sslfast.checkpoint", "sslfast.manifest",
      "sslfast.metrics", "sslfast.rundir", "sslfast.resume", "sslfast.loaders.batch", "sslfast.adapters"],
     ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],

@@ -16,7 +16,7 @@ from sslfast.loaders.batch import Batch, ViewConfig
 if TYPE_CHECKING:
     from sslfast.manifest import Manifest
 
-LOADERS = ("torch", "synthetic")
+LOADERS = ("torch", "dali", "synthetic")
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 """What pip calls a package that Python calls otherwise."""
 _MOST_WORKERS = 16
@@ -26,11 +26,12 @@ _MOST_WORKERS = 16
 class LoaderConfig:
     """Where batches come from."""
 
-    name: Literal["auto", "torch", "synthetic"] = "auto"
-    """auto: torch where there is a folder of images. synthetic: made-up images, to time everything else."""
+    name: Literal["auto", "torch", "dali", "synthetic"] = "auto"
+    """auto: torch for a folder of images; dali where they are JPEGs, the device is a GPU and DALI is installed.
+    synthetic: made-up images, to time everything else."""
     workers: int | None = None
-    """Decoding processes of each rank; 0: decode in the training process; None: the cores, shared by the ranks of
-    this machine, at most 16."""
+    """Decoding processes (dali: threads) of each rank; 0: decode in the training process; None: the cores, shared by
+    the ranks of this machine, at most 16."""
     on_bad_image: Literal["error", "skip"] = "error"
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
     list it at the end."""
@@ -81,9 +82,9 @@ def build_loader(
         synthetic_rows: size of the pretended data set of ``synthetic``.
         device, rank, world_size: of this process.
     """
-    name = config.name
+    name: str = config.name
     if name == "auto":
-        name = "synthetic" if manifest is None else "torch"
+        name, _ = choose_loader(manifest, device)
     if name not in LOADERS:
         raise ValueError(f"loader must be one of auto, {', '.join(LOADERS)}, got {config.name!r}")
     usable, reason, remedy = _status(name)
@@ -100,6 +101,21 @@ def build_loader(
         )
     if manifest is None:
         raise ValueError(f"loader {name!r} reads images: name a folder, or use --loader.name synthetic")
+    workers = default_workers() if config.workers is None else config.workers
+    if name == "dali":
+        from sslfast.loaders.dali import DaliLoader
+
+        return DaliLoader(
+            manifest,
+            views,
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            on_bad_image=config.on_bad_image,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
     from sslfast.loaders.torch import TorchLoader
 
     return TorchLoader(
@@ -107,12 +123,27 @@ def build_loader(
         views,
         batch_size=batch_size,
         seed=seed,
-        workers=default_workers() if config.workers is None else config.workers,
+        workers=workers,
         on_bad_image=config.on_bad_image,
         rank=rank,
         world_size=world_size,
         device=device,
     )
+
+
+def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tuple[str, str]:
+    """The loader that ``auto`` stands for, and why, in a few words."""
+    if manifest is None:
+        return "synthetic", "there is no folder of images"
+    if torch.device(device).type != "cuda":
+        return "torch", "the device is no GPU, and Pillow's scaled decoding is the fastest on a CPU"
+    jpegs = sum(path.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for path in manifest.paths)
+    if 2 * jpegs < len(manifest):
+        return "torch", f"a GPU decodes JPEGs only, and {len(manifest) - jpegs} of {len(manifest)} files are others"
+    usable, reason, remedy = _status("dali")
+    if not usable:
+        return "torch", f"{reason}, which would decode on the GPU: {remedy}"
+    return "dali", "the files are JPEGs and the GPU decodes them"
 
 
 def default_workers() -> int:

@@ -1,0 +1,396 @@
+"""The ``dali`` loader: nvJPEG (or libjpeg-turbo on the CPU) and resize in NVIDIA DALI, everything else as elsewhere.
+
+Rows, order, shares, crop boxes and replacements of bad images are those of the ``torch`` loader, bit for bit; pixels
+differ from its by the decoder's and the filter's rounding (on the CPU at most 3 of 255, on average below 0.3), and by
+more where it decodes a large JPEG at 1/2 to 1/8, which DALI cannot.
+
+A file that DALI cannot decode ends its pipeline, so threads here read and judge every file before DALI sees it:
+
+- The header, and every rule of :mod:`sslfast.images` that it can show.
+- The markers of a JPEG (:mod:`sslfast.jpeg_scan`): a file with damage that shows there is bad.
+- DALI decodes JPEGs that are whole, Huffman-coded, 8-bit, grayscale or YCbCr. Everything else (PNG, WebP, CMYK,
+  16 bits, a JPEG without an end marker, ...) is decoded in these threads as by the ``torch`` loader, which also
+  judges it.
+- An image that DALI fails on nevertheless is found by trying the batch's images one by one, and from then on decoded
+  by the threads, too; the run goes on with a new pipeline.
+
+What stays unseen is what no decoder reports: flipped bits, or blocks of zeros, in the coded data of a JPEG.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslfast.images import (
+    ORIENTATION,
+    BadImageError,
+    OpenImage,
+    open_image,
+    read_bytes,
+    require_strict_pillow,
+    silence_pillow,
+)
+from sslfast.jpeg_scan import scan_jpeg
+from sslfast.loaders.batch import Batch, ViewConfig
+from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
+from sslfast.loaders.decode import BatchDecoder, DecodedBatch, OnBadImage, PackedPaths, decode_crops, stored_box
+from sslfast.loaders.sampling import EpochPlan, check_views
+from sslfast.manifest import Manifest
+
+INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
+_PREFETCH = 2  # batches inside DALI: one being taken over, one being decoded meanwhile
+_AHEAD = 2  # further batches read from disk
+_GROUP = 32  # files of one reading task
+
+
+@dataclass
+class _JpegFile(OpenImage):
+    """An open image that DALI can decode."""
+
+    data: bytes
+
+
+@dataclass
+class _Items(DecodedBatch):
+    """A group of samples made ready; by slot either for DALI or, decoded already, one crop a view."""
+
+    encoded: dict[int, EncodedImage] = field(default_factory=dict)
+    own: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class _ItemSource(BatchDecoder):
+    """``source.prepare(epoch, rows)``: BatchDecoder that leaves common JPEGs undecoded. Used from many threads, which
+    is safe because what they share (``known_bad``, ``refused``) only grows and follows from the files alone."""
+
+    refused: set[int] = field(default_factory=set)
+    """Rows that DALI failed on."""
+
+    def prepare(self, epoch: int, rows: NDArray[np.int64]) -> _Items:
+        items = _Items(rows=torch.from_numpy(rows.copy()), crops={}, bad=[])
+        self._group(epoch, list(range(len(rows))), items)
+        return items
+
+    def _open(self, row: int) -> OpenImage:
+        if row in self.known_bad:
+            raise BadImageError(self.known_bad[row])
+        data = read_bytes(self._path(row))
+        opened = open_image(data)
+        if opened.image.format in ("JPEG", "MPO"):
+            scan = scan_jpeg(data)
+            if scan.state == "damaged":
+                raise BadImageError(f"damaged: {scan.reason}")
+            if scan.is_common and row not in self.refused:
+                return _JpegFile(**vars(opened), data=data[: scan.end])
+        return opened
+
+    def _take(self, batch: DecodedBatch, slot: int, image: OpenImage, boxes: NDArray[np.int64]) -> None:
+        assert isinstance(batch, _Items)
+        if isinstance(image, _JpegFile):
+            stored = np.array([stored_box(image, box) for box in boxes], dtype=np.int32)
+            batch.encoded[slot] = EncodedImage(np.frombuffer(image.data, np.uint8), stored, image.orientation)
+        else:
+            batch.own[slot] = decode_crops(image, list(boxes), [view.crop.size for view in self.views.values()])
+
+
+@dataclass
+class _Step:
+    """A batch on its way: first being read (``groups``), then known (``items``), then inside DALI."""
+
+    rows: NDArray[np.int64]
+    """As planned, before any replacement."""
+    groups: list[Future[_Items]]
+    items: _Items | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether :meth:`join` neither waits nor raises."""
+        return all(group.done() and group.exception() is None for group in self.groups)
+
+    def join(self) -> _Items:
+        """Wait for the groups; BadImageError out of one of them."""
+        if self.items is None:
+            parts = [group.result() for group in self.groups]
+            items = _Items(torch.cat([part.rows for part in parts]), {}, [bad for part in parts for bad in part.bad])
+            for index, part in enumerate(parts):
+                items.encoded.update({index * _GROUP + slot: image for slot, image in part.encoded.items()})
+                items.own.update({index * _GROUP + slot: crops for slot, crops in part.own.items()})
+            self.items, self.groups = items, []
+        return self.items
+
+
+class DaliLoader:
+    """Batches of decoded crops, a pure function of (seed, epoch, step) and of the files.
+
+    The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks,
+    with any number of ranks. The partial batch at the end of an epoch is dropped. All work happens in threads of
+    this process; there are no other processes, and nothing stays behind when it ends.
+
+    Args:
+        manifest: row -> file.
+        views: view name -> recipe; the position in this mapping selects the view's random stream.
+        batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
+        seed: of the run.
+        workers: threads that read and judge files, and as many of DALI's own; 0 counts as 1.
+        on_bad_image: what happens at an image that only reading shows to be bad; see :mod:`sslfast.images`.
+        rank, world_size: this process among all.
+        device: where batches go. CUDA: decoded there by nvJPEG; the host never waits for the GPU.
+
+    Raises:
+        ValueError: arguments out of range, or DALI is not installed.
+        RuntimeError: DALI cannot run on the device.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        views: Mapping[str, ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 1,
+        on_bad_image: OnBadImage = "error",
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers=}")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
+        usable, reason, remedy = status()
+        if not usable:
+            raise ValueError(f"loader 'dali' cannot be used: {reason}; {remedy}")
+        check_views(views)
+        self.plan = EpochPlan(
+            num_rows=len(manifest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+        )
+        self.device = torch.device(device)
+        self._manifest = manifest
+        self._sizes = {name: view.crop.size for name, view in views.items()}
+        self._threads = max(1, workers)
+        self._source = _ItemSource(
+            root=str(manifest.root),
+            paths=PackedPaths(manifest.paths),
+            views=dict(views),
+            seed=seed,
+            on_bad_image=on_bad_image,
+        )
+        self._bad: dict[int, str] = {}
+        self._generation = 0
+        self._reading: deque[_Step] = deque()
+        self._decoding: deque[_Step] = deque()
+        # For good, not around each use: the state of `warnings` belongs to the process, and files are read in threads.
+        silence_pillow()
+        self._decoder: DaliDecoder | None = self._new_decoder()
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self._threads, thread_name_prefix="sslfast-read")
+
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """Relative path and reason of every image left out so far: by the scan, then by reading, in row order."""
+        found = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
+        return [*self._manifest.excluded, *found]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Steps ``start_step ..`` of an epoch; the ones before are not read.
+
+        Starting an epoch ends the iterator of the one before. ValueError: arguments out of range, or (from the
+        iterator) an image that must not train.
+        """
+        self.plan.check_start(epoch, start_step)
+        if self._pool is None:
+            raise RuntimeError("the loader was closed: build a new one")
+        self._generation += 1
+        return self._iterate(epoch, start_step, self._generation)
+
+    def close(self) -> None:
+        """End the threads and free DALI's memory. Safe to call twice, and in the middle of an epoch."""
+        self._generation += 1
+        self._forget()
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = self._decoder = None
+
+    def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
+        if start_step == self.steps_per_epoch:
+            return
+        order, submitted = self.plan.order(epoch), start_step
+        for step in range(start_step, self.steps_per_epoch):
+            if generation != self._generation:
+                raise RuntimeError("this epoch's iterator ended when the loader was closed or started another epoch")
+            if step == start_step:
+                self._forget()
+                self._decoder = self._decoder or self._new_decoder()
+            while submitted < min(self.steps_per_epoch, step + 1 + _PREFETCH + _AHEAD):
+                self._reading.append(self._read(epoch, self.plan.share(order, submitted)))
+                submitted += 1
+            yield self._next(epoch)
+
+    def _read(self, epoch: int, rows: NDArray[np.int64]) -> _Step:
+        assert self._pool is not None
+        parts = [rows[start : start + _GROUP] for start in range(0, len(rows), _GROUP)]
+        return _Step(rows, [self._pool.submit(self._source.prepare, epoch, part) for part in parts])
+
+    def _next(self, epoch: int) -> Batch:
+        """The oldest step as a batch. Whatever is raised here, also Ctrl-C, leaves DALI's queue in no known state."""
+        try:
+            decoded = self._wait(epoch)
+            items = self._decoding[0].join()
+            batch = self._batch(epoch, items, decoded)
+            if decoded:
+                assert self._decoder is not None
+                self._decoder.release()
+            self._decoding.popleft()
+            self._feed(wait=False)
+        except BaseException:
+            self._decoder = None
+            raise
+        for row, reason in items.bad:
+            self._bad.setdefault(row, reason)
+        return batch
+
+    def _wait(self, epoch: int) -> list[Tensor]:
+        """DALI's crops of the oldest step; none where the threads have decoded all of it."""
+        while True:
+            self._feed(wait=True)
+            if not self._decoding[0].join().encoded:
+                return []
+            assert self._decoder is not None
+            try:
+                return self._decoder.wait()
+            except Exception as error:  # DALI's errors have no class of their own
+                self._recover(epoch, error)
+
+    def _batch(self, epoch: int, items: _Items, decoded: Sequence[Tensor]) -> Batch:
+        crops = {
+            name: torch.empty(len(items.rows), 3, size, size, dtype=torch.uint8, device=self.device)
+            for name, size in self._sizes.items()
+        }
+        outs = list(crops.values())
+        if decoded:
+            _place(decoded, items.encoded, outs)
+        if items.own:
+            slots = _to_device(torch.tensor(list(items.own)), self.device)
+            for out, own in zip(outs, zip(*items.own.values(), strict=True), strict=True):
+                out[slots] = _to_device(torch.stack(own), self.device)
+        return Batch(rows=_to_device(items.rows, self.device), crops=crops, epoch=epoch)
+
+    def _feed(self, *, wait: bool) -> None:
+        """Hand over to DALI what has been read; with ``wait`` at least one step, or raise what is wrong with it."""
+        while self._reading and len(self._decoding) < _PREFETCH:
+            step = self._reading[0]
+            if not step.is_ready and (self._decoding or not wait):
+                return
+            try:
+                items = step.join()
+            except BadImageError as error:
+                raise ValueError(error.reason) from None
+            self._reading.popleft()
+            self._decoding.append(step)
+            if items.encoded:
+                assert self._decoder is not None
+                self._decoder.start(list(items.encoded.values()))
+
+    def _recover(self, epoch: int, error: Exception) -> None:
+        """After DALI failed: find the images it fails on, have them decoded by the threads, begin anew."""
+        steps, self._decoder = list(self._decoding), None
+        suspects = {
+            int(items.rows[slot]): image for items in (s.join() for s in steps) for slot, image in items.encoded.items()
+        }
+        found = refused_images(list(suspects.values()), list(self._sizes.values()), device=self.device)
+        if not found:
+            raise RuntimeError(
+                f"DALI failed on a batch, but on none of its images alone ({short_reason(error)}): usually memory ran "
+                "out; use a smaller batch, or --loader.name torch"
+            ) from error
+        rows = list(suspects)
+        self._source.refused.update(rows[position] for position in found)
+        self._decoder = self._new_decoder()
+        # Read again what contains them; the rest only has to be decoded again.
+        self._decoding.clear()
+        for step in reversed(steps):
+            assert step.items is not None
+            if self._source.refused & {int(row) for row in step.items.rows}:
+                known = step.items.bad
+                step = self._read(epoch, step.rows)
+                for row, reason in known:
+                    self._bad.setdefault(row, reason)
+            self._reading.appendleft(step)
+
+    def _new_decoder(self) -> DaliDecoder:
+        local = self.plan.batch_size // self.plan.world_size
+        return DaliDecoder(
+            list(self._sizes.values()),
+            batch_size=local,
+            threads=self._threads,
+            device=self.device,
+            prefetch=_PREFETCH,
+        )
+
+    def _forget(self) -> None:
+        """Drop all steps on their way."""
+        for step in self._reading:
+            for group in step.groups:
+                group.cancel()
+        steps = [step for step in self._decoding if step.join().encoded]
+        self._reading.clear()
+        self._decoding.clear()
+        try:
+            for _ in steps:
+                if self._decoder is not None:
+                    self._decoder.wait()
+                    self._decoder.release()
+        except Exception:  # an image of a batch that nobody wants any more
+            self._decoder = None
+
+
+def status() -> tuple[bool, str, str]:
+    """Usable, reason, remedy: see :func:`sslfast.loaders.loader_status`."""
+    try:
+        from nvidia.dali import __version__
+    except ImportError as error:
+        missing = (error.name or "").startswith("nvidia")
+        return False, "NVIDIA DALI is not installed" if missing else f"NVIDIA DALI does not load: {error}", INSTALL
+    try:
+        require_strict_pillow()
+    except ValueError as error:
+        return False, str(error), "set PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False"
+    return True, f"DALI {__version__}", ""
+
+
+def _place(decoded: Sequence[Tensor], images: Mapping[int, EncodedImage], outs: Sequence[Tensor]) -> None:
+    """Copy DALI's crops, in the order of ``images``, to their slots and turn them upright."""
+    turned: dict[int, list[int]] = {}
+    for slot, image in images.items():
+        if image.orientation != 1:
+            turned.setdefault(image.orientation, []).append(slot)
+    device, in_order = outs[0].device, list(images) == list(range(len(outs[0])))
+    slots = slice(None) if in_order else _to_device(torch.tensor(list(images)), device)
+    for out, crops in zip(outs, decoded, strict=True):
+        out[slots] = crops
+    for orientation, which in turned.items():
+        transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
+        axes = [axis for axis, flip in ((2, flip_vertical), (3, flip_horizontal)) if flip]
+        places = _to_device(torch.tensor(which), device)
+        for out in outs:
+            part = out[places]
+            out[places] = (part.transpose(2, 3) if transpose else part).flip(axes)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without a wait of the host: page-locked memory is copied by the GPU when its turn comes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,176 @@
+"""The DALI graph of the ``dali`` loader: JPEG bytes and boxes in, uint8 crops out; and the pipeline that runs it.
+
+One decode an image, of the region that holds all boxes of its views; of it every view is cut out, resized with the
+antialiased triangular filter and turned to planes. Nothing in the graph is random, and no orientation is applied:
+boxes come in pixels of the picture as stored.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass
+class EncodedImage:
+    """One image for the graph."""
+
+    data: NDArray[np.uint8]
+    """The JPEG file up to its end marker."""
+    boxes: NDArray[np.int32]
+    """``[views, 4]`` left, top, right, bottom of each view in the picture as stored."""
+    orientation: int
+    """EXIF orientation that the crops still have to be given."""
+
+
+def build_graph(
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    threads: int,
+    gpu: bool,
+    device_id: int | None = None,
+    prefetch: int = 2,
+) -> Any:
+    """A DALI pipeline, not built yet.
+
+    Inputs: ``encoded`` uint8 ``[bytes]``; int32 ``[2]`` (y, x) ``start``, ``end`` of the region to decode, and
+    ``start<k>``, ``end<k>`` of view k inside that region. Outputs: one uint8 ``[3, S, S]`` for each size.
+
+    Args:
+        sizes: side of every view's crop.
+        batch_size: most images at once; a run may have fewer.
+        threads: of the CPU operators and of the host side of the mixed decoder.
+        gpu: decode with nvJPEG (operator device "mixed") and go on on the GPU; else everything on the CPU.
+        device_id: of the GPU; None: no GPU, with which a GPU graph can be serialised but not built.
+        prefetch: runs that can be under way at once.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(
+        batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch, seed=0
+    )
+
+    def corner(name: str) -> Any:
+        return fn.external_source(name=name, dtype=types.INT32, ndim=1)
+
+    with pipeline:
+        # Several ranks on one machine would all pin their threads to the same cores.
+        pinning = {"affine": False} if gpu else {}
+        region = fn.decoders.image_slice(
+            fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+            start=corner("start"),
+            end=corner("end"),
+            axes=[0, 1],
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # as libjpeg does for every other loader
+            **pinning,
+        )
+        crops = []
+        for position, size in enumerate(sizes):
+            crop = fn.slice(region, start=corner(f"start{position}"), end=corner(f"end{position}"), axes=[0, 1])
+            crop = fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+            crops.append(fn.transpose(crop, perm=[2, 0, 1]))
+        pipeline.set_outputs(*crops)
+    return pipeline
+
+
+class DaliDecoder:
+    """A running pipeline: :meth:`start` up to ``prefetch`` batches, then :meth:`wait` for them in that order.
+
+    When :meth:`wait` raises, the pipeline is dead and everything that was started is lost: build a new one.
+
+    Args:
+        sizes: side of every view's crop.
+        batch_size: most images in a batch.
+        threads: CPU threads.
+        device: CPU or CUDA.
+        prefetch: batches under way at once.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], *, batch_size: int, threads: int, device: torch.device, prefetch: int = 2
+    ) -> None:
+        self.prefetch = prefetch
+        self._sizes = tuple(sizes)
+        self._device = device
+        gpu = device.type == "cuda"
+        index = (torch.cuda.current_device() if device.index is None else device.index) if gpu else None
+        self._pipeline = build_graph(
+            sizes, batch_size=batch_size, threads=threads, gpu=gpu, device_id=index, prefetch=prefetch
+        )
+        self._pipeline.build()
+        # The first schedule_run starts as many runs as the pipeline prefetches, every later one a single run.
+        for _ in range(prefetch):
+            self._feed([_probe(len(self._sizes))])
+        self._pipeline.schedule_run()
+        for _ in range(prefetch):
+            self.wait()
+            self.release()
+
+    def start(self, images: Sequence[EncodedImage]) -> None:
+        """Begin with a batch of 1 to ``batch_size`` images; returns at once."""
+        self._feed(images)
+        self._pipeline.schedule_run()
+
+    def wait(self) -> list[Tensor]:
+        """Crops ``[N, 3, S, S]`` uint8 of each view of the oldest batch, DALI's own memory until :meth:`release`.
+
+        On CUDA the current stream waits for them, not the host.
+        """
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        return [torch.from_dlpack(crops.as_tensor()) for crops in self._pipeline.share_outputs(cuda_stream=stream)]
+
+    def release(self) -> None:
+        """Give the memory of the last :meth:`wait` back."""
+        self._pipeline.release_outputs()
+
+    def _feed(self, images: Sequence[EncodedImage]) -> None:
+        boxes = np.stack([image.boxes for image in images])[:, :, [1, 0, 3, 2]]  # y before x
+        start, end = boxes[:, :, :2].min(axis=1), boxes[:, :, 2:].max(axis=1)
+        inputs = {"start": start, "end": end}
+        for position in range(len(self._sizes)):
+            inputs[f"start{position}"] = boxes[:, position, :2] - start
+            inputs[f"end{position}"] = boxes[:, position, 2:] - start
+        self._pipeline.feed_input("encoded", [image.data for image in images])
+        for name, values in inputs.items():
+            self._pipeline.feed_input(name, np.ascontiguousarray(values, dtype=np.int32))
+
+
+def refused_images(images: Sequence[EncodedImage], sizes: Sequence[int], *, device: torch.device) -> dict[int, str]:
+    """Position and reason of every image that DALI fails on, each tried alone. A failure costs a new pipeline."""
+    refused: dict[int, str] = {}
+    alone: DaliDecoder | None = None
+    for position, image in enumerate(images):
+        if alone is None:
+            alone = DaliDecoder(sizes, batch_size=1, threads=1, device=device, prefetch=1)
+        try:
+            alone.start([image])
+            alone.wait()
+            alone.release()
+        except Exception as error:
+            refused[position] = short_reason(error)
+            alone = None
+    return refused
+
+
+def short_reason(error: Exception) -> str:
+    """The line of a DALI error that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Critical error", "Current pipeline", "Error in"))]
+    return lines[0] if lines else type(error).__name__
+
+
+def _probe(views: int) -> EncodedImage:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    boxes = np.tile(np.array([0, 0, 16, 16], dtype=np.int32), (views, 1))
+    return EncodedImage(np.frombuffer(buffer.getvalue(), dtype=np.uint8), boxes, 1)
