@@ -23,7 +23,8 @@ LAYERS: list[list[str]] = [
     ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],
     ["sslfast.trainer"],
     ["sslfast.recipes"],
-    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.info", "sslfast.demo", "sslfast.demo_data"],
+    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.info",
+     "sslfast.demo", "sslfast.demo_data"],
     ["sslfast.cli", "sslfast.commands", "sslfast.__main__"],
 ]  # fmt: skip
 TORCH_ONLY = {"sslfast", "torch"}

@@ -1,0 +1,176 @@
+"""``sslfast bench loader``: samples/s of every usable loader on your own images, alone and with the view stage.
+
+What is timed is what training does: batches of a recipe's views in the order of an epoch, through the same
+``build_loader`` and ``ViewStage``. Loaders keep their workers busy between batches, so they cannot take turns: each
+runs for ``--seconds`` after a warm-up, one after the other.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslfast.distributed import resolve_device
+from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status
+from sslfast.loaders.batch import Batch, ViewConfig
+from sslfast.loaders.views import ViewStage
+from sslfast.manifest import Manifest
+from sslfast.recipes import RECIPES
+from sslfast.trainer import resolve_precision
+
+WARM_UP = 3  # batches
+
+
+def measure_loader(
+    name: str,
+    manifest: Manifest | None,
+    views: dict[str, ViewConfig],
+    *,
+    batch_size: int,
+    workers: int | None,
+    seconds: float,
+    device: torch.device,
+    render: bool,
+    on_bad_image: Any = "skip",
+) -> dict[str, Any]:
+    """One loader for ``seconds``: rate per batch, processor and memory use.
+
+    Args:
+        name: of the loader.
+        manifest: the images; None for ``synthetic``.
+        views: of a recipe.
+        batch_size: samples of a batch.
+        workers: as ``LoaderConfig.workers``.
+        seconds: how long to time, at least five batches.
+        device: where batches go.
+        render: also run the view stage on every batch.
+        on_bad_image: as ``LoaderConfig.on_bad_image``.
+
+    Returns:
+        JSON values: ``samples_per_second`` (all batches over their time), 20 and 80 % quantiles and median over
+        batches, ``cores`` (processor seconds of this process and its workers over wall seconds), ``peak_mib`` of this
+        process.
+    """
+    stage = ViewStage(views, seed=0, dtype=resolve_precision("auto", device), channels_last=device.type == "cuda")
+    config = LoaderConfig(name=name, workers=workers, on_bad_image=on_bad_image)  # type: ignore[arg-type]
+    cpu, started = _cpu_seconds(), time.perf_counter()
+    loader = build_loader(
+        config,
+        views=views,
+        batch_size=batch_size,
+        seed=0,
+        manifest=manifest,
+        synthetic_rows=10_000 * batch_size if manifest is None else None,
+        device=device,
+    )
+    times: list[float] = []
+    try:
+        batches = _forever(loader)
+        for number in range(sys.maxsize):
+            if len(times) >= 5 and sum(times) >= seconds:
+                break
+            start = time.perf_counter()
+            batch = next(batches)
+            if render:
+                stage(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= WARM_UP:
+                times.append(time.perf_counter() - start)
+    finally:
+        loader.close()
+    wall = time.perf_counter() - started
+    rates = sorted(batch_size / t for t in times)
+    return {
+        "loader": name,
+        "with_views": render,
+        "workers": workers,
+        "batches": len(times),
+        # Work comes in bursts of as many batches as there are workers: the mean over all of them is the rate.
+        "samples_per_second": round(len(times) * batch_size / sum(times), 1),
+        "quantile_20": round(rates[len(rates) // 5], 1),
+        "quantile_80": round(rates[-1 - len(rates) // 5], 1),
+        "median": round(statistics.median(rates), 1),
+        "cores": round((_cpu_seconds() - cpu) / wall, 2),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "bad_images": len(loader.bad_images),
+    }
+
+
+def _forever(loader: Any) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def render_table(rows: list[dict[str, Any]], mean_bytes: float) -> str:
+    """The measurements as a table; MB/s are bytes of image files."""
+    lines = [f"{'loader':10} {'what':12} {'samples/s':>10} {'20 %':>8} {'80 %':>8} {'MB/s':>8} {'cores':>6} {'MiB':>7}"]
+    for row in rows:
+        what = "with views" if row["with_views"] else "crops"
+        megabytes = row["samples_per_second"] * mean_bytes / 1e6
+        lines.append(
+            f"{row['loader']:10} {what:12} {row['samples_per_second']:10.1f} {row['quantile_20']:8.1f} "
+            f"{row['quantile_80']:8.1f} {megabytes:8.1f} {row['cores']:6.2f} {row['peak_mib']:7d}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``sslfast bench loader DATA [--recipe NAME] [--loader NAME ...]``."""
+    parser = argparse.ArgumentParser(prog="sslfast bench loader", description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of images")
+    parser.add_argument("--recipe", choices=RECIPES, default="pirl-paper", help="whose views")
+    parser.add_argument("--loader", nargs="+", choices=LOADERS, help="default: all that are usable")
+    parser.add_argument("--workers", type=int, help="default: the cores")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10.0, help="timed for each line of the table")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    device = resolve_device(chosen.device)
+    manifest = Manifest.scan(chosen.data, on_bad_image="skip")
+    if len(manifest) < chosen.batch_size:
+        raise ValueError(f"--batch-size {chosen.batch_size} is more than the {len(manifest)} images; lower it")
+    rows = []
+    for name in chosen.loader or LOADERS:
+        usable, reason, remedy = loader_status()[name]
+        if not usable:
+            print(f"{name}: not usable: {reason}; {remedy}", flush=True)
+            continue
+        for render in (False, True):
+            rows.append(
+                measure_loader(
+                    name,
+                    None if name == "synthetic" else manifest,
+                    RECIPES[chosen.recipe]().method.views(),
+                    batch_size=chosen.batch_size,
+                    workers=chosen.workers,
+                    seconds=chosen.seconds,
+                    device=device,
+                    render=render,
+                )
+            )
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{len(manifest)} images, recipe {chosen.recipe}, batches of {chosen.batch_size}, {where}")
+    mean_bytes = float(manifest.bytes.mean())
+    print(render_table(rows, mean_bytes))
+    if chosen.json is not None:
+        facts = {"device": where, "torch": str(torch.__version__), "platform": platform.platform()}
+        chosen.json.write_text(json.dumps({**facts, "recipe": chosen.recipe, "rows": rows}, indent=2) + "\n")
+    return 0
