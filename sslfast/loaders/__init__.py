@@ -135,7 +135,7 @@ def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tu
     """The loader that ``auto`` stands for, and why, in a few words."""
     if manifest is None:
         return "synthetic", "there is no folder of images"
-    if torch.device(device).type != "cuda":
+    if not str(device).startswith("cuda"):  # `torch` is the loader of that name here, once that has been imported
         return "torch", "the device is no GPU, and Pillow's scaled decoding is the fastest on a CPU"
     jpegs = sum(path.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for path in manifest.paths)
     if 2 * jpegs < len(manifest):
