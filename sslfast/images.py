@@ -23,11 +23,12 @@ a side below ``MIN_SIDE`` = 8 pixels            bad: ``too small ...``          
 more than ``MAX_PIXELS`` = 89,478,485 pixels    bad: ``too large ...`` (decompression bombs; cut into tiles) scan
 damaged header                                  bad: ``damaged ...``                                         scan
 truncated or damaged pixels, wrong PNG checksum bad: ``damaged ...``                                         decode
+JPEG with a marker amid its pixel data          bad: ``damaged ...`` (see :mod:`sslfast.jpeg_scan`)          decode
 32-bit integer or float pixels, CIELAB          bad: ``pixel format ...`` (no defined white level)           decode
 =============================================== ============================================================ ========
 
-What cannot be detected: flipped bytes inside a JPEG's entropy-coded data (the format has no checksum, and libjpeg
-fills the rest of the picture with something plausible) and damage that the writer of the file already made.
+What cannot be detected: flipped bits or zeros inside a JPEG's entropy-coded data (the format has no checksum, and
+libjpeg fills the rest of the picture with something plausible) and damage that the writer of the file already made.
 Pillow's module-level settings are never changed; its defaults (``LOAD_TRUNCATED_IMAGES`` false) are relied upon.
 """
 
@@ -44,6 +45,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+
+from sslfast.jpeg_scan import JpegScan, scan_jpeg
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")  # MPO comes as JPEG
 SUFFIXES = frozenset(
@@ -83,6 +86,8 @@ class OpenImage:
     width: int
     height: int
     orientation: int
+    jpeg: JpegScan | None = None
+    """What the markers say, of a JPEG."""
 
 
 def silence_pillow() -> None:
@@ -145,8 +150,13 @@ def open_header(file: IO[bytes]) -> Image.Image:
 def open_image(data: bytes) -> OpenImage:
     """Header, size after EXIF orientation; no pixel is decoded for JPEG. Raises BadImageError."""
     image = open_header(io.BytesIO(data))
+    jpeg: JpegScan | None = None
     if image.format == "PNG":
         _check_png(data)
+    elif isinstance(image, JpegImagePlugin.JpegImageFile):
+        jpeg = scan_jpeg(data)
+        if jpeg.state == "damaged":
+            raise BadImageError(f"damaged: {jpeg.reason}")
     try:
         orientation = image.getexif().get(0x0112, 1)
     except MemoryError:
@@ -157,7 +167,7 @@ def open_image(data: bytes) -> OpenImage:
     width, height = image.size
     if ORIENTATION[orientation][0]:
         width, height = height, width
-    return OpenImage(image, width, height, orientation)
+    return OpenImage(image, width, height, orientation, jpeg)
 
 
 def decode_pixels(opened: OpenImage, *, factor: int = 1) -> tuple[NDArray[np.uint8], int]:

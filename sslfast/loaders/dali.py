@@ -6,8 +6,7 @@ more where it decodes a large JPEG at 1/2 to 1/8, which DALI cannot.
 
 A file that DALI cannot decode ends its pipeline, so threads here read and judge every file before DALI sees it:
 
-- The header, and every rule of :mod:`sslfast.images` that it can show.
-- The markers of a JPEG (:mod:`sslfast.jpeg_scan`): a file with damage that shows there is bad.
+- Every rule of :mod:`sslfast.images` that shows before the pixels are decoded, a JPEG's markers among them.
 - DALI decodes JPEGs that are whole, Huffman-coded, 8-bit, grayscale or YCbCr. Everything else (PNG, WebP, CMYK,
   16 bits, a JPEG without an end marker, ...) is decoded in these threads as by the ``torch`` loader, which also
   judges it.
@@ -36,7 +35,6 @@ from sslfast.images import (
     require_strict_pillow,
     silence_pillow,
 )
-from sslfast.jpeg_scan import scan_jpeg
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
 from sslfast.loaders.decode import BatchDecoder, DecodedBatch, OnBadImage, PackedPaths, decode_crops, stored_box
@@ -53,7 +51,7 @@ _GROUP = 32  # files of one reading task
 class _JpegFile(OpenImage):
     """An open image that DALI can decode."""
 
-    data: bytes
+    data: bytes = b""
 
 
 @dataclass
@@ -82,12 +80,8 @@ class _ItemSource(BatchDecoder):
             raise BadImageError(self.known_bad[row])
         data = read_bytes(self._path(row))
         opened = open_image(data)
-        if opened.image.format in ("JPEG", "MPO"):
-            scan = scan_jpeg(data)
-            if scan.state == "damaged":
-                raise BadImageError(f"damaged: {scan.reason}")
-            if scan.is_common and row not in self.refused:
-                return _JpegFile(**vars(opened), data=data[: scan.end])
+        if opened.jpeg is not None and opened.jpeg.is_common and row not in self.refused:
+            return _JpegFile(**vars(opened), data=data[: opened.jpeg.end])
         return opened
 
     def _take(self, batch: DecodedBatch, slot: int, image: OpenImage, boxes: NDArray[np.int64]) -> None:
