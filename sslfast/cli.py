@@ -101,25 +101,16 @@ def _evaluate(
     return 0
 
 
-def _data_check(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(
-            "usage: sslfast data check DIR\n\n"
-            "Decode every image once and list those that cannot be used, with the reason.\n"
-            "exit code: 0 all can be used, 1 some cannot"
-        )
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+def _data_verify(arguments: list[str]) -> int:
+    from sslfast.commands import verify
 
-    from sslfast.manifest import Manifest, check_images
+    return verify(arguments)
 
-    progress = sys.stderr.isatty()
-    manifest = Manifest.scan(arguments[0], on_bad_image="skip", progress=progress)
-    bad = check_images(manifest, progress=progress)
-    for path, reason in bad:
-        print(f"{path}\t{reason}")
-    total = len(manifest) + len(manifest.excluded)
-    print(f"{total - len(bad):,} of {total:,} images can be used, {len(manifest.classes):,} classes")
-    return 1 if bad else 0
+
+def _data_prepare(arguments: list[str]) -> int:
+    from sslfast.commands import prepare
+
+    return prepare(arguments)
 
 
 def _bench_ops(arguments: list[str]) -> int:
@@ -132,7 +123,10 @@ EVALUATIONS = {
     "knn": Command("knn RUN DATA", "weighted k-nearest-neighbour accuracy", _evaluate_knn),
     "linear": Command("linear RUN DATA", "linear classifier on frozen features", _evaluate_linear),
 }
-DATA_COMMANDS = {"check": Command("check DIR", "find the images that cannot be used", _data_check)}
+DATA_COMMANDS = {
+    "verify": Command("verify DIR", "decode every image once, list those that cannot be used", _data_verify),
+    "prepare": Command("prepare DATA OUT.beton", "one file for the ffcv loader", _data_prepare),
+}
 BENCHMARKS = {"ops": Command("ops", "time and memory of every op beside plain torch", _bench_ops)}
 
 
@@ -157,7 +151,7 @@ COMMANDS = {
     ),
     "preview": Command("preview DATA --recipe NAME -o FILE", "picture sheet of what the network sees", _preview),
     "neighbours": Command("neighbours RUN DATA", "picture sheet of images and their nearest neighbours", _neighbours),
-    "data": Command("data check DIR", "find the images that cannot be used", _group("data", DATA_COMMANDS)),
+    "data": Command("data verify|prepare ...", "check images, store them in one file", _group("data", DATA_COMMANDS)),
     "info": Command("info", "versions, devices, what is usable here and why not", _info),
     "demo": Command("demo", "pretrain and evaluate on real photographs in minutes", _demo),
     "bench": Command("bench ops", "measure the ops on this machine", _group("bench", BENCHMARKS)),

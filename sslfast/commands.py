@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from sslfast.config import nearest
 from sslfast.interrupt import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NOT_FINITE, RunInterruptedError
+from sslfast.loaders.prepare import PrepareConfig
 from sslfast.recipes import RECIPES
 from sslfast.summary import summary
 from sslfast.trainer import NonFiniteLossError, TrainConfig, Trainer, TrainResult
@@ -20,13 +21,14 @@ SHORT_OPTIONS = {
     "--workers": "--loader.workers",
     "--on-bad-image": "--loader.on-bad-image",
 }
-"""Options of nested configurations that also have a short name."""
+"""Options of nested configurations of ``pretrain`` and ``preview`` that also have a short name."""
 
 
 @dataclass(kw_only=True)
 class Pretrain:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images (class folders or flat, any nesting), or synthetic:N for N made-up images."""
+    """Folder of images (class folders or flat, any nesting), a manifest of `sslfast data verify` (.tsv), a file of
+    `sslfast data prepare` (.beton), or synthetic:N for N made-up images."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
     """Run directory; default runs/RECIPE-FOLDER."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -35,6 +37,36 @@ class Pretrain:
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Check everything, say what would run, and stop."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(kw_only=True)
+class Verify:
+    """Decode every image once, list those that cannot be used with the reason, and write the manifest of the others.
+
+    The manifest can be given to `sslfast pretrain` and `sslfast data prepare` in place of the folder: what is bad is
+    then known from the start. Exit code 0: all images can be used, 1: some cannot."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of images (class folders or flat, any nesting)."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Manifest to write; default NAME-OF-DIR.tsv here."""
+    workers: int | None = None
+    """Decoding processes; default one per core."""
+
+
+@dataclass(kw_only=True)
+class Prepare:
+    """Store the images of a folder in one file for the ffcv loader: row numbers, manifest and checksums inside."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images, or a manifest of `sslfast data verify` (.tsv)."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
+    """File to write. It appears, or replaces an old one, only when it is complete."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """error: stop at an image that cannot be used, naming it. skip: leave it out and list it."""
+    workers: int | None = None
+    """Processes; default one per core."""
+    config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
 
 
 @dataclass(kw_only=True)
@@ -73,6 +105,45 @@ def pretrain(arguments: list[str]) -> int:
     return 0
 
 
+def verify(arguments: list[str]) -> int:
+    """Run ``sslfast data verify``; returns the exit code."""
+    chosen = parse(Verify, arguments, prog="sslfast data verify")
+    if isinstance(chosen, int):
+        return chosen
+    from sslfast.loaders.verify import verify_images
+
+    manifest, bad = verify_images(chosen.data, workers=chosen.workers, progress=sys.stderr.isatty())
+    output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
+    manifest.save(output)
+    for path, reason in bad:
+        print(f"{printable(path)}\t{printable(reason)}")
+    total, classes = len(manifest) + len(bad), len(manifest.classes)
+    print(f"{len(manifest):,} of {total:,} images can be used, {classes:,} classes; wrote {output}")
+    return 1 if bad else 0
+
+
+def prepare(arguments: list[str]) -> int:
+    """Run ``sslfast data prepare``; returns the exit code."""
+    chosen = parse(Prepare, arguments, prog="sslfast data prepare")
+    if isinstance(chosen, int):
+        return chosen
+    from sslfast.loaders.prepare import prepare as write
+
+    made = write(
+        chosen.data,
+        chosen.output,
+        chosen.config,
+        on_bad_image=chosen.on_bad_image,
+        workers=chosen.workers,
+        progress=sys.stderr.isatty(),
+    )
+    rows = [("images", f"{len(made.manifest):,} in {len(made.manifest.classes):,} classes, {made.size / 1e9:.3f} GB")]
+    rows += [(f"{count:,}", done) for done, count in made.counts.items()]
+    rows += [("left out", f"{printable(path)} ({printable(reason)})") for path, reason in made.manifest.excluded]
+    _print_table([*rows, ("wrote", str(made.path))])
+    return 0
+
+
 def preview(arguments: list[str]) -> int:
     """Run ``sslfast preview``; returns the exit code."""
     default = Preview(data=tyro.MISSING, config=_recipe(arguments, "preview"))
@@ -90,12 +161,8 @@ def preview(arguments: list[str]) -> int:
 
 def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **options: Any) -> T | int:
     """What tyro makes of the arguments, or the exit code after it has printed its help or what is wrong."""
-    expanded = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
     try:
-        return tyro.cli(target, args=expanded, prog=prog, **options)
+        return tyro.cli(target, args=arguments, prog=prog, **options)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
 
@@ -104,12 +171,21 @@ def _parse_recipe(target: type[T], arguments: list[str], *, prog: str, default: 
     # A part of the configuration that may be absent (a view's jigsaw) is there or not as the recipe says;
     # its values are plain options then, not a subcommand.
     options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
-    return parse(target, arguments, prog=prog, **options)
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
+    return parse(target, expanded, prog=prog, **options)
 
 
 def report(line: str) -> None:
     """One line for the user, on standard error."""
     print(f"sslfast: {line}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """A file name on one line of any terminal: control characters and bytes that are no text as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _recipe(arguments: list[str], command: str) -> TrainConfig:

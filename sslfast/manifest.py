@@ -11,13 +11,12 @@ the size they tell a replaced file. A change behind the first 16 KiB that keeps 
 
 import hashlib
 import os
-import signal
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,23 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sslfast.images import (
-    SUFFIXES,
-    BadImageError,
-    decode_full,
-    open_header,
-    quiet_pillow,
-    read_bytes,
-    require_strict_pillow,
-    silence_pillow,
-)
+from sslfast.images import SUFFIXES, BadImageError, open_header, quiet_pillow
 
 HASHED_BYTES = 16384
 _VERSION = "# sslfast manifest 1"
 _HEADER = "path\tbytes\tsha1\tlabel"
 _THREADS = 8  # hides the latency of network disks; the header check itself holds the interpreter lock
 _CHUNK = 256
-_TASKS = 8192
 _ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 _UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 
@@ -69,6 +58,12 @@ class Manifest:
     """Relative path and reason of what the scan left out as bad."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Suffix -> number of files that do not claim to be images."""
+    verified: bool = False
+    """Every row was decoded whole once, and what failed is in ``excluded``."""
+    archive: Path | None = None
+    """The .beton file that holds the pixels of all rows; None: they are in the files under ``root``."""
+    archive_id: str = ""
+    """Identity of the stored pixels of ``archive``."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,6 +81,29 @@ class Manifest:
         for path, size, content in zip(self.paths, self.bytes, self.sha1, strict=True):
             sha.update(f"{_escape(path)}\t{size}\t{content}\n".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
+
+    @property
+    def source(self) -> Path:
+        """Where the pixels come from."""
+        return self.root if self.archive is None else self.archive
+
+    def without(self, bad: Collection[tuple[str, str]]) -> "Manifest":
+        """The manifest of the rows whose path is not in ``bad`` (path, reason), which join ``excluded``.
+
+        The remaining rows are numbered anew, so this is for manifests that no run has used yet.
+        """
+        paths = {path for path, _ in bad}
+        kept = np.array([row for row, path in enumerate(self.paths) if path not in paths], dtype=np.int64)
+        labels, classes = _labels([self.paths[row] for row in kept])
+        return replace(
+            self,
+            paths=[self.paths[row] for row in kept],
+            bytes=self.bytes[kept],
+            sha1=[self.sha1[row] for row in kept],
+            labels=labels,
+            classes=classes,
+            excluded=sorted({*self.excluded, *bad}),
+        )
 
     @classmethod
     def scan(
@@ -123,12 +141,12 @@ class Manifest:
                     rows.append((path, *found))
         if excluded and on_bad_image == "error":
             raise ValueError(
-                f"{len(excluded)} of {len(listing.paths)} images in {root} cannot be used: {_some(excluded)}; repair "
-                "or remove the files, or pass --on-bad-image skip"
+                f"{len(excluded)} of {len(listing.paths)} images in {root} cannot be used: {some_paths(excluded)}; "
+                "repair or remove the files, or pass --on-bad-image skip"
             )
         if not rows:
             ignored = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in listing.ignored.items())
-            found_instead = f"; all {len(excluded)} are bad: {_some(excluded)}" if excluded else ""
+            found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise ValueError(
                 f"no usable image in {root}{found_instead}{f' (other files: {ignored})' if ignored else ''}: "
                 f"name a folder that holds images ({' '.join(sorted(SUFFIXES))})"
@@ -163,14 +181,15 @@ class Manifest:
             manifest.save(path)
         return manifest
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the text file (tab-separated, one header line) whole or not at all."""
-        path = Path(path)
+    def dump(self) -> str:
+        """The text (tab-separated, one header line) that :meth:`parse` reads, to be written with surrogateescape."""
         lines = [
             _VERSION,
             f"# root\t{_escape(str(self.root))}",
             f"# hash\tfirst 16 hex digits of SHA-1 over the first {HASHED_BYTES} bytes",
             f"# digest\t{self.digest()}",
+            *(["# verified\tevery row was decoded whole"] if self.verified else []),
+            *([f"# archive\t{self.archive_id}"] if self.archive_id else []),
             *(f"# ignored\t{_escape(suffix)}\t{count}" for suffix, count in self.ignored.items()),
             *(f"# excluded\t{_escape(bad)}\t{_escape(reason)}" for bad, reason in self.excluded),
             _HEADER,
@@ -179,11 +198,17 @@ class Manifest:
                 for row, size, content, label in zip(self.paths, self.bytes, self.sha1, self.labels, strict=True)
             ),
         ]
+        return "\n".join(lines) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`dump` whole or not at all."""
+        path = Path(path)
+        data = self.dump().encode("utf-8", "surrogateescape")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                file.write("\n".join(lines) + "\n")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -202,11 +227,16 @@ class Manifest:
 
         ValueError where the file is not a manifest, or was cut short or edited (its digest no longer fits).
         """
-        remedy = "restore it from a copy, or start a new run"
         try:
-            text = Path(path).read_bytes().decode("utf-8", "surrogateescape")
+            data = Path(path).read_bytes()
         except FileNotFoundError:
             raise ValueError(f"no manifest at {path}: give the run's manifest file, or start a new run") from None
+        return cls.parse(data.decode("utf-8", "surrogateescape"), str(path), root=root)
+
+    @classmethod
+    def parse(cls, text: str, path: str, *, root: str | os.PathLike[str] | None = None) -> "Manifest":
+        """What :meth:`dump` made; ``path`` is where it was found, for the error texts."""
+        remedy = "restore it from a copy, or start a new run"
         lines = text.split("\n")
         if lines[0] != _VERSION or _HEADER not in lines:
             raise ValueError(f"{path} is not a manifest (its first line must be {_VERSION!r}): {remedy}")
@@ -225,6 +255,8 @@ class Manifest:
                 classes=classes,
                 excluded=[(note[1], note[2]) for note in notes if note[0] == "excluded"],
                 ignored={note[1]: int(note[2]) for note in notes if note[0] == "ignored"},
+                verified="verified" in values,
+                archive_id=values.get("archive", ""),
             )
         except (KeyError, IndexError, ValueError):
             raise ValueError(f"manifest {path} is damaged: {remedy}") from None
@@ -254,7 +286,7 @@ class Manifest:
                 changed.append((path, "same size, other content"))
         extra = [(path, "") for path in listing.paths if path not in known] if added == "error" else []
         problems = [
-            f"{len(found)} {what}: {_some(found)}"
+            f"{len(found)} {what}: {some_paths(found)}"
             for what, found in (("missing", missing), ("changed", changed), ("added", extra))
             if found
         ]
@@ -264,34 +296,6 @@ class Manifest:
                 "identities in the bank and in checkpoints, so nothing is renumbered: put the folder back as it was, "
                 "or start a new run (with a new manifest) on the folder as it is"
             )
-
-
-def check_images(manifest: Manifest, *, workers: int | None = None, progress: bool = False) -> list[tuple[str, str]]:
-    """Decode every image of the manifest whole and return path and reason of each bad one, in row order.
-
-    Args:
-        manifest: what to check; files that its scan excluded come back too.
-        workers: processes; None: one per available core; 0 or 1: in this process.
-        progress: show a progress bar on the terminal.
-    """
-    require_strict_pillow()
-    workers = available_cores() if workers is None else workers
-    tasks = [(str(manifest.root), path) for path in manifest.paths]
-    bad = list(manifest.excluded)
-    with _bar(progress) as bar:
-        task = bar.add_task("decoding", total=len(tasks))
-        if workers <= 1:
-            with quiet_pillow():
-                for found in map(_decode_whole, tasks):
-                    bad.extend(found)
-                    bar.advance(task)
-        else:
-            with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-                for start in range(0, len(tasks), _TASKS):
-                    for found in pool.map(_decode_whole, tasks[start : start + _TASKS], chunksize=16):
-                        bad.extend(found)
-                        bar.advance(task)
-    return sorted(bad)
 
 
 def available_cores() -> int:
@@ -326,7 +330,7 @@ def _list_files(root: Path) -> _Listing:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 walk(entry.path, f"{prefix}{entry.name}/", parents | {(status.st_dev, status.st_ino)})
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()
@@ -337,6 +341,13 @@ def _list_files(root: Path) -> _Listing:
 
     walk(str(root), "", frozenset())
     return _Listing(sorted(paths), sorted(unreadable), dict(sorted(ignored.items())))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that lead to each other
+        return False
 
 
 def _identify(root: Path, path: str, *, read: bool, header: bool = False) -> tuple[int, str] | str:
@@ -358,22 +369,12 @@ def _identify(root: Path, path: str, *, read: bool, header: bool = False) -> tup
         return f"unreadable: {error.strerror or error}"
     except BadImageError as error:
         return error.reason
-    return status.st_size, hashlib.sha1(head, usedforsecurity=False).hexdigest()[:16]
+    return status.st_size, content_hash(head)
 
 
-def _decode_whole(task: tuple[str, str]) -> list[tuple[str, str]]:
-    root, path = task
-    try:
-        decode_full(read_bytes(f"{root}/{path}"))
-    except BadImageError as error:
-        return [(path, error.reason)]
-    return []
-
-
-def _start_worker() -> None:
-    """Ctrl-C belongs to the main process, which ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    silence_pillow()
+def content_hash(head: bytes) -> str:
+    """16 hex digits of the first ``HASHED_BYTES`` of a file."""
+    return hashlib.sha1(head, usedforsecurity=False).hexdigest()[:16]
 
 
 def _threaded(
@@ -381,14 +382,15 @@ def _threaded(
 ) -> Iterator[tuple[Item, Result]]:
     """``(item, work(item))`` in order, a few hundred items per task of a thread pool."""
     chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool, _bar(progress) as bar:
+    with ThreadPoolExecutor(_THREADS) as pool, progress_bar(progress) as bar:
         task = bar.add_task(title, total=len(items))
         for chunk, results in zip(chunks, pool.map(lambda part: [work(item) for item in part], chunks), strict=True):
             yield from zip(chunk, results, strict=True)
             bar.advance(task, len(chunk))
 
 
-def _bar(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
+    """For the terminal; nothing is shown unless ``enabled``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, transient=True, disable=not enabled)
 
@@ -408,7 +410,7 @@ def _labels(paths: Iterable[str]) -> tuple[NDArray[np.int64], list[str]]:
     return np.array([index[folder] for folder in folders], dtype=np.int64), classes
 
 
-def _some(entries: Sequence[tuple[str, str]], most: int = 5) -> str:
+def some_paths(entries: Sequence[tuple[str, str]], most: int = 5) -> str:
     """The first few paths with their reasons, and how many more there are."""
     shown = [f"{path} ({reason})" if reason else path for path, reason in entries[:most]]
     more = [f"and {len(entries) - most} more"] if len(entries) > most else []

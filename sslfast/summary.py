@@ -15,7 +15,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     start = f"resumes after step {checkpoint_step(kept[-1])}" if kept and trainer.resume == "auto" else "new run"
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
-    source = "synthetic" if trainer.manifest is None else str(trainer.manifest.root)
+    source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
     if trainer.resume not in ("auto", "never"):
         start = f"resumes {trainer.resume}"
     size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.free_bytes()

@@ -25,6 +25,7 @@ from sslfast.distributed import process_group, resolve_device, resolve_precision
 from sslfast.interrupt import Interrupts, RunInterruptedError
 from sslfast.loaders import LoaderConfig, build_loader
 from sslfast.loaders.batch import Batch
+from sslfast.loaders.data import open_data, reopen_data
 from sslfast.loaders.views import ViewStage
 from sslfast.manifest import Manifest
 from sslfast.methods.pirl import PIRL
@@ -121,7 +122,7 @@ class Trainer:
 
     Args:
         config: what to train and how.
-        data: folder of images, or a number of made-up images for the synthetic loader.
+        data: folder of images, manifest (.tsv), .beton file, or a number of made-up images for the synthetic loader.
         output: run directory; made if needed, and locked while training.
         resume: ``auto`` (go on from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
@@ -176,13 +177,11 @@ class Trainer:
         self._last_record: dict[str, Any] = {}
 
     def _manifest(self, folder: Path) -> Manifest:
-        """The rows of the run in the run directory, checked against the folder; those of the folder for a new run."""
+        """The rows of the run in the run directory, checked against the data; those of the data for a new run."""
         if self.run.manifest.exists():
-            manifest = Manifest.load(self.run.manifest, root=folder)
-            manifest.check()
-            return manifest
+            return reopen_data(folder, self.run.manifest)
         progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
-        return Manifest.scan(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
+        return open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """The algorithm. Nothing here waits for the device."""

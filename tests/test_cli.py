@@ -10,6 +10,7 @@ import pytest
 from sslfast import __version__, cli, commands
 from sslfast.config import from_dict, load_json
 from sslfast.interrupt import EXIT_CODES
+from sslfast.manifest import Manifest
 from sslfast.metrics import read_log
 from tests.tiny import Tiny, TinyConfig, write_images
 
@@ -145,7 +146,7 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["pretrain", "synthetic:9", "--recipe", "tiny", "--device", "cuda:77"], "device='cuda:77', but torch sees"),
         (["pretrain", "synthetic:3", "--recipe", "tiny"], "3"),
         (["preview", "x"], "--recipe is missing; sslfast preview DATA"),
-        (["data", "check", "/nowhere"], "/nowhere does not exist"),
+        (["data", "verify", "/nowhere"], "/nowhere does not exist"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -221,7 +222,8 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path, capsys: pytes
     (data / "class0" / "empty.png").write_bytes(b"")
     cut = data / "class1" / "cut.png"
     cut.write_bytes((data / "class1" / "01.png").read_bytes()[:-200])
-    assert cli.main(["data", "check", str(data)]) == 1
+    verified = tmp_path / "verified.tsv"
+    assert cli.main(["data", "verify", str(data), "-o", str(verified)]) == 1
     text = capsys.readouterr().out
     assert "class0/empty.png\t" in text
     assert "class1/cut.png\t" in text
@@ -234,17 +236,28 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path, capsys: pytes
     assert "2 images could not be used" in text
     listed = [line.split("\t")[0] for line in (output / "bad_images.txt").read_text().splitlines()]
     assert listed == ["class0/empty.png", "class1/cut.png"]
+    known = ["pretrain", str(verified), "--recipe", "tiny", "-o", str(tmp_path / "known"), "--workers", "0"]
+    assert cli.main(known) == 2
+    assert "2 images of" in error_line(capsys)
+    assert cli.main([*known, "--on-bad-image", "skip"]) == 0
+    assert "16 images" in capsys.readouterr().out
+    assert cli.main([*known, "--on-bad-image", "skip"]) == 0
+    assert "resumed from" in capsys.readouterr().err
     (data / "class0" / "00.png").unlink()
     assert cli.main([*command, "--on-bad-image", "skip"]) == 2
     assert "no longer matches its manifest" in error_line(capsys)
 
 
-def test_data_check_of_good_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_images(tmp_path, 3)
-    assert cli.main(["data", "check", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "3 of 3 images can be used, 2 classes\n"
-    assert cli.main(["data", "check", "--help"]) == 0
-    assert cli.main(["data", "check"]) == 2
+def test_data_verify_of_good_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "photos", 3)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "verify", "photos", "--workers", "2"]) == 0
+    assert capsys.readouterr().out == "3 of 3 images can be used, 2 classes; wrote photos.tsv\n"
+    assert Manifest.load("photos.tsv").verified
+    assert cli.main(["data", "verify", "--help"]) == 0
+    assert cli.main(["data", "verify"]) == 2
 
 
 def test_evaluation_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

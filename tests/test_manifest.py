@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sslfast.manifest as manifest_module
-from sslfast.manifest import HASHED_BYTES, Manifest, check_images
+from sslfast.manifest import HASHED_BYTES, Manifest
 from tests.pictures import encoded, picture, write_folder
 
 
@@ -266,19 +266,6 @@ def test_load_or_scan_writes_once_and_then_only_checks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 added: a.jpg"):
         Manifest.load_or_scan(root, target)
     assert target.read_bytes() == written
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_check_images_finds_what_only_decoding_shows(tmp_path: Path, workers: int) -> None:
-    root = write_folder(tmp_path, [f"{i:02}.jpg" for i in range(20)])
-    (root / "03.jpg").write_bytes(b"")
-    manifest = Manifest.scan(root, on_bad_image="skip")
-    for name in ("05.jpg", "11.jpg"):
-        data = (root / name).read_bytes()
-        (root / name).write_bytes(data[: len(data) // 2])
-    bad = check_images(manifest, workers=workers)
-    assert [path for path, _ in bad] == ["03.jpg", "05.jpg", "11.jpg"]
-    assert "damaged" in bad[1][1]
 
 
 def test_the_scan_does_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ class BatchDecoder:
                     raise BadImageError(
                         f"no usable replacement found for {self._path(row)} ({self.known_bad[row]}): nearly every "
                         f"image tried is bad ({len(self.known_bad)} so far); list them with "
-                        f"`sslfast data check {self.root}` and repair the folder"
+                        f"`sslfast data verify {self.root}` and repair the folder"
                     )
                 batch.rows[slot] = candidates[slot].pop()
             slots = failed

@@ -1,0 +1,55 @@
+"""What DATA may be: a folder of images, a manifest of one (``.tsv``), or what ``data prepare`` wrote (``.beton``)."""
+
+from pathlib import Path
+from typing import Literal
+
+from sslfast.loaders.beton import Beton
+from sslfast.manifest import Manifest, some_paths
+
+
+def open_data(path: Path, *, on_bad_image: Literal["error", "skip"] = "error", progress: bool = False) -> Manifest:
+    """The rows of a data set for a new run; ValueError where it cannot be used as it is.
+
+    Args:
+        path: a folder is scanned, a manifest compared with its folder, a .beton file brings its own.
+        on_bad_image: ``error``: images known as bad are a ValueError that names them; ``skip``: they are left out.
+        progress: show progress bars on the terminal.
+    """
+    if path.suffix == ".beton":
+        with Beton(path) as beton:
+            manifest = beton.manifest
+    elif path.suffix == ".tsv" and not path.is_dir():
+        manifest = Manifest.load(path)
+        manifest.check()
+    else:
+        return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
+    if manifest.excluded and on_bad_image == "error" and manifest.archive is None:
+        raise ValueError(
+            f"{len(manifest.excluded)} images of {path} cannot be used: {some_paths(manifest.excluded)}; repair or "
+            "remove the files and verify again, or pass --on-bad-image skip"
+        )
+    return manifest
+
+
+def reopen_data(path: Path, known: Path) -> Manifest:
+    """The rows of a run that is gone on with: those of its manifest file ``known``, if the data still is the same.
+
+    ValueError where the data changed, or is another.
+    """
+    if path.suffix == ".beton" or (path.suffix == ".tsv" and not path.is_dir()):
+        manifest = open_data(path, on_bad_image="skip")
+        run = Manifest.load(known)
+        same = manifest.digest() == run.digest() and manifest.archive_id == run.archive_id
+        if not same:
+            what = "other images" if manifest.digest() != run.digest() else "the same images stored in another way"
+            raise ValueError(
+                f"{path} holds {what} than the run that {known} belongs to ({len(manifest)} rows, then {len(run)}). "
+                "Rows are identities in the bank and in checkpoints, so nothing is renumbered: give the data that the "
+                "run started with, or choose another output directory"
+            )
+        return manifest
+    run = Manifest.load(known, root=path)
+    if run.archive_id:
+        raise ValueError(f"the run that {known} belongs to started with a .beton file: give that one, not {path}")
+    run.check()
+    return run
