@@ -16,7 +16,7 @@ from sslfast.loaders.batch import Batch, ViewConfig
 if TYPE_CHECKING:
     from sslfast.manifest import Manifest
 
-LOADERS = ("torch", "dali", "synthetic")
+LOADERS = ("torch", "dali", "ffcv", "synthetic")
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 """What pip calls a package that Python calls otherwise."""
 _MOST_WORKERS = 16
@@ -26,11 +26,11 @@ _MOST_WORKERS = 16
 class LoaderConfig:
     """Where batches come from."""
 
-    name: Literal["auto", "torch", "dali", "synthetic"] = "auto"
-    """auto: torch for a folder of images; dali where they are JPEGs, the device is a GPU and DALI is installed.
-    synthetic: made-up images, to time everything else."""
+    name: Literal["auto", "torch", "dali", "ffcv", "synthetic"] = "auto"
+    """auto: ffcv for a .beton file; torch for a folder of images, or dali where they are JPEGs, the device is a GPU and
+    DALI is installed. synthetic: made-up images, to time everything else."""
     workers: int | None = None
-    """Decoding processes (dali: threads) of each rank; 0: decode in the training process; None: the cores, shared by
+    """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared by
     the ranks of this machine, at most 16."""
     on_bad_image: Literal["error", "skip"] = "error"
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
@@ -102,6 +102,22 @@ def build_loader(
     if manifest is None:
         raise ValueError(f"loader {name!r} reads images: name a folder, or use --loader.name synthetic")
     workers = default_workers() if config.workers is None else config.workers
+    if manifest.archive is not None and name != "ffcv":
+        raise ValueError(f"loader {name!r} reads files and {manifest.archive} is a .beton file: use --loader.name ffcv")
+    if name == "ffcv":
+        from sslfast.loaders.ffcv import FFCVLoader
+
+        return FFCVLoader(
+            manifest,
+            views,
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            on_bad_image=config.on_bad_image,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
     if name == "dali":
         from sslfast.loaders.dali import DaliLoader
 
@@ -135,6 +151,8 @@ def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tu
     """The loader that ``auto`` stands for, and why, in a few words."""
     if manifest is None:
         return "synthetic", "there is no folder of images"
+    if manifest.archive is not None:
+        return "ffcv", "the data is a .beton file"
     if not str(device).startswith("cuda"):  # `torch` is the loader of that name here, once that has been imported
         return "torch", "the device is no GPU, and Pillow's scaled decoding is the fastest on a CPU"
     jpegs = sum(path.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for path in manifest.paths)

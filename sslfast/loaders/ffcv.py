@@ -1,0 +1,344 @@
+"""The ``ffcv`` loader: one .beton file, decoded by FFCV's compiled decoder in threads of our own.
+
+What is FFCV's: the file format (any FFCV program reads these files) and the decoder, libjpeg-turbo with the fast DCT.
+What is not: FFCV's ``Loader``. Its random crops come from numba's generator, which no seed reaches; it ignores what the
+decoder returns, so that damaged JPEGs train as garbage; it compiles for seconds in every process and again for the last
+batch; and numba beside OpenCV's TBB can hang at exit. Neither ``ffcv`` nor numba is imported here, so
+``NUMBA_THREADING_LAYER`` plays no part. Reads are ``pread`` and not a memory map: a file that is cut short under a
+running process is an error in one line, not SIGBUS.
+
+The threads need no interpreter lock where the time goes: read, decode and resize. A JPEG is decoded at 1/2, 1/4 or 1/8
+by the rule of the ``torch`` loader, and the resize is the same antialiased filter, so crops of kept JPEGs differ from
+that loader's by the rounding of the fast DCT: below 1 grey level on average, at most 16 in a pixel.
+"""
+
+import os
+import threading
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslfast.images import BadImageError
+from sslfast.loaders import ffcv_library
+from sslfast.loaders.batch import Batch, ViewConfig
+from sslfast.loaders.beton import JPG, Beton
+from sslfast.loaders.decode import OnBadImage
+from sslfast.loaders.sampling import EpochPlan, check_views, crop_boxes, crop_draws, replacement_rows
+from sslfast.manifest import Manifest
+
+_CHUNK = 8  # images of one task of a thread
+_AHEAD = 2  # steps under way beside the one that is waited for, at least
+
+
+class FFCVLoader:
+    """Batches of decoded crops out of a .beton file, a pure function of (seed, epoch, step) and of the file.
+
+    The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks, with
+    any number of ranks. The partial batch at the end of an epoch is dropped. Crop boxes lie in the picture as stored.
+
+    Every row's checksum is compared when the row is first read; a JPEG that the decoder complains about is bad too.
+
+    Args:
+        manifest: of :func:`~sslfast.loaders.data.open_data` of a .beton file.
+        views: view name -> recipe; the position in this mapping selects the view's random stream.
+        batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
+        seed: of the run.
+        workers: decoding threads; 0: decode in the caller's thread.
+        on_bad_image: what happens at a damaged image. ``skip``: another row takes its place.
+        rank, world_size: this process among all.
+        device: where batches go. CUDA: pinned memory and a copy on a side stream beside the running step.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        views: Mapping[str, ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        on_bad_image: OnBadImage = "error",
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers=}")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
+        if manifest.archive is None:
+            raise ValueError(
+                f"the ffcv loader reads .beton files: make one with `sslfast data prepare {manifest.root}`"
+            )
+        check_views(views)
+        self.plan = EpochPlan(
+            num_rows=len(manifest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+        )
+        self.device = torch.device(device)
+        self._on_bad_image = on_bad_image
+        self._bad: dict[int, str] = {}
+        self._generation = 0
+        self._workers = workers
+        self._decoder = _Decoder(Beton(manifest.archive), views, seed)
+        weakref.finalize(self, self._decoder.beton.close)
+        self._manifest = self._decoder.beton.manifest
+        if self._manifest.archive_id != manifest.archive_id:
+            self._decoder.beton.close()
+            raise ValueError(f"{manifest.archive} is no longer the file that was opened before: start again")
+        self._pool = _thread_pool(workers) if workers else None
+        self._steps: deque[_Step] = deque()
+
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """Relative path and reason of every image left out so far: by ``prepare``, then by decoding, in row order."""
+        decoded = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
+        return [*self._manifest.excluded, *decoded]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Steps ``start_step ..`` of an epoch; the ones before are not decoded.
+
+        Starting an epoch ends the iterator of the one before. ValueError: arguments out of range, or (from the
+        iterator) an image that must not train.
+        """
+        self.plan.check_start(epoch, start_step)
+        if self._decoder.beton.descriptor < 0:
+            raise RuntimeError("the loader was closed: build a new one")
+        self._cancel()
+        return self._iterate(epoch, start_step, self._generation)
+
+    def close(self) -> None:
+        """End the threads and close the file. Safe to call twice, and in the middle of an epoch."""
+        self._cancel()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._decoder.beton.close()
+
+    def _cancel(self) -> None:
+        self._generation += 1
+        while self._steps:
+            self._steps.popleft().cancelled = True
+
+    def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        order = self.plan.order(epoch) if start_step < self.steps_per_epoch else None
+        local = self.plan.batch_size // self.plan.world_size
+        ahead = max(_AHEAD, -(-2 * self._workers * _CHUNK // local)) if self._workers else 0
+        next_step = start_step
+        try:
+            for _ in range(start_step, self.steps_per_epoch):
+                if generation != self._generation:
+                    raise RuntimeError(
+                        "this epoch's iterator ended when the loader was closed or started another epoch"
+                    )
+                while next_step < self.steps_per_epoch and len(self._steps) <= ahead:
+                    assert order is not None
+                    self._steps.append(self._begin(epoch, self.plan.share(order, next_step)))
+                    next_step += 1
+                yield self._to_device(self._finish(self._steps[0]), copies)
+        finally:
+            if generation == self._generation:
+                self._cancel()
+
+    def _begin(self, epoch: int, rows: NDArray[np.int64]) -> "_Step":
+        step = _Step(epoch, rows.copy())
+        if self._pool is not None:
+            step.planned = self._pool.submit(self._decoder.plan, step, self._pool, self.device.type == "cuda")
+        return step
+
+    def _finish(self, step: "_Step") -> Batch:
+        """Wait for a step, and put other rows in the places of its bad ones."""
+        if step.planned is None:
+            self._decoder.plan(step, None, self.device.type == "cuda")
+            self._decoder.fill(step, range(len(step.rows)))
+        else:
+            for part in step.planned.result():
+                part.result()
+        self._steps.popleft()
+        candidates: dict[int, list[int]] = {}
+        while step.bad:
+            failed, step.bad = sorted(step.bad), []
+            for slot, reason in failed:
+                row = int(step.rows[slot])
+                if self._on_bad_image == "error":
+                    raise ValueError(
+                        f"cannot train on row {row} of {self._manifest.archive} ({self._manifest.paths[row]}): "
+                        f"{reason}; make the file again with `sslfast data prepare`, or pass --on-bad-image skip"
+                    )
+                self._bad.setdefault(row, reason)
+                if slot not in candidates:
+                    candidates[slot] = replacement_rows(row, self.num_rows, seed=self.plan.seed, epoch=step.epoch)[::-1]
+                if not candidates[slot]:
+                    raise ValueError(
+                        f"no usable replacement found for row {row} of {self._manifest.archive} ({reason}): nearly "
+                        f"every image tried is bad ({len(self._bad)} so far); make the file again with "
+                        "`sslfast data prepare`"
+                    )
+                step.rows[slot] = candidates[slot].pop()
+            slots = [slot for slot, _ in failed]
+            step.boxes[slots] = self._decoder.boxes(step.epoch, step.rows[slots])
+            self._decoder.fill(step, slots)
+        return Batch(rows=torch.from_numpy(step.rows), crops=step.crops, epoch=step.epoch)
+
+    def _to_device(self, batch: Batch, copies: "torch.cuda.Stream | None") -> Batch:
+        if copies is None:
+            return batch
+        # The step before still runs on the current stream; this copy does not wait for it.
+        with torch.cuda.stream(copies):
+            batch.rows = batch.rows.pin_memory().to(self.device, non_blocking=True)
+            batch.crops = {name: crop.to(self.device, non_blocking=True) for name, crop in batch.crops.items()}
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(copies)
+        for tensor in (batch.rows, *batch.crops.values()):
+            tensor.record_stream(current)
+        return batch
+
+
+@dataclass
+class _Step:
+    """One batch under way. Threads write to different slots of ``crops``; ``bad`` collects (slot, reason)."""
+
+    epoch: int
+    rows: NDArray[np.int64]
+    planned: "Future[list[Future[None]]] | None" = None
+    cancelled: bool = False
+    boxes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    crops: dict[str, Tensor] = field(default_factory=dict)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+class _Decoder:
+    """Fills the crops of a step. Used by all threads at once; each has its own buffers, which only ever grow."""
+
+    def __init__(self, beton: Beton, views: Mapping[str, ViewConfig], seed: int) -> None:
+        self.beton = beton
+        self.views = dict(views)
+        self.seed = seed
+        self.decode = ffcv_library.load_decoder()
+        self._is_checked = np.zeros(len(beton.sizes), dtype=bool)
+        self._own = threading.local()
+
+    def plan(self, step: _Step, pool: ThreadPoolExecutor | None, pinned: bool) -> "list[Future[None]]":
+        """Draw the boxes, make the buffers, and hand the slots to the pool, if there is one."""
+        if step.cancelled:
+            return []
+        step.boxes = self.boxes(step.epoch, step.rows)
+        for name, view in self.views.items():
+            size = view.crop.size
+            step.crops[name] = torch.empty(len(step.rows), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
+        if pool is None:
+            return []
+        count = len(step.rows)
+        return [
+            pool.submit(self.fill, step, range(start, min(start + _CHUNK, count))) for start in range(0, count, _CHUNK)
+        ]
+
+    def boxes(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[B, views, 4]``."""
+        shapes = self.beton.shapes[rows]
+        drawn = torch.from_numpy(np.ascontiguousarray(rows))
+        boxes = [
+            crop_boxes(crop_draws(drawn, seed=self.seed, epoch=epoch, position=position), shapes, view.crop)
+            for position, view in enumerate(self.views.values())
+        ]
+        return np.stack(boxes, axis=1)
+
+    def fill(self, step: _Step, slots: Sequence[int]) -> None:
+        """Decode the rows of some slots into all views."""
+        for slot in slots:
+            if step.cancelled:
+                return
+            try:
+                self._fill(step, slot)
+            except BadImageError as error:
+                step.bad.append((slot, error.reason))
+
+    def _fill(self, step: _Step, slot: int) -> None:
+        boxes = step.boxes[slot].tolist()
+        sizes = [view.crop.size for view in self.views.values()]
+        room = min(min(b[2] - b[0], b[3] - b[1]) / size for b, size in zip(boxes, sizes, strict=True))
+        pixels, factor = self._pixels(int(step.rows[slot]), next((f for f in (8, 4, 2) if room >= f), 1))
+        for out, (left, top, right, bottom), size in zip(step.crops.values(), boxes, sizes, strict=True):
+            part = pixels[top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
+            if part.shape[:2] != (size, size):
+                # torch resizes packed pixels twice as fast as strided ones, to the same bits.
+                packed = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]
+                resized = F.interpolate(packed, size=(size, size), mode="bilinear", antialias=True)
+                part = resized[0].permute(1, 2, 0).numpy()
+            np.copyto(out[slot].numpy(), part.transpose(2, 0, 1))
+
+    def _pixels(self, row: int, factor: int) -> tuple[NDArray[np.uint8], int]:
+        """The picture at 1 / factor in a buffer of this thread, and the factor that was applied (1 for raw ones)."""
+        width, height = (int(side) for side in self.beton.shapes[row])
+        size = int(self.beton.sizes[row])
+        is_jpg = self.beton.modes[row] == JPG
+        data = self._buffer("data", size)
+        if not is_jpg and size != height * width * 3:
+            raise BadImageError(f"damaged: {size} bytes for {width} x {height} pixels")
+        try:
+            got = os.preadv(self.beton.descriptor, [data.data[:size]], int(self.beton.places[row]))
+        except OSError as error:
+            raise BadImageError(f"unreadable: {error.strerror or error}") from None
+        if got != size:
+            raise BadImageError("the file was cut short while it was in use")
+        if not self._is_checked[row]:
+            if zlib.crc32(data.data[:size]) != self.beton.sums[row]:
+                raise BadImageError("damaged: wrong checksum")
+            self._is_checked[row] = True
+        if not is_jpg:
+            return data[:size].reshape(height, width, 3), 1
+        small_height, small_width = -(-height // factor), -(-width // factor)
+        pixels = self._buffer("pixels", small_height * small_width * 3)
+        if self.decode(_address(data), size, height, width, _address(pixels), factor):
+            raise BadImageError("damaged: the JPEG decoder complains")
+        return pixels[: small_height * small_width * 3].reshape(small_height, small_width, 3), factor
+
+    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        buffer: NDArray[np.uint8] | None = getattr(self._own, name, None)
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(max(size, 1 << 20), dtype=np.uint8)
+            setattr(self._own, name, buffer)
+        return buffer
+
+
+def _address(buffer: NDArray[np.uint8]) -> int:
+    return int(buffer.ctypes.data)
+
+
+def _thread_pool(workers: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations are single-threaded, with the setting of all others as it was."""
+    others = torch.get_num_threads()
+    started = threading.Barrier(workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="sslfast-ffcv", initializer=start)
+    for _ in range(workers):
+        pool.submit(int)
+    started.wait()
+    # The number that threads made from now on take over; the setting itself belongs to each thread.
+    torch.set_num_threads(others)
+    return pool
+
+
+def status() -> tuple[bool, str, str]:
+    """Usable, reason, remedy: see :func:`sslfast.loaders.loader_status`."""
+    return ffcv_library.status()
