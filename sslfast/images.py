@@ -79,13 +79,19 @@ class BadImageError(ValueError):
 
 
 @dataclass
-class OpenImage:
-    """A file whose header has been read and whose pixels have not. ``width`` and ``height``: after orientation."""
+class ImageHeader:
+    """Size after orientation, and the EXIF orientation that the stored picture has yet to be given."""
 
-    image: Image.Image
     width: int
     height: int
     orientation: int
+
+
+@dataclass
+class OpenImage(ImageHeader):
+    """A file whose header has been read and whose pixels have not."""
+
+    image: Image.Image
     jpeg: JpegScan | None = None
     """What the markers say, of a JPEG."""
 
@@ -139,12 +145,16 @@ def open_header(file: IO[bytes]) -> Image.Image:
         raise
     except Exception as error:  # decoders raise whatever they meet in a damaged header
         raise BadImageError(f"damaged header: {_words(error)}") from None
-    width, height = image.size
+    check_size(*image.size)
+    return image
+
+
+def check_size(width: int, height: int) -> None:
+    """BadImageError outside of the sizes that the policy allows."""
     if min(width, height) < MIN_SIDE:
         raise BadImageError(f"too small: {width} x {height}, smallest side is {MIN_SIDE}")
     if width * height > MAX_PIXELS:
         raise BadImageError(f"too large: {width} x {height}, at most {MAX_PIXELS} pixels")
-    return image
 
 
 def open_image(data: bytes) -> OpenImage:
@@ -167,7 +177,7 @@ def open_image(data: bytes) -> OpenImage:
     width, height = image.size
     if ORIENTATION[orientation][0]:
         width, height = height, width
-    return OpenImage(image, width, height, orientation, jpeg)
+    return OpenImage(width, height, orientation, image, jpeg)
 
 
 def decode_pixels(opened: OpenImage, *, factor: int = 1) -> tuple[NDArray[np.uint8], int]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-_SOI, _EOI, _SOS, _DRI, _APP0, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xEE
+_SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _SEQUENTIAL_HUFFMAN, _PROGRESSIVE_HUFFMAN = (0xC0, 0xC1), 0xC2
@@ -38,11 +38,16 @@ class JpegScan:
     frame: int = 0
     """Low byte of the frame marker: 0xC0 and 0xC1 sequential, 0xC2 progressive, others rare."""
     precision: int = 0
+    width: int = 0
+    height: int = 0
+    """As stored; 0 where the height comes after the first scan."""
     components: list[int] = field(default_factory=list)
     """Identifiers of the colour components."""
     jfif: bool = False
     adobe: int | None = None
     """Colour transform of Adobe's marker: 0 none, 1 YCbCr, 2 YCCK."""
+    metadata: bool = False
+    """Whether there is a segment that may hold an orientation (EXIF or XMP)."""
 
     @property
     def is_common(self) -> bool:
@@ -52,6 +57,7 @@ class JpegScan:
             self.state == "whole"
             and self.frame in (*_SEQUENTIAL_HUFFMAN, _PROGRESSIVE_HUFFMAN)
             and self.precision == 8
+            and self.height > 0
             and (len(self.components) == 1 or (len(self.components) == 3 and colour))
         )
 
@@ -94,12 +100,15 @@ def _walk(data: bytes, scan: JpegScan) -> None:
         (length,) = struct.unpack_from(">H", data, place)
         end = place + length
         if kind in _FRAMES:
-            scan.frame, scan.precision, count = kind, data[place + 2], data[place + 7]
+            scan.frame = kind
+            scan.precision, scan.height, scan.width, count = struct.unpack_from(">BHHB", data, place + 2)
             scan.components = [data[place + 8 + 3 * index] for index in range(count)]
         elif kind == _APP0 and data[place + 2 : place + 7] == b"JFIF\0":
             scan.jfif = True
         elif kind == _APP14 and data[place + 2 : place + 7] == b"Adobe":
             scan.adobe = data[place + 13]
+        elif kind == _APP1:
+            scan.metadata = True
         elif kind == _DRI:
             (interval,) = struct.unpack_from(">H", data, place + 2)
         place = end

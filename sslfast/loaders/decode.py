@@ -13,6 +13,7 @@ from torch import Tensor
 from sslfast.images import (
     ORIENTATION,
     BadImageError,
+    ImageHeader,
     OpenImage,
     decode_pixels,
     open_image,
@@ -68,7 +69,7 @@ def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: S
     return crops
 
 
-def stored_box(opened: OpenImage, box: NDArray[np.int64]) -> tuple[int, int, int, int]:
+def stored_box(opened: ImageHeader, box: NDArray[np.int64]) -> tuple[int, int, int, int]:
     """Left, top, right, bottom in the picture as stored, for a box in the upright one."""
     transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
     left, top, right, bottom = (int(edge) for edge in box)
@@ -115,7 +116,7 @@ class BatchDecoder:
         """Fill the slots; the failed ones again with replacements, until none is left."""
         candidates: dict[int, list[int]] = {}
         while slots:
-            opened: dict[int, OpenImage] = {}
+            opened: dict[int, ImageHeader] = {}
             failed: list[int] = []
             for slot in slots:
                 try:
@@ -143,18 +144,19 @@ class BatchDecoder:
                 batch.rows[slot] = candidates[slot].pop()
             slots = failed
 
-    def _take(self, batch: DecodedBatch, slot: int, image: OpenImage, boxes: NDArray[np.int64]) -> None:
+    def _take(self, batch: DecodedBatch, slot: int, image: ImageHeader, boxes: NDArray[np.int64]) -> None:
         """Fill a slot with the image's crops, one per view. Raises BadImageError."""
+        assert isinstance(image, OpenImage)
         crops = decode_crops(image, list(boxes), [view.crop.size for view in self.views.values()])
         for out, crop in zip(batch.crops.values(), crops, strict=True):
             out[slot] = crop
 
-    def _open(self, row: int) -> OpenImage:
+    def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
         return open_image(read_bytes(self._path(row)))
 
-    def _boxes(self, epoch: int, rows: Tensor, images: list[OpenImage]) -> NDArray[np.int64]:
+    def _boxes(self, epoch: int, rows: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""
         shape = np.array([(image.width, image.height) for image in images], dtype=np.int64).reshape(-1, 2)
         boxes = [
