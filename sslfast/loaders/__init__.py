@@ -30,8 +30,8 @@ class LoaderConfig:
     """auto: ffcv for a .beton file; torch for a folder of images, or dali where they are JPEGs, the device is a GPU and
     DALI is installed. synthetic: made-up images, to time everything else."""
     workers: int | None = None
-    """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared by
-    the ranks of this machine, at most 16."""
+    """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared
+    by the ranks of this machine, at most 16."""
     on_bad_image: Literal["error", "skip"] = "error"
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
     list it at the end."""

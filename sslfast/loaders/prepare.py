@@ -146,7 +146,7 @@ def prepare(
                     )
             usable = replace(manifest.without(bad), verified=True)
             if not len(usable):
-                raise ValueError(f"no usable image in {manifest.root}: all {len(bad)} are damaged")
+                raise ValueError(f"no usable image in {manifest.root}: all {len(usable.excluded)} are bad")
             settings = {
                 "mode": config.mode,
                 "jpg_share": config.jpg_share,
