@@ -7,6 +7,10 @@ TORCHVISION ?= 0.26.0
 ABI_TORCH ?= 2.13.0
 ABI_VENV ?= .venv-abi
 
+# Built only where its system headers are; the ffcv loader and its tests are left out elsewhere.
+FFCV ?= ffcv==1.0.2 opencv-python==5.0.0.93 numba==0.68.1 llvmlite==0.50.0
+FFCV_HEADERS := libturbojpeg0-dev libopencv-dev pkg-config g++
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
@@ -18,7 +22,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulation/*.cu t
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.built ## create .venv, install torch and sslfast, compile the core
+install: $(VENV)/.built $(VENV)/.ffcv ## create .venv, install torch and sslfast, compile the core
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
@@ -31,8 +35,19 @@ $(VENV)/.torch:
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q "setuptools>=65,<81" wheel "cmake>=3.24" ninja "pybind11>=2.12"
 	$(PIP) install -q --no-build-isolation -e ".[train,dali,demo,dev]"
+	$(INSTALL_FFCV)
 	@$(BIN)/sslfast info
 	@touch $@
+
+# Headers that are installed later are found by the next `make install`.
+$(VENV)/.ffcv: | $(VENV)/.built
+	$(INSTALL_FFCV)
+
+define INSTALL_FFCV
+@if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then \
+  $(PIP) install -q $(FFCV) torch==$(TORCH) torchvision==$(TORCHVISION) && touch $(VENV)/.ffcv; \
+else echo "sslfast: the ffcv loader is left out: apt-get install -y $(FFCV_HEADERS) && make install"; fi
+endef
 
 $(ABI_VENV)/.torch:
 	$(PYTHON) -m venv $(ABI_VENV)

@@ -5,6 +5,18 @@ import os
 import pytest
 import torch
 
+from sslfast.loaders import ffcv_library
+
+# FFCV is built against system libraries, which not every machine has. SSLFAST_REQUIRE_FFCV=1: it is an error then.
+FFCV_TESTS = ["loaders/test_ffcv.py", "loaders/test_prepare.py"]
+FFCV_USABLE, FFCV_REASON, FFCV_REMEDY = ffcv_library.status()
+collect_ignore = [] if FFCV_USABLE or os.environ.get("SSLFAST_REQUIRE_FFCV") == "1" else FFCV_TESTS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore:
+        terminalreporter.write_line(f"left out: {', '.join(collect_ignore)}: {FFCV_REASON}; {FFCV_REMEDY}")
+
 
 def _devices() -> list[str]:
     if os.environ.get("SSLFAST_REQUIRE_CUDA") == "1":

@@ -8,8 +8,9 @@ batch; and numba beside OpenCV's TBB can hang at exit. Neither ``ffcv`` nor numb
 running process is an error in one line, not SIGBUS.
 
 The threads need no interpreter lock where the time goes: read, decode and resize. A JPEG is decoded at 1/2, 1/4 or 1/8
-by the rule of the ``torch`` loader, and the resize is the same antialiased filter, so crops of kept JPEGs differ from
-that loader's by the rounding of the fast DCT: below 1 grey level on average, at most 16 in a pixel.
+by the rule of the ``torch`` loader, and the resize is the same antialiased filter. So crops of raw pictures are that
+loader's to the bit where it decodes at full size, and crops of kept JPEGs differ by the rounding of the fast DCT: 1.1
+grey levels on average over photographs (ImageNet's), at most 1.7 for 99 of 100 of them, single pixels by up to 17.
 """
 
 import os
@@ -327,6 +328,7 @@ def _thread_pool(workers: int) -> ThreadPoolExecutor:
     started = threading.Barrier(workers + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first operation would set the number that all others have
         torch.set_num_threads(1)
         started.wait()
 

@@ -218,7 +218,7 @@ def test_bad_images_follow_the_policy(tmp_path: Path) -> None:
     assert again.manifest.digest() == verified.digest()
     for name in NAMES:
         (root / name).write_bytes((root / name).read_bytes()[:-300])
-    with pytest.raises(ValueError, match="no usable image in .*: all 11 are bad"):
+    with pytest.raises(ValueError, match=r"no usable image in .*: all 11 are bad"):
         prepare(root, output, on_bad_image="skip", workers=0)
 
 
