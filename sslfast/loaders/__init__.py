@@ -154,7 +154,7 @@ def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tu
     if manifest.archive is not None:
         return "ffcv", "the data is a .beton file"
     if not str(device).startswith("cuda"):  # `torch` is the loader of that name here, once that has been imported
-        return "torch", "the device is no GPU, and Pillow's scaled decoding is the fastest on a CPU"
+        return "torch", "the device is no GPU, and on a CPU DALI is no faster than this"
     jpegs = sum(path.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")) for path in manifest.paths)
     if 2 * jpegs < len(manifest):
         return "torch", f"a GPU decodes JPEGs only, and {len(manifest) - jpegs} of {len(manifest)} files are others"

@@ -14,6 +14,8 @@ A file that DALI cannot decode ends its pipeline, so threads here read and judge
   by the threads, too; the run goes on with a new pipeline.
 
 What stays unseen is what no decoder reports: flipped bits, or blocks of zeros, in the coded data of a JPEG.
+
+Nothing in the pipeline is random or remembers anything, so there is nothing of it to put into a checkpoint.
 """
 
 from collections import deque
@@ -356,13 +358,16 @@ class DaliLoader:
         steps = [step for step in self._decoding if step.join().encoded]
         self._reading.clear()
         self._decoding.clear()
+        # Kept only where its queue is known to be empty; else the next epoch would be handed the crops of this one.
+        decoder, self._decoder = self._decoder, None
         try:
             for _ in steps:
-                if self._decoder is not None:
-                    self._decoder.wait()
-                    self._decoder.release()
+                if decoder is not None:
+                    decoder.wait()
+                    decoder.release()
         except Exception:  # an image of a batch that nobody wants any more
-            self._decoder = None
+            return
+        self._decoder = decoder
 
 
 def status() -> tuple[bool, str, str]:
