@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sslfast.distributed import gather_rows
 from sslfast.ops import bank_update_
 from sslfast.ops.philox import Stream, random_uniform
 
@@ -38,5 +39,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("rows", initial_rows(num_rows, dimensions, seed=seed, dtype=dtype))
 
     def update_(self, index: Tensor, features: Tensor) -> None:
-        """``rows[index] = normalize(momentum * rows[index] + (1 - momentum) * features)``."""
-        bank_update_(self.rows, index, features, momentum=self.momentum)
+        """``rows[index] = normalize(momentum * rows[index] + (1 - momentum) * features)`` for the samples of all ranks.
+
+        Every rank holds the whole bank and applies the same update in the same order, so banks stay equal to the bit.
+        """
+        bank_update_(self.rows, gather_rows(index), gather_rows(features), momentum=self.momentum)

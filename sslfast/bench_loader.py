@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from sslfast.distributed import resolve_device
+from sslfast.distributed import resolve_device, resolve_precision
 from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.views import ViewStage
 from sslfast.manifest import Manifest
 from sslfast.recipes import RECIPES
-from sslfast.trainer import resolve_precision
 
 WARM_UP = 3  # batches
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from sslfast.config import nearest
+from sslfast.distributed import leave
 from sslfast.interrupt import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NOT_FINITE, RunInterruptedError
 from sslfast.loaders.prepare import PrepareConfig
 from sslfast.recipes import RECIPES
@@ -89,19 +90,24 @@ def pretrain(arguments: list[str]) -> int:
     config, data = chosen.config, _data(chosen.data)
     folder = "synthetic" if isinstance(data, int) else data.resolve().name
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
-    trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
-    _print_table(summary(trainer))
-    if chosen.dry_run:
-        return 0
     try:
+        trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
+        if trainer.is_main:
+            _print_table(summary(trainer))
+        if chosen.dry_run:
+            trainer.close()
+            return 0
         result = trainer.fit()
     except RunInterruptedError as stop:
-        report(str(stop))
+        trainer.report(str(stop))
         return EXIT_INTERRUPTED
     except NonFiniteLossError as error:
-        report(f"error: {error}")
+        trainer.report(f"error: {error}")
         return EXIT_NOT_FINITE
-    _print_result(result, output)
+    finally:
+        leave()
+    if trainer.is_main:
+        _print_result(result, output)
     return 0
 
 

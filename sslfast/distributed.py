@@ -1,10 +1,21 @@
-"""Who this process is among the processes of a run (so far a run is one process), and what it computes on."""
+"""Who this process is among the processes of a run, what it computes on, and what the processes tell one another.
 
+Every exchange is the identity in a run of one process, so callers do not ask how many there are.
+"""
+
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,29 +36,139 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (defaults 0, 1, 0).
 
     Raises:
-        ValueError: a value is not a number in its range, or there is more than one process.
+        ValueError: a value is not a number in its range, or there are several processes that cannot find one another.
     """
     environment = os.environ if environment is None else environment
     world_size = _number(environment, "WORLD_SIZE", 1)
     rank, local_rank = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
-    if world_size != 1:
+    if world_size > 1 and not environment.get("MASTER_ADDR"):
         raise ValueError(
-            f"training in several processes is not supported, got WORLD_SIZE={world_size}; "
-            "start one process without torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set; start several processes with torchrun, "
+            "or unset WORLD_SIZE for one"
         )
-    if rank != 0:
+    if rank >= max(world_size, 1):
         raise ValueError(f"RANK must be below WORLD_SIZE={world_size}, got RANK={rank}")
-    return ProcessGroup(rank=rank, world_size=world_size, local_rank=local_rank)
+    return ProcessGroup(rank=rank, world_size=max(world_size, 1), local_rank=local_rank)
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device.
+_TIMEOUT = timedelta(minutes=30)  # the first rank may list and hash a large folder while the others wait
+
+
+def join(group: ProcessGroup, device: torch.device) -> None:
+    """Meet the other processes of a run; nothing to do for one process, or a second time.
+
+    Tensors travel by NCCL between CUDA devices and by gloo between CPUs; small host values always by gloo, so that
+    they never wait for a device.
+    """
+    if group.world_size == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+
+
+def leave() -> None:
+    """End what :func:`join` began; does nothing in a single process. Replicas must be let go of before."""
+    if dist.is_available() and dist.is_initialized():
+        # A group that dies with the last object that holds it can wait for a thread that waits for Python's lock.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Processes that have joined; 1 where none has."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module whose backward averages gradients over ranks; the module itself in a single process.
+
+    BatchNorm normalises by each rank's own part of the batch (PIRL section 4), and buffers stay each rank's business.
+    """
+    if world_size() == 1:
+        return module
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """``[B, ...]`` of every rank, one after the other in the order of ranks: ``[world_size * B, ...]``."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a floating tensor over ranks, the same bits on each."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """The largest value of each entry over ranks."""
+    if world_size() == 1:
+        return x
+    largest = x.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def from_main(value: T) -> T:
+    """The first rank's value on every rank; others pass anything. Host objects only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks in their order, on every rank. Host objects only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    max_over_ranks(torch.zeros(1))
+
+
+def check_replicas(tensors: Iterable[Tensor]) -> None:
+    """Raises RuntimeError unless every rank holds the same values: sums of their bit patterns are compared.
+
+    One pass over the tensors and one small exchange; waits for the device.
+    """
+    if world_size() == 1:
+        return
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = torch.stack(
+        [t.detach().contiguous().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    ).cpu()
+    if not torch.equal(max_over_ranks(sums), -max_over_ranks(-sums)):
+        raise RuntimeError(
+            "weights or bank differ between ranks, so they no longer train one model; go on from the last checkpoint, "
+            "and report this with the versions of the run"
+        )
+
+
+def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device; ``auto`` and ``cuda`` mean the local rank's, if given.
 
     Raises:
         ValueError: no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -11,6 +11,8 @@ from typing import Any, TextIO, TypeVar
 import torch
 from torch import Tensor
 
+from sslfast.distributed import max_over_ranks, mean_over_ranks, world_size
+
 T = TypeVar("T")
 
 
@@ -36,12 +38,21 @@ class DeviceMeans:
         self.count += 1
 
     def read(self) -> tuple[dict[str, float], int | None]:
-        """``(means, first step with a loss that is not finite or None)`` since the last :meth:`reset`."""
+        """``(means, first step with a loss that is not finite or None)`` of all ranks since the last :meth:`reset`."""
+        self._merge_ranks()
         names = list(self.sums)
         packed = torch.stack([self._bad_step.to(torch.float64), *(self.sums[name] for name in names)])
         bad_step, *sums = packed.tolist()  # host sync: the only one of a log interval
         means = {name: total / max(self.count, 1) for name, total in zip(names, sums, strict=True)}
         return means, None if bad_step < 0 else int(bad_step)
+
+    def _merge_ranks(self) -> None:
+        """Makes sums the means over ranks: the same on each, and what the interval goes on from."""
+        if world_size() == 1 or not self.sums:
+            return
+        merged = mean_over_ranks(torch.stack(list(self.sums.values())))
+        self.sums = dict(zip(self.sums, merged.unbind(), strict=True))
+        self._bad_step = max_over_ranks(self._bad_step)
 
     def reset(self) -> None:
         """Start the next interval."""

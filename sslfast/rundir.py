@@ -8,6 +8,7 @@
 import fcntl
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from sslfast.checkpoint import list_checkpoints
 from sslfast.config import load_json, save_json
 
 
@@ -46,6 +48,23 @@ class RunDirectory:
         except OSError as error:
             reason = error.strerror
             raise ValueError(f"cannot write to {self.path} ({reason}); choose another output directory") from None
+
+    def free_bytes(self) -> int:
+        """Free disk space where the directory lies or will lie."""
+        path = self.path.absolute()
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    def check_space(self, needed: int) -> None:
+        """Raises ValueError unless checkpoints of ``needed`` bytes fit, with those that are there already."""
+        own = sum(path.stat().st_size for path in list_checkpoints(self.checkpoints))
+        free = self.free_bytes()
+        if free < needed - own:
+            raise ValueError(
+                f"the checkpoints need {(needed - own) / 1e9:.2f} GB and {self.path} has {free / 1e9:.2f} GB free; "
+                "free some space, lower keep_checkpoints, or choose another output directory"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

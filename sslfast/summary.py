@@ -18,7 +18,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
     if trainer.resume not in ("auto", "never"):
         start = f"resumes {trainer.resume}"
-    size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.free_bytes()
+    size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.run.free_bytes()
     steps = f"{config.epochs:,} epochs x {trainer.steps_per_epoch:,} steps of {config.batch_size:,}"
     peak, final = config.optim.lr_per_256_images * scale, config.optim.final_lr_per_256_images * scale
     return [

@@ -1,27 +1,29 @@
 """The pretraining loop: next batch, views, loss, backward, optimizer step, after_step, metrics."""
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from sslfast import distributed
 from sslfast.checkpoint import (
     checkpoint_path,
     list_checkpoints,
+    load_checkpoint,
     prune_checkpoints,
     remove_leftovers,
     save_checkpoint,
     set_aside_newer,
 )
 from sslfast.config import save_json, to_dict
-from sslfast.distributed import process_group, resolve_device, resolve_precision
 from sslfast.interrupt import Interrupts, RunInterruptedError
 from sslfast.loaders import LoaderConfig, build_loader
 from sslfast.loaders.batch import Batch
@@ -115,10 +117,14 @@ class TrainResult:
 
 
 class Trainer:
-    """One pretraining run on one device.
+    """One pretraining run: this process's part of it, on one device.
+
+    Under ``torchrun`` every rank makes one; they share the batch, gradients are averaged, every rank holds the whole
+    state of the method, and the first rank alone writes.
 
     Everything that can be wrong with the configuration, the data, the device or the disk is a ValueError or
-    FileNotFoundError here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``.
+    FileNotFoundError here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, but
+    for the list of images where several ranks must agree on it.
 
     Args:
         config: what to train and how.
@@ -138,10 +144,15 @@ class Trainer:
         resume: str | Path = "auto",
         report: Callable[[str], None] = print,
     ) -> None:
-        group = process_group()
-        self.config, self.resume, self.report = config, str(resume), report
-        self.device = resolve_device(config.device)
-        self.dtype = resolve_precision(config.precision, self.device)
+        group = distributed.process_group()
+        self.is_main = group.is_main
+        self.config, self.resume = config, str(resume)
+        self.report = report if self.is_main else lambda _line: None
+        self.device = distributed.resolve_device(
+            config.device, local_rank=group.local_rank if group.world_size > 1 else None
+        )
+        distributed.join(group, self.device)
+        self.dtype = distributed.resolve_precision(config.precision, self.device)
         self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         if config.tensorboard:
             check_tensorboard()
@@ -170,6 +181,7 @@ class Trainer:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.method: nn.Module = method.to(self.device)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
+        self.model = distributed.replicate(self.method, self.device)
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
         self.means = DeviceMeans(self.device)
         self.step = 0
@@ -178,17 +190,25 @@ class Trainer:
 
     def _manifest(self, folder: Path) -> Manifest:
         """The rows of the run in the run directory, checked against the data; those of the data for a new run."""
+        if distributed.world_size() > 1 and not self.is_main:
+            distributed.wait_for_all()  # the first rank has listed the images and left the list in the run directory
         if self.run.manifest.exists():
-            return reopen_data(folder, self.run.manifest)
-        progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
-        return open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
+            manifest = reopen_data(folder, self.run.manifest)
+        else:
+            progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty() and self.is_main
+            manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
+        if distributed.world_size() > 1 and self.is_main:
+            self.run.create()
+            manifest.save(self.run.manifest)
+            distributed.wait_for_all()
+        return manifest
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """The algorithm. Nothing here waits for the device."""
         batch = next(batches)
         views = self.stage(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            values = self.method(views, batch.rows, step=self.device_step)
+            values = self.model(views, batch.rows, step=self.device_step)
         values["loss"].backward()
         self.optimizer.step()
         self.method.after_step()  # type: ignore[operator]
@@ -206,30 +226,44 @@ class Trainer:
             NonFiniteLossError: names the step and the last good checkpoint.
             RunInterruptedError: after SIGTERM or SIGINT, with a checkpoint saved.
         """
-        self._check_disk()
-        self.run.create()
-        with self.run.locked():
-            remove_leftovers(self.run.checkpoints)
-            self._resume()
-            save_json(self.run.config, to_dict(self.config))
-            self.run.add_versions({**versions(), "device": str(self.device), "precision": str(self.dtype)})
-            if self.manifest is not None and not self.run.manifest.exists():
-                self.manifest.save(self.run.manifest)
-            try:
+        # The first rank writes; the others read what it has read, and compute.
+        if self.is_main:
+            self.run.check_space(self.disk_bytes())
+            self.run.create()
+        try:
+            with self.run.locked() if self.is_main else nullcontext():
+                self._resume()
+                if self.is_main:
+                    self._save_facts()
                 return self._fit()
-            finally:
-                self.loader.close()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End loader processes and let go of the process group. :meth:`fit` ends with it."""
+        self.loader.close()
+        self.model = self.method
+
+    def _save_facts(self) -> None:
+        save_json(self.run.config, to_dict(self.config))
+        facts = {"device": str(self.device), "precision": str(self.dtype), "processes": distributed.world_size()}
+        self.run.add_versions({**versions(), **facts})
+        if self.manifest is not None and not self.run.manifest.exists():
+            self.manifest.save(self.run.manifest)
 
     def _fit(self) -> TrainResult:
         config, first_step, started = self.config, self.step, time.perf_counter()
-        self._log = LogFile(self.run.log, last_step=first_step)
-        self._board = TensorBoardLog(self.run.tensorboard, last_step=first_step) if config.tensorboard else None
-        self._progress = Progress(config.progress, total_steps=self.total_steps, first_step=first_step)
+        self._log = LogFile(self.run.log, last_step=first_step) if self.is_main else None
+        board = config.tensorboard and self.is_main
+        self._board = TensorBoardLog(self.run.tensorboard, last_step=first_step) if board else None
+        progress = config.progress if self.is_main else "off"
+        self._progress = Progress(progress, total_steps=self.total_steps, first_step=first_step)
         self._timer = LoaderTimer(first_step)
         self.method.train()
         try:
             with Interrupts() as interrupts:
-                while self.step < self.total_steps and not interrupts.requested:
+                stop = self._stop_signal(interrupts)
+                while self.step < self.total_steps and stop is None:
                     epoch, done = divmod(self.step, self.steps_per_epoch)
                     batches = self._timer.waiting(self.loader.epoch(epoch, done))
                     for _ in range(done, self.steps_per_epoch):
@@ -238,22 +272,25 @@ class Trainer:
                             self.train_step(batches)
                         except RuntimeError:
                             # A signal to the whole process group ends loader workers too; the step did not begin.
-                            if interrupts.requested and self._timer.is_waiting:
+                            if distributed.world_size() == 1 and interrupts.requested and self._timer.is_waiting:
+                                stop = interrupts.requested
                                 break
                             raise
                         self._after_step()
-                        if interrupts.requested:
+                        stop = self._stop_signal(interrupts)
+                        if stop is not None:
                             break
-                if interrupts.requested and self.step < self.total_steps:
+                if stop is not None and self.step < self.total_steps:
                     path = self._save()
                     raise RunInterruptedError(
-                        f"stopped by {interrupts.requested.name} after step {self.step}/{self.total_steps}, "
+                        f"stopped by {stop.name} after step {self.step}/{self.total_steps}, "
                         f"saved {path}; the same command goes on from there"
                     )
             checkpoint = self._finish(first_step)
         finally:
             self._progress.close()
-            self._log.close()
+            if self._log is not None:
+                self._log.close()
             if self._board is not None:
                 self._board.close()
         seconds = time.perf_counter() - started
@@ -264,8 +301,20 @@ class Trainer:
             seconds=seconds,
             samples_per_second=(self.step - first_step) * config.batch_size / seconds,
             loader_wait_share=self._timer.total_waited / seconds,
-            bad_images=self.run.add_bad_images(self.loader.bad_images),
+            bad_images=self._list_bad_images(),
         )
+
+    @staticmethod
+    def _stop_signal(interrupts: Interrupts) -> Signals | None:
+        """The signal that any rank has got: all of them stop after the same step."""
+        number = int(
+            distributed.max_over_ranks(torch.tensor(int(interrupts.requested or 0)))
+        )  # host value: waits for no device
+        return Signals(number) if number else None
+
+    def _list_bad_images(self) -> int:
+        found = [pair for pairs in distributed.gather_objects(self.loader.bad_images) for pair in pairs]
+        return self.run.add_bad_images(found) if self.is_main else len(found)
 
     def _finish(self, first_step: int) -> Path:
         if first_step < self.total_steps:
@@ -298,6 +347,8 @@ class Trainer:
         means = self._read_means()
         self.means.reset()
         steps, seconds, waited = self._timer.lap(self.step)
+        if self._log is None:
+            return
         record = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 6),
@@ -334,6 +385,11 @@ class Trainer:
     def _save(self) -> Path:
         # Reading the means keeps a step with a loss that is not finite out of every checkpoint.
         self._read_means()
+        distributed.check_replicas([*self.method.parameters(), *getattr(self.method, "replicated", list)()])
+        self._list_bad_images()
+        path = checkpoint_path(self.run.checkpoints, self.step)
+        if self._log is None:
+            return path
         self._log.sync()
         state = {
             "step": self.step,
@@ -348,18 +404,23 @@ class Trainer:
         prune_checkpoints(
             self.run.checkpoints, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps
         )
-        self.run.add_bad_images(self.loader.bad_images)
         return path
 
     def _resume(self) -> None:
         """Take up a checkpoint if ``self.resume`` and the run directory say so."""
-        found = find_checkpoint(self.run, self.resume, report=self.report)
-        if found is None:
+        found = None
+        if self.is_main:
+            remove_leftovers(self.run.checkpoints)
+            found = find_checkpoint(self.run, self.resume, report=self.report)
+        chosen = distributed.from_main(None if found is None else found[0])
+        if chosen is None:
             return
-        path, state = found
+        path, state = (chosen, load_checkpoint(chosen)) if found is None else found
         check_same_run(path, state, config=to_dict(self.config), manifest_digest=self._manifest_digest())
-        for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
-            self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
+        distributed.wait_for_all()  # everyone has read it
+        if self.is_main:
+            for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
+                self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.means.load_state_dict(state["metrics"])
@@ -383,19 +444,3 @@ class Trainer:
         kept = min(config.keep_checkpoints, math.ceil(self.total_steps / config.checkpoint_every_steps)) + 1
         for_good = self.total_steps // config.keep_every_steps if config.keep_every_steps else 0
         return (kept + for_good) * self.checkpoint_bytes()
-
-    def free_bytes(self) -> int:
-        """Free disk space where the run directory lies or will lie."""
-        path = self.run.path.absolute()
-        while not path.exists():
-            path = path.parent
-        return shutil.disk_usage(path).free
-
-    def _check_disk(self) -> None:
-        own = sum(path.stat().st_size for path in list_checkpoints(self.run.checkpoints))
-        needed, free = self.disk_bytes() - own, self.free_bytes()
-        if free < needed:
-            raise ValueError(
-                f"the checkpoints need {needed / 1e9:.2f} GB and {self.run.path} has {free / 1e9:.2f} GB free; "
-                "free some space, lower keep_checkpoints, or choose another output directory"
-            )

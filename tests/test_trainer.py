@@ -98,6 +98,7 @@ def test_run_directory_and_result(tmp_path: Path) -> None:
         "unix_seconds",
         "device",
         "precision",
+        "processes",
     }
     assert set(facts) == asked
     assert result.step == STEPS
@@ -323,7 +324,7 @@ def test_another_precision_of_another_device_is_said(tmp_path: Path, monkeypatch
     with pytest.raises(RunInterruptedError):
         trainer.fit()
     after = torch.float32 if before == torch.bfloat16 else torch.bfloat16
-    monkeypatch.setattr("sslfast.trainer.resolve_precision", lambda precision, device: after)
+    monkeypatch.setattr("sslfast.distributed.resolve_precision", lambda precision, device: after)
     lines: list[str] = []
     run(tmp_path, report=lines.append)
     assert lines[1:] == [f"precision was {before} so far and is {after} on this device"]
@@ -442,11 +443,11 @@ def test_what_cannot_start_says_so_and_leaves_nothing(tmp_path: Path, monkeypatc
             Trainer(config, ROWS, output)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Trainer(TinyConfig(), tmp_path / "nowhere", output)
-    monkeypatch.setattr(Trainer, "free_bytes", lambda self: 10)
+    monkeypatch.setattr(RunDirectory, "free_bytes", lambda self: 10)
     with pytest.raises(ValueError, match=r"the checkpoints need .* GB and .* has 0\.00 GB free"):
         Trainer(TinyConfig(), ROWS, output).fit()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="several processes is not supported, got WORLD_SIZE=2"):
+    with pytest.raises(ValueError, match="WORLD_SIZE=2, but MASTER_ADDR is not set; start several"):
         Trainer(TinyConfig(), ROWS, output)
     assert not output.exists()
 

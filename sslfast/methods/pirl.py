@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.bank import MemoryBank
+from sslfast.distributed import mean_over_ranks
 from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
@@ -183,7 +184,7 @@ class PIRL(nn.Module):
             self._set_z(self._estimate_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1]))
         losses, lse = self._score(queries, rows, step=step, loss=config.loss)
         if config.loss == "nce" and config.z == "running":
-            self.z.lerp_(self._estimate_z(lse), 1 - config.z_momentum)
+            self.z.lerp_(mean_over_ranks(self._estimate_z(lse)), 1 - config.z_momentum)
         per_view = losses.mean(dim=1)
         logs = {"loss_image": per_view[-1].detach()}
         loss = per_view[-1]
@@ -200,6 +201,10 @@ class PIRL(nn.Module):
             raise RuntimeError("PIRL.after_step was called before a forward pass")
         self.bank.update_(*self._pending)
         self._pending = None
+
+    def replicated(self) -> list[Tensor]:
+        """What must be equal on all ranks besides the parameters."""
+        return [self.bank.rows, self.z]
 
     @contextmanager
     def _running_stats_kept(self) -> Iterator[None]:
@@ -257,5 +262,5 @@ class PIRL(nn.Module):
 
     @torch.no_grad()
     def _set_z(self, z: Tensor) -> None:
-        self.z.copy_(z)
+        self.z.copy_(mean_over_ranks(z))
         self._z_is_set = True

@@ -1,0 +1,203 @@
+"""Several processes of one run, on this machine's CPU over gloo: the same samples, losses, weights and bank as one."""
+
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sslfast.methods.pirl
+from sslfast.checkpoint import list_checkpoints, load_checkpoint
+from sslfast.distributed import (
+    check_replicas,
+    from_main,
+    gather_objects,
+    gather_rows,
+    join,
+    leave,
+    max_over_ranks,
+    mean_over_ranks,
+    process_group,
+)
+from sslfast.interrupt import RunInterruptedError
+from sslfast.loaders import LoaderConfig
+from sslfast.loaders.batch import CropConfig, JigsawConfig, ViewConfig
+from sslfast.methods.pirl import PIRL
+from sslfast.metrics import read_log
+from sslfast.optim import OptimConfig
+from sslfast.rundir import RunDirectory
+from sslfast.trainer import TrainConfig, Trainer
+from tests.tiny import fork_server, same, write_images
+
+IMAGE = ViewConfig(crop=CropConfig(size=16))
+JIGSAW = ViewConfig(crop=CropConfig(size=16), jigsaw=JigsawConfig(grid=2, patch_size=6))
+
+
+class NormFree(nn.Module):
+    """A trunk without BatchNorm, whose output for an image does not depend on the rest of the batch."""
+
+    out_features = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.convolution = nn.Conv2d(3, 12, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.convolution(images)).mean(dim=(2, 3))
+
+
+def config(loss: str = "infonce", negatives: str = "sampled", **changes: Any) -> TrainConfig:
+    method = PIRL.Config(
+        dimensions=8, num_negatives=20, loss=loss, negatives=negatives, z="running", temperature=0.2,
+        image_view=IMAGE, jigsaw_view=JIGSAW, rotation_view=replace(IMAGE, rotation=True),
+    )  # type: ignore[arg-type]  # fmt: skip
+    whole = TrainConfig(
+        method=method, optim=OptimConfig(lr_per_256_images=3.0), loader=LoaderConfig(workers=0), epochs=3, batch_size=4,
+        log_every_steps=3, checkpoint_every_steps=4, keep_checkpoints=9, device="cpu", precision="fp32",
+        tensorboard=False, progress="off",
+    )  # fmt: skip
+    return replace(whole, **changes)
+
+
+def enter(rank: int, ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def train(rank: int, ranks: int, port: int, data: Path, output: Path, arguments: dict[str, Any], linger: float) -> None:
+    """One rank of a run. ``linger``: seconds that each step takes longer."""
+    enter(rank, ranks, port)
+    sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
+    trainer = Trainer(config(**arguments), data, output, report=lambda _line: None)
+    after_step = trainer.method.after_step
+    trainer.method.after_step = lambda: (after_step(), time.sleep(linger))  # type: ignore[assignment]
+    try:
+        trainer.fit()
+    except RunInterruptedError:
+        os._exit(3)
+    leave()
+
+
+def run(target: Any, ranks: int, *arguments: Any, expect: int = 0, meanwhile: Any = None) -> None:
+    """``target(rank, ranks, port, *arguments)`` in a process for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = fork_server()
+    children = [context.Process(target=target, args=(rank, ranks, port, *arguments)) for rank in range(ranks)]
+    for child in children:
+        child.start()
+    if meanwhile is not None:
+        meanwhile(children)
+    for child in children:
+        child.join(120)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert codes == [expect] * ranks
+
+
+def final(output: Path) -> dict[str, Any]:
+    return load_checkpoint(list_checkpoints(RunDirectory(output).checkpoints)[-1])
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in read_log(RunDirectory(output).log)]
+
+
+def assert_near(a: Tensor, b: Tensor, name: str) -> None:
+    """Sums over ranks round in another order. InfoNCE leaves Z unset, not a number."""
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, 19)
+    return folder
+
+
+def exchange(rank: int, ranks: int, port: int) -> None:
+    enter(rank, ranks, port)
+    group = process_group()
+    join(group, torch.device("cpu"))
+    own = torch.arange(4.0).reshape(2, 2) + 10 * rank
+    everyone = torch.cat([torch.arange(4.0).reshape(2, 2) + 10 * r for r in range(ranks)])
+    assert torch.equal(gather_rows(own.T).T, torch.cat(everyone.split(2), dim=1))
+    assert torch.equal(gather_rows(torch.tensor([rank])), torch.arange(ranks))
+    assert mean_over_ranks(torch.tensor(float(rank))) == (ranks - 1) / 2
+    assert torch.equal(max_over_ranks(torch.tensor([rank, -rank])), torch.tensor([ranks - 1, 0]))
+    assert from_main({"rank": rank}) == {"rank": 0}
+    assert gather_objects([rank] * rank) == [[r] * r for r in range(ranks)]
+    equal = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    check_replicas([equal, torch.arange(3)])
+    equal[1] += rank
+    with pytest.raises(RuntimeError, match="weights or bank differ between ranks"):
+        check_replicas([torch.arange(3), equal])
+    leave()
+
+
+def test_exchanges() -> None:
+    run(exchange, 3)
+
+
+def test_one_process_exchanges_nothing() -> None:
+    x = torch.arange(3.0)
+    assert gather_rows(x) is x
+    assert mean_over_ranks(x) is x
+    assert from_main("a") == "a"
+    assert gather_objects(1) == [1]
+    check_replicas([x])
+    leave()
+
+
+@pytest.mark.parametrize(("loss", "negatives"), [("infonce", "sampled"), ("nce", "full"), ("nce", "shared")])
+def test_two_processes_train_as_one(data: Path, tmp_path: Path, loss: str, negatives: str) -> None:
+    arguments = {"loss": loss, "negatives": negatives}
+    for ranks in (1, 2):
+        run(train, ranks, data, tmp_path / str(ranks), arguments, 0.0)
+    one, two = final(tmp_path / "1"), final(tmp_path / "2")
+    assert one["step"] == two["step"] == 12
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+    for name, value in one["method"].items():
+        assert_near(two["method"][name], value, name)
+
+
+def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path) -> None:
+    run(train, 2, data, tmp_path / "whole", {}, 0.0)
+    run(train, 2, data, tmp_path / "part", {}, 0.0)
+    checkpoints = list_checkpoints(RunDirectory(tmp_path / "part").checkpoints)
+    assert [path.stem for path in checkpoints] == ["step_00000004", "step_00000008", "step_00000012"]
+    for path in checkpoints[1:]:
+        path.unlink()
+    run(train, 1, data, tmp_path / "part", {}, 0.0)
+    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    for name, value in final(tmp_path / "whole")["method"].items():
+        assert_near(final(tmp_path / "part")["method"][name], value, name)
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_equal(data: Path, tmp_path: Path) -> None:
+    def interrupt_second(children: list[Any]) -> None:
+        log = RunDirectory(tmp_path / "stopped").log
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(children[1].pid, signal.SIGTERM)
+
+    run(train, 2, data, tmp_path / "stopped", {"loss": "nce"}, 0.1, expect=3, meanwhile=interrupt_second)
+    stopped = final(tmp_path / "stopped")["step"]
+    assert 3 <= stopped < 12
+    run(train, 2, data, tmp_path / "stopped", {"loss": "nce"}, 0.0)
+    run(train, 2, data, tmp_path / "whole", {"loss": "nce"}, 0.0)
+    for key in ("method", "optimizer", "step"):
+        assert same(final(tmp_path / "stopped")[key], final(tmp_path / "whole")[key])
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), rel=1e-12)
