@@ -21,6 +21,7 @@ import torch
 from sslfast.distributed import resolve_device, resolve_precision
 from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status
 from sslfast.loaders.batch import Batch, ViewConfig
+from sslfast.loaders.data import open_data
 from sslfast.loaders.views import ViewStage
 from sslfast.manifest import Manifest
 from sslfast.recipes import RECIPES
@@ -133,9 +134,9 @@ def render_table(rows: list[dict[str, Any]], mean_bytes: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """``sslfast bench loader DATA [--recipe NAME] [--loader NAME ...]``."""
     parser = argparse.ArgumentParser(prog="sslfast bench loader", description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of images")
+    parser.add_argument("data", type=Path, help="folder of images, manifest, or .beton file")
     parser.add_argument("--recipe", choices=RECIPES, default="pirl-paper", help="whose views")
-    parser.add_argument("--loader", nargs="+", choices=LOADERS, help="default: all that are usable")
+    parser.add_argument("--loader", nargs="+", choices=LOADERS, help="default: all that read this data")
     parser.add_argument("--workers", type=int, help="default: the cores")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10.0, help="timed for each line of the table")
@@ -143,11 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
     device = resolve_device(chosen.device)
-    manifest = Manifest.scan(chosen.data, on_bad_image="skip")
+    manifest = open_data(chosen.data, on_bad_image="skip")
     if len(manifest) < chosen.batch_size:
         raise ValueError(f"--batch-size {chosen.batch_size} is more than the {len(manifest)} images; lower it")
     rows = []
-    for name in chosen.loader or LOADERS:
+    readers = [name for name in LOADERS if name != "ffcv"] if manifest.archive is None else ["ffcv", "synthetic"]
+    for name in chosen.loader or readers:
         usable, reason, remedy = loader_status()[name]
         if not usable:
             print(f"{name}: not usable: {reason}; {remedy}", flush=True)

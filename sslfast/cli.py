@@ -119,6 +119,12 @@ def _bench_ops(arguments: list[str]) -> int:
     return run(["ops", *arguments])
 
 
+def _bench_loader(arguments: list[str]) -> int:
+    from sslfast.bench_loader import main as run
+
+    return run(arguments)
+
+
 EVALUATIONS = {
     "knn": Command("knn RUN DATA", "weighted k-nearest-neighbour accuracy", _evaluate_knn),
     "linear": Command("linear RUN DATA", "linear classifier on frozen features", _evaluate_linear),
@@ -127,7 +133,10 @@ DATA_COMMANDS = {
     "verify": Command("verify DIR", "decode every image once, list those that cannot be used", _data_verify),
     "prepare": Command("prepare DATA OUT.beton", "one file for the ffcv loader", _data_prepare),
 }
-BENCHMARKS = {"ops": Command("ops", "time and memory of every op beside plain torch", _bench_ops)}
+BENCHMARKS = {
+    "ops": Command("ops", "time and memory of every op beside plain torch", _bench_ops),
+    "loader": Command("loader DATA", "samples/s of every usable loader on your images", _bench_loader),
+}
 
 
 def _group(name: str, commands: dict[str, Command]) -> Callable[[list[str]], int]:
@@ -154,7 +163,9 @@ COMMANDS = {
     "data": Command("data verify|prepare ...", "check images, store them in one file", _group("data", DATA_COMMANDS)),
     "info": Command("info", "versions, devices, what is usable here and why not", _info),
     "demo": Command("demo", "pretrain and evaluate on real photographs in minutes", _demo),
-    "bench": Command("bench ops", "measure the ops on this machine", _group("bench", BENCHMARKS)),
+    "bench": Command(
+        "bench ops|loader ...", "measure the ops and the loaders on this machine", _group("bench", BENCHMARKS)
+    ),
 }
 
 
