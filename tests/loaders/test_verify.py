@@ -12,7 +12,7 @@ import pytest
 from sslfast import cli
 from sslfast.loaders.data import open_data, reopen_data
 from sslfast.loaders.verify import check_images, map_processes, verify_images
-from sslfast.manifest import Manifest
+from sslfast.manifest import Manifest, _list_files
 from tests.pictures import encoded, picture, write_folder
 
 HOSTILE = [
@@ -112,6 +112,18 @@ def test_hostile_names_and_circles(tmp_path: Path, capsys: pytest.CaptureFixture
     assert lines[2] == f"6 of 8 images can be used, 0 classes; wrote {output}"
     assert {os.fsencode(path) for path in Manifest.load(output).paths} == set(HOSTILE)
     Manifest.load(output).check(contents=True)
+
+
+def test_listing_a_folder_asks_the_system_once_a_folder_not_once_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3000):
+        (tmp_path / f"{number}.jpg").touch()
+    asked = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda *arguments, **options: asked.append(1) or stat(*arguments, **options))
+    assert len(_list_files(tmp_path).paths) == 3000
+    assert len(asked) <= 2
 
 
 def test_a_file_that_goes_away_while_it_is_verified_is_bad(tmp_path: Path) -> None:
