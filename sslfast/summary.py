@@ -3,6 +3,7 @@
 import torch
 
 from sslfast.checkpoint import checkpoint_step, list_checkpoints
+from sslfast.loaders import choose_loader
 from sslfast.trainer import Trainer
 
 
@@ -16,6 +17,9 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
+    loader: str = config.loader.name
+    if loader == "auto":
+        loader = "{} ({})".format(*choose_loader(trainer.manifest, trainer.device))
     if trainer.resume not in ("auto", "never"):
         start = f"resumes {trainer.resume}"
     size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.run.free_bytes()
@@ -25,6 +29,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
         ("data", f"{source}: {trainer.loader.num_rows:,} images"),
+        ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("steps", f"{steps} = {trainer.total_steps:,} steps"),
         ("learning rate", f"{peak:.4g} to {final:.4g}, cosine, changes every {config.optim.lr_update}"),
