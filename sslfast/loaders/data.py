@@ -15,10 +15,10 @@ def open_data(path: Path, *, on_bad_image: Literal["error", "skip"] = "error", p
         on_bad_image: ``error``: images known as bad are a ValueError that names them; ``skip``: they are left out.
         progress: show progress bars on the terminal.
     """
-    if path.suffix == ".beton":
+    if _is_file(path, ".beton"):
         with Beton(path) as beton:
             manifest = beton.manifest
-    elif path.suffix == ".tsv" and not path.is_dir():
+    elif _is_file(path, ".tsv"):
         manifest = Manifest.load(path)
         manifest.check()
     else:
@@ -36,7 +36,7 @@ def reopen_data(path: Path, known: Path) -> Manifest:
 
     ValueError where the data changed, or is another.
     """
-    if path.suffix == ".beton" or (path.suffix == ".tsv" and not path.is_dir()):
+    if _is_file(path, ".beton") or _is_file(path, ".tsv"):
         manifest = open_data(path, on_bad_image="skip")
         run = Manifest.load(known)
         same = manifest.digest() == run.digest() and manifest.archive_id == run.archive_id
@@ -53,3 +53,8 @@ def reopen_data(path: Path, known: Path) -> Manifest:
         raise ValueError(f"the run that {known} belongs to started with a .beton file: give that one, not {path}")
     run.check()
     return run
+
+
+def _is_file(path: Path, suffix: str) -> bool:
+    """Whether the name claims so; a folder may be called anything."""
+    return path.suffix == suffix and not path.is_dir()

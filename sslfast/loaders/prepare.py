@@ -119,7 +119,7 @@ def prepare(
     output = Path(output)
     if output.suffix != ".beton":
         raise ValueError(f"the output must be named *.beton, got {output}")
-    if Path(source).suffix == ".beton":
+    if Path(source).suffix == ".beton" and not Path(source).is_dir():
         raise ValueError(f"{source} is a .beton file already: name the folder that it was made of")
     load_decoder()
     manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)

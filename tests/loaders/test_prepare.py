@@ -318,6 +318,17 @@ def test_files_that_are_not_ours_cut_or_edited(tmp_path: Path) -> None:
     assert len(open_data(output)) == 11
 
 
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    root = tmp_path / "data.beton"  # a folder may be called anything
+    root.mkdir()
+    names = [b"a space.jpg", b"line\nbreak.jpg", b"tab\t.jpg", b"\xff\xfe.jpg"]
+    for key, name in enumerate(names):
+        with open(os.path.join(os.fsencode(root), name), "wb") as file:
+            file.write(encoded(picture(key=key)))
+    prepare(root, tmp_path / "out.beton", workers=2)
+    assert {os.fsencode(path) for path in open_data(tmp_path / "out.beton").paths} == set(names)
+
+
 def test_a_run_goes_on_with_the_file_it_began_with(tmp_path: Path) -> None:
     root, output, run = write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton", tmp_path / "run.tsv"
     prepare(root, output, workers=0)
