@@ -41,11 +41,10 @@ from sslfast.images import (
     silence_pillow,
 )
 from sslfast.jpeg_scan import scan_jpeg
+from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
-from sslfast.loaders.decode import BatchDecoder, DecodedBatch, OnBadImage, PackedPaths, decode_crops, stored_box
-from sslfast.loaders.sampling import EpochPlan, check_views
-from sslfast.manifest import Manifest
+from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedPaths, decode_crops, stored_box
 
 INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
 _PREFETCH = 2  # batches inside DALI: one being taken over, one being decoded meanwhile
@@ -134,65 +133,31 @@ class _Step:
         return self.items
 
 
-class DaliLoader:
+class DaliLoader(ImageLoader):
     """Batches of decoded crops, a pure function of (seed, epoch, step) and of the files.
 
     The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks,
-    with any number of ranks. The partial batch at the end of an epoch is dropped. All work happens in threads of
-    this process; there are no other processes, and nothing stays behind when it ends.
-
-    Args:
-        manifest: row -> file.
-        views: view name -> recipe; the position in this mapping selects the view's random stream.
-        batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
-        seed: of the run.
-        workers: threads that read and judge files, and as many of DALI's own; 0 counts as 1.
-        on_bad_image: what happens at an image that only reading shows to be bad; see :mod:`sslfast.images`.
-        rank, world_size: this process among all.
-        device: where batches go. CUDA: decoded there by nvJPEG; the host never waits for the GPU.
+    with any number of ranks. ``workers`` are threads that read and judge files, and as many of DALI's own; 0 counts as
+    1. There are no other processes, and nothing stays behind when this one ends. CUDA: decoded there by nvJPEG; the
+    host never waits for the GPU. Arguments: see :class:`ImageLoader`.
 
     Raises:
         ValueError: arguments out of range, or DALI is not installed.
         RuntimeError: DALI cannot run on the device.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        views: Mapping[str, ViewConfig],
-        *,
-        batch_size: int,
-        seed: int,
-        workers: int = 1,
-        on_bad_image: OnBadImage = "error",
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {workers=}")
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
+    def _open(self, views: dict[str, ViewConfig]) -> None:
         usable, reason, remedy = status()
         if not usable:
             raise ValueError(f"loader 'dali' cannot be used: {reason}; {remedy}")
-        check_views(views)
-        self.plan = EpochPlan(
-            num_rows=len(manifest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
-        self.device = torch.device(device)
-        self._manifest = manifest
-        self._sizes = {name: view.crop.size for name, view in views.items()}
-        self._threads = max(1, workers)
+        self._threads = max(1, self._workers)
         self._source = _ItemSource(
-            root=str(manifest.root),
-            paths=PackedPaths(manifest.paths),
-            views=dict(views),
-            seed=seed,
-            on_bad_image=on_bad_image,
+            root=str(self._manifest.root),
+            paths=PackedPaths(self._manifest.paths),
+            views=views,
+            seed=self.plan.seed,
+            on_bad_image=self._on_bad_image,
         )
-        self._bad: dict[int, str] = {}
-        self._generation = 0
         self._reading: deque[_Step] = deque()
         self._decoding: deque[_Step] = deque()
         # For good, not around each use: the state of `warnings` belongs to the process, and files are read in threads.
@@ -200,35 +165,9 @@ class DaliLoader:
         self._decoder: DaliDecoder | None = self._new_decoder()
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self._threads, thread_name_prefix="sslfast-read")
 
-    @property
-    def num_rows(self) -> int:
-        return self.plan.num_rows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    @property
-    def bad_images(self) -> list[tuple[str, str]]:
-        """Relative path and reason of every image left out so far: by the scan, then by reading, in row order."""
-        found = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
-        return [*self._manifest.excluded, *found]
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Steps ``start_step ..`` of an epoch; the ones before are not read.
-
-        Starting an epoch ends the iterator of the one before. ValueError: arguments out of range, or (from the
-        iterator) an image that must not train.
-        """
-        self.plan.check_start(epoch, start_step)
-        if self._pool is None:
-            raise RuntimeError("the loader was closed: build a new one")
-        self._generation += 1
-        return self._iterate(epoch, start_step, self._generation)
-
     def close(self) -> None:
         """End the threads and free DALI's memory. Safe to call twice, and in the middle of an epoch."""
-        self._generation += 1
+        super().close()
         self._forget()
         if self._pool is not None:
             self._pool.shutdown()
@@ -239,8 +178,7 @@ class DaliLoader:
             return
         order, submitted = self.plan.order(epoch), start_step
         for step in range(start_step, self.steps_per_epoch):
-            if generation != self._generation:
-                raise RuntimeError("this epoch's iterator ended when the loader was closed or started another epoch")
+            self._check_current(generation)
             if step == start_step:
                 self._forget()
                 self._decoder = self._decoder or self._new_decoder()

@@ -1,18 +1,18 @@
 """The ``synthetic`` loader: crops made up from (seed, row), without files; the ceiling of what a step can consume."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sslfast.loaders.batch import Batch, ViewConfig
-from sslfast.loaders.sampling import EpochPlan, check_views
+from sslfast.loaders.base import PlannedLoader
+from sslfast.loaders.batch import Batch
 from sslfast.ops.philox import Stream, random_uint32
 
 CELLS = 8  # colour cells per side of an image
 
 
-class SyntheticLoader:
+class SyntheticLoader(PlannedLoader):
     """The face of :class:`sslfast.loaders.torch.TorchLoader` over ``num_rows`` images that do not exist.
 
     Image ``row`` is a grid of 8 x 8 random colours, a pure function of (seed, row): the same in every epoch and in
@@ -23,46 +23,10 @@ class SyntheticLoader:
         views, batch_size, seed, rank, world_size, device: as for TorchLoader.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        views: Mapping[str, ViewConfig],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_views(views)
-        self.plan = EpochPlan(num_rows=num_rows, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-        self.device = torch.device(device)
-        self._sizes = {name: view.crop.size for name, view in views.items()}
-
-    @property
-    def num_rows(self) -> int:
-        return self.plan.num_rows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    @property
-    def bad_images(self) -> list[tuple[str, str]]:
-        """Always empty."""
-        return []
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Steps ``start_step ..`` of an epoch. ValueError: arguments out of range."""
-        self.plan.check_start(epoch, start_step)
-        return self._iterate(epoch, start_step)
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def _iterate(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
         order = self.plan.order(epoch)
         for step in range(start_step, self.steps_per_epoch):
+            self._check_current(generation)
             rows = torch.from_numpy(self.plan.share(order, step).copy()).to(self.device)
             cells = colour_cells(rows, seed=self.plan.seed)
             yield Batch(

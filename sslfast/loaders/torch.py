@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslfast.images import BadImageError, require_strict_pillow, silence_pillow
+from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.batch import Batch, ViewConfig
-from sslfast.loaders.decode import BatchDecoder, OnBadImage, PackedPaths
-from sslfast.loaders.sampling import EpochPlan, check_views
-from sslfast.manifest import Manifest
+from sslfast.loaders.decode import BatchDecoder, PackedPaths
+from sslfast.loaders.sampling import EpochPlan
 
 _PREFETCH = 2  # batches in flight per worker
 _SHARED_MEMORY = Path("/dev/shm")
@@ -68,60 +68,27 @@ class _Steps(Sampler[_Task]):
             yield _Task(epoch, self.plan.share(order, step))
 
 
-class TorchLoader:
+class TorchLoader(ImageLoader):
     """Batches of decoded crops, a pure function of (seed, epoch, step) and of the files.
 
     The same pixels come with any number of workers, after a restart at any step, and, put together over the ranks,
-    with any number of ranks. The partial batch at the end of an epoch is dropped.
-
-    Args:
-        manifest: row -> file.
-        views: view name -> recipe; the position in this mapping selects the view's random stream.
-        batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
-        seed: of the run.
-        workers: decoding processes, kept over epochs; 0: decode in this process.
-        on_bad_image: what happens at an image that only decoding shows to be bad; see :mod:`sslfast.images`.
-        rank, world_size: this process among all.
-        device: where batches go. CUDA: pinned memory and a copy on a side stream beside the running step.
+    with any number of ranks. ``workers`` are processes, kept over epochs. CUDA: pinned memory and a copy on a side
+    stream beside the running step. Arguments: see :class:`ImageLoader`.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        views: Mapping[str, ViewConfig],
-        *,
-        batch_size: int,
-        seed: int,
-        workers: int = 0,
-        on_bad_image: OnBadImage = "error",
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {workers=}")
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
+    def _open(self, views: dict[str, ViewConfig]) -> None:
         require_strict_pillow()
-        check_views(views)
-        self.plan = EpochPlan(
-            num_rows=len(manifest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
-        self.device = torch.device(device)
-        self._manifest = manifest
-        self._bad: dict[int, str] = {}
         self._steps = _Steps(self.plan)
-        self._generation = 0
         self._iterator: Any = None
-        self._workers = workers
+        workers = self._workers
         if workers:
-            _check_shared_memory(views, batch_size // world_size, workers)
+            _check_shared_memory(views, self.plan.batch_size // self.plan.world_size, workers)
         decoder = BatchDecoder(
-            root=str(manifest.root),
-            paths=PackedPaths(manifest.paths),
-            views=dict(views),
-            seed=seed,
-            on_bad_image=on_bad_image,
+            root=str(self._manifest.root),
+            paths=PackedPaths(self._manifest.paths),
+            views=views,
+            seed=self.plan.seed,
+            on_bad_image=self._on_bad_image,
         )
         self._loader: DataLoader[dict[str, Any]] | None = DataLoader(
             _Batches(decoder),
@@ -134,35 +101,9 @@ class TorchLoader:
             pin_memory=self.device.type == "cuda",
         )
 
-    @property
-    def num_rows(self) -> int:
-        return self.plan.num_rows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    @property
-    def bad_images(self) -> list[tuple[str, str]]:
-        """Relative path and reason of every image left out so far: by the scan, then by decoding, in row order."""
-        decoded = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
-        return [*self._manifest.excluded, *decoded]
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Steps ``start_step ..`` of an epoch; the ones before are not decoded.
-
-        Starting an epoch ends the iterator of the one before. ValueError: arguments out of range, or (from the
-        iterator) an image that must not train.
-        """
-        self.plan.check_start(epoch, start_step)
-        if self._loader is None:
-            raise RuntimeError("the loader was closed: build a new one")
-        self._generation += 1
-        return self._iterate(epoch, start_step, self._generation)
-
     def close(self) -> None:
         """End the workers. Safe to call twice, and in the middle of an epoch."""
-        self._generation += 1
+        super().close()
         # A DataLoader ends its workers when its iterator is collected, but the traceback of an exception that is
         # being handled (Ctrl-C) would keep that alive; so this calls what its __del__ calls.
         if hasattr(self._iterator, "_shutdown_workers"):
@@ -170,10 +111,9 @@ class TorchLoader:
         self._iterator = self._loader = None
 
     def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
-        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        copies = self._copy_stream()
         for step in range(start_step, self.steps_per_epoch):
-            if generation != self._generation:
-                raise RuntimeError("this epoch's iterator ended when the loader was closed or started another epoch")
+            self._check_current(generation)
             if step == start_step:
                 self._steps.epoch, self._steps.start_step = epoch, start_step
                 assert self._loader is not None
@@ -208,19 +148,6 @@ class TorchLoader:
             time.sleep(0.2)
             raise RuntimeError(f"DataLoader worker broke off: {type(error).__name__}") from None
         return item
-
-    def _to_device(self, batch: Batch, copies: "torch.cuda.Stream | None") -> Batch:
-        if copies is None:
-            return batch
-        # The step before still runs on the current stream; this copy does not wait for it.
-        with torch.cuda.stream(copies):
-            batch.rows = batch.rows.to(self.device, non_blocking=True)
-            batch.crops = {name: crop.to(self.device, non_blocking=True) for name, crop in batch.crops.items()}
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(copies)
-        for tensor in (batch.rows, *batch.crops.values()):
-            tensor.record_stream(current)
-        return batch
 
 
 def status() -> tuple[bool, str, str]:

@@ -1,0 +1,144 @@
+"""What loaders have in common: the plan of an epoch, one iterator at a time, the bad images, the way to a GPU."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from sslfast.loaders.batch import Batch, ViewConfig
+from sslfast.loaders.decode import OnBadImage
+from sslfast.loaders.sampling import EpochPlan, check_views
+from sslfast.manifest import Manifest
+
+
+class PlannedLoader:
+    """A loader whose steps follow an :class:`EpochPlan`; ``_iterate`` is what a loader adds.
+
+    An epoch is a pure function of (seed, epoch), so it can be entered at any step. The partial batch at its end is
+    dropped. Starting an epoch ends the iterator of the one before.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        views: Mapping[str, ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_views(views)
+        self.plan = EpochPlan(num_rows=num_rows, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.device = torch.device(device)
+        self._sizes = {name: view.crop.size for name, view in views.items()}
+        self._generation = 0
+        self._is_open = True
+
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """Path and reason of every image left out so far."""
+        return []
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Steps ``start_step ..`` of an epoch; nothing is done for the ones before.
+
+        ValueError: arguments out of range, or (from the iterator) an image that must not train.
+        """
+        self.plan.check_start(epoch, start_step)
+        if not self._is_open:
+            raise RuntimeError("the loader was closed: build a new one")
+        self._end_epoch()
+        return self._iterate(epoch, start_step, self._generation)
+
+    def close(self) -> None:
+        """Nothing works afterwards. Safe to call twice, and in the middle of an epoch."""
+        self._end_epoch()
+        self._is_open = False
+
+    def _end_epoch(self) -> None:
+        """Whatever iterator there is may not go on."""
+        self._generation += 1
+
+    def _check_current(self, generation: int) -> None:
+        if generation != self._generation:
+            raise RuntimeError("this epoch's iterator ended when the loader was closed or started another epoch")
+
+    def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
+        """The batches. ``generation`` is for :meth:`_check_current`."""
+        raise TypeError(f"{type(self).__name__} does not say how it makes batches")
+
+
+class ImageLoader(PlannedLoader):
+    """A loader of the images of a manifest, in ``workers`` processes or threads.
+
+    Args:
+        manifest: row -> file.
+        views: view name -> recipe; the position in this mapping selects the view's random stream.
+        batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
+        seed: of the run.
+        workers: what decodes; 0: the caller.
+        on_bad_image: what happens at an image that only decoding shows to be bad; see :mod:`sslfast.images`.
+        rank, world_size: this process among all.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        views: Mapping[str, ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        on_bad_image: OnBadImage = "error",
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers=}")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
+        super().__init__(
+            len(manifest), views, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device
+        )
+        self._manifest = manifest
+        self._workers = workers
+        self._on_bad_image = on_bad_image
+        self._bad: dict[int, str] = {}
+        self._open(dict(views))
+
+    def _open(self, views: dict[str, ViewConfig]) -> None:
+        """Start what decodes: the last thing that the constructor does."""
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """Relative path and reason of every image left out so far: by the scan, then by decoding, in row order."""
+        decoded = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
+        return [*self._manifest.excluded, *decoded]
+
+    def _copy_stream(self) -> "torch.cuda.Stream | None":
+        """For :meth:`_to_device`; None on a CPU."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _to_device(self, batch: Batch, copies: "torch.cuda.Stream | None") -> Batch:
+        """Pinned tensors on their way to the device, on a stream beside the step that still runs."""
+        if copies is None:
+            return batch
+        with torch.cuda.stream(copies):
+            batch.rows = batch.rows.to(self.device, non_blocking=True)
+            batch.crops = {name: crop.to(self.device, non_blocking=True) for name, crop in batch.crops.items()}
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(copies)
+        for tensor in (batch.rows, *batch.crops.values()):
+            tensor.record_stream(current)
+        return batch
