@@ -30,124 +30,62 @@ from torch import Tensor
 
 from sslfast.images import BadImageError
 from sslfast.loaders import ffcv_library
+from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.beton import JPG, Beton
-from sslfast.loaders.decode import OnBadImage
-from sslfast.loaders.sampling import EpochPlan, check_views, crop_boxes, crop_draws, replacement_rows
-from sslfast.manifest import Manifest
+from sslfast.loaders.sampling import crop_boxes, crop_draws, replacement_rows
 
 _CHUNK = 8  # images of one task of a thread
 _AHEAD = 2  # steps under way beside the one that is waited for, at least
 
 
-class FFCVLoader:
+class FFCVLoader(ImageLoader):
     """Batches of decoded crops out of a .beton file, a pure function of (seed, epoch, step) and of the file.
 
     The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks, with
-    any number of ranks. The partial batch at the end of an epoch is dropped. Crop boxes lie in the picture as stored.
+    any number of ranks. Crop boxes lie in the picture as stored. ``workers`` are decoding threads. CUDA: pinned memory
+    and a copy on a side stream beside the running step. Arguments: see :class:`ImageLoader`; the manifest is that of
+    :func:`~sslfast.loaders.data.open_data` of a .beton file.
 
     Every row's checksum is compared when the row is first read; a JPEG that the decoder complains about is bad too.
-
-    Args:
-        manifest: of :func:`~sslfast.loaders.data.open_data` of a .beton file.
-        views: view name -> recipe; the position in this mapping selects the view's random stream.
-        batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
-        seed: of the run.
-        workers: decoding threads; 0: decode in the caller's thread.
-        on_bad_image: what happens at a damaged image. ``skip``: another row takes its place.
-        rank, world_size: this process among all.
-        device: where batches go. CUDA: pinned memory and a copy on a side stream beside the running step.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        views: Mapping[str, ViewConfig],
-        *,
-        batch_size: int,
-        seed: int,
-        workers: int = 0,
-        on_bad_image: OnBadImage = "error",
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {workers=}")
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
-        if manifest.archive is None:
+    def _open(self, views: dict[str, ViewConfig]) -> None:
+        archive = self._manifest.archive
+        if archive is None:
             raise ValueError(
-                f"the ffcv loader reads .beton files: make one with `sslfast data prepare {manifest.root}`"
+                f"the ffcv loader reads .beton files: make one with `sslfast data prepare {self._manifest.root}`"
             )
-        check_views(views)
-        self.plan = EpochPlan(
-            num_rows=len(manifest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
-        self.device = torch.device(device)
-        self._on_bad_image = on_bad_image
-        self._bad: dict[int, str] = {}
-        self._generation = 0
-        self._workers = workers
-        self._decoder = _Decoder(Beton(manifest.archive), views, seed)
+        self._decoder = _Decoder(Beton(archive), views, self.plan.seed)
         weakref.finalize(self, self._decoder.beton.close)
-        self._manifest = self._decoder.beton.manifest
-        if self._manifest.archive_id != manifest.archive_id:
+        if self._decoder.beton.manifest.archive_id != self._manifest.archive_id:
             self._decoder.beton.close()
-            raise ValueError(f"{manifest.archive} is no longer the file that was opened before: start again")
-        self._pool = _thread_pool(workers) if workers else None
+            raise ValueError(f"{archive} is no longer the file that was opened before: start again")
+        self._manifest = self._decoder.beton.manifest
+        self._pool = _thread_pool(self._workers) if self._workers else None
         self._steps: deque[_Step] = deque()
-
-    @property
-    def num_rows(self) -> int:
-        return self.plan.num_rows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plan.steps_per_epoch
-
-    @property
-    def bad_images(self) -> list[tuple[str, str]]:
-        """Relative path and reason of every image left out so far: by ``prepare``, then by decoding, in row order."""
-        decoded = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
-        return [*self._manifest.excluded, *decoded]
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Steps ``start_step ..`` of an epoch; the ones before are not decoded.
-
-        Starting an epoch ends the iterator of the one before. ValueError: arguments out of range, or (from the
-        iterator) an image that must not train.
-        """
-        self.plan.check_start(epoch, start_step)
-        if self._decoder.beton.descriptor < 0:
-            raise RuntimeError("the loader was closed: build a new one")
-        self._cancel()
-        return self._iterate(epoch, start_step, self._generation)
 
     def close(self) -> None:
         """End the threads and close the file. Safe to call twice, and in the middle of an epoch."""
-        self._cancel()
+        super().close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._decoder.beton.close()
 
-    def _cancel(self) -> None:
-        self._generation += 1
+    def _end_epoch(self) -> None:
+        super()._end_epoch()
         while self._steps:
             self._steps.popleft().cancelled = True
 
     def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
-        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        copies = self._copy_stream()
         order = self.plan.order(epoch) if start_step < self.steps_per_epoch else None
         local = self.plan.batch_size // self.plan.world_size
         ahead = max(_AHEAD, -(-2 * self._workers * _CHUNK // local)) if self._workers else 0
         next_step = start_step
         try:
             for _ in range(start_step, self.steps_per_epoch):
-                if generation != self._generation:
-                    raise RuntimeError(
-                        "this epoch's iterator ended when the loader was closed or started another epoch"
-                    )
+                self._check_current(generation)
                 while next_step < self.steps_per_epoch and len(self._steps) <= ahead:
                     assert order is not None
                     self._steps.append(self._begin(epoch, self.plan.share(order, next_step)))
@@ -155,7 +93,7 @@ class FFCVLoader:
                 yield self._to_device(self._finish(self._steps[0]), copies)
         finally:
             if generation == self._generation:
-                self._cancel()
+                self._end_epoch()
 
     def _begin(self, epoch: int, rows: NDArray[np.int64]) -> "_Step":
         step = _Step(epoch, rows.copy())
@@ -195,20 +133,9 @@ class FFCVLoader:
             slots = [slot for slot, _ in failed]
             step.boxes[slots] = self._decoder.boxes(step.epoch, step.rows[slots])
             self._decoder.fill(step, slots)
-        return Batch(rows=torch.from_numpy(step.rows), crops=step.crops, epoch=step.epoch)
-
-    def _to_device(self, batch: Batch, copies: "torch.cuda.Stream | None") -> Batch:
-        if copies is None:
-            return batch
-        # The step before still runs on the current stream; this copy does not wait for it.
-        with torch.cuda.stream(copies):
-            batch.rows = batch.rows.pin_memory().to(self.device, non_blocking=True)
-            batch.crops = {name: crop.to(self.device, non_blocking=True) for name, crop in batch.crops.items()}
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(copies)
-        for tensor in (batch.rows, *batch.crops.values()):
-            tensor.record_stream(current)
-        return batch
+        rows = torch.from_numpy(step.rows)
+        rows = rows.pin_memory() if self.device.type == "cuda" else rows
+        return Batch(rows=rows, crops=step.crops, epoch=step.epoch)
 
 
 @dataclass
