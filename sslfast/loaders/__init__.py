@@ -14,6 +14,7 @@ import torch
 from sslfast.loaders.batch import Batch, ViewConfig
 
 if TYPE_CHECKING:
+    from sslfast.loaders.base import ImageLoader
     from sslfast.manifest import Manifest
 
 LOADERS = ("torch", "dali", "ffcv", "synthetic")
@@ -104,37 +105,9 @@ def build_loader(
     workers = default_workers() if config.workers is None else config.workers
     if manifest.archive is not None and name != "ffcv":
         raise ValueError(f"loader {name!r} reads files and {manifest.archive} is a .beton file: use --loader.name ffcv")
-    if name == "ffcv":
-        from sslfast.loaders.ffcv import FFCVLoader
-
-        return FFCVLoader(
-            manifest,
-            views,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            on_bad_image=config.on_bad_image,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
-    if name == "dali":
-        from sslfast.loaders.dali import DaliLoader
-
-        return DaliLoader(
-            manifest,
-            views,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            on_bad_image=config.on_bad_image,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
-    from sslfast.loaders.torch import TorchLoader
-
-    return TorchLoader(
+    readers = {"torch": "TorchLoader", "dali": "DaliLoader", "ffcv": "FFCVLoader"}
+    reader: type["ImageLoader"] = getattr(importlib.import_module(f"sslfast.loaders.{name}"), readers[name])
+    return reader(
         manifest,
         views,
         batch_size=batch_size,
