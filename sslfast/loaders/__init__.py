@@ -106,7 +106,7 @@ def build_loader(
     if manifest.archive is not None and name != "ffcv":
         raise ValueError(f"loader {name!r} reads files and {manifest.archive} is a .beton file: use --loader.name ffcv")
     readers = {"torch": "TorchLoader", "dali": "DaliLoader", "ffcv": "FFCVLoader"}
-    reader: type["ImageLoader"] = getattr(importlib.import_module(f"sslfast.loaders.{name}"), readers[name])
+    reader: type[ImageLoader] = getattr(importlib.import_module(f"sslfast.loaders.{name}"), readers[name])
     return reader(
         manifest,
         views,
