@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +82,9 @@ class TorchLoader(ImageLoader):
         require_strict_pillow()
         self._steps = _Steps(self.plan)
         self._iterator: Any = None
+        self._children: list[BaseProcess] = []
+        # Also at the end of the interpreter, before multiprocessing waits for its children.
+        self._kill = Finalize(self, _kill_workers, args=(self._children,), exitpriority=100)
         workers = self._workers
         if workers:
             _check_shared_memory(views, self.plan.batch_size // self.plan.world_size, workers)
@@ -109,6 +114,7 @@ class TorchLoader(ImageLoader):
         if hasattr(self._iterator, "_shutdown_workers"):
             self._iterator._shutdown_workers()
         self._iterator = self._loader = None
+        _kill_workers(self._children)
 
     def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
         copies = self._copy_stream()
@@ -116,12 +122,20 @@ class TorchLoader(ImageLoader):
             self._check_current(generation)
             if step == start_step:
                 self._steps.epoch, self._steps.start_step = epoch, start_step
-                assert self._loader is not None
-                self._iterator = iter(self._loader)
+                self._start_iterator()
             item = self._next()
             for row, reason in item["bad"]:
                 self._bad.setdefault(row, reason)
             yield self._to_device(Batch(rows=item["rows"], crops=item["crops"], epoch=epoch), copies)
+
+    def _start_iterator(self) -> None:
+        """Workers are noted also where Ctrl-C comes while they start."""
+        assert self._loader is not None
+        before = set(multiprocessing.active_children())
+        try:
+            self._iterator = iter(self._loader)
+        finally:
+            self._children.extend(set(multiprocessing.active_children()) - before)
 
     def _next(self) -> dict[str, Any]:
         try:
@@ -170,6 +184,15 @@ def _start_worker(worker: int) -> None:
     sys.excepthook = _report
     threading.Thread(target=_end_with_main_process, daemon=True).start()
     silence_pillow()
+
+
+def _kill_workers(workers: list[BaseProcess]) -> None:
+    """End the workers that did not end as asked: an interrupt may have come amid the asking. They ignore SIGTERM."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+    workers.clear()
 
 
 def _end_with_main_process() -> None:

@@ -202,6 +202,30 @@ except KeyboardInterrupt:
     assert child.returncode == 0
 
 
+def test_an_interrupt_amid_the_shutdown_leaves_no_worker(tmp_path: Path, manifest: Manifest) -> None:
+    """Workers that were not asked to end (they ignore SIGTERM) neither outlive the process nor keep it from ending."""
+    manifest.save(tmp_path / "manifest.tsv")
+    code = f"""
+from pathlib import Path
+from sslfast.loaders.batch import CropConfig, ViewConfig
+from sslfast.loaders.torch import TorchLoader
+from sslfast.manifest import Manifest
+data = TorchLoader(Manifest.load({str(tmp_path / "manifest.tsv")!r}), {{"image": ViewConfig(crop=CropConfig(size=24))}},
+                   batch_size=6, seed=0, workers=2)
+next(data.epoch(0))
+data._iterator._shutdown = True  # as if its shutdown had been broken off at once
+print(*[child.pid for child in data._children], flush=True)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
+    assert done.returncode == 0
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_arguments_fail_before_any_work(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="must be a multiple of world_size=4"):
         loader(manifest, world_size=4)
