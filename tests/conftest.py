@@ -1,6 +1,7 @@
 """Shared fixtures. Set SSLFAST_REQUIRE_CUDA=1 on a GPU machine: a missing device is then a failure, not a skip."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ collect_ignore = [] if FFCV_USABLE or os.environ.get("SSLFAST_REQUIRE_FFCV") == 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if collect_ignore:
         terminalreporter.write_line(f"left out: {', '.join(collect_ignore)}: {FFCV_REASON}; {FFCV_REMEDY}")
+
+
+# Under nohup and in background jobs Ctrl-C is ignored, and children inherit that: tests of Ctrl-C need it as it is in a
+# terminal.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _devices() -> list[str]:
