@@ -4,6 +4,7 @@ The core is built once, against one torch; the stable ABI promises that it runs 
 needs torch alone (no pytest), so that an environment with another torch stays small.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -22,9 +23,10 @@ def main() -> None:
     query = normalize(torch.randn(2, 3, 24), dim=-1).requires_grad_()
     passed = 0
 
-    for loss in ("infonce", "nce"):
-        value = ops.bank_nce(query, bank, index, num_negatives=19, loss=loss, z=200.0)
-        expected = ops.bank_nce_reference(query, bank, index, num_negatives=19, loss=loss, z=200.0)
+    options = {"num_negatives": 19, "z": 200.0}
+    for loss, negatives in itertools.product(("infonce", "nce"), ("sampled", "shared", "full")):
+        value = ops.bank_nce(query, bank, index, negatives=negatives, loss=loss, **options)
+        expected = ops.bank_nce_reference(query, bank, index, negatives=negatives, loss=loss, **options)
         torch.testing.assert_close(value, expected)
         gradients = [torch.autograd.grad(x.sum(), query)[0] for x in (value, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)  # gradients reach 1 / temperature
@@ -57,9 +59,13 @@ def main() -> None:
     order, offsets = torch.rand(3, 9).argsort(1), torch.randint(3, (3, 9, 2))
     patches = ops.jigsaw_patches(images, order, offsets, patch_size=8)
     assert torch.equal(patches, ops.jigsaw_patches_reference(images, order, offsets, patch_size=8))
-    passed += 6
+    numbers = torch.tensor([1.0, 1, 17, 0.7, 1.2, 1.3, 0.2, 0, 8, 1, 256, 0]).repeat(3, 9, 1)
+    views = {"quarter_turns": turns, "permutation": order, "offsets": offsets, "patch_size": 8}
+    rendered = ops.render_views(images, numbers, **views)
+    torch.testing.assert_close(rendered, ops.render_views_reference(images, numbers, **views), rtol=0, atol=1e-4)
+    passed += 7
 
-    torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, None, 2, 19, 90, 1, True))
+    torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, None, 2, 19, 90, 1, True, False))
     torch.library.opcheck(torch.ops.sslfast.bank_update_.default, (bank, index, query[0].detach(), 0.5))
     torch.library.opcheck(torch.ops.sslfast.bank_enqueue_.default, (*rings[0], query[0].detach()))
     lists = (encoders[0], [source.detach() for source in sources])
