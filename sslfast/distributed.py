@@ -151,7 +151,7 @@ def check_replicas(tensors: Iterable[Tensor]) -> None:
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = torch.stack(
         [t.detach().contiguous().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-    ).cpu()
+    ).cpu()  # host sync: once per checkpoint
     if not torch.equal(max_over_ranks(sums), -max_over_ranks(-sums)):
         raise RuntimeError(
             "weights or bank differ between ranks, so they no longer train one model; go on from the last checkpoint, "
