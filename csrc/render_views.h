@@ -154,6 +154,19 @@ struct PixelMap {
   int64_t down, right;
 };
 
+// (x / 255 - mean) / std as x * scale + shift, per channel.
+struct Normalisation {
+  float scale[3], shift[3];
+
+  Normalisation() = default;
+  Normalisation(const double (&mean)[3], const float (&std_of)[3]) {
+    for (int c = 0; c < 3; ++c) {
+      scale[c] = 1.0f / (255.0f * std_of[c]);
+      shift[c] = static_cast<float>(-mean[c]) / std_of[c];
+    }
+  }
+};
+
 struct ViewShape {
   int64_t batch, size, grid, side;  // grid 0: whole crops, side = size
 

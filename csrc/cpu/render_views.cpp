@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <vector>
 
@@ -24,7 +23,7 @@ struct Problem {
   const int64_t* permutation;  // [B, M] or null
   const int64_t* offsets;      // [B, M, 2] or null
   ViewShape shape;
-  std::array<float, 3> scale, shift;  // of normalisation
+  Normalisation normal;
   bool channels_last;
   Out* out;            // [B * M, 3, side, side], or [B * M, side, side, 3]
   int64_t begin, end;  // pictures of this call
@@ -100,13 +99,14 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const PictureOps& ops, St
   if (p.channels_last) {
     out += first * 3;
     for (int64_t i = 0; i < count; ++i) {
-      for (int c = 0; c < 3; ++c) out[3 * i + c] = static_cast<Out>(planes[c][i] * p.scale[c] + p.shift[c]);
+      for (int c = 0; c < 3; ++c)
+        out[3 * i + c] = static_cast<Out>(planes[c][i] * p.normal.scale[c] + p.normal.shift[c]);
     }
   } else {
     for (int c = 0; c < 3; ++c) {
       Out* __restrict__ target = out + c * pixels + first;
       const float* __restrict__ source = planes[c];
-      const float scale = p.scale[c], shift = p.shift[c];
+      const float scale = p.normal.scale[c], shift = p.normal.shift[c];
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Out>(source[i] * scale + shift);
     }
@@ -276,11 +276,7 @@ Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::op
     p.permutation = values(permutation);
     p.offsets = values(offsets);
     p.shape = shape;
-    const double mean[3] = {mean_r, mean_g, mean_b};
-    for (int c = 0; c < 3; ++c) {
-      p.scale[c] = 1.0f / (255.0f * std_of[c]);
-      p.shift[c] = static_cast<float>(-mean[c]) / std_of[c];
-    }
+    p.normal = Normalisation({mean_r, mean_g, mean_b}, std_of);
     p.channels_last = channels_last;
     p.out = static_cast<Out*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, pictures, 1, [&](int64_t begin, int64_t end) {

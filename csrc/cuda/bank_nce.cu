@@ -8,6 +8,7 @@
 #include "bank_nce.h"
 #include "common/launch.cuh"
 #include "common/vector.cuh"
+#include "cuda/nce_term.cuh"
 
 namespace sslfast {
 namespace {
@@ -44,12 +45,6 @@ struct Problem {
     return binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, num_rows) : 0.0;
   }
 };
-
-template <typename A>
-__device__ __forceinline__ NceTerm<A> nce_term(A u) {
-  const A e = exp(u > A(0) ? -u : u);
-  return NceTerm<A>(u, e, log1p(e));
-}
 
 // Sums M values over the warp; afterwards a lane holds the total of value lane / (32 / M). M is a power of two.
 // Every step halves the values by trading one half for the other half's lanes: M + log2(32 / M) shuffles, not 5 M.

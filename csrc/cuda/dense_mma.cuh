@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
             pair[e] = exp2f(fmaf(score, scale, -subtract));
             sum[m][h] += pair[e];
             if constexpr (kBinary) {
-              const NceTerm<float> term = dense_nce_term(score * static_cast<float>(p.inverse_temperature) - offset);
+              const NceTerm<float> term = nce_term(score * static_cast<float>(p.inverse_temperature) - offset);
               const bool counts = score > -INFINITY;
               loss[m][h] += counts ? term.softplus : 0.0f;
               pair[e] = counts ? term.sigmoid * float(1 << Instruction<T>::kBinaryShift) : 0.0f;

@@ -6,6 +6,7 @@
 
 #include "bank_nce_dense.h"
 #include "common/launch.cuh"
+#include "cuda/nce_term.cuh"
 
 namespace sslfast {
 
@@ -60,11 +61,5 @@ struct DenseProblem {
     return exclude_self && q < queries ? index[q % batch] : -1;
   }
 };
-
-template <typename A>
-__device__ __forceinline__ NceTerm<A> dense_nce_term(A u) {
-  const A e = exp(u > A(0) ? -u : u);
-  return NceTerm<A>(u, e, log1p(e));
-}
 
 }  // namespace sslfast

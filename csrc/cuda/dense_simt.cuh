@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) kernel(const DenseProble
       weights[i] = counts ? exp(score - maximum[i]) : A(0);
       sum[i] += weights[i];  // of this lane's rows
       if (p.binary && counts) {
-        const NceTerm<A> term = dense_nce_term(score - offset);
+        const NceTerm<A> term = nce_term(score - offset);
         loss[i] += term.softplus;
         weights[i] = term.sigmoid;
       }

@@ -87,7 +87,7 @@ struct Rows {
           const float weight = exp2f(fmaf(score, scale, -reference[h]));
           sum[h] += weight;
           if (binary) {
-            const NceTerm<float> term = dense_nce_term(score * (scale * kLn2) - offset);
+            const NceTerm<float> term = nce_term(score * (scale * kLn2) - offset);
             const bool counts = score > -INFINITY;
             loss[h] += counts ? term.softplus : 0.0f;
             score = counts ? term.sigmoid * float(1 << kBinaryShift) : 0.0f;

@@ -23,7 +23,7 @@ struct Problem {
   const int64_t* __restrict__ permutation;  // [B, M] or null
   const int64_t* __restrict__ offsets;      // [B, M, 2] or null
   ViewShape shape;
-  float scale[3], shift[3];  // of normalisation
+  Normalisation normal;
   bool channels_last, photometric;
   uint8_t* scratch;       // [B * M, 3, side, side] levels, or null: in shared memory
   Out* __restrict__ out;  // [B * M, 3, side, side], or [B * M, side, side, 3]
@@ -56,9 +56,9 @@ __device__ __forceinline__ void write_pixel(const Problem<Out>& p, const Picture
   if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
   Out* out = p.out + picture * 3 * pixels + (p.channels_last ? 3 * pixel : pixel);
   const int step = p.channels_last ? 1 : pixels;
-  out[0] = static_cast<Out>(x.r * p.scale[0] + p.shift[0]);
-  out[step] = static_cast<Out>(x.g * p.scale[1] + p.shift[1]);
-  out[2 * step] = static_cast<Out>(x.b * p.scale[2] + p.shift[2]);
+  out[0] = static_cast<Out>(x.r * p.normal.scale[0] + p.normal.shift[0]);
+  out[step] = static_cast<Out>(x.g * p.normal.scale[1] + p.normal.shift[1]);
+  out[2 * step] = static_cast<Out>(x.b * p.normal.scale[2] + p.normal.shift[2]);
 }
 
 // A posterized level, sharpened and solarized.
@@ -191,11 +191,7 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
     p.permutation = values(permutation);
     p.offsets = values(offsets);
     p.shape = shape;
-    const double mean[3] = {mean_r, mean_g, mean_b};
-    for (int c = 0; c < 3; ++c) {
-      p.scale[c] = 1.0f / (255.0f * std_of[c]);
-      p.shift[c] = static_cast<float>(-mean[c]) / std_of[c];
-    }
+    p.normal = Normalisation({mean_r, mean_g, mean_b}, std_of);
     p.channels_last = channels_last;
     p.photometric = photometric;
     p.scratch = shared ? nullptr : static_cast<uint8_t*>(scratch.mutable_data_ptr());
