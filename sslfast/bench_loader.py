@@ -39,7 +39,6 @@ def measure_loader(
     seconds: float,
     device: torch.device,
     render: bool,
-    on_bad_image: Any = "skip",
 ) -> dict[str, Any]:
     """One loader for ``seconds``: rate per batch, processor and memory use.
 
@@ -52,7 +51,6 @@ def measure_loader(
         seconds: how long to time, at least five batches.
         device: where batches go.
         render: also run the view stage on every batch.
-        on_bad_image: as ``LoaderConfig.on_bad_image``.
 
     Returns:
         JSON values: ``samples_per_second`` (all batches over their time), 20 and 80 % quantiles and median over
@@ -60,7 +58,7 @@ def measure_loader(
         process.
     """
     stage = ViewStage(views, seed=0, dtype=resolve_precision("auto", device), channels_last=device.type == "cuda")
-    config = LoaderConfig(name=name, workers=workers, on_bad_image=on_bad_image)  # type: ignore[arg-type]
+    config = LoaderConfig(name=name, workers=workers, on_bad_image="skip")  # type: ignore[arg-type]
     cpu, started = _cpu_seconds(), time.perf_counter()
     loader = build_loader(
         config,

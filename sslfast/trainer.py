@@ -190,16 +190,17 @@ class Trainer:
 
     def _manifest(self, folder: Path) -> Manifest:
         """The rows of the run in the run directory, checked against the data; those of the data for a new run."""
-        if distributed.world_size() > 1 and not self.is_main:
+        if not self.is_main:
             distributed.wait_for_all()  # the first rank has listed the images and left the list in the run directory
         if self.run.manifest.exists():
             manifest = reopen_data(folder, self.run.manifest)
         else:
-            progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty() and self.is_main
+            progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
             manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
         if distributed.world_size() > 1 and self.is_main:
             self.run.create()
-            manifest.save(self.run.manifest)
+            if not self.run.manifest.exists():
+                manifest.save(self.run.manifest)
             distributed.wait_for_all()
         return manifest
 
@@ -307,9 +308,8 @@ class Trainer:
     @staticmethod
     def _stop_signal(interrupts: Interrupts) -> Signals | None:
         """The signal that any rank has got: all of them stop after the same step."""
-        number = int(
-            distributed.max_over_ranks(torch.tensor(int(interrupts.requested or 0)))
-        )  # host value: waits for no device
+        own = torch.tensor(int(interrupts.requested or 0))  # on the host: waits for no device
+        number = int(distributed.max_over_ranks(own))
         return Signals(number) if number else None
 
     def _list_bad_images(self) -> int:

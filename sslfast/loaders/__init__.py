@@ -28,8 +28,8 @@ class LoaderConfig:
     """Where batches come from."""
 
     name: Literal["auto", "torch", "dali", "ffcv", "synthetic"] = "auto"
-    """auto: ffcv for a .beton file; torch for a folder of images, or dali where they are JPEGs, the device is a GPU and
-    DALI is installed. synthetic: made-up images, to time everything else."""
+    """auto: ffcv for a .beton file, torch for a folder of images. dali: JPEGs decoded on the GPU, not measured there
+    yet. synthetic: made-up images, to time everything else."""
     workers: int | None = None
     """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared
     by the ranks of this machine, at most 16."""
