@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from sslfast.bank import initial_rows
+from sslfast.distributed import gather_rows
 from sslfast.ops import bank_enqueue_, bank_nce
 
 
@@ -64,11 +65,7 @@ class MemoryBankModule(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Write keys ``[B, columns]`` over the oldest rows."""
-        if self.gather_distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(parts, keys.contiguous())
-            keys = torch.cat(parts)
-        bank_enqueue_(self.bank, self.bank_ptr, keys)
+        bank_enqueue_(self.bank, self.bank_ptr, gather_rows(keys) if self.gather_distributed else keys)
 
     def extra_repr(self) -> str:
         """Options shown by ``print(module)``."""
