@@ -22,7 +22,7 @@ from sslfast.evaluation.knn import evaluate_knn
 from sslfast.evaluation.linear import evaluate_linear
 from sslfast.methods.pirl import PIRL
 from sslfast.models.resnet import ResNetConfig
-from sslfast.recipes import pirl_small
+from sslfast.recipes.pirl import pirl_small
 from sslfast.trainer import TrainConfig, Trainer
 
 METHODS: dict[str, Callable[[PIRL.Config], PIRL.Config]] = {

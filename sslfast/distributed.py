@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,29 @@ def gather_rows(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def gather_rows_with_gradient(x: Tensor) -> Tensor:
+    """:func:`gather_rows` whose backward sums every rank's gradient for this rank's rows.
+
+    With gradients averaged over ranks afterwards (:func:`replicate`), the mean of the ranks' losses is differentiated.
+    """
+    if world_size() == 1:
+        return x
+    return cast(Tensor, _GatherWithGradient.apply(x))
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

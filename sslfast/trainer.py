@@ -5,13 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from torch import nn
 
 from sslfast import distributed
 from sslfast.checkpoint import (
@@ -25,71 +24,17 @@ from sslfast.checkpoint import (
 )
 from sslfast.config import save_json, to_dict
 from sslfast.interrupt import Interrupts, RunInterruptedError
-from sslfast.loaders import LoaderConfig, build_loader
+from sslfast.loaders import build_loader
 from sslfast.loaders.batch import Batch
 from sslfast.loaders.data import open_data, reopen_data
 from sslfast.loaders.views import ViewStage
 from sslfast.manifest import Manifest
-from sslfast.methods.pirl import PIRL
+from sslfast.methods.base import Method
 from sslfast.metrics import DeviceMeans, LoaderTimer, LogFile, Progress, TensorBoardLog, check_tensorboard, read_log
-from sslfast.models.resnet import ResNetConfig
-from sslfast.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from sslfast.optim import build_optimizer, learning_rate, set_learning_rate
 from sslfast.resume import check_same_run, find_checkpoint
 from sslfast.rundir import RunDirectory, versions
-
-MethodConfig: TypeAlias = PIRL.Config
-"""Configuration of any method; a union as soon as there are several."""
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """Everything that decides a pretraining run, except the data folder and the run directory."""
-
-    recipe: str = "custom"
-    """Recipe that the values started from; kept for the record."""
-    method: MethodConfig = field(default_factory=PIRL.Config)
-    """The pretraining method."""
-    model: ResNetConfig = field(default_factory=ResNetConfig)
-    """The trunk."""
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """How samples are read."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer and learning rate."""
-    epochs: int = 800
-    """Passes over the data; the cosine ends with the last one."""
-    batch_size: int = 1024
-    """Samples per step, over all processes."""
-    seed: int = 0
-    """Every random draw is a function of this, the step or epoch, and the sample's row."""
-    device: str = "auto"
-    """auto (the first CUDA device if there is one, else the CPU), cpu, cuda or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
-    AVX512-BF16 or AMX), else fp32."""
-    channels_last: bool | None = None
-    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
-    devices alone, since on CPUs the other one is the faster."""
-    log_every_steps: int = 10
-    """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
-    checkpoint_every_steps: int = 1000
-    """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGINT."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
-    keep_every_steps: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
-    tensorboard: bool = True
-    """Also write TensorBoard event files (needs the package tensorboard)."""
-    progress: Literal["auto", "bar", "plain", "off"] = "auto"
-    """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep_every_steps < 0:
-            raise ValueError(f"keep_every_steps must be at least 0, got {self.keep_every_steps}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+from sslfast.train_config import TrainConfig
 
 
 class NonFiniteLossError(RuntimeError):
@@ -179,7 +124,7 @@ class Trainer:
         self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=self.channels_last)
         method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        self.method: nn.Module = method.to(self.device)
+        self.method: Method = method.to(self.device)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
         self.model = distributed.replicate(self.method, self.device)
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
@@ -212,7 +157,7 @@ class Trainer:
             values = self.model(views, batch.rows, step=self.device_step)
         values["loss"].backward()
         self.optimizer.step()
-        self.method.after_step()  # type: ignore[operator]
+        self.method.after_step()
         self.means.add(values, step=self.device_step)
 
         self.optimizer.zero_grad()
@@ -266,6 +211,8 @@ class Trainer:
                 stop = self._stop_signal(interrupts)
                 while self.step < self.total_steps and stop is None:
                     epoch, done = divmod(self.step, self.steps_per_epoch)
+                    if done == 0:
+                        self.method.start_epoch(epoch)
                     batches = self._timer.waiting(self.loader.epoch(epoch, done))
                     for _ in range(done, self.steps_per_epoch):
                         self._set_learning_rate()
@@ -385,7 +332,7 @@ class Trainer:
     def _save(self) -> Path:
         # Reading the means keeps a step with a loss that is not finite out of every checkpoint.
         self._read_means()
-        distributed.check_replicas([*self.method.parameters(), *getattr(self.method, "replicated", list)()])
+        distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         self._list_bad_images()
         path = checkpoint_path(self.run.checkpoints, self.step)
         if self._log is None:

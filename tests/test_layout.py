@@ -21,7 +21,7 @@ LAYERS: list[list[str]] = [
     ["sslfast.models", "sslfast.bank", "sslfast.optim", "sslfast.distributed", "sslfast.checkpoint", "sslfast.manifest",
      "sslfast.metrics", "sslfast.rundir", "sslfast.resume", "sslfast.loaders.batch", "sslfast.adapters"],
     ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],
-    ["sslfast.trainer"],
+    ["sslfast.train_config", "sslfast.trainer"],
     ["sslfast.recipes"],
     ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.info",
      "sslfast.demo", "sslfast.demo_data"],

@@ -2,6 +2,7 @@
 child processes that start in a fraction of a second."""
 
 import multiprocessing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -16,11 +17,12 @@ from torch.nn.functional import normalize
 
 from sslfast.loaders import LoaderConfig
 from sslfast.loaders.batch import CropConfig, View, ViewConfig
+from sslfast.methods.base import Method
 from sslfast.models.resnet import ResNetConfig
 from sslfast.trainer import TrainConfig
 
 
-class Tiny(nn.Module):
+class Tiny(Method):
     """Pulls every embedding to its bank row, away from the rows around it."""
 
     @dataclass(kw_only=True)
@@ -47,7 +49,7 @@ class Tiny(nn.Module):
             self.head = nn.Linear(8, 4)
             self.register_buffer("bank", normalize(torch.randn(num_rows, 4), dim=1))
 
-    def forward(self, views: dict[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         query = normalize(self.head(self.trunk(views["image"].pixels).flatten(1)).float(), dim=1)
         self.pending = (rows, query.detach())
         positive = (query * self.bank[rows]).sum(1)

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from sslfast.bank import MemoryBank
 from sslfast.distributed import mean_over_ranks
 from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
@@ -30,14 +31,14 @@ def _jigsaw_view() -> ViewConfig:
     return ViewConfig(crop=CropConfig(size=255, scale=(0.6, 1.0)), jigsaw=JigsawConfig())
 
 
-class PIRL(nn.Module):
+class PIRL(Method):
     """The method as a module: ``method(views, rows, step=...)`` -> losses, then ``method.after_step()``.
 
     State in buffers: ``bank.rows`` and ``z`` (NaN until the first batch has set it).
     """
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(BaseConfig):
         """PIRL and, with ``pretext_weight=0``, NPID."""
 
         name: ClassVar[str] = "pirl"

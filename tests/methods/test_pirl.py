@@ -12,7 +12,8 @@ from sslfast.methods.pirl import PIRL
 from sslfast.models.heads import PatchHead
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.ops import bank_nce_reference
-from sslfast.recipes import RECIPES, pirl_paper, pirl_vissl
+from sslfast.recipes import RECIPES
+from sslfast.recipes.pirl import pirl_paper, pirl_vissl
 
 MODEL = ResNetConfig(name="resnet18")
 JIGSAW = ViewConfig(crop=CropConfig(size=48), jigsaw=JigsawConfig(grid=3, patch_size=16))

@@ -1,18 +1,17 @@
-"""Recipes: functions that return a whole TrainConfig. ``RECIPES`` maps the name on the command line to the function.
+"""Recipes of PIRL and NPID.
 
 Numbers of the ImageNet recipes come from Misra & van der Maaten, CVPR 2020 (sections 3 and 4, appendix A) and from
 VISSL's ``configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml``. Where the paper leaves a value open (colour
 strengths, Z), VISSL's is taken and the field is named in the recipe's docstring.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 from sslfast.methods.pirl import PIRL
 from sslfast.models.resnet import ResNetConfig
 from sslfast.optim import OptimConfig
-from sslfast.trainer import TrainConfig
+from sslfast.train_config import TrainConfig
 
 
 def pirl_paper() -> TrainConfig:
@@ -140,7 +139,7 @@ def demo() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
+RECIPES = {
     "pirl-paper": pirl_paper,
     "pirl-vissl": pirl_vissl,
     "pirl-rotation": pirl_rotation,

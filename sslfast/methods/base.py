@@ -1,0 +1,75 @@
+"""What a method is to the trainer, to the preview and to the evaluations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.models.resnet import ResNetConfig
+
+
+class Method(nn.Module):
+    """A pretraining method. Its state, parameters and buffers, is all that a bit-equal resume needs of it.
+
+    Under several processes every rank holds one and ``forward`` sees that rank's part of the batch; gradients are
+    averaged over ranks by the trainer, everything else is exchanged through ``sslfast.distributed``.
+    """
+
+    trunk: nn.Module
+    """What is pretrained for: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before the first step of every epoch, not when a run resumes in the middle of one."""
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` (0-d, differentiable, mean over this rank's samples) and detached 0-d values for the log.
+
+        Args:
+            views: as the configuration's ``views()`` names them.
+            rows: ``[B]`` int64, manifest row of each sample.
+            step: of the run; random draws are functions of the seed, this and the row.
+        """
+        raise RuntimeError(f"{type(self).__name__} defines no forward")
+
+    def after_step(self) -> None:
+        """Called after the optimizer's step: bank rows, queues, momentum encoders."""
+
+    def replicated(self) -> list[Tensor]:
+        """What must be equal on all ranks besides the parameters."""
+        return []
+
+
+@dataclass(kw_only=True)
+class BaseConfig:
+    """What every method's ``Config`` offers. Subclasses have ``name`` and ``image_view``: a view whose ``crop.size``,
+    ``mean`` and ``std`` are those of whole images, which evaluations use."""
+
+    name: ClassVar[str]
+    trunk_input: ClassVar[Literal["rgb", "lightness"]] = "rgb"
+    """Colours that the trunk sees; lightness: CIE L three times over, see ``methods/colorization.py``."""
+
+    image_view: ViewConfig
+
+    def views(self) -> dict[str, ViewConfig]:
+        """The views that a step needs, in the order that numbers their random streams."""
+        return {"image": self.image_view}
+
+    def preview_views(self) -> dict[str, ViewConfig]:
+        """Views on the preview sheet."""
+        return self.views()
+
+    def preview_panels(self, views: Mapping[str, View], rows: Tensor) -> dict[str, Tensor]:
+        """Further columns of the preview sheet: heading to RGB pictures ``[B, 3, H, W]`` float in 0..1.
+
+        What is asked of the network where the views alone do not show it: a masked image, a target.
+        """
+        return {}
+
+    def validate(self) -> None:
+        """Raises ValueError with the field, its value and what is allowed."""
+
+    def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> Method:
+        """The module for a data set of ``num_rows`` samples."""
+        raise RuntimeError(f"{type(self).__name__} builds nothing")

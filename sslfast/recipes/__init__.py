@@ -1,0 +1,13 @@
+"""Recipes: functions that return a whole TrainConfig, one file per family of methods.
+
+``RECIPES`` maps the name on the command line to the function.
+"""
+
+from collections.abc import Callable
+
+from sslfast.recipes import pirl
+from sslfast.train_config import TrainConfig
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    **pirl.RECIPES,
+}

@@ -1,0 +1,61 @@
+"""The configuration of a pretraining run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sslfast.loaders import LoaderConfig
+from sslfast.methods.pirl import PIRL
+from sslfast.methods.registry import MethodConfig
+from sslfast.models.resnet import ResNetConfig
+from sslfast.optim import OptimConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything that decides a pretraining run, except the data folder and the run directory."""
+
+    recipe: str = "custom"
+    """Recipe that the values started from; kept for the record."""
+    method: MethodConfig = field(default_factory=PIRL.Config)
+    """The pretraining method."""
+    model: ResNetConfig = field(default_factory=ResNetConfig)
+    """The trunk."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How samples are read."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    epochs: int = 800
+    """Passes over the data; the cosine ends with the last one."""
+    batch_size: int = 1024
+    """Samples per step, over all processes."""
+    seed: int = 0
+    """Every random draw is a function of this, the step or epoch, and the sample's row."""
+    device: str = "auto"
+    """auto (the first CUDA device if there is one, else the CPU), cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
+    AVX512-BF16 or AMX), else fp32."""
+    channels_last: bool | None = None
+    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
+    devices alone, since on CPUs the other one is the faster."""
+    log_every_steps: int = 10
+    """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
+    checkpoint_every_steps: int = 1000
+    """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGINT."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files (needs the package tensorboard)."""
+    progress: Literal["auto", "bar", "plain", "off"] = "auto"
+    """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_every_steps < 0:
+            raise ValueError(f"keep_every_steps must be at least 0, got {self.keep_every_steps}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
