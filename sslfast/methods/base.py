@@ -60,10 +60,11 @@ class BaseConfig:
         """Views on the preview sheet."""
         return self.views()
 
-    def preview_panels(self, views: Mapping[str, View], rows: Tensor) -> dict[str, Tensor]:
+    def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
         """Further columns of the preview sheet: heading to RGB pictures ``[B, 3, H, W]`` float in 0..1.
 
-        What is asked of the network where the views alone do not show it: a masked image, a target.
+        What is asked of the network where the views alone do not show it: a masked image, a target. Draws are those of
+        ``seed`` and step 0.
         """
         return {}
 
