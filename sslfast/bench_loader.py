@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="timed for each line of the table")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--chart", type=Path, help="also draw them (.png)")
     chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
     device = resolve_device(chosen.device)
     manifest = open_data(chosen.data, on_bad_image="skip")
@@ -172,4 +173,13 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.json is not None:
         facts = {"device": where, "torch": str(torch.__version__), "platform": platform.platform()}
         chosen.json.write_text(json.dumps({**facts, "recipe": chosen.recipe, "rows": rows}, indent=2) + "\n")
+    if chosen.chart is not None:
+        from sslfast.figures.bars import draw_bars
+
+        rates = {
+            f"{row['loader']}, {'with views' if row['with_views'] else 'crops'}": row["samples_per_second"]
+            for row in rows
+        }
+        title = f"{chosen.recipe}, batches of {chosen.batch_size}, {where}: samples/s"
+        draw_bars(rates, chosen.chart, title=title, unit="/s")
     return 0

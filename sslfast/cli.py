@@ -125,6 +125,12 @@ def _bench_loader(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _bench_step(arguments: list[str]) -> int:
+    from sslfast.bench_step import main as run
+
+    return run(arguments)
+
+
 EVALUATIONS = {
     "knn": Command("knn RUN DATA", "weighted k-nearest-neighbour accuracy", _evaluate_knn),
     "linear": Command("linear RUN DATA", "linear classifier on frozen features", _evaluate_linear),
@@ -136,6 +142,7 @@ DATA_COMMANDS = {
 BENCHMARKS = {
     "ops": Command("ops", "time and memory of every op beside plain torch", _bench_ops),
     "loader": Command("loader DATA", "samples/s of every usable loader on your images", _bench_loader),
+    "step": Command("step [DATA]", "samples/s of a recipe, and where the time of a step goes", _bench_step),
 }
 
 

@@ -28,11 +28,24 @@ def test_rates_come_from_the_loader_that_is_named(tmp_path: Path, render: bool) 
 def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "images", 8)
     arguments = ["--loader", "synthetic", "--recipe", "demo", "--batch-size", "4", "--seconds", "0", "--workers", "0"]
-    assert main([str(tmp_path / "images"), *arguments, "--json", str(tmp_path / "rates.json")]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path / "images"),
+                *arguments,
+                "--json",
+                str(tmp_path / "rates.json"),
+                "--chart",
+                str(tmp_path / "rates.png"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "8 images, recipe demo" in out
     assert "with views" in out
     assert (tmp_path / "rates.json").is_file()
+    assert (tmp_path / "rates.png").stat().st_size > 1000
 
 
 def test_too_few_images_are_an_error_before_work_starts(tmp_path: Path) -> None:

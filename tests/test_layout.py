@@ -23,7 +23,7 @@ LAYERS: list[list[str]] = [
     ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],
     ["sslfast.train_config", "sslfast.trainer"],
     ["sslfast.recipes"],
-    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.info",
+    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.bench_step", "sslfast.info",
      "sslfast.demo", "sslfast.demo_data"],
     ["sslfast.cli", "sslfast.commands", "sslfast.__main__"],
 ]  # fmt: skip
