@@ -15,6 +15,7 @@ namespace sslfast {
 // What a draw is for; the values equal Stream in sslfast/ops/philox.py.
 constexpr uint32_t kStreamNegatives = 0;
 constexpr uint32_t kStreamSharedNegatives = 7;
+constexpr uint32_t kStreamPermutations = 8;
 
 struct PhiloxBlock {
   uint32_t x0, x1, x2, x3;

@@ -27,6 +27,10 @@ class Stream(IntEnum):
     DEMO_CROPS = 5
     PROBE_SPLIT = 6
     SHARED_NEGATIVES = 7
+    PERMUTATIONS = 8  # order of the candidates of csrc/permutations.cpp
+    PRETEXT = 9  # what a covariant method asks: class, pair, colour channels
+    CLUSTERS = 10  # first centroids of k-means
+    CORRUPTION = 11  # noise and masks of the methods that reconstruct
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
 
