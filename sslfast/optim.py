@@ -1,11 +1,12 @@
-"""SGD with the paper's weight-decay rule, and the learning rate as a pure function of the step."""
+"""SGD and LARS with the papers' weight-decay rules, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -14,6 +15,11 @@ _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 class OptimConfig:
     """Stochastic gradient descent with a cosine learning rate (PIRL section 4; VISSL's PIRL configuration)."""
 
+    name: Literal["sgd", "lars"] = "sgd"
+    """sgd, or lars: layer-wise rates for large batches (You et al. 2017), see :class:`LARS`. Its learning rates are
+    larger: 0.3 per 256 images with 10 epochs of warm-up and weight decay 1e-6 in SimCLR (Chen et al. 2020, B.9)."""
+    trust_coefficient: float = 0.001
+    """η of LARS: share of a layer's norm that a step of rate 1 moves it by."""
     lr_per_256_images: float = 0.03
     """Learning rate at batch size 256; the rate used is this times ``batch_size / 256`` (0.12 at 1024)."""
     final_lr_per_256_images: float = 3e-5
@@ -45,13 +51,19 @@ class OptimConfig:
             raise ValueError(f"optim.momentum must be in [0, 1), got {self.momentum}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov needs optim.momentum above 0, got momentum=0")
+        if not self.trust_coefficient > 0:
+            raise ValueError(f"optim.trust_coefficient must be above 0, got {self.trust_coefficient}")
+        if self.name == "lars":
+            for option in ("nesterov", "decay_norm", "decay_bias"):
+                if getattr(self, option):
+                    raise ValueError(f"optim.{option} must be False with optim.name=lars, which has no such form")
         if not self.weight_decay >= 0:
             raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
         if not self.warmup_epochs >= 0:
             raise ValueError(f"optim.warmup_epochs must be at least 0, got {self.warmup_epochs}")
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Two groups, decayed and not decayed, each in the order of ``module.named_parameters()``.
 
     Parameters of normalisation layers belong to ``decay_norm``, the ``bias`` of every other layer to
@@ -79,15 +91,119 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, o
     ]
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig, *, batch_size: int) -> torch.optim.SGD:
-    """``torch.optim.SGD`` over :func:`parameter_groups`, one fused call per operation (``foreach``)."""
-    return torch.optim.SGD(
-        parameter_groups(module, config),
-        lr=config.lr_per_256_images * batch_size / 256,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        foreach=True,
-    )
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, algorithm 1).
+
+    For each weight tensor w with gradient g, weight decay β, trust coefficient η, momentum m and rate γ::
+
+        λ = η |w| / (|g| + β |w|)          (1 where |w| or the denominator is 0)
+        v = m v + γ λ (g + β w)
+        w = w - v
+
+    The rate is inside of the momentum, as in the paper and in SimCLR, so that a falling rate damps old gradients no
+    more than new ones; ``torch.optim.SGD`` has it outside. Groups with ``adapt=False`` have λ = 1 and β = 0: biases and
+    normalisation layers, as in SimCLR. Every operation is one foreach call over a group and nothing is read from the
+    device; ``lr`` may be a 0-d tensor, so that a captured CUDA graph takes up its changes.
+
+    Args:
+        groups: parameter groups with ``params`` and ``adapt``.
+        lr: γ.
+        momentum: m.
+        weight_decay: β of the groups with ``adapt``.
+        trust_coefficient: η.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(groups, defaults)
+        start_momentum(self)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; parameters without a gradient stay as they are. ``closure`` is not supported."""
+        if closure is not None:
+            raise ValueError("LARS.step takes no closure; compute the gradients before it")
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+            if group["adapt"]:
+                moves = self._adapted(parameters, gradients, group)
+            else:
+                moves = list(torch._foreach_mul(gradients, group["lr"]))
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, moves)
+            torch._foreach_sub_(parameters, momenta)
+
+    @staticmethod
+    def _adapted(parameters: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+        """γ λ (g + β w)."""
+        decay = group["weight_decay"]
+        sizes = torch.stack(torch._foreach_norm(parameters))
+        denominators = torch.stack(torch._foreach_norm(gradients)) + decay * sizes
+        usable = (sizes > 0) & (denominators > 0)
+        trust = torch.where(usable, group["trust_coefficient"] * sizes / denominators, torch.ones_like(sizes))
+        moves = list(torch._foreach_add(gradients, parameters, alpha=decay))
+        torch._foreach_mul_(moves, (group["lr"] * trust).unbind())
+        return moves
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig, *, batch_size: int) -> torch.optim.Optimizer:
+    """``torch.optim.SGD`` or :class:`LARS` over :func:`parameter_groups`.
+
+    SGD is fused on CUDA (one kernel over all parameters) and foreach elsewhere, with the same state. Momentum exists,
+    zero, from the start: a step that is undone and a captured graph find it where it stays.
+    """
+    groups = parameter_groups(module, config)
+    lr = config.lr_per_256_images * batch_size / 256
+    if config.name == "lars":
+        adapted, others = groups
+        return LARS(
+            [{**adapted, "adapt": True}, {**others, "adapt": False}],
+            lr=lr,
+            momentum=config.momentum,
+            trust_coefficient=config.trust_coefficient,
+        )
+    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
+    kernel = {"fused": True} if on_cuda else {"foreach": True}
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, **kernel)
+    if config.momentum > 0:
+        start_momentum(optimizer)
+    return optimizer
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter a momentum of zeros, from which SGD's first step is what it is without one."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(
+                parameter, memory_format=torch.preserve_format
+            )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict`` that keeps this device's kernels: fused on CUDA, foreach elsewhere."""
+    kept = [{key: group.get(key) for key in ("foreach", "fused")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kernel in zip(optimizer.param_groups, kept, strict=True):
+        if "fused" in group:
+            group.update(kernel)
 
 
 def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, epochs: int) -> float:
@@ -113,4 +229,7 @@ def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group the rate ``lr``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

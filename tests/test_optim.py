@@ -1,3 +1,4 @@
+import copy
 import math
 from itertools import pairwise
 
@@ -5,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from sslfast.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from sslfast.optim import (
+    LARS,
+    OptimConfig,
+    build_optimizer,
+    learning_rate,
+    load_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 
 PAPER = {"batch_size": 1024, "steps_per_epoch": 10, "epochs": 100}
 
@@ -98,6 +107,128 @@ def test_two_steps_match_the_formula() -> None:
     assert layer.bias.item() == pytest.approx(bias, rel=1e-12)
 
 
+def lars_pair(lr: float | torch.Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    net = network().double()
+    groups = parameter_groups(net, OptimConfig(name="lars", weight_decay=0.02))
+    optimizer = LARS([{**groups[0], "adapt": True}, {**groups[1], "adapt": False}], lr=lr, trust_coefficient=0.01)
+    return net, optimizer
+
+
+def gradients(net: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def test_lars_matches_the_paper() -> None:
+    """Algorithm 1 of You et al. 2017, in plain float64; biases and norm layers with trust 1 and no decay."""
+    net, optimizer = lars_pair(0.5)
+    names = {name: p.detach().clone() for name, p in net.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in names.items()}
+    for step, lr in enumerate((0.5, 0.25, 0.125)):
+        set_learning_rate(optimizer, lr)
+        gradients(net, step)
+        for name, p in net.named_parameters():
+            w, g = names[name], p.grad
+            assert g is not None
+            trust, decay = 1.0, 0.0
+            if name in ("0.weight", "3.weight"):
+                decay = 0.02
+                trust = 0.01 * math.sqrt((w**2).sum()) / (math.sqrt((g**2).sum()) + decay * math.sqrt((w**2).sum()))
+            momenta[name] = 0.9 * momenta[name] + lr * trust * (g + decay * w)
+            names[name] = w - momenta[name]
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), names[name], rtol=1e-12, atol=0)
+
+
+def test_lars_where_norms_are_zero() -> None:
+    """Neither a weight nor a gradient of zeros divides by zero: trust is 1."""
+    weight = nn.Parameter(torch.zeros(2, 3))
+    still = nn.Parameter(torch.ones(2, 3))
+    absent = nn.Parameter(torch.ones(1))
+    optimizer = LARS([{"params": [weight, still, absent]}], lr=0.5, momentum=0.0)
+    weight.grad, still.grad = torch.ones(2, 3), torch.zeros(2, 3)
+    optimizer.step()
+    assert torch.equal(weight, torch.full((2, 3), -0.5))
+    assert torch.equal(still, torch.ones(2, 3))
+    assert torch.equal(absent, torch.ones(1))
+    with pytest.raises(ValueError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_lars_takes_its_rate_from_a_tensor() -> None:
+    """The address stays, which is what a captured graph needs."""
+    (net, optimizer), (other, plain) = lars_pair(torch.tensor(0.5, dtype=torch.float64)), lars_pair(0.5)
+    rate = optimizer.param_groups[0]["lr"]
+    for step, lr in enumerate((0.5, 0.125)):
+        for module, chosen in ((net, optimizer), (other, plain)):
+            set_learning_rate(chosen, lr)
+            gradients(module, step)
+            chosen.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+def test_lars_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, optimizer = lars_pair(0.5)
+    gradients(net, 0)
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("host sync in a step")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_state_goes_on_bit_equal(name: str) -> None:
+    config = OptimConfig(name=name)  # type: ignore[arg-type]
+
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            gradients(net, number)
+            optimizer.step()
+
+    torch.manual_seed(0)
+    net = network().double()
+    optimizer = build_optimizer(net, config, batch_size=256)
+    steps(net, optimizer, range(2))
+    other = network().double()
+    resumed = build_optimizer(other, config, batch_size=256)
+    other.load_state_dict(net.state_dict())
+    load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
+    for module, chosen in ((net, optimizer), (other, resumed)):
+        steps(module, chosen, range(2, 5))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_momentum_that_exists_from_the_start_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = network().double()
+    plain = copy.deepcopy(net)
+    optimizer = build_optimizer(net, OptimConfig(), batch_size=256)
+    usual = torch.optim.SGD(parameter_groups(plain, OptimConfig()), lr=0.03, momentum=0.9)
+    for module, chosen in ((net, optimizer), (plain, usual)):
+        for number in range(3):
+            gradients(module, number)
+            chosen.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+
+
+def test_kernels_are_the_devices_own_after_loading() -> None:
+    """A checkpoint of a CUDA run says fused; the CPU goes on with foreach."""
+    optimizer = build_optimizer(network(), OptimConfig(), batch_size=256)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group["fused"], group["foreach"] = True, None
+    load_optimizer(optimizer, state)
+    assert [(group["fused"], group["foreach"]) for group in optimizer.param_groups] == [(None, True)] * 2
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -106,6 +237,9 @@ def test_two_steps_match_the_formula() -> None:
         ({"final_lr_per_256_images": 1.0}, "final_lr_per_256_images must be in"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov needs"),
+        ({"trust_coefficient": 0.0}, "trust_coefficient must be above 0, got 0.0"),
+        ({"name": "lars", "nesterov": True}, "optim.nesterov must be False with optim.name=lars"),
+        ({"name": "lars", "decay_norm": True}, "optim.decay_norm must be False with optim.name=lars"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
     ],
