@@ -17,13 +17,15 @@ OPS = re.findall(r'"(\w+)\(Tensor', SCHEMA)
 LAYERS: list[list[str]] = [
     ["sslfast._C", "sslfast.__version__"],
     ["sslfast.ops"],
-    ["sslfast.config", "sslfast.images", "sslfast.interrupt", "sslfast.jpeg_scan"],
+    ["sslfast.config", "sslfast.images", "sslfast.interrupt", "sslfast.jpeg_scan",
+     "sslfast.shards", "sslfast.listing"],
     ["sslfast.models", "sslfast.bank", "sslfast.optim", "sslfast.distributed", "sslfast.checkpoint", "sslfast.manifest",
-     "sslfast.metrics", "sslfast.rundir", "sslfast.resume", "sslfast.loaders.batch", "sslfast.adapters"],
+     "sslfast.metrics", "sslfast.rundir", "sslfast.weights", "sslfast.resume", "sslfast.loaders.batch", "sslfast.adapters",
+     "sslfast.permutations"],
     ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],
     ["sslfast.train_config", "sslfast.trainer"],
     ["sslfast.recipes"],
-    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.bench_step", "sslfast.info",
+    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.bench_step", "sslfast.export", "sslfast.info",
      "sslfast.demo", "sslfast.demo_data"],
     ["sslfast.cli", "sslfast.commands", "sslfast.__main__"],
 ]  # fmt: skip
@@ -127,7 +129,8 @@ def test_no_op_without_a_schema() -> None:
 def test_imports_point_one_way(path: Path) -> None:
     module = module_name(path)
     if module == "sslfast":
-        assert imports(path) == set(), "sslfast/__init__.py imports nothing"
+        top = {node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
+        assert {getattr(node, "module", None) for node in top} == {"typing"}, "sslfast/__init__.py imports nothing"
         return
     own = layer(module)
     for name in imports(path):

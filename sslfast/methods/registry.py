@@ -1,8 +1,28 @@
 """The methods that there are."""
 
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
+from sslfast.methods.autoencoder import Autoencoder
+from sslfast.methods.base import BaseConfig
+from sslfast.methods.colorization import Colorization
+from sslfast.methods.inpainting import Inpainting
+from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.pirl import PIRL
+from sslfast.methods.relative_position import RelativePosition
+from sslfast.methods.rotation import Rotation
+from sslfast.methods.super_resolution import SuperResolution
 
-MethodConfig: TypeAlias = PIRL.Config
+MethodConfig: TypeAlias = (
+    PIRL.Config
+    | Autoencoder.Config
+    | Colorization.Config
+    | Inpainting.Config
+    | SuperResolution.Config
+    | Jigsaw.Config
+    | Rotation.Config
+    | RelativePosition.Config
+)
 """Configuration of any method; ``name`` says which."""
+
+METHODS: dict[str, type[BaseConfig]] = {config.name: config for config in get_args(MethodConfig)}
+"""Configuration classes by their name."""

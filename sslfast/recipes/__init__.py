@@ -5,9 +5,11 @@
 
 from collections.abc import Callable
 
-from sslfast.recipes import pirl
+from sslfast.recipes import generative, pirl, pretext
 from sslfast.train_config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **pirl.RECIPES,
+    **pretext.RECIPES,
+    **generative.RECIPES,
 }

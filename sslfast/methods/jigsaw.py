@@ -1,0 +1,128 @@
+"""Jigsaw: which of a fixed set of permutations were the patches shown in (Noroozi & Favaro, ECCV 2016).
+
+Objective: ``loss = -log softmax(h(f(x_π(1)), ..., f(x_π(P))))_c``, where ``x_1 .. x_P`` are the patches of an image's
+cells, ``π = π_c`` the permutation of class ``c``, drawn uniformly for each sample and step from a set of maximal
+Hamming distance (``permutations.py``), f the trunk and h the head: linear, BatchNorm and ReLU for every patch,
+the results concatenated in the order shown, and a linear layer to the classes (VISSL's ResNet form; the paper's is an
+AlexNet). The trunk sees every patch by itself, so patches are computed once as the view stage cut them and their
+features are put into the order of the class: the same numbers as for reordered pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import factorial
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.methods.reconstruction import PixelSpace
+from sslfast.models.heads import JigsawHead
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.ops.philox import Stream, random_integers
+from sslfast.permutations import MAX_CELLS, max_hamming_permutations
+
+JIGSAW = "jigsaw"
+
+
+def jigsaw_view() -> ViewConfig:
+    """255-pixel crop, 3 x 3 cells of 85 pixels, a patch of 64 at a random place of each."""
+    return ViewConfig(crop=CropConfig(size=255, scale=(0.6, 1.0)), jigsaw=JigsawConfig())
+
+
+def draw_classes(rows: Tensor, count: int, *, seed: int, step: int | Tensor) -> Tensor:
+    """``[B]`` int64 uniform on ``0 .. count-1``: the permutation that each sample is shown in."""
+    return random_integers(rows, 1, count, seed=seed, stream=Stream.PRETEXT, step=step)[:, 0]
+
+
+class Jigsaw(Method):
+    """The method as a module. State in buffers: ``permutations`` ``[K, P]``, cell shown in each slot."""
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        """Jigsaw puzzles as a classification of permutations."""
+
+        name: ClassVar[str] = "jigsaw"
+
+        num_permutations: int = 2000
+        """Classes: permutations of maximal Hamming distance; 100, 2,000 and 10,000 are compared in the literature."""
+        patch_features: int = 1000
+        """Columns of each patch after the head's first layer."""
+        normalise_patches: bool = False
+        """Mean 0 and deviation 1 for every channel of every patch, as in the paper; VISSL leaves it out."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """Whole images, for evaluations alone."""
+        jigsaw_view: ViewConfig = field(default_factory=jigsaw_view)
+        """The patches; their order in the view does not matter."""
+
+        def views(self) -> dict[str, ViewConfig]:
+            """The views that a step needs, in the order that numbers their random streams."""
+            return {JIGSAW: self.jigsaw_view}
+
+        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """The patches in the order of the drawn class."""
+            view, jigsaw = views[JIGSAW], self.jigsaw_view.jigsaw
+            assert jigsaw is not None
+            permutations = max_hamming_permutations(self.num_permutations, jigsaw.grid**2, seed)
+            shown = permutations[draw_classes(rows, self.num_permutations, seed=seed, step=0)]
+            patches = gather_patches(view.pixels, slots_of_cells(view).gather(1, shown))
+            pictures = mosaic(PixelSpace(self.jigsaw_view.augment).to_rgb(patches), jigsaw.grid)
+            return {f"which of {self.num_permutations} orders?": pictures}
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            jigsaw = self.jigsaw_view.jigsaw
+            if jigsaw is None:
+                raise ValueError("method.jigsaw_view.jigsaw must be set, got None")
+            cells = jigsaw.grid**2
+            if not 4 <= cells <= MAX_CELLS:
+                raise ValueError(f"method.jigsaw_view.jigsaw.grid must be 2 or 3, got {jigsaw.grid}")
+            if not 2 <= self.num_permutations <= factorial(cells):
+                raise ValueError(
+                    f"method.num_permutations must be in [2, {factorial(cells)}], the orders of {cells} patches, "
+                    f"got {self.num_permutations}"
+                )
+            if self.patch_features < 1:
+                raise ValueError(f"method.patch_features must be at least 1, got {self.patch_features}")
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Jigsaw":
+            """The module; ``num_rows`` does not matter."""
+            return Jigsaw(self, model=model, seed=seed)
+
+    permutations: Tensor
+
+    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        self.config, self.seed = config, seed
+        assert config.jigsaw_view.jigsaw is not None
+        cells = config.jigsaw_view.jigsaw.grid**2
+        self.register_buffer("permutations", max_hamming_permutations(config.num_permutations, cells, seed))
+        self.trunk = build_trunk(model, seed=seed)
+        with seeded(seed + 1):
+            self.head = JigsawHead(self.trunk.out_features, config.patch_features, cells, config.num_permutations)
+
+    def logits(self, view: View, classes: Tensor) -> Tensor:
+        """``[B, K]``: scores of every permutation for the patches shown in those of ``classes`` ``[B]``."""
+        pixels = normalise_patches(view.pixels) if self.config.normalise_patches else view.pixels
+        features = self.trunk(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])  # [B, P, C] by slot of the view
+        slots = slots_of_cells(view).gather(1, self.permutations[classes])
+        scores: Tensor = self.head(gather_patches(features, slots))
+        return scores
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of permutations named right (detached).
+
+        Args:
+            views: "jigsaw".
+            rows: ``[B]`` int64, manifest row of each sample.
+            step: number of the step: with the seed and the row it fixes the class.
+        """
+        classes = draw_classes(rows, len(self.permutations), seed=self.seed, step=step)
+        logits = self.logits(views[JIGSAW], classes)
+        accuracy = (logits.argmax(dim=1) == classes).float().mean()
+        return {"loss": cross_entropy(logits.float(), classes), "accuracy": accuracy}

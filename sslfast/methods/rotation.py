@@ -1,0 +1,85 @@
+"""Rotation (RotNet): by how many quarter turns was the image turned (Gidaris, Singh & Komodakis, ICLR 2018).
+
+Objective: ``loss = 1/4 Σ_k -log softmax(W f(rot_k(x)))_k`` over ``k = 0 .. 3`` quarter turns of every image (eq. 3), or
+the one term of a drawn ``k`` (VISSL). f is the trunk, W one linear layer. The crop is mirrored before it is turned, so
+that the answer is what can be seen; turning moves whole pixels and leaves no trace at the border.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.ops import rotate90
+
+IMAGE = "image"
+
+
+class Rotation(Method):
+    """The method as a module. No state besides the weights."""
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        """Four-way classification of rotations."""
+
+        name: ClassVar[str] = "rotation"
+
+        all_turns: bool = False
+        """True: every image in all four turns, four times the work a step, as in the paper. False: one drawn turn of
+        each, as VISSL does."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """The upright image; the turn is added."""
+
+        def views(self) -> dict[str, ViewConfig]:
+            """The views that a step needs, in the order that numbers their random streams."""
+            return {IMAGE: replace(self.image_view, rotation=not self.all_turns)}
+
+        def preview_views(self) -> dict[str, ViewConfig]:
+            """The turned image, also where a step turns it in all four ways."""
+            return {IMAGE: replace(self.image_view, rotation=True)}
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            if self.image_view.jigsaw is not None or self.image_view.rotation:
+                raise ValueError(
+                    f"method.image_view must be a whole upright image, got jigsaw={self.image_view.jigsaw}, "
+                    f"rotation={self.image_view.rotation}; set neither"
+                )
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Rotation":
+            """The module; ``num_rows`` does not matter."""
+            return Rotation(self, model=model, seed=seed)
+
+    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.trunk = build_trunk(model, seed=seed)
+        with seeded(seed + 1):
+            self.head = nn.Linear(self.trunk.out_features, 4)
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of turns named right (detached).
+
+        Args:
+            views: "image", with quarter turns unless all of them are asked.
+            rows: ``[B]`` int64; not used.
+            step: not used.
+        """
+        pixels, turns = views[IMAGE].pixels, views[IMAGE].quarter_turns
+        if self.config.all_turns:
+            # [4 B]: the four turns of an image stand side by side, as its gradients are summed.
+            turns = torch.arange(4, device=pixels.device).repeat(len(pixels))
+            pixels = rotate90(pixels.repeat_interleave(4, dim=0), turns)
+        if turns is None:
+            raise ValueError("the view has no quarter_turns; set rotation=True in its configuration")
+        logits = self.head(self.trunk(pixels)).float()
+        accuracy = (logits.argmax(dim=1) == turns).float().mean()
+        return {"loss": cross_entropy(logits, turns), "accuracy": accuracy}
