@@ -77,6 +77,12 @@ def _evaluate_linear(arguments: list[str]) -> int:
     return _evaluate(linear.evaluate_linear, linear.render_table, arguments, "sslfast evaluate linear")
 
 
+def _export(arguments: list[str]) -> int:
+    from sslfast.export import export
+
+    return _evaluate(export, str, arguments, "sslfast export")
+
+
 def _neighbours(arguments: list[str]) -> int:
     from sslfast.figures.neighbours import run_neighbours
 
@@ -84,8 +90,8 @@ def _neighbours(arguments: list[str]) -> int:
 
 
 def _evaluate(
-    function: Callable[..., dict[str, Any]],
-    render: Callable[[dict[str, Any]], str],
+    function: Callable[..., Any],
+    render: Callable[[Any], str],
     arguments: list[str],
     prog: str,
 ) -> int:
@@ -167,11 +173,14 @@ COMMANDS = {
     ),
     "preview": Command("preview DATA --recipe NAME -o FILE", "picture sheet of what the network sees", _preview),
     "neighbours": Command("neighbours RUN DATA", "picture sheet of images and their nearest neighbours", _neighbours),
+    "export": Command("export RUN OUT", "the trunk as a file of torchvision, timm, detectron2, ONNX, ...", _export),
     "data": Command("data verify|prepare ...", "check images, store them in one file", _group("data", DATA_COMMANDS)),
     "info": Command("info", "versions, devices, what is usable here and why not", _info),
     "demo": Command("demo", "pretrain and evaluate on real photographs in minutes", _demo),
     "bench": Command(
-        "bench ops|loader ...", "measure the ops and the loaders on this machine", _group("bench", BENCHMARKS)
+        "bench ops|loader|step ...",
+        "measure ops, loaders and training steps on this machine",
+        _group("bench", BENCHMARKS),
     ),
 }
 
