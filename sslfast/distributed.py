@@ -6,6 +6,7 @@ Every exchange is the identity in a run of one process, so callers do not ask ho
 import gc
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -80,6 +81,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Place of this process among those that have joined; 0 where none has."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def process_rank() -> int:
+    """Number of this process among those that have joined; 0 where none has."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """The module whose backward averages gradients over ranks; the module itself in a single process.
 
@@ -89,6 +100,25 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    """Context of a forward and backward whose gradients stay this rank's and wait for the next exchange."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """``module`` whose BatchNorm layers normalise by the samples of all ranks; parameters and names stay.
+
+    Raises:
+        ValueError: the device is no CUDA device.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"sync_batchnorm=True on device {device}: torch synchronises BatchNorm on CUDA devices alone; "
+            "set sync_batchnorm=False, or train on CUDA devices"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -121,6 +151,57 @@ def gather_rows_with_gradient(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     return cast(Tensor, _GatherWithGradient.apply(x))
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor over ranks, the same bits on each."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_to_owners(x: Tensor) -> Tensor:
+    """``[world_size * B, ...]`` of every rank, summed over ranks, of which each rank gets its own ``[B, ...]``.
+
+    The way back from :func:`gather_rows`: rank r gets what all ranks hold for the rows that it gave.
+    """
+    if world_size() == 1:
+        return x
+    own = x.new_empty(len(x) // world_size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(own, x.contiguous())
+    return own
+
+
+def shard_bounds(num_rows: int, ranks: int) -> list[int]:
+    """Where the shards of ``num_rows`` rows begin, and ``num_rows``: rank r holds rows ``bounds[r]`` up to
+    ``bounds[r + 1]``. Sizes differ by one at most."""
+    return [num_rows * rank // ranks for rank in range(ranks + 1)]
+
+
+def shards_on_main(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18) -> Tensor | None:
+    """The whole of what is split over ranks by rows, on the host of the first rank; None on the others.
+
+    Sent ``chunk_rows`` rows at a time, one rank after the other, so the first rank's device holds one chunk more.
+    """
+    if process_rank():
+        for chunk in rows.split(chunk_rows):
+            dist.send(chunk.contiguous(), 0)
+        return None
+    whole = torch.empty(bounds[-1], *rows.shape[1:], dtype=rows.dtype)
+    whole[: len(rows)] = rows.cpu()
+    for source in range(1, len(bounds) - 1):
+        for start in range(bounds[source], bounds[source + 1], chunk_rows):
+            chunk = rows.new_empty(min(chunk_rows, bounds[source + 1] - start), *rows.shape[1:])
+            dist.recv(chunk, source)
+            whole[start : start + len(chunk)] = chunk.cpu()
+    return whole
+
+
+def keep_apart(module: nn.Module, buffers: list[str]) -> None:
+    """:func:`replicate` leaves these buffers of ``module`` alone, which differ between ranks."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -217,6 +298,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
             has_bf16 = any(getattr(torch.cpu, name, bool)() for name in questions)
         return torch.bfloat16 if has_bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the processes again after one of them failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -5,15 +5,21 @@ from typing import TypeAlias, get_args
 from sslfast.methods.autoencoder import Autoencoder
 from sslfast.methods.base import BaseConfig
 from sslfast.methods.colorization import Colorization
+from sslfast.methods.cpc import CPC
 from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
+from sslfast.methods.moco import MoCo
 from sslfast.methods.pirl import PIRL
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
+from sslfast.methods.simclr import SimCLR
 from sslfast.methods.super_resolution import SuperResolution
 
 MethodConfig: TypeAlias = (
     PIRL.Config
+    | SimCLR.Config
+    | MoCo.Config
+    | CPC.Config
     | Autoencoder.Config
     | Colorization.Config
     | Inpainting.Config

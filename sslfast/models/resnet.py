@@ -1,6 +1,8 @@
 """Trunks: torchvision's ResNets without the classifier, with an ImageNet stem or one for small images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -18,6 +20,14 @@ class ResNetConfig:
     stem: Literal["imagenet", "small"] = "imagenet"
     """imagenet: 7x7 stride 2 and max-pool, total stride 32. small: 3x3 stride 1, no pool, total stride 8,
     for images up to 64 px."""
+    norm: Literal["batch", "layer"] = "batch"
+    """batch: BatchNorm. layer: every image by its own mean and variance over channels and pixels (GroupNorm of one
+    group), nothing of other images; torchvision's weights do not fit it."""
+
+
+def norm_layer(config: ResNetConfig) -> Callable[[int], nn.Module]:
+    """Channels to a normalisation layer."""
+    return nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 1)
 
 
 class _StridedConv(nn.Conv2d):
@@ -59,7 +69,7 @@ class ResNetTrunk(nn.Module):
                 f"{config.name} needs torchvision, which does not import beside torch {torch.__version__}: {error}. "
                 "Install the pair that matches, for example `pip install torch==2.11.0 torchvision==0.26.0`"
             ) from error
-        net = getattr(torchvision.models, config.name)(weights=None)
+        net = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm_layer(config))
         if config.stem == "small":
             net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

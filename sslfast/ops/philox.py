@@ -31,6 +31,7 @@ class Stream(IntEnum):
     PRETEXT = 9  # what a covariant method asks: class, pair, colour channels
     CLUSTERS = 10  # first centroids of k-means
     CORRUPTION = 11  # noise and masks of the methods that reconstruct
+    BATCH_ORDER = 12  # shuffled over ranks by MoCo
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
 

@@ -5,11 +5,12 @@
 
 from collections.abc import Callable
 
-from sslfast.recipes import generative, pirl, pretext
+from sslfast.recipes import contrastive, generative, pirl, pretext
 from sslfast.train_config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **pirl.RECIPES,
+    **contrastive.RECIPES,
     **pretext.RECIPES,
     **generative.RECIPES,
 }

@@ -46,9 +46,9 @@ class TinyTrunk(resnet.ResNetTrunk):
     out_features = 24
     normalised = True
 
-    def __init__(self, _config: resnet.ResNetConfig) -> None:
+    def __init__(self, config: resnet.ResNetConfig) -> None:
         nn.Module.__init__(self)
-        norm = nn.BatchNorm2d if self.normalised else lambda _channels: nn.Identity()
+        norm = resnet.norm_layer(config) if self.normalised else lambda _channels: nn.Identity()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(8)
         self.relu, self.maxpool = nn.ReLU(), nn.Identity()
         channels = (8, 8, 12, 16, 24)

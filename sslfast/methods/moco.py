@@ -1,0 +1,172 @@
+"""MoCo: momentum contrast (v1: He et al., CVPR 2020; v2: Chen, Fan, Girshick & He, arXiv 2003.04297).
+
+Objective (He et al. eq. 1): ``loss = -log( exp(q·k/τ) / (exp(q·k/τ) + sum_j exp(q·n_j/τ)) )``, where q is the embedding
+of one view of an image by the trained encoder, k that of another view by an encoder whose weights are a moving average
+of the trained ones (eq. 2: ``θ_k = m θ_k + (1 - m) θ_q``), and ``n_j`` are the K newest keys of batches before, a ring.
+No gradient reaches keys or ring. Version 2 differs by an MLP head, τ = 0.2 and, in its recipe, blur and a cosine.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sslfast.bank import initial_rows
+from sslfast.distributed import gather_rows, rank, world_size
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.models.heads import MLPHead
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.ops import bank_enqueue_, bank_nce_dense, ema_update_
+from sslfast.ops.philox import Stream, random_uint32
+
+QUERY, KEY = "query", "key"
+
+
+class MoCo(Method):
+    """The method as a module. State: both encoders, ``queue`` (random unit rows at first) and its ``head``.
+
+    After the step the key encoder moves, then the batch's keys replace the oldest of the ring; under several processes
+    the keys of all ranks, in their order.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        """MoCo v1; v2 with ``projection="mlp"`` and ``temperature=0.2``."""
+
+        name: ClassVar[str] = "moco"
+
+        projection: Literal["linear", "mlp"] = "linear"
+        """Head on the trunk: linear (v1), or two layers with a ReLU between, as wide as the trunk's features (v2)."""
+        dimensions: int = 128
+        """Columns of the queue."""
+        temperature: float = 0.07
+        """τ of the scores; 0.2 in v2."""
+        queue_size: int = 65536
+        """K, keys in the ring; need not be a multiple of the batch."""
+        momentum: float = 0.999
+        """m, weight of the key encoder's old weights."""
+        shuffle: bool = True
+        """Encode keys in an order shuffled over ranks, so that a query and its key do not share BatchNorm statistics
+        (He et al. section 3.3). In one process there is a single batch and nothing to shuffle."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """Both views: two draws of it."""
+
+        def views(self) -> dict[str, ViewConfig]:
+            """Two draws of the image view."""
+            return {QUERY: self.image_view, KEY: self.image_view}
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            for name in ("dimensions", "queue_size"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+            if not self.temperature > 0:
+                raise ValueError(f"method.temperature must be positive, got {self.temperature}")
+            if not 0 <= self.momentum <= 1:
+                raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
+            if self.image_view.jigsaw is not None:
+                raise ValueError("method.image_view.jigsaw must not be set: MoCo embeds whole images")
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "MoCo":
+            """The module for a data set of ``num_rows`` samples."""
+            return MoCo(self, model=model, seed=seed)
+
+    queue: Tensor
+    head: Tensor
+
+    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.seed = seed
+        self.trunk = build_trunk(model, seed=seed)
+        features, dimensions = self.trunk.out_features, config.dimensions
+        with seeded(seed + 1):
+            self.projection: nn.Module = (
+                nn.Linear(features, dimensions)
+                if config.projection == "linear"
+                else MLPHead(features, features, dimensions)
+            )
+        self.key_trunk = copy.deepcopy(self.trunk).requires_grad_(False)
+        self.key_projection = copy.deepcopy(self.projection).requires_grad_(False)
+        self.register_buffer("queue", initial_rows(config.queue_size, dimensions, seed=seed))
+        self.register_buffer("head", torch.zeros((), dtype=torch.int64))
+        self._pending: Tensor | None = None
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Args:
+            views: "query" and "key".
+            rows: ``[B]`` int64, manifest row of each sample; unused.
+            step: of the run: with the seed it fixes the shuffled order.
+
+        Returns:
+            ``loss`` (0-d, differentiable) and detached 0-d ``similarity``, the mean of q·k.
+        """
+        queries = normalize(self.projection(self.trunk(views[QUERY].pixels)).float(), dim=1)
+        keys, self._pending = self._encode_keys(views[KEY].pixels, step)
+        similarity = (queries * keys).sum(dim=1)  # [B]
+        loss = queue_loss(queries, similarity, self.queue, temperature=self.config.temperature)
+        return {"loss": loss.mean(), "similarity": similarity.detach().mean()}
+
+    def after_step(self) -> None:
+        """Moves the key encoder toward the weights of the step just taken, and the batch's keys into the ring."""
+        if self._pending is None:
+            raise RuntimeError("MoCo.after_step was called before a forward pass")
+        ema_update_(
+            chain(self.key_trunk.parameters(), self.key_projection.parameters()),
+            chain(self.trunk.parameters(), self.projection.parameters()),
+            momentum=self.config.momentum,
+        )
+        bank_enqueue_(self.queue, self.head, self._pending)
+        self._pending = None
+
+    def replicated(self) -> list[Tensor]:
+        """What must be equal on all ranks besides the parameters."""
+        return [self.queue, self.head]
+
+    @torch.no_grad()
+    def _encode_keys(self, pixels: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Unit keys of this rank's images ``[B, D]``, and of all ranks' in their order ``[ranks * B, D]``, fp32."""
+        if world_size() == 1 or not self.config.shuffle:
+            keys = self._key(pixels)
+            return keys, gather_rows(keys)
+        own = slice(rank() * len(pixels), (rank() + 1) * len(pixels))
+        everyone = gather_rows(pixels)
+        order = batch_order(len(everyone), seed=self.seed, step=step, device=pixels.device)
+        shuffled = gather_rows(self._key(everyone[order[own]]))
+        keys = torch.empty_like(shuffled)
+        keys[order] = shuffled
+        return keys[own], keys
+
+    def _key(self, pixels: Tensor) -> Tensor:
+        return normalize(self.key_projection(self.key_trunk(pixels)).float(), dim=1)
+
+
+def queue_loss(queries: Tensor, similarity: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
+    """``[B]`` losses ``log(exp(q·k/τ) + sum_j exp(q·n_j/τ)) - q·k/τ``: InfoNCE over one positive and the K queue rows.
+
+    Args:
+        queries: ``[B, D]`` fp32 (fp64 for an fp64 queue).
+        similarity: ``[B]``, q·k of each query and its key.
+        queue: ``[K, D]``; takes no gradient.
+        temperature: τ > 0.
+    """
+    nowhere = torch.full((len(queries),), -1, device=queries.device)  # no query has its positive in the queue
+    negatives, _ = bank_nce_dense(queries[None], queue, nowhere, temperature=temperature)  # log-sum-exp over the queue
+    positive = similarity / temperature
+    return torch.logaddexp(negatives[0], positive) - positive
+
+
+def batch_order(count: int, *, seed: int, step: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """``[count]`` int64: a permutation of 0 .. count-1, a function of seed and step."""
+    slots = torch.arange(count, device=device)
+    return random_uint32(slots, 1, seed=seed, stream=Stream.BATCH_ORDER, step=step)[:, 0].argsort(stable=True)

@@ -1,0 +1,111 @@
+"""SimCLR: a simple framework for contrastive learning (Chen, Kornblith, Norouzi & Hinton, ICML 2020).
+
+Objective (eq. 1, NT-Xent), the mean over the 2B views of a batch of ``loss_i = -log( exp(z_i·z_p(i)/τ) /
+sum_{j≠i} exp(z_i·z_j/τ) )``, where z are unit embeddings behind an MLP and p(i) is the other view of the same image.
+Under several processes a view is contrasted with those of all ranks. The ``[2B, 2B]`` matrix is never kept: see
+``models/contrast.py``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sslfast.distributed import gather_rows_with_gradient, rank
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.models.contrast import info_nce
+from sslfast.models.heads import MLPHead
+from sslfast.models.init import seeded
+from sslfast.models.norm import globalise
+from sslfast.models.resnet import ResNetConfig, build_trunk
+
+FIRST, SECOND = "first", "second"
+
+
+class SimCLR(Method):
+    """The method as a module: trunk and head, no further state."""
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        """SimCLR."""
+
+        name: ClassVar[str] = "simclr"
+
+        hidden_features: int = 2048
+        """Width of the head's hidden layer."""
+        dimensions: int = 128
+        """Columns of an embedding."""
+        temperature: float = 0.1
+        """τ of the scores."""
+        batchnorm: Literal["global", "local"] = "global"
+        """Whose samples BatchNorm normalises by: those of all ranks (section 2.2: otherwise the positive can be told by
+        its statistics), or each rank's own."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """Both views: two draws of it."""
+
+        def views(self) -> dict[str, ViewConfig]:
+            """Two draws of the image view."""
+            return {FIRST: self.image_view, SECOND: self.image_view}
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            for name in ("hidden_features", "dimensions"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+            if not self.temperature > 0:
+                raise ValueError(f"method.temperature must be positive, got {self.temperature}")
+            if self.image_view.jigsaw is not None:
+                raise ValueError("method.image_view.jigsaw must not be set: SimCLR embeds whole images")
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "SimCLR":
+            """The module for a data set of ``num_rows`` samples."""
+            return SimCLR(self, model=model, seed=seed)
+
+    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.trunk = build_trunk(model, seed=seed)
+        with seeded(seed + 1):
+            self.projection = MLPHead(self.trunk.out_features, config.hidden_features, config.dimensions)
+        if config.batchnorm == "global":
+            globalise(self.trunk)
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Args:
+            views: "first" and "second".
+            rows: ``[B]`` int64, manifest row of each sample; unused.
+            step: of the run; unused.
+
+        Returns:
+            ``loss`` (0-d, differentiable) and detached 0-d ``similarity``, the mean of z_i·z_p(i).
+        """
+        pixels = torch.cat((views[FIRST].pixels, views[SECOND].pixels))  # one batch of 2B for BatchNorm
+        embeddings = normalize(self.projection(self.trunk(pixels)).float(), dim=1)
+        first, second = embeddings.detach().chunk(2)
+        return {
+            "loss": nt_xent(embeddings, temperature=self.config.temperature).mean(),
+            "similarity": (first * second).sum(dim=1).mean(),
+        }
+
+
+def nt_xent(embeddings: Tensor, *, temperature: float) -> Tensor:
+    """NT-Xent of this rank's views against those of all ranks.
+
+    Args:
+        embeddings: ``[2B, D]`` unit rows, the second views of the images in the order of the first ones.
+        temperature: τ > 0.
+
+    Returns:
+        ``[2B]`` losses. Their mean's gradient is that of the mean over ranks once gradients are averaged over ranks.
+    """
+    count = len(embeddings)
+    own = torch.arange(count, device=embeddings.device) + rank() * count
+    everyone = gather_rows_with_gradient(embeddings)
+    return info_nce(embeddings, everyone, own.roll(count // 2), temperature=temperature, excluded=own)
