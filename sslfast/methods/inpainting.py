@@ -1,0 +1,140 @@
+"""Inpainting, the context encoder (Pathak, Krähenbühl, Donahue, Darrell & Efros, CVPR 2016).
+
+Objective (Pathak 2016 eq. 1, the reconstruction term alone): ``loss = Σ w (x - g(f(x̃)))² / Σ w`` over samples,
+channels and pixels, where x is the clean view in normalised units, ``x̃`` the view with the hole M filled with the mean
+colour (0), f the trunk up to res5 and g the decoder. Weights w: 1 in the hole, ``overlap_weight`` in the band of
+``overlap`` pixels around it, which the network sees and has to continue (section 3.2: 7 pixels, ten times as much), 0
+elsewhere. Division by the sum of the weights makes the loss a mean over what is asked, whatever the area of the holes.
+
+The paper adds an adversarial term, λ_adv = 0.001 beside λ_rec = 0.999, for sharper pictures. It is left out: this is
+λ_rec alone.
+
+Holes are one central square, or squares at random places that may overlap (section 3.3, "random block").
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from sslfast.loaders.batch import View
+from sslfast.methods.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
+from sslfast.models.resnet import ResNetConfig
+from sslfast.ops.philox import Stream, random_integers
+
+
+class Inpainting(Reconstruction):
+    """The method as a module: ``method(views, rows, step=...)`` -> losses. It has no state but its weights."""
+
+    @dataclass(kw_only=True)
+    class Config(ReconstructionConfig):
+        """Context encoder without the adversarial term."""
+
+        name: ClassVar[str] = "inpainting"
+
+        holes: Literal["central", "random"] = "random"
+        """central: one square in the middle. random: ``blocks`` squares, each anywhere, drawn for every sample and
+        step."""
+        masked_share: float = 0.25
+        """Share of the picture that the squares would cover without overlap: the central one does, up to whole pixels,
+        random ones cover less where they overlap."""
+        blocks: int = 5
+        """Number of random squares, all of one size."""
+        overlap: int = 7
+        """Width in pixels of the visible band around the holes that is reconstructed too."""
+        overlap_weight: float = 10.0
+        """Weight of the band; that of the hole is 1."""
+
+        def block_side(self) -> int:
+            """Side of a square in pixels: ``size · sqrt(masked_share / blocks)``, rounded down for random ones, which
+            so never cover more than their share, and to the nearest even number for the central one."""
+            size = self.image_view.crop.size
+            if self.holes == "central":
+                return 2 * round(size * math.sqrt(self.masked_share) / 2)
+            return math.floor(size * math.sqrt(self.masked_share / self.blocks))
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            super().validate()
+            if not 0 < self.masked_share < 1:
+                raise ValueError(f"method.masked_share must be in (0, 1), got {self.masked_share}")
+            if self.blocks < 1:
+                raise ValueError(f"method.blocks must be at least 1, got {self.blocks}")
+            if self.overlap < 0:
+                raise ValueError(f"method.overlap must be at least 0, got {self.overlap}")
+            if not 0 <= self.overlap_weight < math.inf:
+                raise ValueError(f"method.overlap_weight must be at least 0, got {self.overlap_weight}")
+            side, size = self.block_side(), self.image_view.crop.size
+            if not 1 <= side < size:
+                raise ValueError(
+                    f"method.masked_share={self.masked_share} makes holes of {side} px in pictures of {size} px; "
+                    "they must have at least 1 and leave something to see"
+                )
+
+        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """The picture with its holes, and what is asked: hole and band, the rest in white."""
+            space, clean = PixelSpace(self.image_view.augment), clean_pixels(views)
+            hole = draw_holes(rows, self, seed=seed, step=0)
+            asked = pixel_weights(hole, self) > 0
+            target = torch.where(asked, space.to_rgb(clean), torch.ones(()))
+            return {"input": space.to_rgb(punched(clean, hole)), "target": target}
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Inpainting":
+            """The module; ``num_rows`` does not matter."""
+            return Inpainting(self, model=model, seed=seed)
+
+    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+        super().__init__(config, model=model, seed=seed)
+        self.config = config
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``loss_hole``, the mean squared error in the holes alone (detached).
+
+        Args:
+            views: "image".
+            rows: ``[B]`` int64, manifest row of each sample.
+            step: number of the step: with the seed and the row it fixes the holes.
+        """
+        clean = clean_pixels(views)
+        hole = draw_holes(rows, self.config, seed=self.seed, step=step)
+        error = (self.predict(punched(clean, hole)) - clean).square().mean(dim=1, keepdim=True)
+        weights = pixel_weights(hole, self.config)
+        inside = (error.detach() * hole).sum() / hole.sum()
+        return {"loss": (weights * error).sum() / weights.sum(), "loss_hole": inside}
+
+
+@torch.no_grad()
+def draw_holes(rows: Tensor, config: Inpainting.Config, *, seed: int, step: int | Tensor) -> Tensor:
+    """Boolean ``[B, 1, S, S]``, true in the holes: a function of (seed, step, row).
+
+    Corners of random squares are uniform on all places where a square lies wholly inside the picture.
+    """
+    size, side = config.image_view.crop.size, config.block_side()
+    if config.holes == "central":
+        corners = torch.full((len(rows), 1, 2), (size - side) // 2, device=rows.device)
+    else:
+        draws = random_integers(
+            rows, 2 * config.blocks, size - side + 1, seed=seed, stream=Stream.CORRUPTION, step=step
+        )
+        corners = draws.view(len(rows), config.blocks, 2)
+    place = torch.arange(size, device=rows.device)
+    within = (place >= corners[..., None]) & (place < corners[..., None] + side)  # [B, blocks, 2, S]
+    return (within[:, :, 0, :, None] & within[:, :, 1, None, :]).any(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def pixel_weights(hole: Tensor, config: Inpainting.Config) -> Tensor:
+    """The weights w, float32 ``[B, 1, S, S]``, of boolean holes."""
+    inside = hole.float()
+    reach = 2 * config.overlap + 1
+    asked = max_pool2d(inside, reach, stride=1, padding=config.overlap)
+    return inside + (asked - inside) * config.overlap_weight
+
+
+def punched(pixels: Tensor, hole: Tensor) -> Tensor:
+    """``x̃``: normalised pixels with the mean colour in the holes."""
+    return pixels.masked_fill(hole, 0.0)
