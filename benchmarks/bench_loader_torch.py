@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from sslfast.loaders.batch import CropConfig, ViewConfig
-from sslfast.loaders.decode import BatchDecoder, PackedPaths
+from sslfast.loaders.decode import BatchDecoder, PackedPlaces
 from sslfast.manifest import Manifest
 
 VIEWS = {
@@ -64,9 +64,7 @@ def one_thread() -> Iterator[None]:
 
 
 def sslfast_pass(manifest: Manifest, views: dict[str, ViewConfig]) -> Callable[[], None]:
-    decoder = BatchDecoder(
-        root=str(manifest.root), paths=PackedPaths(manifest.paths), views=views, seed=0, on_bad_image="error"
-    )
+    decoder = BatchDecoder(places=PackedPlaces(manifest), views=views, seed=0, on_bad_image="error")
 
     def run() -> None:
         for start in range(0, len(manifest), FILES):

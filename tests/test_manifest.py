@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sslfast.listing as listing_module
 import sslfast.manifest as manifest_module
-from sslfast.manifest import HASHED_BYTES, Manifest
+from sslfast.listing import HASHED_BYTES
+from sslfast.manifest import Manifest
 from tests.pictures import encoded, picture, write_folder
 
 
@@ -112,7 +114,7 @@ def test_permission_problems_are_bad_images(tmp_path: Path, monkeypatch: pytest.
             raise PermissionError(13, "Permission denied")
         return real_scandir(path)
 
-    monkeypatch.setattr(manifest_module, "open", no_open, raising=False)
+    monkeypatch.setattr(listing_module, "open", no_open, raising=False)
     monkeypatch.setattr(manifest_module.os, "scandir", no_scandir)
     manifest = Manifest.scan(root, on_bad_image="skip")
     assert manifest.paths == ["b/1.jpg"]
@@ -271,5 +273,5 @@ def test_load_or_scan_writes_once_and_then_only_checks(tmp_path: Path) -> None:
 def test_the_scan_does_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path, [f"{i % 3}/{i:02}.jpg" for i in range(20)])
     whole = Manifest.scan(root)
-    monkeypatch.setattr(manifest_module, "_CHUNK", 3)
+    monkeypatch.setattr(listing_module, "_CHUNK", 3)
     assert Manifest.scan(root).digest() == whole.digest()

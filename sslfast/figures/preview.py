@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.images import decode_full, quiet_pillow, read_bytes
+from sslfast.images import decode_full, quiet_pillow
 from sslfast.loaders.batch import AugmentConfig, Batch, View, ViewConfig
-from sslfast.loaders.decode import BatchDecoder, PackedPaths
+from sslfast.loaders.data import open_data
+from sslfast.loaders.decode import BatchDecoder, PackedPlaces
 from sslfast.loaders.sampling import crop_boxes, crop_draws, epoch_order
 from sslfast.loaders.views import ViewStage
 from sslfast.manifest import Manifest
+from sslfast.shards import read_place
 
 _TILE = 216
 _GAP = 20
@@ -91,24 +93,27 @@ def write_preview(
     """Write the sheet of the first ``count`` images of a run on ``data`` as a picture file.
 
     Args:
-        data: folder of images; unusable ones are left out.
+        data: folder of images or of tar shards, or a manifest of one; unusable images are left out.
         views: view name to config, in the recipe's order.
         output: file to write; its suffix says the format.
         count: images on the sheet; all of a smaller folder.
         seed: of the run.
 
     Raises:
-        ValueError: no usable image, ``count`` below 1, a suffix that names no picture format.
+        ValueError: a .beton file, no usable image, ``count`` below 1, a suffix that names no picture format.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count=}")
     output = Path(output)
     if output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
-    manifest = Manifest.scan(data, on_bad_image="skip", progress=True)
-    decode = BatchDecoder(
-        root=str(manifest.root), paths=PackedPaths(manifest.paths), views=views, seed=seed, on_bad_image="skip"
-    )
+    manifest = open_data(Path(data), on_bad_image="skip", progress=True)
+    if manifest.archive is not None:
+        raise ValueError(
+            f"a preview is drawn from image files and {data} is a .beton file: name what it was made of "
+            f"({manifest.root})"
+        )
+    decode = BatchDecoder(places=PackedPlaces(manifest), views=views, seed=seed, on_bad_image="skip")
     decoded = decode(0, epoch_order(len(manifest), seed=seed, epoch=0)[:count])
     batch = Batch(rows=decoded.rows, crops=decoded.crops, epoch=0)
     title = f"{manifest.root.resolve().name}: what the network sees in epoch 0, seed {seed}"
@@ -119,7 +124,7 @@ def write_preview(
 
 def _originals(manifest: Manifest, batch: Batch, views: Mapping[str, ViewConfig], seed: int) -> list[Original]:
     with quiet_pillow():
-        pictures = [Image.fromarray(decode_full(read_bytes(manifest.path(int(row))))) for row in batch.rows]
+        pictures = [Image.fromarray(decode_full(read_place(manifest.place(int(row))))) for row in batch.rows]
     sizes = np.array([picture.size for picture in pictures], dtype=np.int64)
     boxes = {
         name: crop_boxes(crop_draws(batch.rows, seed=seed, epoch=batch.epoch, position=position), sizes, config.crop)

@@ -36,7 +36,6 @@ from sslfast.images import (
     OpenImage,
     check_size,
     open_image,
-    read_bytes,
     require_strict_pillow,
     silence_pillow,
 )
@@ -44,7 +43,8 @@ from sslfast.jpeg_scan import scan_jpeg
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
-from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedPaths, decode_crops, stored_box
+from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedPlaces, decode_crops, stored_box
+from sslfast.shards import read_place
 
 INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
 _PREFETCH = 2  # batches inside DALI: one being taken over, one being decoded meanwhile
@@ -83,7 +83,7 @@ class _ItemSource(BatchDecoder):
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        data = read_bytes(self._path(row))
+        data = read_place(self.places[row])
         if row in self.refused:
             return open_image(data)
         # Most files need no more than this: opening them with Pillow would be half of the time spent on a file here,
@@ -152,8 +152,7 @@ class DaliLoader(ImageLoader):
             raise ValueError(f"loader 'dali' cannot be used: {reason}; {remedy}")
         self._threads = max(1, self._workers)
         self._source = _ItemSource(
-            root=str(self._manifest.root),
-            paths=PackedPaths(self._manifest.paths),
+            places=PackedPlaces(self._manifest),
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,

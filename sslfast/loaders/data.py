@@ -1,4 +1,5 @@
-"""What DATA may be: a folder of images, a manifest of one (``.tsv``), or what ``data prepare`` wrote (``.beton``)."""
+"""What DATA may be: a folder of images or of tar shards, one ``.tar``, a manifest of these (``.tsv``), or what ``data
+prepare`` wrote (``.beton``)."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ def open_data(path: Path, *, on_bad_image: Literal["error", "skip"] = "error", p
     """The rows of a data set for a new run; ValueError where it cannot be used as it is.
 
     Args:
-        path: a folder is scanned, a manifest compared with its folder, a .beton file brings its own.
+        path: a folder or a tar file is scanned, a manifest compared with its folder, a .beton file brings its own.
         on_bad_image: ``error``: images known as bad are a ValueError that names them; ``skip``: they are left out.
         progress: show progress bars on the terminal.
     """

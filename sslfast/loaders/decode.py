@@ -18,10 +18,11 @@ from sslfast.images import (
     decode_pixels,
     open_image,
     quiet_pillow,
-    read_bytes,
 )
 from sslfast.loaders.batch import ViewConfig
 from sslfast.loaders.sampling import crop_boxes, crop_draws, replacement_rows
+from sslfast.manifest import Manifest
+from sslfast.shards import Place, read_place
 
 OnBadImage = Literal["error", "skip"]
 # Files held in memory at once: enough to draw boxes vectorised, little enough for folders of large photographs.
@@ -89,8 +90,7 @@ class BatchDecoder:
     pixels are. When all of ``REPLACEMENTS`` candidates are bad too, BadImageError in both modes.
     """
 
-    root: str
-    paths: "PackedPaths"
+    places: "PackedPlaces"
     views: Mapping[str, ViewConfig]
     seed: int
     on_bad_image: OnBadImage
@@ -134,12 +134,12 @@ class BatchDecoder:
             for slot in failed:
                 row = int(batch.rows[slot])
                 if slot not in candidates:
-                    candidates[slot] = replacement_rows(row, len(self.paths), seed=self.seed, epoch=epoch)[::-1]
+                    candidates[slot] = replacement_rows(row, len(self.places), seed=self.seed, epoch=epoch)[::-1]
                 if not candidates[slot]:
                     raise BadImageError(
-                        f"no usable replacement found for {self._path(row)} ({self.known_bad[row]}): nearly every "
+                        f"no usable replacement found for {self.places[row]} ({self.known_bad[row]}): nearly every "
                         f"image tried is bad ({len(self.known_bad)} so far); list them with "
-                        f"`sslfast data verify {self.root}` and repair the folder"
+                        f"`sslfast data verify {self.places.root}` and repair the folder"
                     )
                 batch.rows[slot] = candidates[slot].pop()
             slots = failed
@@ -154,7 +154,7 @@ class BatchDecoder:
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        return open_image(read_bytes(self._path(row)))
+        return open_image(read_place(self.places[row]))
 
     def _boxes(self, epoch: int, rows: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""
@@ -169,15 +169,29 @@ class BatchDecoder:
         row = int(batch.rows[slot])
         if self.on_bad_image == "error":
             raise BadImageError(
-                f"cannot train on {self._path(row)} (row {row}): {error.reason}; repair or remove the file and start "
+                f"cannot train on {self.places[row]} (row {row}): {error.reason}; repair or remove the file and start "
                 "a new run, or pass --on-bad-image skip"
             )
         if row not in self.known_bad:
             self.known_bad[row] = error.reason
             batch.bad.append((row, error.reason))
 
-    def _path(self, row: int) -> str:
-        return f"{self.root}/{self.paths[row]}"
+
+class PackedPlaces:
+    """``places[row]`` is :meth:`Manifest.place` of a row, out of a few arrays."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.root = str(manifest.root)
+        self._paths, self._sizes, self._shards = PackedPaths(manifest.paths), manifest.bytes, manifest.shards
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, row: int) -> Place:
+        path = self._paths[row]
+        if self._shards is None:
+            return Place(f"{self.root}/{path}")
+        return self._shards.place(self.root, path, row, int(self._sizes[row]))
 
 
 class PackedPaths:

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sslfast.images import ORIENTATION, BadImageError, OpenImage, decode_pixels, open_image, read_bytes
+from sslfast.images import ORIENTATION, BadImageError, OpenImage, decode_pixels, open_image
+from sslfast.listing import HASHED_BYTES, content_hash
 from sslfast.loaders.beton import JPG, MAX_SIDE, RAW, BetonWriter
 from sslfast.loaders.data import open_data
 from sslfast.loaders.ffcv_library import load_decoder
 from sslfast.loaders.verify import map_processes
-from sslfast.manifest import HASHED_BYTES, Manifest, content_hash
+from sslfast.manifest import Manifest
+from sslfast.shards import Place, read_place
 
 Mode = Literal["jpg", "raw", "proportion"]
 _CHUNK = 4  # images that travel together from a process: raw ones are large
@@ -72,7 +74,7 @@ class Prepared:
 
 @dataclass
 class _Task:
-    path: str
+    place: Place
     sha1: str
     config: PrepareConfig
     as_jpg: bool
@@ -103,7 +105,7 @@ def prepare(
     A JPEG keeps its bytes where FFCV's decoder reads them without a warning and sees the picture that we see.
 
     Args:
-        source: a folder of images, or a manifest of ``sslfast data verify`` (.tsv).
+        source: a folder of images, tar shards, or a manifest of ``sslfast data verify`` (.tsv).
         output: the .beton file; an old one stays as it was until the new one is complete.
         config: how images are stored.
         on_bad_image: ``error``: ValueError at the first image that cannot be used; ``skip``: the manifest inside lists
@@ -124,10 +126,7 @@ def prepare(
     load_decoder()
     manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)
     _check_space(manifest, output, config)
-    tasks = [
-        _Task(f"{manifest.root}/{path}", sha1, config, config.is_jpg(row))
-        for row, (path, sha1) in enumerate(zip(manifest.paths, manifest.sha1, strict=True))
-    ]
+    tasks = [_Task(manifest.place(row), sha1, config, config.is_jpg(row)) for row, sha1 in enumerate(manifest.sha1)]
     bad: list[tuple[str, str]] = []
     counts: Counter[str] = Counter()
     try:
@@ -144,7 +143,7 @@ def prepare(
                         f"{manifest.root}/{path} cannot be used: {found}; repair or remove the file, or pass "
                         "--on-bad-image skip"
                     )
-            usable = replace(manifest.without(bad), verified=True)
+            usable = replace(manifest.without(bad), verified=True, shards=None)
             if not len(usable):
                 raise ValueError(f"no usable image in {manifest.root}: all {len(usable.excluded)} are bad")
             settings = {
@@ -185,9 +184,9 @@ def _check_space(manifest: Manifest, output: Path, config: PrepareConfig) -> Non
 def _store(task: _Task) -> _Stored | str:
     """What is written for one image, or why it is bad. Runs in a process of its own."""
     try:
-        data = read_bytes(task.path)
+        data = read_place(task.place)
         if content_hash(data[:HASHED_BYTES]) != task.sha1:
-            raise ValueError(f"{task.path} is not the file that the manifest speaks of: verify the folder again")
+            raise ValueError(f"{task.place} is not the file that the manifest speaks of: verify the folder again")
         opened = open_image(data)
         keepable = task.as_jpg and _is_plain_jpeg(opened)
         orientation = opened.orientation

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sslfast.images import BadImageError, require_strict_pillow, silence_pillow
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.batch import Batch, ViewConfig
-from sslfast.loaders.decode import BatchDecoder, PackedPaths
+from sslfast.loaders.decode import BatchDecoder, PackedPlaces
 from sslfast.loaders.sampling import EpochPlan
+from sslfast.shards import ShardError
 
 _PREFETCH = 2  # batches in flight per worker
 _SHARED_MEMORY = Path("/dev/shm")
@@ -50,9 +51,9 @@ class _Batches(Dataset[dict[str, Any]]):
     def __getitem__(self, task: _Task) -> dict[str, Any]:
         try:
             batch = self.decoder(task.epoch, task.rows)
-        except BadImageError as error:
+        except (BadImageError, ShardError) as error:
             # An exception would reach the main process as a traceback of the worker's.
-            return {"error": error.reason}
+            return {"error": str(error)}
         return {"rows": batch.rows, "crops": batch.crops, "bad": batch.bad}
 
 
@@ -89,8 +90,7 @@ class TorchLoader(ImageLoader):
         if workers:
             _check_shared_memory(views, self.plan.batch_size // self.plan.world_size, workers)
         decoder = BatchDecoder(
-            root=str(self._manifest.root),
-            paths=PackedPaths(self._manifest.paths),
+            places=PackedPlaces(self._manifest),
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,

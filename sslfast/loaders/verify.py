@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
-from sslfast.images import BadImageError, decode_full, quiet_pillow, read_bytes, require_strict_pillow, silence_pillow
-from sslfast.manifest import Manifest, available_cores, progress_bar, some_paths
+from sslfast.images import BadImageError, decode_full, quiet_pillow, require_strict_pillow, silence_pillow
+from sslfast.listing import progress_bar
+from sslfast.manifest import Manifest, available_cores, some_paths
+from sslfast.shards import Place, read_place
 
 _AHEAD = 4  # chunks under way for each process
 
@@ -27,7 +28,7 @@ def verify_images(
     """Scan a folder, decode every image whole, and number those that can be used.
 
     Args:
-        root: the folder.
+        root: the folder, of images or of tar shards, or a tar file.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show progress bars on the terminal.
 
@@ -52,7 +53,7 @@ def check_images(manifest: Manifest, *, workers: int | None = None, progress: bo
         progress: show a progress bar on the terminal.
     """
     require_strict_pillow()
-    tasks = [(str(manifest.root), path) for path in manifest.paths]
+    tasks = [(path, manifest.place(row)) for row, path in enumerate(manifest.paths)]
     bad = list(manifest.excluded)
     for found in map_processes(_decode_whole, tasks, workers=workers, progress=progress, title="decoding"):
         bad.extend(found)
@@ -121,10 +122,10 @@ def _work_through(work: Callable[[Task], Result], tasks: Sequence[Task]) -> list
     return [work(task) for task in tasks]
 
 
-def _decode_whole(task: tuple[str, str]) -> list[tuple[str, str]]:
-    root, path = task
+def _decode_whole(task: tuple[str, Place]) -> list[tuple[str, str]]:
+    path, place = task
     try:
-        decode_full(read_bytes(Path(root, path)))
+        decode_full(read_place(place))
     except BadImageError as error:
         return [(path, error.reason)]
     return []

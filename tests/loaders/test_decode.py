@@ -10,8 +10,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from sslfast.images import BadImageError, decode_full, open_image
 from sslfast.loaders.batch import CropConfig, ViewConfig
-from sslfast.loaders.decode import BatchDecoder, PackedPaths, decode_crops
+from sslfast.loaders.decode import BatchDecoder, PackedPaths, PackedPlaces, decode_crops
 from sslfast.loaders.sampling import REPLACEMENTS, crop_boxes, crop_draws, replacement_rows
+from sslfast.manifest import Manifest
 from tests.pictures import encoded, picture, write_folder
 
 VIEWS = {
@@ -85,7 +86,15 @@ def test_large_jpegs_are_decoded_scaled_and_look_the_same(
 
 
 def decoder(root, names, *, on_bad_image="skip", seed=5) -> BatchDecoder:
-    return BatchDecoder(root=str(root), paths=PackedPaths(names), views=VIEWS, seed=seed, on_bad_image=on_bad_image)
+    manifest = Manifest(
+        root=root,
+        paths=names,
+        bytes=np.zeros(len(names), dtype=np.int64),
+        sha1=[""] * len(names),
+        labels=np.full(len(names), -1),
+        classes=[],
+    )
+    return BatchDecoder(places=PackedPlaces(manifest), views=VIEWS, seed=seed, on_bad_image=on_bad_image)
 
 
 def test_a_batch_is_its_rows_crops_at_their_boxes(tmp_path) -> None:

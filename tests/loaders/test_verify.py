@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from sslfast import cli
+from sslfast.listing import list_files
 from sslfast.loaders.data import open_data, reopen_data
 from sslfast.loaders.verify import check_images, map_processes, verify_images
-from sslfast.manifest import Manifest, _list_files
+from sslfast.manifest import Manifest
 from tests.pictures import encoded, picture, write_folder
 
 HOSTILE = [
@@ -122,7 +123,7 @@ def test_listing_a_folder_asks_the_system_once_a_folder_not_once_a_file(
     asked = []
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda *arguments, **options: asked.append(1) or stat(*arguments, **options))
-    assert len(_list_files(tmp_path).paths) == 3000
+    assert len(list_files(tmp_path).paths) == 3000
     assert len(asked) <= 2
 
 
