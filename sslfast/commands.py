@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -83,8 +83,7 @@ class Preview:
 
 def pretrain(arguments: list[str]) -> int:
     """Run ``sslfast pretrain``; returns the exit code."""
-    default = Pretrain(data=tyro.MISSING, config=_recipe(arguments, "pretrain"))
-    chosen = _parse_recipe(Pretrain, arguments, prog="sslfast pretrain", default=default)
+    chosen = _parse_recipe(Pretrain, arguments, command="pretrain")
     if isinstance(chosen, int):
         return chosen
     config, data = chosen.config, _data(chosen.data)
@@ -152,8 +151,7 @@ def prepare(arguments: list[str]) -> int:
 
 def preview(arguments: list[str]) -> int:
     """Run ``sslfast preview``; returns the exit code."""
-    default = Preview(data=tyro.MISSING, config=_recipe(arguments, "preview"))
-    chosen = _parse_recipe(Preview, arguments, prog="sslfast preview", default=default)
+    chosen = _parse_recipe(Preview, arguments, command="preview")
     if isinstance(chosen, int):
         return chosen
 
@@ -173,7 +171,13 @@ def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **option
         return stop.code if isinstance(stop.code, int) else 2
 
 
-def _parse_recipe(target: type[T], arguments: list[str], *, prog: str, default: T) -> T | int:
+def _parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | int:
+    # The recipe has chosen the method: its options are the command's, not a subcommand of each method's.
+    recipe = _recipe(arguments, command)
+    train_config = make_dataclass("TrainConfig", [("method", type(recipe.method))], bases=(TrainConfig,), kw_only=True)
+    config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
+    default = target(data=tyro.MISSING, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
     # A part of the configuration that may be absent (a view's jigsaw) is there or not as the recipe says;
     # its values are plain options then, not a subcommand.
     options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
@@ -181,7 +185,7 @@ def _parse_recipe(target: type[T], arguments: list[str], *, prog: str, default: 
     for argument in arguments:
         name, equals, value = argument.partition("=")
         expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
-    return parse(target, expanded, prog=prog, **options)
+    return parse(target, expanded, prog=f"sslfast {command}", **options)
 
 
 def report(line: str) -> None:

@@ -14,24 +14,26 @@ from sslfast.optim import OptimConfig
 from sslfast.train_config import TrainConfig
 
 
+def paper_method() -> PIRL.Config:
+    """PIRL with jigsaw, NCE, 32,000 negatives, never the sample."""
+    colour = AugmentConfig(hue=0.4, photometric_probability=0.66)
+    return PIRL.Config(
+        image_view=ViewConfig(augment=colour),
+        jigsaw_view=ViewConfig(
+            crop=CropConfig(size=255, scale=(0.6, 1.0)),
+            jigsaw=JigsawConfig(grid=3, patch_size=64),
+            augment=replace(colour, flip_probability=0.0),
+        ),
+        rotation_view=ViewConfig(rotation=True, augment=colour),
+    )
+
+
 def pirl_paper() -> TrainConfig:
     """PIRL with jigsaw as published: ResNet-50, 800 epochs, batch 1024, NCE, 32,000 negatives, never the sample.
 
     Open in the paper and taken from VISSL: colour strengths, the photometric gate, Z from the first batch.
     """
-    colour = AugmentConfig(hue=0.4, photometric_probability=0.66)
-    return TrainConfig(
-        recipe="pirl-paper",
-        method=PIRL.Config(
-            image_view=ViewConfig(augment=colour),
-            jigsaw_view=ViewConfig(
-                crop=CropConfig(size=255, scale=(0.6, 1.0)),
-                jigsaw=JigsawConfig(grid=3, patch_size=64),
-                augment=replace(colour, flip_probability=0.0),
-            ),
-            rotation_view=ViewConfig(rotation=True, augment=colour),
-        ),
-    )
+    return TrainConfig(recipe="pirl-paper", method=paper_method())
 
 
 def pirl_vissl() -> TrainConfig:
@@ -61,22 +63,40 @@ def pirl_vissl() -> TrainConfig:
 
 def pirl_rotation() -> TrainConfig:
     """The paper's ablation with rotation (table 5): 400 epochs, 4,096 negatives."""
-    config = pirl_paper()
-    method = replace(config.method, pretext="rotation", num_negatives=4096)
-    return replace(config, recipe="pirl-rotation", method=method, epochs=400)
+    method = replace(paper_method(), pretext="rotation", num_negatives=4096)
+    return TrainConfig(recipe="pirl-rotation", method=method, epochs=400)
 
 
 def pirl_rotation_jigsaw() -> TrainConfig:
     """The paper's ablation with rotation, then jigsaw (table 5): 400 epochs, 4,096 negatives."""
-    config = pirl_rotation()
-    return replace(config, recipe="pirl-rotation-jigsaw", method=replace(config.method, pretext="rotation+jigsaw"))
+    method = replace(paper_method(), pretext="rotation+jigsaw", num_negatives=4096)
+    return TrainConfig(recipe="pirl-rotation-jigsaw", method=method, epochs=400)
 
 
 def npid() -> TrainConfig:
+    """NPID of Wu, Xiong, Yu & Lin, CVPR 2018 (sections 3.2 and 3.3): ResNet-50, 200 epochs, batch 256, rate 0.03, NCE,
+    4,096 negatives uniform over all rows (the sample's own included), τ 0.07.
+
+    From the authors' code: crop scale, colour strengths, decay of every parameter, bank momentum 0.5, Z from the first
+    batch. Departures: the rate falls by a cosine (the paper: by 10 at epochs 120 and 160), no proximal term.
+    """
+    view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=AugmentConfig(hue=0.4))
+    return TrainConfig(
+        recipe="npid",
+        method=PIRL.Config(pretext_weight=0.0, num_negatives=4096, exclude_self=False, image_view=view),
+        optim=OptimConfig(
+            lr_per_256_images=0.03, final_lr_per_256_images=0.0, weight_decay=1e-4, decay_norm=True, decay_bias=True
+        ),
+        epochs=200,
+        batch_size=256,
+    )
+
+
+def npid_plus_plus() -> TrainConfig:
     """NPID++ of the PIRL paper: PIRL with λ = 0, that is instance discrimination with 32,000 negatives, 800 epochs."""
-    config = pirl_paper()
     image = ViewConfig(augment=AugmentConfig(hue=0.4))
-    return replace(config, recipe="npid", method=replace(config.method, pretext_weight=0.0, image_view=image))
+    method = replace(paper_method(), pretext_weight=0.0, image_view=image)
+    return TrainConfig(recipe="npid-plus-plus", method=method)
 
 
 def small_method() -> PIRL.Config:
@@ -109,6 +129,11 @@ def pirl_small() -> TrainConfig:
         batch_size=256,
         checkpoint_every_steps=500,
     )
+
+
+def npid_small() -> TrainConfig:
+    """NPID for images up to about 64 px: ``pirl-small`` with λ = 0."""
+    return replace(pirl_small(), recipe="npid-small", method=replace(small_method(), pretext_weight=0.0))
 
 
 def demo() -> TrainConfig:
@@ -145,6 +170,8 @@ RECIPES = {
     "pirl-rotation": pirl_rotation,
     "pirl-rotation-jigsaw": pirl_rotation_jigsaw,
     "npid": npid,
+    "npid-plus-plus": npid_plus_plus,
     "pirl-small": pirl_small,
+    "npid-small": npid_small,
     "demo": demo,
 }
