@@ -29,12 +29,12 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
   // Images [N, C, S, S] turned counter-clockwise by quarter_turns [N].
   m.def("rotate90(Tensor images, Tensor quarter_turns) -> Tensor");
   // The view stage: crops [B, 3, S, S] uint8, turned, cut into patches (grid 0: whole), augmented by parameters
-  // [B, M, 12] and normalised, as [B * M, 3, p, p], or [B * M, p, p, 3] when channels_last.
-  // photometric false: no picture has that gate open.
+  // [B, M, 13] and normalised, as [B * M, 3, p, p], or [B * M, p, p, 3] when channels_last.
+  // photometric false: no picture has that gate open; blur false: none has a sigma.
   m.def(
       "render_views(Tensor crops, Tensor parameters, Tensor? quarter_turns, Tensor? permutation, Tensor? offsets, "
       "int grid, int patch_size, float mean_r, float mean_g, float mean_b, float std_r, float std_g, float std_b, "
-      "ScalarType dtype, bool channels_last, bool photometric) -> Tensor");
+      "ScalarType dtype, bool channels_last, bool photometric, bool blur) -> Tensor");
   // Patches [N, grid^2, C, p, p] of images [N, C, H, W]; slot j shows cell permutation[n, j], moved by its offset.
   m.def("jigsaw_patches(Tensor images, Tensor permutation, Tensor offsets, int grid, int patch_size) -> Tensor");
 }

@@ -2,9 +2,9 @@
 //
 // A picture is a whole turned crop, or one jigsaw patch of it. Its pixels go through: flip, the four jitters in the
 // picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), grayscale,
-// normalisation. All of it is per pixel but for three numbers or neighbourhoods: contrast needs the mean luminance of
-// the picture as it is then, sharpen the eight neighbours' levels, autocontrast each channel's extremes. Levels are
-// whole there, so a byte holds them.
+// Gaussian blur, normalisation. All of it is per pixel but for four numbers or neighbourhoods: contrast needs the mean
+// luminance of the picture as it is then, sharpen the eight neighbours' levels, autocontrast each channel's extremes.
+// Levels are whole there, so a byte holds them. Blur needs a square of up to 31 pixels, in float32.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "common/philox.h"  // SSLFAST_HD
+#include "gaussian_blur.h"
 
 namespace sslfast {
 
@@ -23,7 +24,7 @@ namespace sslfast {
 #define SSLFAST_UNROLL
 #endif
 
-constexpr int kViewParameters = 12;  // fp32 numbers of a picture, in the order of PictureOps::read
+constexpr int kViewParameters = 13;  // fp32 numbers of a picture, in the order of PictureOps::read
 
 enum Jitter : int { kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3 };
 
@@ -36,6 +37,7 @@ struct PictureOps {
   int contrast;      // the step at which contrast applies; 4: it does not
   float level_step;  // posterize: 2^(8 - bits)
   float sharpness, threshold;
+  float sigma;  // of the blur; 0: none
 
   // Loops of four with constant bounds and a list in an integer: on a GPU all of this stays in registers.
   SSLFAST_HD static PictureOps read(const float* p) {
@@ -61,15 +63,17 @@ struct PictureOps {
     ops.level_step = static_cast<float>(1 << (8 - static_cast<int>(p[8])));
     ops.sharpness = p[9];
     ops.threshold = p[10];
+    ops.sigma = p[12];
     return ops;
   }
 };
 
 SSLFAST_HD bool parameters_in_range(const float* p) {
   const bool code = p[2] >= 0 && p[2] < 24, bits = p[8] >= 0 && p[8] <= 8;
+  const bool sigma = p[12] >= 0 && p[12] <= kMaxBlurSigma;
   bool finite = true;
   for (int i = 0; i < kViewParameters; ++i) finite &= p[i] - p[i] == 0.0f;
-  return code && bits && finite;
+  return code && bits && sigma && finite;
 }
 
 SSLFAST_HD float luminance(float r, float g, float b) {
@@ -206,7 +210,7 @@ struct ViewShape {
 };
 
 inline ViewShape check_render_views(const Tensor& crops,                         // [B, 3, S, S] uint8
-                                    const Tensor& parameters,                    // [B, M, 12] fp32
+                                    const Tensor& parameters,                    // [B, M, 13] fp32
                                     const std::optional<Tensor>& quarter_turns,  // [B] int64
                                     const std::optional<Tensor>& permutation,    // [B, M] int64
                                     const std::optional<Tensor>& offsets,        // [B, M, 2] int64

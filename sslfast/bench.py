@@ -292,12 +292,12 @@ def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = T
     generator = torch.Generator().manual_seed(0)
     side, pictures = (255, 9) if jigsaw else (224, 1)
     crops = torch.randint(256, (batch, 3, side, side), generator=generator).to(device, torch.uint8)
-    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0])
-    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25])
-    drawn = low + torch.rand(batch, pictures, 12, generator=generator) * (high - low)
-    whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0, 0])
+    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25, 0])
+    drawn = low + torch.rand(batch, pictures, 13, generator=generator) * (high - low)
+    whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
     parameters = torch.where(whole, drawn.floor(), drawn).to(device)
-    options: dict[str, Any] = {"photometric": False}
+    options: dict[str, Any] = {"photometric": False, "blur": False}
     if jigsaw:
         options["permutation"] = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
         options["offsets"] = torch.randint(22, (batch, 9, 2), generator=generator).to(device)

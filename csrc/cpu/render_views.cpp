@@ -18,7 +18,7 @@ constexpr int64_t kStrip = 512;  // pixels that stay in the L1 cache while every
 template <typename Out>
 struct Problem {
   const uint8_t* crops;        // [B, 3, S, S]
-  const float* parameters;     // [B, M, 12]
+  const float* parameters;     // [B, M, 13]
   const int64_t* turns;        // [B] or null
   const int64_t* permutation;  // [B, M] or null
   const int64_t* offsets;      // [B, M, 2] or null
@@ -31,6 +31,12 @@ struct Problem {
 
 struct Strip {
   alignas(64) float r[kStrip], g[kStrip], b[kStrip];
+};
+
+// What waits while a picture's neighbourhoods are looked at; grows to the largest picture.
+struct Held {
+  std::vector<uint8_t> levels;  // [2, 3, n] of the photometric set
+  std::vector<float> planes;    // [3, n] before the blur
 };
 
 // Pixels first .. first + count - 1 of a picture, row by row.
@@ -85,14 +91,9 @@ SSLFAST_INLINE void jitter_strip(const PictureOps& ops, int steps, float level, 
   }
 }
 
-// Grayscale, normalisation, and out.
+// Normalisation, and out.
 template <typename Out>
-SSLFAST_INLINE void write_strip(const Problem<Out>& p, const PictureOps& ops, Strip& s, int64_t picture, int64_t first,
-                                int64_t count) {
-  if (ops.grayscale) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) s.r[i] = s.g[i] = s.b[i] = luminance(s.r[i], s.g[i], s.b[i]);
-  }
+SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t picture, int64_t first, int64_t count) {
   const int64_t pixels = p.shape.side * p.shape.side;
   const float* planes[3] = {s.r, s.g, s.b};
   Out* __restrict__ out = p.out + picture * 3 * pixels;
@@ -109,6 +110,88 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const PictureOps& ops, St
       const float scale = p.normal.scale[c], shift = p.normal.shift[c];
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Out>(source[i] * scale + shift);
+    }
+  }
+}
+
+// Grayscale; then out, or into `planes` where the picture will be blurred.
+template <typename Out>
+SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, Strip& s, int64_t picture, int64_t first,
+                                 int64_t count, float* planes) {
+  if (ops.grayscale) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) s.r[i] = s.g[i] = s.b[i] = luminance(s.r[i], s.g[i], s.b[i]);
+  }
+  if (ops.sigma == 0) {
+    write_strip(p, s, picture, first, count);
+    return;
+  }
+  const int64_t pixels = p.shape.side * p.shape.side;
+  std::copy_n(s.r, count, planes + first);
+  if (ops.grayscale) return;
+  std::copy_n(s.g, count, planes + pixels + first);
+  std::copy_n(s.b, count, planes + 2 * pixels + first);
+}
+
+// Blurs planes [3, n] ([n] of a gray picture) row by row: down the columns into a line, then along it.
+template <typename Out>
+SSLFAST_INLINE void blur_picture(const Problem<Out>& p, const PictureOps& ops, const float* planes, int64_t picture,
+                                 Strip& strip) {
+  constexpr int64_t kPiece = 16;  // sums that stay in registers while the taps pass
+  const int64_t side = p.shape.side;
+  const int radius = blur_radius(ops.sigma, side);
+  float weights[kMaxBlurRadius + 1];
+  blur_weights(ops.sigma, radius, weights);
+  alignas(64) float line[kStrip + 2 * kMaxBlurRadius + kPiece] = {};
+  float* targets[3] = {strip.r, strip.g, strip.b};
+  for (int64_t y = 0; y < side; ++y) {
+    for (int64_t x0 = 0; x0 < side; x0 += kStrip) {
+      const int64_t count = std::min(kStrip, side - x0);
+      // line[i] is column x0 - radius + i, from the first to the last one inside the picture.
+      const int64_t begin = std::max<int64_t>(x0 - radius, 0), end = std::min(x0 + count + radius, side);
+      float* inside = line + begin - (x0 - radius);
+      for (int c = 0; c < (ops.grayscale ? 1 : 3); ++c) {
+        const float* plane = planes + c * side * side + begin;
+        const float* rows[2 * kMaxBlurRadius + 1];
+        for (int k = -radius; k <= radius; ++k) rows[k + radius] = plane + reflect(y + k, side) * side;
+        const auto sum_rows = [&](int64_t x, int64_t width) __attribute__((always_inline)) {
+          float sum[kPiece];
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) sum[i] = weights[0] * rows[radius][x + i];
+          for (int k = 1; k <= radius; ++k) {
+            const float* above = rows[radius - k] + x;
+            const float* below = rows[radius + k] + x;
+            const float weight = weights[k];
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) sum[i] += weight * (above[i] + below[i]);
+          }
+#pragma omp simd
+          for (int64_t i = 0; i < width; ++i) inside[x + i] = sum[i];
+        };
+        const int64_t width = end - begin, whole = width - width % kPiece;
+        for (int64_t x = 0; x < whole; x += kPiece) sum_rows(x, kPiece);
+        sum_rows(whole, width - whole);
+        for (int64_t x = x0 - radius; x < begin; ++x) line[x - (x0 - radius)] = inside[-x - begin];
+        for (int64_t x = end; x < x0 + count + radius; ++x) inside[x - begin] = inside[2 * side - 2 - x - begin];
+        for (int64_t x = 0; x < count; x += kPiece) {  // past the end: numbers that nobody reads
+          const float* __restrict__ centre = line + radius + x;
+          float sum[kPiece];
+#pragma omp simd
+          for (int64_t i = 0; i < kPiece; ++i) sum[i] = weights[0] * centre[i];
+          for (int k = 1; k <= radius; ++k) {
+            const float weight = weights[k];
+#pragma omp simd
+            for (int64_t i = 0; i < kPiece; ++i) sum[i] += weight * (centre[i - k] + centre[i + k]);
+          }
+#pragma omp simd
+          for (int64_t i = 0; i < kPiece; ++i) targets[c][x + i] = sum[i];
+        }
+      }
+      if (ops.grayscale) {
+        std::copy_n(strip.r, count, strip.g);
+        std::copy_n(strip.r, count, strip.b);
+      }
+      write_strip(p, strip, picture, y * side + x0, count);
     }
   }
 }
@@ -141,8 +224,36 @@ SSLFAST_INLINE void sharpen_solarize(const uint8_t* levels, int64_t side, const 
   }
 }
 
+// Sharpness, solarize and autocontrast of the posterized levels, and what follows.
 template <typename Out>
-SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, std::vector<uint8_t>& levels) {
+SSLFAST_INLINE void stretch_picture(const Problem<Out>& p, const PictureOps& ops, int64_t picture, Held& held,
+                                    Strip& strip) {
+  const int64_t side = p.shape.side, pixels = side * side;
+  uint8_t* solarized = held.levels.data() + 3 * pixels;
+  sharpen_solarize(held.levels.data(), side, ops, solarized);
+  float low[3], span[3];
+  for (int c = 0; c < 3; ++c) {
+    const auto [smallest, largest] = std::minmax_element(solarized + c * pixels, solarized + (c + 1) * pixels);
+    const bool flat = *smallest == *largest;
+    low[c] = flat ? 0.0f : *smallest;
+    span[c] = flat ? 255.0f : static_cast<float>(*largest - *smallest);
+  }
+  for (int64_t first = 0; first < pixels; first += kStrip) {
+    const int64_t count = std::min(kStrip, pixels - first);
+    float* planes[3] = {strip.r, strip.g, strip.b};
+    for (int c = 0; c < 3; ++c) {
+      const uint8_t* __restrict__ source = solarized + c * pixels + first;
+      float* __restrict__ target = planes[c];
+      const float lowest = low[c], width = span[c];
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) target[i] = stretch_level(source[i], lowest, width);
+    }
+    finish_strip(p, ops, strip, picture, first, count, held.planes.data());
+  }
+}
+
+template <typename Out>
+SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Held& held) {
   const int64_t pictures = p.shape.pictures(), sample = picture / pictures, side = p.shape.side;
   const int64_t plane = p.shape.size * p.shape.size, pixels = side * side;
   const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
@@ -173,67 +284,50 @@ SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, std::
     level = (1.0f - ops.factors[ops.contrast]) * static_cast<float>(total / static_cast<double>(pixels));
   }
 
-  if (ops.photometric) levels.resize(6 * pixels);
+  if (ops.photometric) held.levels.resize(6 * pixels);
+  if (ops.sigma > 0) held.planes.resize(3 * pixels);
   for (int64_t first = 0; first < pixels; first += kStrip) {
     const int64_t count = std::min(kStrip, pixels - first);
     gather(crop, plane, map, side, first, count, strip);
     jitter_strip(ops, 4, level, strip, count);
     if (!ops.photometric) {
-      write_strip(p, ops, strip, picture, first, count);
+      finish_strip(p, ops, strip, picture, first, count, held.planes.data());
       continue;
     }
     const float* planes[3] = {strip.r, strip.g, strip.b};
     for (int c = 0; c < 3; ++c) {
-      uint8_t* __restrict__ target = levels.data() + c * pixels + first;
+      uint8_t* __restrict__ target = held.levels.data() + c * pixels + first;
       const float* __restrict__ source = planes[c];
       const int mask = ~(static_cast<int>(ops.level_step) - 1);  // posterize keeps the upper bits
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = static_cast<uint8_t>(static_cast<int>(rintf(source[i])) & mask);
     }
   }
-  if (!ops.photometric) return;
-
-  uint8_t* solarized = levels.data() + 3 * pixels;
-  sharpen_solarize(levels.data(), side, ops, solarized);
-  float low[3], span[3];
-  for (int c = 0; c < 3; ++c) {
-    const auto [smallest, largest] = std::minmax_element(solarized + c * pixels, solarized + (c + 1) * pixels);
-    const bool flat = *smallest == *largest;
-    low[c] = flat ? 0.0f : *smallest;
-    span[c] = flat ? 255.0f : static_cast<float>(*largest - *smallest);
-  }
-  for (int64_t first = 0; first < pixels; first += kStrip) {
-    const int64_t count = std::min(kStrip, pixels - first);
-    float* planes[3] = {strip.r, strip.g, strip.b};
-    for (int c = 0; c < 3; ++c) {
-      const uint8_t* __restrict__ source = solarized + c * pixels + first;
-      float* __restrict__ target = planes[c];
-      const float lowest = low[c], width = span[c];
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) target[i] = stretch_level(source[i], lowest, width);
-    }
-    write_strip(p, ops, strip, picture, first, count);
-  }
+  if (ops.photometric) stretch_picture(p, ops, picture, held, strip);
+  if (ops.sigma > 0) blur_picture(p, ops, held.planes.data(), picture, strip);
 }
 
 template <typename Out>
 SSLFAST_INLINE void render_pictures(const Problem<Out>& p) {
-  std::vector<uint8_t> levels;
-  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, levels);
+  Held held;
+  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, held);
 }
 
 SSLFAST_MULTIVERSION(render_pictures_best, render_pictures, const Problem<T>&)
 
-void check_values(const ViewShape& shape, bool photometric, const float* parameters, const int64_t* permutation,
-                  const int64_t* offsets) {
+void check_values(const ViewShape& shape, bool photometric, bool blur, const float* parameters,
+                  const int64_t* permutation, const int64_t* offsets) {
   for (int64_t i = 0; i < shape.batch * shape.pictures(); ++i) {
-    SSLFAST_CHECK(parameters_in_range(parameters + i * kViewParameters),
-                  "render_views: parameters must be finite, with order codes in [0, 24) and bits in [0, 8]; those of "
-                  "sample ",
-                  i / shape.pictures(), ", picture ", i % shape.pictures(), " are not");
+    SSLFAST_CHECK(
+        parameters_in_range(parameters + i * kViewParameters),
+        "render_views: parameters must be finite, with order codes in [0, 24), bits in [0, 8] and blur sigmas in "
+        "[0, ",
+        kMaxBlurSigma, "]; those of sample ", i / shape.pictures(), ", picture ", i % shape.pictures(), " are not");
     SSLFAST_CHECK(photometric || parameters[i * kViewParameters + 7] == 0,
                   "render_views: photometric is False, but the gate of sample ", i / shape.pictures(), ", picture ",
                   i % shape.pictures(), " is open; pass photometric=True");
+    SSLFAST_CHECK(blur || parameters[i * kViewParameters + 12] == 0, "render_views: blur is False, but sample ",
+                  i / shape.pictures(), ", picture ", i % shape.pictures(), " has a sigma; pass blur=True");
     if (permutation == nullptr) continue;
     SSLFAST_CHECK(shape.has_cell(permutation[i]), "render_views: permutation must be in [0, ", shape.pictures(),
                   "), got ", permutation[i], " at sample ", i / shape.pictures(), ", slot ", i % shape.pictures());
@@ -246,7 +340,7 @@ void check_values(const ViewShape& shape, bool photometric, const float* paramet
 Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::optional<Tensor> turns_,
                         std::optional<Tensor> permutation_, std::optional<Tensor> offsets_, int64_t grid,
                         int64_t patch_size, double mean_r, double mean_g, double mean_b, double std_r, double std_g,
-                        double std_b, ScalarType dtype, bool channels_last, bool photometric) {
+                        double std_b, ScalarType dtype, bool channels_last, bool photometric, bool blur) {
   const float std_of[3] = {float(std_r), float(std_g), float(std_b)};
   const ViewShape shape =
       check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
@@ -261,7 +355,7 @@ Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::op
     return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
   };
   const float* numbers = static_cast<const float*>(parameters.const_data_ptr());
-  check_values(shape, photometric, numbers, values(permutation), values(offsets));
+  check_values(shape, photometric, blur, numbers, values(permutation), values(offsets));
   const int64_t pictures = shape.batch * shape.pictures(), side = shape.side;
   const std::vector<int64_t> sizes =
       channels_last ? std::vector<int64_t>{pictures, side, side, 3} : std::vector<int64_t>{pictures, 3, side, side};

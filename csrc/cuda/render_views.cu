@@ -18,7 +18,7 @@ constexpr int64_t kSharedLevels = 160 * 1024;
 template <typename Out>
 struct Problem {
   const uint8_t* __restrict__ crops;        // [B, 3, S, S]
-  const float* __restrict__ parameters;     // [B, M, 12]
+  const float* __restrict__ parameters;     // [B, M, 13]
   const int64_t* __restrict__ turns;        // [B] or null
   const int64_t* __restrict__ permutation;  // [B, M] or null
   const int64_t* __restrict__ offsets;      // [B, M, 2] or null
@@ -26,6 +26,7 @@ struct Problem {
   Normalisation normal;
   bool channels_last, photometric;
   uint8_t* scratch;       // [B * M, 3, side, side] levels, or null: in shared memory
+  float* unblurred;       // [B * M, 3, side, side] levels of the pictures that have a sigma, or null
   Out* __restrict__ out;  // [B * M, 3, side, side], or [B * M, side, side, 3]
 };
 
@@ -51,14 +52,28 @@ __device__ __forceinline__ T block_reduce(T x, T* shared, T neutral, const Merge
 }
 
 template <typename Out>
-__device__ __forceinline__ void write_pixel(const Problem<Out>& p, const PictureOps& ops, Rgb x, int64_t picture,
-                                            int pixel, int pixels) {
-  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
+__device__ __forceinline__ void write_pixel(const Problem<Out>& p, Rgb x, int64_t picture, int pixel, int pixels) {
   Out* out = p.out + picture * 3 * pixels + (p.channels_last ? 3 * pixel : pixel);
   const int step = p.channels_last ? 1 : pixels;
   out[0] = static_cast<Out>(x.r * p.normal.scale[0] + p.normal.shift[0]);
   out[step] = static_cast<Out>(x.g * p.normal.scale[1] + p.normal.shift[1]);
   out[2 * step] = static_cast<Out>(x.b * p.normal.scale[2] + p.normal.shift[2]);
+}
+
+// Grayscale; then out, or to the levels that blur_kernel reads: one plane of a gray picture, else three.
+template <bool kBlur, typename Out>
+__device__ __forceinline__ void finish_pixel(const Problem<Out>& p, const PictureOps& ops, Rgb x, int64_t picture,
+                                             int pixel, int pixels) {
+  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
+  if (!kBlur || ops.sigma == 0) {
+    write_pixel(p, x, picture, pixel, pixels);
+    return;
+  }
+  float* levels = p.unblurred + picture * 3 * pixels + pixel;
+  levels[0] = x.r;
+  if (ops.grayscale) return;
+  levels[pixels] = x.g;
+  levels[2 * pixels] = x.b;
 }
 
 // A posterized level, sharpened and solarized.
@@ -77,7 +92,8 @@ __device__ __forceinline__ float sharpened_level(const uint8_t* plane, int side,
 
 // One block renders one picture. Its bytes are read once, twice where contrast needs a mean; levels of the photometric
 // set, whole numbers, wait in shared memory while neighbours and extremes are looked at.
-template <typename Out>
+// kBlur false: every sigma is 0, which takes half the registers on 10.0.
+template <typename Out, bool kBlur>
 __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> p) {
   __shared__ float sums[kMaxWarps];
   __shared__ Extremes extremes[kMaxWarps];
@@ -86,7 +102,7 @@ __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> 
   const int64_t plane = p.shape.size * p.shape.size;
   if (!parameters_in_range(p.parameters + picture * kViewParameters)) __trap();
   const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
-  if (ops.photometric && !p.photometric) __trap();
+  if ((ops.photometric && !p.photometric) || (ops.sigma != 0 && !kBlur)) __trap();
   int64_t top = 0, left = 0;
   if (p.permutation != nullptr) {
     const int64_t cell = p.permutation[picture];
@@ -121,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> 
   for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
     const Rgb x = apply_jitters(read(pixel), ops, 4, level);
     if (!ops.photometric) {
-      write_pixel(p, ops, x, picture, pixel, pixels);
+      finish_pixel<kBlur>(p, ops, x, picture, pixel, pixels);
       continue;
     }
     levels[pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.r)) & mask);
@@ -151,14 +167,76 @@ __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> 
     const Rgb x{stretch_level(sharpened_level(levels, side, pixel, ops), low[0], span[0]),
                 stretch_level(sharpened_level(levels + pixels, side, pixel, ops), low[1], span[1]),
                 stretch_level(sharpened_level(levels + 2 * pixels, side, pixel, ops), low[2], span[2])};
-    write_pixel(p, ops, x, picture, pixel, pixels);
+    finish_pixel<kBlur>(p, ops, x, picture, pixel, pixels);
+  }
+}
+
+constexpr int kTile = 32, kTileRows = 8;  // a block of kTile x kTileRows threads blurs a square of side kTile
+constexpr int kHalo = kTile + 2 * kMaxBlurRadius;
+
+// One block blurs one square of one picture, a channel at a time, along the rows and then down the columns.
+template <typename Out>
+__global__ void __launch_bounds__(kTile* kTileRows) blur_kernel(const Problem<Out> p, int tiles) {
+  __shared__ float weights[kMaxBlurRadius + 1];
+  __shared__ float levels[kHalo][kHalo];
+  __shared__ float blurred_rows[kHalo][kTile];
+  constexpr int kEach = kTile / kTileRows;
+  const int64_t picture = blockIdx.x / (tiles * tiles);
+  const float* parameters = p.parameters + picture * kViewParameters;
+  const float sigma = parameters[12];
+  if (sigma == 0) return;
+  const bool grayscale = parameters[11] != 0;
+  const int tile = static_cast<int>(blockIdx.x % (tiles * tiles)), side = static_cast<int>(p.shape.side);
+  const int top = tile / tiles * kTile, left = tile % tiles * kTile, pixels = side * side;
+  const int radius = blur_radius(sigma, side), halo = kTile + 2 * radius;
+  const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
+  if (threadIdx.x == 0) blur_weights(sigma, radius, weights);
+  float results[kEach][3];
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    if (c > 0 && grayscale) {
+      for (int i = 0; i < kEach; ++i) results[i][c] = results[i][0];
+      continue;
+    }
+    const float* plane = p.unblurred + (picture * 3 + c) * pixels;
+    __syncthreads();
+    for (int y = row; y < halo; y += kTileRows) {
+      // Beyond the mirrored border lie pixels that nobody asks for: any level does.
+      const int64_t source_y = reflect(min(top + y - radius, side - 1 + radius), side);
+      for (int x = column; x < halo; x += kTile) {
+        const int64_t source_x = reflect(min(left + x - radius, side - 1 + radius), side);
+        levels[y][x] = plane[source_y * side + source_x];
+      }
+    }
+    __syncthreads();
+    for (int y = row; y < halo; y += kTileRows) {
+      const float* centre = &levels[y][column + radius];
+      float sum = weights[0] * centre[0];
+      for (int k = 1; k <= radius; ++k) sum += weights[k] * (centre[-k] + centre[k]);
+      blurred_rows[y][column] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float* centre = &blurred_rows[row + i * kTileRows + radius][column];
+      float sum = weights[0] * centre[0];
+      for (int k = 1; k <= radius; ++k) sum += weights[k] * (centre[-k * kTile] + centre[k * kTile]);
+      results[i][c] = sum;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int y = top + row + i * kTileRows, x = left + column;
+    if (y < side && x < side) {
+      write_pixel(p, Rgb{results[i][0], results[i][1], results[i][2]}, picture, y * side + x, pixels);
+    }
   }
 }
 
 Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::optional<Tensor> turns_,
                          std::optional<Tensor> permutation_, std::optional<Tensor> offsets_, int64_t grid,
                          int64_t patch_size, double mean_r, double mean_g, double mean_b, double std_r, double std_g,
-                         double std_b, ScalarType dtype, bool channels_last, bool photometric) {
+                         double std_b, ScalarType dtype, bool channels_last, bool photometric, bool blur) {
   const float std_of[3] = {float(std_r), float(std_g), float(std_b)};
   const ViewShape shape =
       check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
@@ -179,6 +257,8 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
   const bool shared = level_bytes <= kSharedLevels;
   const std::vector<int64_t> scratch_sizes = {shared ? 0 : pictures * level_bytes};
   Tensor scratch = torch::stable::new_empty(crops, scratch_sizes);
+  const std::vector<int64_t> unblurred_sizes = {blur ? pictures * 3 * side * side : 0};
+  Tensor unblurred = torch::stable::new_empty(crops, unblurred_sizes, ScalarType::Float);
   const auto values = [](const std::optional<Tensor>& t) {
     return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
   };
@@ -194,13 +274,20 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
     p.normal = Normalisation({mean_r, mean_g, mean_b}, std_of);
     p.channels_last = channels_last;
     p.photometric = photometric;
+    p.unblurred = blur ? static_cast<float*>(unblurred.mutable_data_ptr()) : nullptr;
     p.scratch = shared ? nullptr : static_cast<uint8_t*>(scratch.mutable_data_ptr());
     p.out = static_cast<Out*>(out.mutable_data_ptr());
     // About 16 pixels for a thread.
     const int64_t warps = std::clamp<int64_t>(side * side / (16 * kWarpSize), 1, kMaxWarps);
-    launch_kernel("render_views", render_kernel<Out>, dim3(static_cast<unsigned>(pictures)),
-                  dim3(static_cast<unsigned>(warps * kWarpSize)), static_cast<size_t>(shared ? level_bytes : 0),
-                  current_stream(crops.get_device_index()), p);
+    launch_kernel("render_views", blur ? render_kernel<Out, true> : render_kernel<Out, false>,
+                  dim3(static_cast<unsigned>(pictures)), dim3(static_cast<unsigned>(warps * kWarpSize)),
+                  static_cast<size_t>(shared ? level_bytes : 0), current_stream(crops.get_device_index()), p);
+    if (!blur) return;
+    const int64_t tiles = (side + kTile - 1) / kTile;
+    SSLFAST_CHECK(pictures * tiles * tiles < int64_t(1) << 31, "render_views: ", pictures, " pictures of ", side, " x ",
+                  side, " pixels are too many to blur in one call; split the batch");
+    launch_kernel("render_views", blur_kernel<Out>, dim3(static_cast<unsigned>(pictures * tiles * tiles)),
+                  dim3(kTile * kTileRows), 0, current_stream(crops.get_device_index()), p, static_cast<int>(tiles));
   });
   return out;
 }

@@ -35,7 +35,7 @@ class JigsawConfig:
 @dataclass(kw_only=True)
 class AugmentConfig:
     """Pixel augmentation, applied to every image or to every patch independently, in this order:
-    flip, jitter (brightness, contrast, saturation, hue in random order), photometric, grayscale, normalise."""
+    flip, jitter (brightness, contrast, saturation, hue in random order), photometric, grayscale, blur, normalise."""
 
     flip_probability: float = 0.5
     """Horizontal flip."""
@@ -50,6 +50,10 @@ class AugmentConfig:
     photometric_probability: float = 0.0
     """Gate of posterize (4 to 8 bits), sharpness (0.1 to 1.9), solarize (threshold 0 to 256), autocontrast together."""
     grayscale_probability: float = 0.2
+    blur_probability: float = 0.0
+    """Gate of the Gaussian blur; 0.5 in MoCo v2 and SimCLR."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest sigma of the blur, drawn uniformly, in pixels of the picture; at most 5."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 

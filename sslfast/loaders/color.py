@@ -1,4 +1,4 @@
-"""Draws of pixel augmentation: flip, colour jitter, photometric operations, grayscale.
+"""Draws of pixel augmentation: flip, colour jitter, photometric operations, grayscale, blur.
 
 Drawing is strictly apart from application (``render_views``): :class:`PixelParameters` says everything about what
 happens to the pixels.
@@ -13,7 +13,9 @@ from sslfast.loaders.batch import AugmentConfig
 from sslfast.ops.pixels import ORDERS
 
 WORDS = 12
-"""uint32 draws that :func:`draw_pixel_parameters` takes for one image: three Philox blocks."""
+"""uint32 draws of one image but for its blur: three Philox blocks."""
+BLUR_WORDS = 4
+"""uint32 draws of its blur, one block; :func:`draw_pixel_parameters` takes them after the others."""
 
 _POSTERIZE_BITS = (4, 8)
 _SHARPNESS = (0.1, 1.9)
@@ -44,6 +46,8 @@ class PixelParameters:
     """``[...]`` int64: levels at or above it are inverted; 256 inverts none."""
     grayscale: Tensor
     """``[...]`` bool: replace the three channels by their luminance."""
+    blur_sigma: Tensor
+    """``[...]`` float32: sigma of the Gaussian blur in pixels; 0 = none."""
 
     def __getitem__(self, index: Tensor | slice) -> "PixelParameters":
         """The parameters of the images at ``index`` of the first dimension."""
@@ -63,13 +67,13 @@ class PixelParameters:
         return PixelParameters(**{f.name: take(getattr(self, f.name)) for f in fields(self)})
 
     def pack(self) -> Tensor:
-        """``[..., 12]`` float32, ordered as :data:`sslfast.ops.pixels.PARAMETERS`: what ``render_views`` takes."""
+        """``[..., 13]`` float32, ordered as :data:`sslfast.ops.pixels.PARAMETERS`: what ``render_views`` takes."""
         first, second, third, fourth = self.jitter_order.unbind(-1)
         # Rank of the order among the 24: places among what is left.
         code = 6 * first + 2 * (second - (second > first).long()) + (third > fourth).long()
         values = (
             self.flip, self.jitter, code, *self.factors.unbind(-1), self.hue, self.photometric, self.posterize_bits,
-            self.sharpness, self.solarize_threshold, self.grayscale,
+            self.sharpness, self.solarize_threshold, self.grayscale, self.blur_sigma,
         )  # fmt: skip
         return torch.stack([value.to(torch.float32) for value in values], dim=-1)
 
@@ -92,11 +96,11 @@ def draw_pixel_parameters(words: Tensor, config: AugmentConfig) -> PixelParamete
     """Turn uint32 draws into parameters.
 
     Word 0 flip, 1 jitter gate, 2 order, 3 brightness, 4 contrast, 5 saturation, 6 hue, 7 photometric gate,
-    8 posterize, 9 sharpness, 10 solarize, 11 grayscale, whatever the config switches off: changing one strength
-    leaves every other draw as it was.
+    8 posterize, 9 sharpness, 10 solarize, 11 grayscale, 12 blur gate, 13 blur sigma (14 and 15 unused), whatever the
+    config switches off: changing one strength leaves every other draw as it was.
 
     Args:
-        words: ``[..., 12]`` int64 holding uint32 values.
+        words: ``[..., 16]`` int64 holding uint32 values.
         config: strengths and probabilities.
     """
     w = words.unbind(-1)
@@ -115,4 +119,5 @@ def draw_pixel_parameters(words: Tensor, config: AugmentConfig) -> PixelParamete
         sharpness=_between(w[9], *_SHARPNESS),
         solarize_threshold=uint32_below(w[10], _SOLARIZE_LEVELS),
         grayscale=_chance(w[11], config.grayscale_probability),
+        blur_sigma=_between(w[13], *config.blur_sigma) * _chance(w[12], config.blur_probability),
     )

@@ -2,8 +2,8 @@
 
 A view is drawn first (:func:`draw_view`: every random number of it, a function of seed, view position, epoch and
 row), then rendered (:func:`render`: a pure function of crops and drawn parameters). Order of a rendering: rotate by
-quarter turns, cut into jigsaw patches, then per image or patch flip, jitter, photometric operations, grayscale and
-normalisation (``ops/render_views.py``). A view that turns and has no jigsaw is mirrored before it is turned.
+quarter turns, cut into jigsaw patches, then per image or patch flip, jitter, photometric operations, grayscale, blur
+and normalisation (``ops/render_views.py``). A view that turns and has no jigsaw is mirrored before it is turned.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sslfast.loaders.batch import AugmentConfig, Batch, JigsawConfig, View, ViewConfig
-from sslfast.loaders.color import WORDS, PixelParameters, draw_pixel_parameters, uint32_below
+from sslfast.loaders.color import BLUR_WORDS, WORDS, PixelParameters, draw_pixel_parameters, uint32_below
 from sslfast.ops.philox import Stream, random_uint32
+from sslfast.ops.pixels import MAX_BLUR_SIGMA
 from sslfast.ops.render_views import DTYPES, render_views
 
 _BLOCK = 4  # uint32 numbers in a Philox block
@@ -47,9 +48,9 @@ def draw_view(rows: Tensor, config: ViewConfig, *, seed: int, position: int, epo
     """Draw the parameters of one view: a function of ``(seed, position, epoch, row)``, the same on every device.
 
     Of a row's Philox blocks (four uint32 each), block 0 is the header (word 0: quarter turns), the next ``P`` belong
-    to the jigsaw cells (word 0: sort key, 1 and 2: offset), and the following three per image or patch to its pixels
-    (:func:`~sslfast.loaders.color.draw_pixel_parameters`). The permutation sorts the cells by their keys, ties by
-    position, so all ``P!`` orders are equally likely.
+    to the jigsaw cells (word 0: sort key, 1 and 2: offset), the following three per image or patch to its pixels and
+    the last one each to its blur (:func:`~sslfast.loaders.color.draw_pixel_parameters`). The permutation sorts the
+    cells by their keys, ties by position, so all ``P!`` orders are equally likely.
 
     Args:
         rows: ``[B]`` int64 manifest rows.
@@ -59,12 +60,14 @@ def draw_view(rows: Tensor, config: ViewConfig, *, seed: int, position: int, epo
         epoch: int or 0-d int64 tensor.
     """
     cells = config.jigsaw.grid**2 if config.jigsaw is not None else 0
-    count = _BLOCK * (1 + cells) + WORDS * max(1, cells)
-    words = random_uint32(rows, count, seed=seed, stream=Stream.VIEW + position, step=epoch)
-    pixel_words = words[:, _BLOCK * (1 + cells) :].unflatten(1, (max(1, cells), WORDS))
+    images = max(1, cells)
+    counts = (_BLOCK * (1 + cells), WORDS * images, BLUR_WORDS * images)
+    words = random_uint32(rows, sum(counts), seed=seed, stream=Stream.VIEW + position, step=epoch)
+    words, *of_pixels = words.split(counts, dim=1)
+    pixel_words = torch.cat([part.unflatten(1, (images, -1)) for part in of_pixels], dim=-1)
     permutation = offsets = None
     if config.jigsaw is not None:
-        cell_words = words[:, _BLOCK : _BLOCK * (1 + cells)].unflatten(1, (cells, _BLOCK))
+        cell_words = words[:, _BLOCK:].unflatten(1, (cells, _BLOCK))
         permutation = cell_words[:, :, 0].argsort(dim=1, stable=True)
         offsets = uint32_below(cell_words[:, :, 1:3], max_offset(config, config.jigsaw) + 1)
     return ViewParameters(
@@ -111,6 +114,7 @@ def render(
             dtype=dtype,
             channels_last=channels_last,
             photometric=augment.photometric_probability > 0,
+            blur=augment.blur_probability > 0,
         )
         return View(pixels=pixels, quarter_turns=parameters.quarter_turns)
     permutation, offsets = parameters.permutation, parameters.offsets
@@ -129,6 +133,7 @@ def render(
         dtype=dtype,
         channels_last=channels_last,
         photometric=augment.photometric_probability > 0,
+        blur=augment.blur_probability > 0,
     )
     return View(
         pixels=pixels.unflatten(0, permutation.shape),
@@ -230,7 +235,8 @@ def _check_jigsaw(name: str, config: ViewConfig, jigsaw: JigsawConfig) -> None:
 
 
 def _check_augment(name: str, augment: AugmentConfig) -> None:
-    for field in ("flip_probability", "jitter_probability", "photometric_probability", "grayscale_probability"):
+    for gate in ("flip", "jitter", "photometric", "grayscale", "blur"):
+        field = f"{gate}_probability"
         if not 0 <= getattr(augment, field) <= 1:
             raise ValueError(f"view {name!r}: {field} must be in [0, 1], got {getattr(augment, field)}")
     for field in ("brightness", "contrast", "saturation"):
@@ -238,6 +244,11 @@ def _check_augment(name: str, augment: AugmentConfig) -> None:
             raise ValueError(f"view {name!r}: {field} must be at least 0, got {getattr(augment, field)}")
     if not 0 <= augment.hue <= 0.5:
         raise ValueError(f"view {name!r}: hue must be in [0, 0.5] turns, got {augment.hue}")
+    low, high = augment.blur_sigma
+    if not 0 < low <= high <= MAX_BLUR_SIGMA:
+        raise ValueError(
+            f"view {name!r}: blur_sigma must hold two sigmas, 0 < low <= high <= {MAX_BLUR_SIGMA}, got {low} and {high}"
+        )
     if len(augment.mean) != 3 or len(augment.std) != 3 or min(augment.std) <= 0:
         raise ValueError(
             f"view {name!r}: mean and std must have 3 values, std above 0, got {augment.mean} and {augment.std}"

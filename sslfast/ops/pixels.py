@@ -7,6 +7,8 @@ Agreement with torchvision.transforms.v2.functional (float images) and with PIL,
 function and held by ``tests/loaders/test_color.py``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,12 @@ ORDERS = tuple((a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for 
 """All 24 orders of the four jitters in lexicographic order: what an order code stands for."""
 PARAMETERS = (
     "flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "photometric", "posterize_bits",
-    "sharpness", "solarize_threshold", "grayscale",
+    "sharpness", "solarize_threshold", "grayscale", "blur_sigma",
 )  # fmt: skip
 """What the numbers of a picture are, in order."""
+
+MAX_BLUR_SIGMA = 5.0
+"""Largest sigma of the Gaussian blur in pixels."""
 
 _LUMINANCE = (0.2989, 0.587, 0.114)
 
@@ -129,12 +134,42 @@ def autocontrast_(pixels: Tensor) -> Tensor:
     return pixels.sub_(low).mul_(255.0).div_(span).floor_()
 
 
+def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Weighted mean of each pixel's neighbours, ``w(y, x) ~ exp(-(y**2 + x**2) / (2 sigma**2))``; sigma 0: unchanged.
+
+    Taps reach ``r = ceil(3 sigma)`` pixels to each side, where 0.3 % of the kernel's mass is left, and at most the side
+    less one; the border is mirrored without repeating the outermost pixel. torchvision's ``gaussian_blur`` on float
+    images with ``kernel_size=2 * r + 1``, to 1e-3 levels; with SimCLR's kernel of a tenth of the side (23 for 224
+    pixels), to 0.5 levels up to sigma 2. PIL's GaussianBlur is three box blurs in 8 bits, which repeat the border: from
+    sigma 1 on within 5 levels inside the test images, noise among them.
+
+    Args:
+        pixels: ``[N, 3, H, W]`` float.
+        sigma: ``[N]`` float in [0, 5], in pixels.
+    """
+
+    def mirrored(side: int) -> Tensor:  # [N, 1, side, side]: row y holds the weights of what pixel y becomes
+        reach = min(math.ceil(3 * MAX_BLUR_SIGMA), side - 1)
+        taps = torch.arange(-reach, reach + 1, device=pixels.device)
+        radius = (3.0 * sigma).ceil()[:, None]
+        weights = (-0.5 * (taps / sigma.clamp(min=1e-30)[:, None]).square()).exp() * (taps.abs() <= radius)
+        weights /= weights.sum(dim=1, keepdim=True)
+        places = (torch.arange(side, device=pixels.device)[:, None] + taps).abs()
+        places = torch.where(places < side, places, 2 * side - 2 - places)  # [side, taps]
+        shape = (len(sigma), side, len(taps))
+        matrix = pixels.new_zeros(len(sigma), side, side)
+        return matrix.scatter_add_(2, places.expand(shape), weights[:, None].expand(shape))[:, None]
+
+    height, width = pixels.shape[-2:]
+    return mirrored(height) @ pixels @ mirrored(width).mT
+
+
 def jitter_(pixels: Tensor, parameters: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue in each image's own order, where its gate is open.
 
     Args:
         pixels: ``[N, 3, H, W]`` float.
-        parameters: ``[N, 12]`` float, as :data:`PARAMETERS` names them.
+        parameters: ``[N, 13]`` float, as :data:`PARAMETERS` names them.
     """
     order = torch.tensor(ORDERS, device=pixels.device)[parameters[:, 2].long()]  # [N, 4]
     gate = parameters[:, 1] != 0
@@ -158,12 +193,15 @@ def photometric_(pixels: Tensor, parameters: Tensor) -> Tensor:
     return autocontrast_(solarize_(pixels, parameters[:, 10]))
 
 
-def augment(pictures: Tensor, parameters: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Flip, jitter, photometric operations, grayscale and ``(x / 255 - mean) / std``, in this order.
+def augment(
+    pictures: Tensor, parameters: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...], blur: bool = True
+) -> Tensor:
+    """Flip, jitter, photometric operations, grayscale, blur and ``(x / 255 - mean) / std``, in this order.
 
     Args:
         pictures: ``[N, 3, H, W]`` uint8.
-        parameters: ``[N, 12]`` float, as :data:`PARAMETERS` names them.
+        parameters: ``[N, 13]`` float, as :data:`PARAMETERS` names them.
+        blur: False: every sigma is 0.
 
     Returns:
         ``[N, 3, H, W]`` float32.
@@ -172,5 +210,7 @@ def augment(pictures: Tensor, parameters: Tensor, *, mean: tuple[float, ...], st
     pixels = jitter_(flipped.to(torch.float32), parameters)
     pixels = torch.where(_per_image(parameters[:, 7] != 0), photometric_(pixels.clone(), parameters), pixels)
     pixels = torch.where(_per_image(parameters[:, 11] != 0), luminance(pixels), pixels)
+    if blur:
+        pixels = gaussian_blur(pixels, parameters[:, 12])
     center, spread = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
     return (pixels - center * 255.0) / (spread * 255.0)

@@ -26,22 +26,24 @@ def render_views(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     photometric: bool = True,
+    blur: bool = True,
 ) -> Tensor:
     """Turn every crop, cut it into jigsaw patches, augment each patch (or the whole crop), normalise.
 
     A picture is one patch, or the whole crop where ``permutation`` is None: then M = 1 and p = S, else M = grid**2.
     Order: ``rotate90`` of the crop, the patch of ``jigsaw_patches``, then per picture flip, jitter (brightness,
     contrast, saturation, hue in the picture's own order), rounding and photometric operations (posterize, sharpness,
-    solarize, autocontrast), grayscale, ``(x / 255 - mean) / std``. The arithmetic is float32. Contrast takes the mean
-    luminance and autocontrast the extremes of the picture, not of the crop. Each operation is that of
-    torchvision.transforms.v2.functional and PIL, with the tolerances that ``sslfast/ops/pixels.py`` states.
-    Source: PIRL section 3.1 (jigsaw patches, colour).
+    solarize, autocontrast), grayscale, Gaussian blur, ``(x / 255 - mean) / std``. The arithmetic is float32. Contrast
+    takes the mean luminance, autocontrast the extremes and blur the borders of the picture, not of the crop. Each
+    operation is that of torchvision.transforms.v2.functional and PIL, with the tolerances that
+    ``sslfast/ops/pixels.py`` states. Source: PIRL section 3.1 (jigsaw patches, colour), SimCLR appendix A (blur).
 
     Args:
         crops: ``[B, 3, S, S]`` uint8. Other than contiguous memory is copied first.
-        parameters: ``[B, M, 12]`` fp32, one row for each picture by slot: flip (0 or 1), jitter gate, order code 0..23
+        parameters: ``[B, M, 13]`` fp32, one row for each picture by slot: flip (0 or 1), jitter gate, order code 0..23
             (rank of the four jitters' order), brightness, contrast, saturation (factors, 1 = unchanged), hue (turns),
-            photometric gate, posterize bits 0..8, sharpness, solarize threshold (256 = none), grayscale.
+            photometric gate, posterize bits 0..8, sharpness, solarize threshold (256 = none), grayscale, blur sigma
+            0..5 in pixels (0 = none).
         quarter_turns: ``[B]`` int64, counter-clockwise, modulo 4; None: not turned.
         permutation: ``[B, grid**2]`` int64, cell that each slot shows; None: no jigsaw.
         offsets: ``[B, grid**2, 2]`` int64 (y, x) by cell; needed with ``permutation``.
@@ -51,6 +53,7 @@ def render_views(
         dtype: torch.float32, torch.bfloat16 or torch.float16.
         channels_last: memory format of the pictures.
         photometric: False promises that no picture has the photometric gate open, which saves shared memory on a GPU.
+        blur: False promises that no picture has a sigma, which saves ``[B * M, 3, p, p]`` float32 on a GPU.
 
     Returns:
         ``[B * M, 3, p, p]``; picture ``b * M + j`` is slot ``j`` of sample ``b``.
@@ -75,6 +78,7 @@ def render_views(
         dtype,
         channels_last,
         photometric,
+        blur,
     )
     return out.permute(0, 3, 1, 2) if channels_last else out
 
@@ -93,6 +97,7 @@ def render_views_reference(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
     photometric: bool = True,
+    blur: bool = True,
 ) -> Tensor:
     """The same in torch, operation by operation: the specification.
 
@@ -103,7 +108,7 @@ def render_views_reference(
     if permutation is not None and offsets is not None:
         pictures = jigsaw_patches_reference(pictures, permutation, offsets, grid=grid, patch_size=patch_size)
         pictures = pictures.flatten(0, 1)
-    result = pixels.augment(pictures, parameters.flatten(0, 1), mean=tuple(mean), std=tuple(std))
+    result = pixels.augment(pictures, parameters.flatten(0, 1), mean=tuple(mean), std=tuple(std), blur=blur)
     return result.to(dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -157,6 +162,7 @@ def _(
     dtype: torch.dtype,
     channels_last: bool,
     photometric: bool,
+    blur: bool,
 ) -> Tensor:
     _check_devices(crops, parameters, quarter_turns, permutation, offsets)
     torch._check(

@@ -1,13 +1,14 @@
 """Each pixel operation against torchvision.transforms.v2.functional on float images and against PIL on bytes."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tvf
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from sslfast.loaders import color
@@ -46,7 +47,7 @@ def pil(images: Tensor, function: Callable[[Image.Image, int], Image.Image]) -> 
 
 
 def parameters(count: int = N, config: AugmentConfig | None = None, seed: int = 0) -> PixelParameters:
-    words = random_uint32(torch.arange(count), color.WORDS, seed=seed, stream=32, step=0)
+    words = random_uint32(torch.arange(count), color.WORDS + color.BLUR_WORDS, seed=seed, stream=32, step=0)
     return draw_pixel_parameters(words, config or AugmentConfig(photometric_probability=1.0))
 
 
@@ -137,6 +138,41 @@ def test_autocontrast_equals_pil() -> None:
     torch.testing.assert_close(result, torch.stack([tvf.autocontrast(x) for x in images]).float(), rtol=0, atol=1.0)
 
 
+@pytest.mark.parametrize("side", [224, 37, 5, 2, 1])
+def test_blur_equals_torchvision(side: int) -> None:
+    images, sigma = levels(pictures(side)), torch.tensor([0.1, 0.3, 0.5, 1.0, 1.3, 1.7, 2.0, 5.0])
+    result = pixels.gaussian_blur(images, sigma)
+    sizes = [2 * min(math.ceil(3 * s), side - 1) + 1 for s in sigma.tolist()]
+    expected = [tvf.gaussian_blur(x, [k, k], [float(s)] * 2) for x, s, k in zip(images, sigma, sizes, strict=True)]
+    torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-3)
+
+
+def test_blur_is_near_simclr_and_pil() -> None:
+    images, sigma = pictures(224)[:7], torch.linspace(1.0, 2.0, 7)
+    result = pixels.gaussian_blur(levels(images), sigma)
+    tenth = [tvf.gaussian_blur(x, [23, 23], [float(s)] * 2) for x, s in zip(levels(images), sigma, strict=True)]
+    torch.testing.assert_close(result, torch.stack(tenth), rtol=0, atol=0.5)
+    from_pil = pil(images, lambda image, i: image.filter(ImageFilter.GaussianBlur(float(sigma[i]))))
+    inside = slice(7, -7)  # PIL repeats the border
+    torch.testing.assert_close(result[..., inside, inside], from_pil[..., inside, inside], rtol=0, atol=5.0)
+    assert (result[0] - from_pil[0]).abs().mean() < 0.6  # the smooth one
+
+
+def test_blur_leaves_sigma_0_and_flat_images_alone() -> None:
+    images = levels(pictures())
+    assert torch.equal(pixels.gaussian_blur(images, torch.zeros(N)), images)
+    flat = images[3:6]
+    torch.testing.assert_close(pixels.gaussian_blur(flat, torch.tensor([0.2, 2.0, 5.0])), flat, rtol=0, atol=1e-3)
+
+
+def test_blur_comes_after_grayscale() -> None:
+    config = AugmentConfig(**(OFF | {"grayscale_probability": 1.0, "blur_probability": 1.0}))
+    images, p = pictures(), parameters(config=config)
+    gray = tvf.rgb_to_grayscale(levels(images), num_output_channels=3)
+    expected = pixels.gaussian_blur(gray, p.blur_sigma) / 255
+    torch.testing.assert_close(augment(images, p, config), expected, rtol=0, atol=1e-5)
+
+
 def test_luminance_equals_torchvision() -> None:
     images = levels(pictures())
     torch.testing.assert_close(pixels.luminance(images), tvf.rgb_to_grayscale(images), rtol=0, atol=1e-4)
@@ -158,7 +194,7 @@ def test_jitter_in_every_order_equals_torchvision(order: tuple[int, ...]) -> Non
 
 
 def test_mixed_orders_and_gates_equal_one_image_at_a_time() -> None:
-    config = AugmentConfig(jitter_probability=0.7, photometric_probability=0.5)
+    config = AugmentConfig(jitter_probability=0.7, photometric_probability=0.5, blur_probability=0.5)
     count = 64
     images, p = pictures(20).repeat(8, 1, 1, 1), parameters(count, config)
     assert 0 < p.jitter.sum() < count
@@ -233,23 +269,33 @@ def test_input_is_left_alone_and_empty_batch_works() -> None:
 
 
 def test_compiles_in_one_graph_equal_to_eager() -> None:
-    config = AugmentConfig(photometric_probability=0.5)
+    config = AugmentConfig(photometric_probability=0.5, blur_probability=0.5)
     images, p = pictures(9), parameters(config=config)
     compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")(images, p, config)
     torch.testing.assert_close(compiled, augment(images, p, config), rtol=0, atol=1e-5)
 
 
 def test_draws_cover_their_ranges() -> None:
-    config = AugmentConfig(photometric_probability=0.66)
+    config = AugmentConfig(photometric_probability=0.66, blur_probability=0.4)
     count = 20_000
     p = parameters(count, config)
-    for gate, probability in ((p.flip, 0.5), (p.jitter, 1.0), (p.photometric, 0.66), (p.grayscale, 0.2)):
+    for gate, probability in (
+        (p.flip, 0.5),
+        (p.jitter, 1.0),
+        (p.photometric, 0.66),
+        (p.grayscale, 0.2),
+        (p.blur_sigma > 0, 0.4),
+    ):
         assert abs(gate.float().mean() - probability) < 0.015
     assert p.factors.shape == (count, 3)
     for values, low, high in ((p.factors, 0.6, 1.4), (p.hue, -0.2, 0.2), (p.sharpness, 0.1, 1.9)):
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.01 * (high - low)
+    sigma = p.blur_sigma[p.blur_sigma > 0]
+    assert 0.1 <= sigma.min() < 0.11
+    assert 1.99 < sigma.max() <= 2.0
+    assert abs(sigma.mean() - 1.05) < 0.02
     assert p.posterize_bits.unique().tolist() == [4, 5, 6, 7, 8]
     assert p.solarize_threshold.unique().tolist() == list(range(257))
     orders, counts = p.jitter_order.unique(dim=0, return_counts=True)
@@ -260,6 +306,7 @@ def test_draws_cover_their_ranges() -> None:
 
 def test_probability_bounds_and_independence_of_strengths() -> None:
     never = parameters(1000, AugmentConfig(**OFF))
+    assert not never.blur_sigma.any()
     assert not (never.flip | never.jitter | never.grayscale | never.photometric).any()
     one, other = parameters(50, AugmentConfig()), parameters(50, AugmentConfig(brightness=0.0, hue=0.5))
     assert torch.equal(one.factors[:, 1:], other.factors[:, 1:])

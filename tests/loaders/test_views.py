@@ -27,6 +27,7 @@ RECORDED = {
     "offsets": [[2, 1], [0, 0], [2, 1], [2, 0], [2, 0], [1, 2], [1, 3], [0, 1], [2, 3]],
     "factors": [1.0683117, 0.6038305, 0.8767344],
     "order": [1, 0, 2, 3],
+    "blur_sigma": [0.4991228, 0, 0.2775158, 1.629808, 0, 0, 0, 1.961229, 0.1264544],
 }
 VIEWS = {"image": IMAGE, "jigsaw": JIGSAW, "rotation": ROTATION, "both": BOTH}
 
@@ -88,25 +89,26 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 
 def test_seed_epoch_row_and_position_each_change_the_draw() -> None:
-    rows = torch.arange(64)
-    base = tensors(draw_view(rows, BOTH, seed=1, position=0, epoch=0))
+    rows, config = torch.arange(64), replace(BOTH, augment=AugmentConfig(blur_probability=0.5))
+    base = tensors(draw_view(rows, config, seed=1, position=0, epoch=0))
     for other in (
-        draw_view(rows, BOTH, seed=2, position=0, epoch=0),
-        draw_view(rows, BOTH, seed=1, position=1, epoch=0),
-        draw_view(rows, BOTH, seed=1, position=0, epoch=1),
-        draw_view(rows + 64, BOTH, seed=1, position=0, epoch=0),
+        draw_view(rows, config, seed=2, position=0, epoch=0),
+        draw_view(rows, config, seed=1, position=1, epoch=0),
+        draw_view(rows, config, seed=1, position=0, epoch=1),
+        draw_view(rows + 64, config, seed=1, position=0, epoch=0),
     ):
         for name, values in tensors(other).items():
             # Gates that are always open and permutations of four agree often, but never in 64 rows at once.
             if name not in ("jitter", "photometric"):
                 assert not torch.equal(values, base[name]), name
-    again = tensors(draw_view(rows, BOTH, seed=1, position=0, epoch=torch.tensor(0)))
+    again = tensors(draw_view(rows, config, seed=1, position=0, epoch=torch.tensor(0)))
     assert all(torch.equal(again[name], base[name]) for name in base)
 
 
 def test_recorded_draws() -> None:
     """The numbers of a recorded run: a change here changes every run that was ever made."""
-    p = draw_view(torch.tensor([0, 123456]), replace(JIGSAW, rotation=True), seed=42, position=1, epoch=3)
+    config = replace(JIGSAW, rotation=True, augment=AugmentConfig(blur_probability=0.5))
+    p = draw_view(torch.tensor([0, 123456]), config, seed=42, position=1, epoch=3)
     assert p.quarter_turns is not None
     assert p.permutation is not None
     assert p.offsets is not None
@@ -115,6 +117,7 @@ def test_recorded_draws() -> None:
     assert p.offsets[0].tolist() == RECORDED["offsets"]
     assert p.pixel.factors[1, 0].tolist() == pytest.approx(RECORDED["factors"], abs=1e-7)
     assert p.pixel.jitter_order[1, 8].tolist() == RECORDED["order"]
+    assert p.pixel.blur_sigma[1].tolist() == pytest.approx(RECORDED["blur_sigma"], abs=1e-6)
 
 
 def test_permutations_are_uniform_over_all_orders() -> None:
@@ -235,6 +238,9 @@ def test_no_gradient_and_empty_batch() -> None:
         (ViewConfig(augment=AugmentConfig(flip_probability=1.5)), r"flip_probability must be in \[0, 1\], got 1.5"),
         (ViewConfig(augment=AugmentConfig(contrast=-0.1)), r"contrast must be at least 0, got -0.1"),
         (ViewConfig(augment=AugmentConfig(hue=0.6)), r"hue must be in \[0, 0.5\] turns, got 0.6"),
+        (ViewConfig(augment=AugmentConfig(blur_probability=2)), r"blur_probability must be in \[0, 1\], got 2"),
+        (ViewConfig(augment=AugmentConfig(blur_sigma=(0.0, 2.0))), r"0 < low <= high <= 5.0, got 0.0 and 2.0"),
+        (ViewConfig(augment=AugmentConfig(blur_sigma=(2.0, 9.0))), r"0 < low <= high <= 5.0, got 2.0 and 9.0"),
         (ViewConfig(augment=AugmentConfig(std=(0.1, 0.0, 0.1))), r"std above 0, got"),
     ],
 )

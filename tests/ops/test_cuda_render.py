@@ -18,14 +18,21 @@ def compiled() -> None:
 
 
 def arguments(
-    *, dtype: torch.dtype = torch.float32, channels_last: bool = False, photometric: bool = True, **shape: Any
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    photometric: bool = True,
+    blur: bool = True,
+    **shape: Any,
 ) -> list[Any]:
     crops, parameters, options = make(torch.device("cpu"), **shape)
     if not photometric:
         parameters[..., 7] = 0
+    if not blur:
+        parameters[..., 12] = 0
     places = [options.get(name) for name in ("quarter_turns", "permutation", "offsets")]
     sizes = [options.get("grid", 0), options.get("patch_size", 0)]
-    return [crops, parameters, *places, *sizes, *NORMAL, dtype, channels_last, photometric]
+    return [crops, parameters, *places, *sizes, *NORMAL, dtype, channels_last, photometric, blur]
 
 
 def assert_agrees(args: list[Any], order: int = 0) -> None:
@@ -36,7 +43,7 @@ def assert_agrees(args: list[Any], order: int = 0) -> None:
     assert result.dtype == expected.dtype
     tolerance = 1e-4 if expected.dtype == torch.float32 else 4 * torch.finfo(expected.dtype).eps
     different = (result.double() - expected.double()).abs() > tolerance
-    assert different.float().mean() < (2e-3 if args[-1] else 1e-9)
+    assert different.float().mean() < (2e-3 if args[-2] else 1e-9)
 
 
 @pytest.mark.parametrize("photometric", [False, True])
@@ -61,6 +68,21 @@ def test_several_warps_and_levels_in_global_memory() -> None:
     assert_agrees(args, 0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("side", [1, 2, 14, 33, 70])
+def test_blur_of_every_radius(side: int, channels_last: bool) -> None:
+    args = arguments(batch=7, side=side, channels_last=channels_last, photometric=False)
+    args[1][:, 0, 12] = torch.tensor([0.1, 0.5, 1.0, 0.0, 2.0, 3.1, 5.0])
+    args[1][:, 0, 11] = torch.tensor([0, 0, 1, 1, 1, 0, 0])
+    for order in (0, 3):
+        assert_agrees(args, order)
+
+
+@pytest.mark.parametrize("photometric", [False, True])
+def test_without_blur(photometric: bool) -> None:
+    assert_agrees(arguments(batch=3, side=20, photometric=photometric, blur=False), 1)
+
+
 @pytest.mark.parametrize(("argument", "value"), [(1, float("nan")), (3, 9), (4, 3)])
 def test_bad_values_trap(argument: int, value: float) -> None:
     args = arguments(batch=2, side=40, grid=3, patch=11)
@@ -69,8 +91,9 @@ def test_bad_values_trap(argument: int, value: float) -> None:
         emulate("render_views", *args)
 
 
-def test_an_open_gate_that_was_promised_shut_traps() -> None:
-    args = arguments(batch=2, side=12, photometric=False)
-    args[1][1, 0, 7] = 1
+@pytest.mark.parametrize("column", [7, 12])
+def test_an_operation_that_was_promised_absent_traps(column: int) -> None:
+    args = arguments(batch=2, side=12, photometric=False, blur=False)
+    args[1][1, 0, column] = 1
     with pytest.raises(RuntimeError, match="render_views: device trap in"):
         emulate("render_views", *args)

@@ -349,6 +349,7 @@ def render_views_call(draw: Any) -> Arguments:
         integers(draw, 100, batch, pictures) / 100 - 0.5,
         torch.zeros(batch, pictures), integers(draw, 9, batch, pictures), integers(draw, 200, batch, pictures) / 100,
         integers(draw, 257, batch, pictures), integers(draw, 2, batch, pictures),
+        integers(draw, 501, batch, pictures) / 100,
     ]  # fmt: skip
     call: Arguments = {
         "crops": integers(draw, 256, batch, 3, side, side).to(torch.uint8),

@@ -26,7 +26,7 @@ def make(
     columns = [
         uniform(0, 2).floor(), uniform(0, 4).floor().clamp(max=1), uniform(0, 24).floor(), uniform(0.6, 1.4),
         uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(-0.5, 0.5), uniform(0, 2).floor(), uniform(4, 9).floor(),
-        uniform(0.1, 1.9), uniform(0, 257).floor(), uniform(0, 2).floor(),
+        uniform(0.1, 1.9), uniform(0, 257).floor(), uniform(0, 2).floor(), uniform(0, 2).floor() * uniform(0.1, 2.5),
     ]  # fmt: skip
     options: dict[str, Any] = {}
     if grid:
@@ -43,10 +43,10 @@ def make(
 def plain(batch: int, pictures: int = 1, **columns: float) -> Tensor:
     """Parameters that change nothing, but for the named columns."""
     names = ("flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "photometric", "bits",
-             "sharpness", "threshold", "grayscale")  # fmt: skip
+             "sharpness", "threshold", "grayscale", "sigma")  # fmt: skip
     neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "bits": 8.0, "sharpness": 1.0, "threshold": 256.0}
     values = [(neutral | columns).get(name, 0.0) for name in names]
-    return torch.tensor(values).expand(batch, pictures, 12).clone()
+    return torch.tensor(values).expand(batch, pictures, 13).clone()
 
 
 def assert_agrees(crops: Tensor, parameters: Tensor, **options: Any) -> None:
@@ -74,6 +74,35 @@ def test_whole_crops_equal_reference(device: torch.device, side: int, turns: boo
 def test_jigsaw_equals_reference(device: torch.device, side: int, grid: int, patch: int, turns: bool) -> None:
     crops, parameters, options = make(device, batch=2, side=side, grid=grid, patch=patch, turns=turns)
     assert_agrees(crops, parameters, **options)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 16, 17, 33, 530])
+def test_blur_of_every_radius(device: torch.device, side: int) -> None:
+    sigma = torch.tensor([0.1, 0.3, 0.5, 1.0, 1.4, 2.0, 3.3, 5.0])
+    crops, _, _ = make(device, batch=8 if side < 100 else 2, side=side)
+    for gray in (0.0, 1.0):
+        parameters = plain(8, grayscale=gray)
+        parameters[:, 0, 12] = sigma
+        assert_agrees(crops, parameters[-len(crops) :].to(device))
+
+
+def test_blur_of_one_point_is_the_kernel(device: torch.device) -> None:
+    crops = torch.zeros(1, 3, 41, 41, dtype=torch.uint8, device=device)
+    crops[..., 20, 20] = 255
+    distance = torch.arange(-20, 21, device=device).double()
+    taps = torch.where(distance.abs() <= 5, torch.exp(-0.5 * (distance / 1.5) ** 2), 0.0)  # ceil(3 * 1.5)
+    taps /= taps.sum()
+    result = render_views(crops, plain(1, sigma=1.5).to(device), **PLAIN)
+    expected = (255 * taps[:, None] * taps).expand(1, 3, 41, 41)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_blur_mirrors_the_border(device: torch.device) -> None:
+    crops, _, _ = make(device, batch=1, side=24)
+    mirrored = torch.nn.functional.pad(crops.float(), (6, 6, 6, 6), mode="reflect").to(torch.uint8)
+    parameters = plain(1, sigma=2.0).to(device)
+    inside = render_views(mirrored, parameters, **PLAIN)[..., 6:-6, 6:-6]
+    torch.testing.assert_close(render_views(crops, parameters, **PLAIN), inside, rtol=0, atol=1e-3)
 
 
 def test_large_pictures_leave_shared_memory(device: torch.device) -> None:
@@ -147,8 +176,10 @@ def test_opcheck_and_compile(device: torch.device) -> None:
     crops, parameters, options = make(device, side=24, grid=2, patch=10, turns=True)
     numbers = (0.4, 0.5, 0.6, 0.2, 0.2, 0.2, torch.float16)
     places = (options["quarter_turns"], options["permutation"], options["offsets"], 2, 10)
-    torch.library.opcheck(torch.ops.sslfast.render_views.default, (crops, parameters, *places, *numbers, True, True))
-    whole = (crops, parameters[:, :1], None, None, None, 0, 0, *numbers, False, True)
+    torch.library.opcheck(
+        torch.ops.sslfast.render_views.default, (crops, parameters, *places, *numbers, True, True, True)
+    )
+    whole = (crops, parameters[:, :1], None, None, None, 0, 0, *numbers, False, True, True)
     torch.library.opcheck(torch.ops.sslfast.render_views.default, whole)
     compiled = torch.compile(render_views, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(crops, parameters, **options), render_views(crops, parameters, **options))
@@ -179,14 +210,15 @@ def test_bad_tensors() -> None:
         ({"quarter_turns": options["quarter_turns"][:2]}, r"quarter_turns must have shape \[B\] = \[3\]"),
         ({"offsets": options["offsets"].float()}, "offsets must be int64"),
         ({"photometric": False}, "photometric is False, but the gate of sample"),
+        ({"blur": False}, "blur is False, but sample"),
     ):
         with pytest.raises(RuntimeError, match=message):
             render_views(crops, parameters, **(options | change))
     with pytest.raises(RuntimeError, match="crops must be uint8"):
         render_views(crops.float(), parameters, **options)
-    with pytest.raises(RuntimeError, match=r"parameters must be fp32 \[B, M, 12\] = \[3, 1, 12\], got \[3, 4, 12\]"):
+    with pytest.raises(RuntimeError, match=r"parameters must be fp32 \[B, M, 13\] = \[3, 1, 13\], got \[3, 4, 13\]"):
         render_views(crops, parameters)
-    for column, value in ((2, 24.0), (8, 9.0), (3, float("nan")), (6, float("inf"))):
+    for column, value in ((2, 24.0), (8, 9.0), (3, float("nan")), (6, float("inf")), (12, -0.1), (12, 5.01)):
         broken = parameters.clone()
         broken[1, 2, column] = value
         with pytest.raises(RuntimeError, match=r"parameters must be finite.*sample 1, picture 2 are not"):
