@@ -20,6 +20,10 @@ import torch
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint that could not be written; those before it are untouched, and nothing is left of it."""
+
+
 class CorruptCheckpointError(ValueError):
     """A checkpoint whose bytes are not the ones that were written."""
 
@@ -37,14 +41,36 @@ def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
 
     Returns:
         The checkpoint's path.
+
+    Raises:
+        CheckpointWriteError: the disk is full or fails.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(directory, step)
+    try:
+        _write(path, state)
+    except OSError as error:
+        for leftover in (path, _sum_path(path)):
+            leftover.with_name(f".{leftover.name}.tmp").unlink(missing_ok=True)
+        if not path.exists():
+            _sum_path(path).unlink(missing_ok=True)
+        raise CheckpointWriteError(
+            f"cannot write checkpoint {path} ({error.strerror or error}); free some space or correct the disk"
+        ) from None
+    return path
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    directory = path.parent
+    directory.mkdir(parents=True, exist_ok=True)
     sum_path = _sum_path(path)
     temporary, sum_temporary = (p.with_name(f".{p.name}.tmp") for p in (path, sum_path))
     with temporary.open("wb") as file:
         hashing = _HashingWriter(file)
-        torch.save(state, hashing)  # type: ignore[arg-type]
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]
+        except RuntimeError:
+            # torch finds its position wrong after a write that failed, and hides why.
+            raise hashing.error or RuntimeError(f"torch cannot save the state of {path}") from None
         file.flush()
         os.fsync(file.fileno())
     with sum_temporary.open("w", encoding="ascii") as text:
@@ -54,7 +80,6 @@ def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
     os.replace(sum_temporary, sum_path)
     os.replace(temporary, path)
     fsync_directory(directory)
-    return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -191,10 +216,15 @@ class _HashingWriter:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

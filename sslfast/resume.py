@@ -14,17 +14,21 @@ KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manife
 FREE_AT_RESUME = (
     "recipe",
     "device",
+    "compile",
+    "on_nonfinite",
+    "nonfinite_limit",
     "log_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
     "keep_every_steps",
     "tensorboard",
     "progress",
+    "method.bank_layout",
     "loader.workers",
     "loader.on_bad_image",
 )
-"""Fields that may change at a resume: none of them changes what a step computes. Every other one may not; ``epochs``
-neither, since the learning rate of the steps already done depends on it."""
+"""Fields that may change at a resume: none of them changes what a step computes, but for rounding. Every other one may
+not; ``epochs`` neither, since the learning rate of the steps already done depends on it."""
 
 
 def find_checkpoint(

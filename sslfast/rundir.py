@@ -22,6 +22,8 @@ import torch
 from sslfast.checkpoint import list_checkpoints
 from sslfast.config import load_json, save_json
 
+_WAIT_SECONDS = 120.0  # a network file system frees the lock of a machine that is gone after its lease
+
 
 class RunDirectory:
     """Paths of a run. Nothing is made before :meth:`create`."""
@@ -66,31 +68,49 @@ class RunDirectory:
                 "free some space, lower keep_checkpoints, or choose another output directory"
             )
 
+    def check_unlocked(self) -> None:
+        """Raises ValueError where another process holds the directory; writes nothing."""
+        if self._lock.exists():
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._acquire(descriptor, wait=0.0)
+            finally:
+                os.close(descriptor)
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, is_restart: bool = False) -> Iterator[None]:
         """Hold the directory for this process; the system gives it free when the process ends, however it ends.
 
         A POSIX record lock: unlike ``flock`` it is not inherited by loader workers, so that workers which outlive a
-        killed trainer for a moment do not block its successor.
+        killed trainer for a moment do not block its successor. A restart after a failure waits for the lock of its
+        predecessor, which may have died on another machine.
 
         Raises:
             ValueError: another process holds it.
         """
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
-                raise ValueError(
-                    f"{self.path} is in use by process {holder or 'unknown'}; "
-                    "wait for it, stop it, or choose another output directory"
-                ) from None
+            self._acquire(descriptor, wait=_WAIT_SECONDS if is_restart else 0.0)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
             yield
         finally:
             os.close(descriptor)
+
+    def _acquire(self, descriptor: int, *, wait: float) -> None:
+        end = time.monotonic() + wait
+        while True:
+            try:
+                return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() < end:
+                    time.sleep(0.2)
+                    continue
+                holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
+                raise ValueError(
+                    f"{self.path} is in use by process {holder or 'unknown'}; "
+                    "wait for it, stop it, or choose another output directory"
+                ) from None
 
     def add_versions(self, facts: dict[str, Any]) -> None:
         """Append one start to ``versions.json``."""

@@ -27,7 +27,13 @@ class TrainConfig:
     epochs: int = 800
     """Passes over the data; the cosine ends with the last one."""
     batch_size: int = 1024
-    """Samples per step, over all processes."""
+    """Samples per step, over all processes and micro-batches."""
+    accumulate_steps: int = 1
+    """Micro-batches that a step's batch is taken in, one after the other, to fit a device's memory. Samples, crops,
+    learning rate and schedule are those of the whole batch; BatchNorm and losses that contrast the samples of a batch
+    see one micro-batch at a time."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the samples of all processes (CUDA alone). The paper's runs normalise each device's own."""
     seed: int = 0
     """Every random draw is a function of this, the step or epoch, and the sample's row."""
     device: str = "auto"
@@ -38,6 +44,14 @@ class TrainConfig:
     channels_last: bool | None = None
     """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
     devices alone, since on CPUs the other one is the faster."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """Compile the method's forward and backward with torch.compile, in its mode default or reduce-overhead (CUDA
+    graphs). The first step takes minutes; losses round differently."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What happens where a loss is not finite. error: the run stops, naming the step and its samples. skip: that step
+    (a gradient counts too) is undone on the device, at the cost of a second copy of parameters, bank and momentum."""
+    nonfinite_limit: int = 10
+    """Most steps in a row that on_nonfinite=skip undoes; with more the run stops."""
     log_every_steps: int = 10
     """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
     checkpoint_every_steps: int = 1000
@@ -52,9 +66,22 @@ class TrainConfig:
     """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate_steps",
+            "nonfinite_limit",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.compile == "reduce-overhead" and self.accumulate_steps > 1:
+            raise ValueError(
+                "compile=reduce-overhead reuses the memory of one forward in the next and so needs accumulate_steps=1, "
+                f"got {self.accumulate_steps}; use compile=default"
+            )
         if self.keep_every_steps < 0:
             raise ValueError(f"keep_every_steps must be at least 0, got {self.keep_every_steps}")
         if not 0 <= self.seed < 2**63:

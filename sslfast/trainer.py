@@ -3,17 +3,17 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 import torch
 
 from sslfast import distributed
 from sslfast.checkpoint import (
+    CheckpointWriteError,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -25,20 +25,19 @@ from sslfast.checkpoint import (
 from sslfast.config import save_json, to_dict
 from sslfast.interrupt import Interrupts, RunInterruptedError
 from sslfast.loaders import build_loader
-from sslfast.loaders.batch import Batch
+from sslfast.loaders.batch import Batch, View
 from sslfast.loaders.data import open_data, reopen_data
 from sslfast.loaders.views import ViewStage
 from sslfast.manifest import Manifest
 from sslfast.methods.base import Method
-from sslfast.metrics import DeviceMeans, LoaderTimer, LogFile, Progress, TensorBoardLog, check_tensorboard, read_log
-from sslfast.optim import build_optimizer, learning_rate, set_learning_rate
+from sslfast.metrics import check_tensorboard, read_log
+from sslfast.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
+from sslfast.optim import build_optimizer, learning_rate, load_optimizer, set_learning_rate
+from sslfast.prefetch import Prefetcher
+from sslfast.recorder import Recorder
 from sslfast.resume import check_same_run, find_checkpoint
 from sslfast.rundir import RunDirectory, versions
 from sslfast.train_config import TrainConfig
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number."""
 
 
 @dataclass(kw_only=True)
@@ -120,18 +119,33 @@ class Trainer:
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {self.loader.num_rows} images there are; lower it"
             )
+        parts = group.world_size * config.accumulate_steps
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size={config.batch_size} must be a multiple of processes x accumulate_steps = "
+                f"{group.world_size} x {config.accumulate_steps} = {parts}"
+            )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=self.channels_last)
         method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
+        if config.sync_batchnorm:
+            distributed.synchronize_batchnorm(method, self.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.method: Method = method.to(self.device)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
+        if config.compile != "off":
+            self.method.compile(mode=config.compile)
         self.model = distributed.replicate(self.method, self.device)
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
-        self.means = DeviceMeans(self.device)
+        self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
+        skip = config.on_nonfinite == "skip"
+        self.means = FiniteMeans(self.device, leave_out=skip)
+        self.nonfinite = NonFinite(
+            skip=skip, limit=config.nonfinite_limit, method=self.method, optimizer=self.optimizer, device=self.device
+        )
         self.step = 0
         self.device_step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._last_record: dict[str, Any] = {}
+        self.recorder: Recorder | None = None
 
     def _manifest(self, folder: Path) -> Manifest:
         """The rows of the run in the run directory, checked against the data; those of the data for a new run."""
@@ -151,18 +165,30 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """The algorithm. Nothing here waits for the device."""
-        batch = next(batches)
-        views = self.stage(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            values = self.model(views, batch.rows, step=self.device_step)
-        values["loss"].backward()
+        self.optimizer.zero_grad()
+        for part in range(1, self.config.accumulate_steps + 1):
+            rows, views = self.samples.take(batches)
+            with self._gradient_exchange(part == self.config.accumulate_steps):
+                values = self._forward(views, rows)
+                (values["loss"] / self.config.accumulate_steps).backward()
+            self.means.add(values, step=self.device_step)
+            self.nonfinite.watch(values["loss"], rows)
+            self.samples.ahead(batches)
         self.optimizer.step()
         self.method.after_step()
-        self.means.add(values, step=self.device_step)
-
-        self.optimizer.zero_grad()
         self.device_step += 1
         self.step += 1
+
+    def _forward(self, views: Mapping[str, View], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            values: dict[str, torch.Tensor] = self.model(views, rows, step=self.device_step)
+        return values
+
+    def _gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        """Ranks average their gradients in the backward of the last micro-batch alone."""
+        return nullcontext() if is_last else distributed.without_exchange(self.model)
 
     def fit(self) -> TrainResult:
         """Train to the end, from the start or from a checkpoint.
@@ -177,13 +203,26 @@ class Trainer:
             self.run.check_space(self.disk_bytes())
             self.run.create()
         try:
-            with self.run.locked() if self.is_main else nullcontext():
+            with self.run.locked(is_restart=distributed.is_restart()) if self.is_main else nullcontext():
                 self._resume()
                 if self.is_main:
                     self._save_facts()
                 return self._fit()
         finally:
             self.close()
+
+    def check(self) -> None:
+        """What :meth:`fit` checks before its first step: disk space, lock and checkpoint. Writes nothing.
+
+        Raises:
+            ValueError, FileNotFoundError: with the remedy.
+        """
+        if self.is_main:
+            self.run.check_space(self.disk_bytes())
+            self.run.check_unlocked()
+            found = find_checkpoint(self.run, self.resume, report=self.report)
+            if found is not None:
+                check_same_run(*found, config=to_dict(self.config), manifest_digest=self._manifest_digest())
 
     def close(self) -> None:
         """End loader processes and let go of the process group. :meth:`fit` ends with it."""
@@ -198,59 +237,58 @@ class Trainer:
             self.manifest.save(self.run.manifest)
 
     def _fit(self) -> TrainResult:
-        config, first_step, started = self.config, self.step, time.perf_counter()
-        self._log = LogFile(self.run.log, last_step=first_step) if self.is_main else None
-        board = config.tensorboard and self.is_main
-        self._board = TensorBoardLog(self.run.tensorboard, last_step=first_step) if board else None
-        progress = config.progress if self.is_main else "off"
-        self._progress = Progress(progress, total_steps=self.total_steps, first_step=first_step)
-        self._timer = LoaderTimer(first_step)
+        first_step, started = self.step, time.perf_counter()
+        self.recorder = Recorder(
+            self.config, self.run, first_step=first_step, total_steps=self.total_steps, is_main=self.is_main
+        )
         self.method.train()
         try:
             with Interrupts() as interrupts:
-                stop = self._stop_signal(interrupts)
-                while self.step < self.total_steps and stop is None:
-                    epoch, done = divmod(self.step, self.steps_per_epoch)
-                    if done == 0:
-                        self.method.start_epoch(epoch)
-                    batches = self._timer.waiting(self.loader.epoch(epoch, done))
-                    for _ in range(done, self.steps_per_epoch):
-                        self._set_learning_rate()
-                        try:
-                            self.train_step(batches)
-                        except RuntimeError:
-                            # A signal to the whole process group ends loader workers too; the step did not begin.
-                            if distributed.world_size() == 1 and interrupts.requested and self._timer.is_waiting:
-                                stop = interrupts.requested
-                                break
-                            raise
-                        self._after_step()
-                        stop = self._stop_signal(interrupts)
-                        if stop is not None:
-                            break
+                stop = self._train(self.recorder, interrupts)
                 if stop is not None and self.step < self.total_steps:
-                    path = self._save()
+                    path = self._save(must=True)
                     raise RunInterruptedError(
                         f"stopped by {stop.name} after step {self.step}/{self.total_steps}, "
                         f"saved {path}; the same command goes on from there"
                     )
             checkpoint = self._finish(first_step)
         finally:
-            self._progress.close()
-            if self._log is not None:
-                self._log.close()
-            if self._board is not None:
-                self._board.close()
+            self.recorder.close()
         seconds = time.perf_counter() - started
         return TrainResult(
             step=self.step,
-            metrics={k: v for k, v in self._last_record.items() if isinstance(v, int | float)},
+            metrics={k: v for k, v in self.recorder.last.items() if isinstance(v, int | float)},
             checkpoint=checkpoint,
             seconds=seconds,
-            samples_per_second=(self.step - first_step) * config.batch_size / seconds,
-            loader_wait_share=self._timer.total_waited / seconds,
+            samples_per_second=(self.step - first_step) * self.config.batch_size / seconds,
+            loader_wait_share=self.recorder.timer.total_waited / seconds,
             bad_images=self._list_bad_images(),
         )
+
+    def _train(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+        """Steps to the end, or to the signal that it returns."""
+        stop = self._stop_signal(interrupts)
+        while self.step < self.total_steps and stop is None:
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            if done == 0:
+                self.method.start_epoch(epoch)
+            batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
+            for _ in range(done, self.steps_per_epoch):
+                self._set_learning_rate()
+                self.nonfinite.begin()
+                try:
+                    self.train_step(batches)
+                except RuntimeError:
+                    # A signal to the whole process group ends loader workers too; the step did not begin.
+                    if distributed.world_size() == 1 and interrupts.requested and recorder.timer.is_waiting:
+                        return interrupts.requested
+                    raise
+                self.nonfinite.end()
+                self._after_step()
+                stop = self._stop_signal(interrupts)
+                if stop is not None:
+                    break
+        return stop
 
     @staticmethod
     def _stop_signal(interrupts: Interrupts) -> Signals | None:
@@ -265,10 +303,11 @@ class Trainer:
 
     def _finish(self, first_step: int) -> Path:
         if first_step < self.total_steps:
-            return self._save()
+            return self._save(must=True)
         # The run had ended before: nothing to write, its last record and checkpoint are the result.
         records = read_log(self.run.log)
-        self._last_record = records[-1] if records else {}
+        assert self.recorder is not None
+        self.recorder.last = records[-1] if records else {}
         return checkpoint_path(self.run.checkpoints, self.step)
 
     def _set_learning_rate(self) -> None:
@@ -284,70 +323,68 @@ class Trainer:
 
     def _after_step(self) -> None:
         config = self.config
-        self._progress.step()
+        assert self.recorder is not None
+        self.recorder.step()
         if self.step % config.log_every_steps == 0 or self.step == self.total_steps:
-            self._write_record()
+            values = self._read_means()
+            self.means.reset()
+            self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:
             self._save()
-
-    def _write_record(self) -> None:
-        means = self._read_means()
-        self.means.reset()
-        steps, seconds, waited = self._timer.lap(self.step)
-        if self._log is None:
-            return
-        record = {
-            "step": self.step,
-            "epoch": round(self.step / self.steps_per_epoch, 6),
-            "lr": self.lr,
-            **means,
-            "time": {
-                "unix_seconds": round(time.time(), 3),
-                "samples_per_second": round(steps * self.config.batch_size / seconds, 3),
-                "loader_wait_share": round(waited / seconds, 4),
-            },
-        }
-        self._last_record = record
-        self._log.write(record)
-        if self._board is not None:
-            self._board.write(record)
-        self._progress.record(record, steps_per_second=steps / seconds)
 
     def _read_means(self) -> dict[str, float]:
         """Means of the current interval; waits for the device.
 
         Raises:
-            NonFiniteLossError: a loss of the interval was not finite.
+            NonFiniteLossError: a loss of the interval was not finite, or too many in a row that were to be skipped.
         """
         means, bad_step = self.means.read()
-        if bad_step is not None:
+        skipped, too_many = self.nonfinite.read()
+        if bad_step is not None or too_many:
             kept = list_checkpoints(self.run.checkpoints)
             good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
+            what = f"the loss of step {(bad_step or 0) + 1} is not finite"
+            if too_many:
+                what = f"more than nonfinite_limit={self.config.nonfinite_limit} steps in a row, up to step {self.step}"
+                what += ", had a loss or gradient that is not finite"
+            paths = None if self.manifest is None else self.manifest.paths
             raise NonFiniteLossError(
-                f"the loss of step {bad_step + 1} is not finite; {good}; "
+                f"{what}{describe_rows(self.nonfinite.rows(), paths)}; {good}; "
                 "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
             )
-        return means
+        return {**means, "skipped_steps": skipped} if self.nonfinite.skip else means
 
-    def _save(self) -> Path:
+    def _save(self, *, must: bool = False) -> Path:
+        """Write a checkpoint and delete old ones. One that cannot be written ends the run only if it ``must`` be."""
         # Reading the means keeps a step with a loss that is not finite out of every checkpoint.
         self._read_means()
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         self._list_bad_images()
         path = checkpoint_path(self.run.checkpoints, self.step)
-        if self._log is None:
+        method = self.method.full_state_dict()
+        if not self.is_main:
             return path
-        self._log.sync()
+        if self.recorder is not None:
+            self.recorder.sync()
         state = {
             "step": self.step,
-            "method": self.method.state_dict(),
+            "method": method,
             "optimizer": self.optimizer.state_dict(),
             "metrics": self.means.state_dict(),
+            "nonfinite": self.nonfinite.state_dict(),
             "config": to_dict(self.config),
             "precision": str(self.dtype),
             "manifest_digest": self._manifest_digest(),
         }
-        path = save_checkpoint(self.run.checkpoints, state, self.step)
+        try:
+            save_checkpoint(self.run.checkpoints, state, self.step)
+        except CheckpointWriteError as error:
+            kept = list_checkpoints(self.run.checkpoints)
+            line = f"{error}; {f'the last good one is {kept[-1].name}' if kept else 'there is none before it'}"
+            if must:
+                raise CheckpointWriteError(line) from None
+            self.report(f"{line}; training goes on, the next one is due in {self.config.checkpoint_every_steps} steps")
+            return path
         prune_checkpoints(
             self.run.checkpoints, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps
         )
@@ -369,8 +406,10 @@ class Trainer:
             for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
                 self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.means.load_state_dict(state["metrics"])
+        if "nonfinite" in state:
+            self.nonfinite.load_state_dict(state["nonfinite"])
         self.step = state["step"]
         self.device_step.fill_(self.step)
         self.report(f"resumed from {path}: step {self.step}/{self.total_steps}")
@@ -382,8 +421,7 @@ class Trainer:
 
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint: the method's state and a momentum buffer for every parameter."""
-        state = sum(value.nbytes for value in self.method.state_dict().values() if isinstance(value, torch.Tensor))
-        return state + sum(p.nbytes for p in self.method.parameters() if p.requires_grad)
+        return self.method.full_state_bytes() + sum(p.nbytes for p in self.method.parameters() if p.requires_grad)
 
     def disk_bytes(self) -> int:
         """Most disk space that the checkpoints of the whole run take at once."""

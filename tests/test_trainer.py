@@ -492,7 +492,6 @@ def test_summary_names_what_will_run(tmp_path: Path) -> None:
 def test_checkpoint_size_is_foreseen(tmp_path: Path) -> None:
     trainer = Trainer(TinyConfig(), 100_000, tmp_path, report=quiet)
     trainer.run.create()
-    trainer._log = LogFile(trainer.run.log, last_step=0)
     assert trainer._save().stat().st_size == pytest.approx(trainer.checkpoint_bytes(), rel=0.01)
 
 

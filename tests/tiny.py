@@ -48,17 +48,19 @@ class Tiny(Method):
             self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
             self.head = nn.Linear(8, 4)
             self.register_buffer("bank", normalize(torch.randn(num_rows, 4), dim=1))
+        self.pending: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         query = normalize(self.head(self.trunk(views["image"].pixels).flatten(1)).float(), dim=1)
-        self.pending = (rows, query.detach())
+        self.pending.append((rows, query.detach()))
         positive = (query * self.bank[rows]).sum(1)
         loss = (torch.logsumexp(query @ self.bank.T, 1) - positive).mean()
         is_bad = torch.as_tensor(step, device=loss.device) == self.config.bad_step
         return {"loss": torch.where(is_bad, torch.nan, loss), "positive": positive.mean().detach()}
 
     def after_step(self) -> None:
-        rows, query = self.pending
+        rows, query = (torch.cat(column) for column in zip(*self.pending, strict=True))
+        self.pending.clear()
         keep = self.config.bank_momentum
         self.bank[rows] = normalize(keep * self.bank[rows] + (1 - keep) * query, dim=1)
 

@@ -34,7 +34,22 @@ class Method(nn.Module):
         raise RuntimeError(f"{type(self).__name__} defines no forward")
 
     def after_step(self) -> None:
-        """Called after the optimizer's step: bank rows, queues, momentum encoders."""
+        """Called once after the optimizer's step: bank rows, queues, momentum encoders.
+
+        ``forward`` is called once per micro-batch before it (``accumulate_steps``), each with rows of its own and the
+        same ``step``: what it leaves for this call it appends, and this call uses all of it and clears it.
+        """
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """``state_dict()`` of the whole run, for a checkpoint that any number of processes can load. Every rank calls it.
+
+        A method whose state is split over ranks puts it together here and takes its part when it loads.
+        """
+        return self.state_dict()
+
+    def full_state_bytes(self) -> int:
+        """Size of the tensors of :meth:`full_state_dict`."""
+        return sum(value.nbytes for value in self.state_dict().values())
 
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
