@@ -5,6 +5,8 @@
 //   NCE      u_k = s_k - log(Z K / N),  P_n = 1/N,  h = P / (P + K P_n) = sigmoid(u)
 //            loss = softplus(-u_0) + sum_k softplus(u_k)            d/ds_k = sigmoid(u_k) - [k = 0]
 // and d/dq = sum_k (d/ds_k) m_k / tau: one pass over the rows gives loss and gradient.
+// A shard of a bank has some of the K+1 rows. The sums then run over those; a query whose positive lies elsewhere has
+// loss = logsumexp_k(s_k), or sum_k softplus(u_k).
 #pragma once
 
 #include <cmath>
@@ -50,6 +52,23 @@ struct OnlineLogSumExp {
   SSLFAST_HD A value() const { return maximum + log(sum); }
 };
 
+// Rows first .. first + rows - 1 of a bank of num_rows. Samples and negatives have numbers of the whole bank.
+struct Shard {
+  int64_t first, rows, num_rows;
+
+  bool is_whole() const { return rows == num_rows; }
+  SSLFAST_HD bool holds(int64_t row) const { return row >= first && row < first + rows; }
+};
+
+inline Shard make_shard(const Tensor& bank, int64_t first_row, int64_t num_rows) {
+  const int64_t rows = bank.size(0);
+  if (num_rows == -1) num_rows = rows;
+  SSLFAST_CHECK(first_row >= 0 && first_row + rows <= num_rows, "bank_nce: rows ", first_row, " to ", first_row + rows,
+                " are no shard of a bank of ", num_rows, " rows");
+  SSLFAST_CHECK(rows >= 1 || num_rows == 0, "bank_nce: a shard must hold at least one row");
+  return {first_row, rows, num_rows};
+}
+
 // What bank_nce and bank_nce_dense ask of their tensors.
 inline void check_scoring(const char* op,
                           const Tensor& query,                    // [V, B, D] fp32 or fp64
@@ -84,7 +103,8 @@ inline void check_bank_nce(const Tensor& query,                       // [V, B, 
                            const std::optional<Tensor>& rows,         // [B, K] int64; none: drawn
                            const std::optional<Tensor>& step_tensor,  // [] int64
                            const std::optional<Tensor>& z_tensor,     // [] fp64
-                           int64_t num_negatives, double temperature, bool exclude_self, int64_t seed) {
+                           int64_t num_negatives, double temperature, bool exclude_self, int64_t seed,
+                           const Shard& shard) {
   constexpr const char* op = "bank_nce";
   check_scoring(op, query, bank, index, z_tensor, temperature);
   check_step(op, step_tensor, index);
@@ -98,7 +118,7 @@ inline void check_bank_nce(const Tensor& query,                       // [V, B, 
                   ": negatives must name at least one row per sample, got shape ", shape_string(*rows));
     check_same_device(op, "negatives", *rows, "query", query);
   } else {
-    check_sampling(op, num_negatives, bank.size(0), seed, exclude_self);
+    check_sampling(op, num_negatives, shard.num_rows, seed, exclude_self);
   }
 }
 

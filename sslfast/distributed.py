@@ -86,11 +86,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def process_rank() -> int:
-    """Number of this process among those that have joined; 0 where none has."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """The module whose backward averages gradients over ranks; the module itself in a single process.
 
@@ -177,7 +172,7 @@ def sum_to_owners(x: Tensor) -> Tensor:
 def shard_bounds(num_rows: int, ranks: int) -> list[int]:
     """Where the shards of ``num_rows`` rows begin, and ``num_rows``: rank r holds rows ``bounds[r]`` up to
     ``bounds[r + 1]``. Sizes differ by one at most."""
-    return [num_rows * rank // ranks for rank in range(ranks + 1)]
+    return [num_rows * r // ranks for r in range(ranks + 1)]
 
 
 def shards_on_main(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18) -> Tensor | None:
@@ -185,7 +180,7 @@ def shards_on_main(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18
 
     Sent ``chunk_rows`` rows at a time, one rank after the other, so the first rank's device holds one chunk more.
     """
-    if process_rank():
+    if rank():
         for chunk in rows.split(chunk_rows):
             dist.send(chunk.contiguous(), 0)
         return None

@@ -28,6 +28,7 @@ struct Problem {
   const int64_t* index;  // [B]
   const int64_t* rows;   // [B, K] or null: drawn
   NegativeSampler sampler;
+  Shard shard;
   int64_t views, batch, columns, num_negatives;
   double temperature;
   bool binary;
@@ -102,6 +103,22 @@ struct RowReader {
   }
 };
 
+// The negatives of sample b that the shard holds, as rows of the shard.
+template <typename T>
+SSLFAST_INLINE void rows_of_shard(const Problem<T>& p, int64_t b, std::vector<int64_t>& out) {
+  out.resize(p.num_negatives);
+  if (p.rows != nullptr) {
+    std::copy_n(p.rows + b * p.num_negatives, p.num_negatives, out.data());
+  } else {
+    draw_rows<int64_t>({p.sampler, p.index[b], 0, p.num_negatives, out.data()});
+  }
+  int64_t count = 0;
+  for (const int64_t row : out) {
+    if (p.shard.holds(row)) out[count++] = row - p.shard.first;
+  }
+  out.resize(count);
+}
+
 // One sample after the other: all its views against the same rows, kRows rows at a time, with the next rows already
 // drawn and on their way from memory. Extra memory per thread: (V + kRows) * padded columns.
 template <typename T>
@@ -118,10 +135,19 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
   const A inverse_temperature = static_cast<A>(1.0 / p.temperature);
   const A offset = static_cast<A>(p.offset);
   int64_t drawn[2][kRows];
+  std::vector<int64_t> of_shard;
 
   for (int64_t b = p.begin; b < p.end; ++b) {
     const int64_t self = p.index[b];
     const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
+    int64_t num_negatives = p.num_negatives;
+    if (!p.shard.is_whole()) {
+      rows_of_shard(p, b, of_shard);
+      given = of_shard.data();
+      num_negatives = static_cast<int64_t>(of_shard.size());
+    }
+    const bool has_positive = p.shard.holds(self);
+    const int64_t own = has_positive ? self - p.shard.first : 0;
     for (int64_t v = 0; v < p.views; ++v) {
       const A* source = p.query + (v * p.batch + b) * p.columns;
       for (int64_t j = 0; j < p.columns; ++j) queries[v * padded + j] = source[j] * inverse_temperature;
@@ -130,10 +156,10 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
     }
     std::fill(sums, sums + p.views * padded, A(0));
 
-    // Fills `target` with the rows of block `first` and starts to fetch them; short blocks repeat row `self`.
+    // Fills `target` with the rows of block `first` and starts to fetch them; short blocks repeat row `own`.
     const auto prepare = [&](int64_t first, int64_t* target) __attribute__((always_inline)) {
       if (given != nullptr) {
-        for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < p.num_negatives ? given[first + r] : self;
+        for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < num_negatives ? given[first + r] : own;
       } else {
         draw_rows<int64_t>({p.sampler, self, first, kRows, target});
       }
@@ -142,9 +168,9 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
 
     prepare(0, drawn[0]);
     int64_t slot = 0;
-    for (int64_t first = 0; first < p.num_negatives; first += kRows, slot ^= 1) {
-      if (first + kRows < p.num_negatives) prepare(first + kRows, drawn[slot ^ 1]);
-      const int64_t valid = std::min(kRows, p.num_negatives - first);
+    for (int64_t first = 0; first < num_negatives; first += kRows, slot ^= 1) {
+      if (first + kRows < num_negatives) prepare(first + kRows, drawn[slot ^ 1]);
+      const int64_t valid = std::min(kRows, num_negatives - first);
       const A* rows[kRows];
       for (int64_t r = 0; r < kRows; ++r) rows[r] = reader.read(drawn[slot][r], buffer + r * padded);
       for (int64_t v = 0; v < p.views; ++v) {
@@ -181,27 +207,28 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
       }
     }
 
-    const A* positive = reader.read(self, buffer);
+    const A* positive = reader.read(own, buffer);
     for (int64_t v = 0; v < p.views; ++v) {
       A* sum = sums + v * padded;
       A score = 0;
       for (int64_t j = 0; j < p.columns; ++j) score += queries[v * padded + j] * positive[j];
-      const A factor = states[v].raise(score);
-      const A weight = std::exp(score - states[v].maximum);
+      const A factor = has_positive ? states[v].raise(score) : A(1);
+      const A weight = has_positive ? std::exp(score - states[v].maximum) : A(0);
       states[v].sum += weight;
-      const A lse = states[v].value();
-      A scale, positive_weight;  // grad = scale * sum + positive_weight * m_0
+      const A lse = states[v].value();  // -inf where the shard holds none of the rows
+      A scale, positive_weight;         // grad = scale * sum + positive_weight * m_0
       A loss;
       if (p.binary) {
         const NceTerm<A> term = nce_term<A>(offset - score);  // -log h(s_0) = softplus(-u_0)
-        loss = static_cast<A>(binary_losses[v] + static_cast<double>(term.softplus));
+        loss = static_cast<A>(binary_losses[v] + (has_positive ? static_cast<double>(term.softplus) : 0.0));
         scale = inverse_temperature;
         positive_weight = -term.sigmoid * inverse_temperature;
       } else {
-        loss = lse - score;
-        scale = factor / states[v].sum * inverse_temperature;
+        loss = has_positive ? lse - score : lse;
+        scale = states[v].sum > A(0) ? factor / states[v].sum * inverse_temperature : A(0);
         positive_weight = (weight / states[v].sum - A(1)) * inverse_temperature;
       }
+      if (!has_positive) positive_weight = A(0);
       p.loss[v * p.batch + b] = loss;
       p.lse[v * p.batch + b] = lse;
       A* grad = p.grad + (v * p.batch + b) * p.columns;
@@ -218,15 +245,17 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
                                                 std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
                                                 int64_t step, std::optional<Tensor> z_tensor, double z,
                                                 int64_t num_negatives, double temperature, bool binary,
-                                                bool exclude_self, int64_t seed) {
-  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed);
+                                                bool exclude_self, int64_t seed, int64_t first_row, int64_t num_rows) {
+  const Shard shard = make_shard(bank_, first_row, num_rows);
+  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed,
+                 shard);
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
-  check_rows_in_range("bank_nce", "index", index, bank.size(0));
+  check_rows_in_range("bank_nce", "index", index, shard.num_rows);
   std::optional<Tensor> rows;
   if (rows_) {
     rows = torch::stable::contiguous(*rows_);
-    check_rows_in_range("bank_nce", "negatives", *rows, bank.size(0));
+    check_rows_in_range("bank_nce", "negatives", *rows, shard.num_rows);
   }
   const int64_t views = query.size(0), batch = query.size(1), columns = query.size(2);
   Tensor loss = torch::stable::new_empty(query, {views, batch});
@@ -242,14 +271,15 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
         static_cast<const scalar_t*>(bank.const_data_ptr()),
         static_cast<const int64_t*>(index.const_data_ptr()),
         rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr,
-        make_sampler(seed, host_step(step_tensor, step), bank.size(0), exclude_self),
+        make_sampler(seed, host_step(step_tensor, step), shard.num_rows, exclude_self),
+        shard,
         views,
         batch,
         columns,
         num_negatives,
         temperature,
         binary,
-        binary ? nce_offset(z_value, num_negatives, bank.size(0)) : 0.0,
+        binary ? nce_offset(z_value, num_negatives, shard.num_rows) : 0.0,
         static_cast<A*>(loss.mutable_data_ptr()),
         static_cast<A*>(lse.mutable_data_ptr()),
         static_cast<A*>(grad.mutable_data_ptr()),

@@ -10,7 +10,7 @@
 namespace sslfast {
 namespace {
 
-// Positions of the batch that write: of a repeated index the last one.
+// Positions of the batch that write: of a repeated index the last one, of -1 none.
 std::vector<int64_t> last_occurrences(const int64_t* index, int64_t batch) {
   std::vector<int64_t> order(batch);
   std::iota(order.begin(), order.end(), 0);
@@ -19,6 +19,7 @@ std::vector<int64_t> last_occurrences(const int64_t* index, int64_t batch) {
   std::vector<int64_t> winners;
   winners.reserve(batch);
   for (int64_t i = 0; i < batch; ++i) {
+    if (index[order[i]] == -1) continue;
     if (i + 1 == batch || index[order[i]] != index[order[i + 1]]) winners.push_back(order[i]);
   }
   return winners;
@@ -55,7 +56,7 @@ void update_rows(T* bank,               // [N, D]
 void bank_update_cpu(const Tensor& bank, const Tensor& index_, const Tensor& features_, double momentum) {
   check_bank_update(bank, index_, features_, momentum);
   const Tensor index = torch::stable::contiguous(index_), features = torch::stable::contiguous(features_);
-  check_rows_in_range("bank_update_", "index", index, bank.size(0));
+  check_rows_in_range("bank_update_", "index", index, bank.size(0), /*lowest=*/-1);
   const int64_t* rows = static_cast<const int64_t*>(index.const_data_ptr());
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_update_", [&] {
     using bank_t = scalar_t;

@@ -32,7 +32,8 @@ struct Problem {
   const int64_t* __restrict__ step_tensor;  // [] or null
   const double* __restrict__ z_tensor;      // [] or null
   NegativeSampler sampler;
-  int64_t views, batch, columns, num_rows, num_negatives;
+  Shard shard;
+  int64_t views, batch, columns, num_negatives;
   double inverse_temperature, z;
   bool binary;
   int splits;               // parts of the negatives
@@ -42,7 +43,7 @@ struct Problem {
   A* __restrict__ grad;     // [V, B, D]
 
   __device__ double offset() const {
-    return binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, num_rows) : 0.0;
+    return binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, shard.num_rows) : 0.0;
   }
 };
 
@@ -87,10 +88,25 @@ __device__ __forceinline__ void load_row(const T* __restrict__ row, int64_t colu
   }
 }
 
+// Appends the rows of a draw that the shard holds, as rows of the shard, to a warp's queue, in the order of the draw.
+__device__ __forceinline__ int collect(const Shard& shard, int64_t first, int64_t second, bool has_first,
+                                       bool has_second, int lane, int64_t* queue, int waiting) {
+  has_first = has_first && shard.holds(first);
+  has_second = has_second && shard.holds(second);
+  const unsigned firsts = __ballot_sync(kFullMask, has_first), seconds = __ballot_sync(kFullMask, has_second);
+  const unsigned before = (1u << lane) - 1;
+  int slot = waiting + __popc(firsts & before) + __popc(seconds & before);
+  if (has_first) queue[slot++] = first - shard.first;
+  if (has_second) queue[slot] = second - shard.first;
+  __syncwarp();
+  return waiting + __popc(firsts) + __popc(seconds);
+}
+
 // Block (sample b, split s): every warp scores tiles of kTile rows for kViews views, keeping query, running softmax
 // state and weighted row sum in registers; the warps then merge through shared memory into one partial result.
-// Reads each row once: K * D * sizeof(T) bytes per sample.
-template <typename T, int kChunks, int kViews, bool kVector>
+// Reads each row once: K * D * sizeof(T) bytes per sample. kShard: the rows that the shard holds wait in a queue until
+// they fill tiles.
+template <typename T, int kChunks, int kViews, bool kVector, bool kShard>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Problem<T> p, int64_t first_view) {
   using A = accumulate_t<T>;
   constexpr int kColumns = 4 * kChunks;   // of one lane
@@ -102,8 +118,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t b = blockIdx.x;
   const int split = blockIdx.y;
-  const int64_t self = p.index[b];
-  if (self < 0 || self >= p.num_rows) __trap();
+  const int64_t self = p.index[b], num_rows = p.shard.num_rows;
+  if (self < 0 || self >= num_rows) __trap();
   NegativeSampler sampler = p.sampler;
   if (p.step_tensor != nullptr) sampler.step = *p.step_tensor;
   const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
@@ -123,6 +139,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
   // A lane's own value: view my_view of row my_row of the tile (shared by kLanesPerValue lanes).
   const int my_value = lane / kLanesPerValue, my_view = my_value / kTileRows, my_row = my_value % kTileRows;
   A my_sum = A(0), my_loss = A(0);
+  __shared__ int64_t queues[kShard ? kWarps : 1][kDraw + kTileRows];
+  int64_t* const queue = queues[kShard ? warp : 0];
+  int waiting = 0;  // rows in the queue
 
   const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw;
   for (int64_t draw = int64_t(split) * kWarps + warp; draw < draws; draw += int64_t(p.splits) * kWarps) {
@@ -134,13 +153,24 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       const int64_t k = base + 2 * lane;
       first = k < p.num_negatives ? given[k] : self;
       second = k + 1 < p.num_negatives ? given[k + 1] : self;
-      if (first < 0 || first >= p.num_rows || second < 0 || second >= p.num_rows) __trap();
+      if (first < 0 || first >= num_rows || second < 0 || second >= num_rows) __trap();
     }
-    for (int tile = 0; tile < kDraw && base + tile < p.num_negatives; tile += kTileRows) {
+    int count = static_cast<int>(min(int64_t(kDraw), p.num_negatives - base));  // of rows to score
+    if constexpr (kShard) {
+      waiting = collect(p.shard, first, second, 2 * lane < count, 2 * lane + 1 < count, lane, queue, waiting);
+      const bool is_last = draw + int64_t(p.splits) * kWarps >= draws;
+      count = is_last ? waiting : waiting / kTileRows * kTileRows;
+    }
+    for (int tile = 0; tile < count; tile += kTileRows) {
       A rows[kTileRows][kColumns], values[kValues];
 #pragma unroll
       for (int r = 0; r < kTileRows; ++r) {
-        const int64_t row = __shfl_sync(kFullMask, r % 2 == 0 ? first : second, (tile + r) / 2);
+        int64_t row;
+        if constexpr (kShard) {
+          row = tile + r < count ? queue[tile + r] : 0;
+        } else {
+          row = __shfl_sync(kFullMask, r % 2 == 0 ? first : second, (tile + r) / 2);
+        }
         load_row<T, kChunks, kVector>(p.bank + row * p.columns, p.columns, lane, rows[r]);
       }
 #pragma unroll
@@ -154,7 +184,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
         }
       }
       A score = transpose_sum<kValues>(values, lane);
-      const bool valid = base + tile + my_row < p.num_negatives;
+      const bool valid = tile + my_row < count;
       if (!valid) score = A(-INFINITY);
 
       A my_maximum = maximum[0];
@@ -196,6 +226,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
           for (int j = 0; j < kColumns; ++j) sums[v][j] += w * rows[r][j];
         }
       }
+    }
+    if constexpr (kShard) {
+      waiting -= count;
+      const int64_t kept = lane < waiting ? queue[count + lane] : 0;
+      __syncwarp();
+      if (lane < waiting) queue[lane] = kept;
+      __syncwarp();
     }
   }
 
@@ -252,7 +289,9 @@ __global__ void finish_kernel(const Problem<T> p) {
   const int lane = threadIdx.x % kWarpSize;
   if (vb >= p.views * p.batch) return;
   const A* query = p.query + vb * p.columns;
-  const T* positive = p.bank + p.index[vb % p.batch] * p.columns;
+  const int64_t self = p.index[vb % p.batch];
+  const bool has_positive = p.shard.holds(self);
+  const T* positive = p.bank + (has_positive ? self - p.shard.first : 0) * p.columns;
   const A* partial = p.partial + vb * p.splits * (p.columns + 3);
   const A inverse_temperature = static_cast<A>(p.inverse_temperature);
 
@@ -260,7 +299,8 @@ __global__ void finish_kernel(const Problem<T> p) {
   for (int64_t d = lane; d < p.columns; d += kWarpSize) score += query[d] * static_cast<A>(positive[d]);
   score = warp_sum(score) * inverse_temperature;
 
-  OnlineLogSumExp<A> state{score, A(1)};
+  OnlineLogSumExp<A> state = OnlineLogSumExp<A>::empty();
+  if (has_positive) state = {score, A(1)};
   A loss = A(0);
   for (int s = 0; s < p.splits; ++s) {
     const A* part = partial + s * (p.columns + 3);
@@ -270,9 +310,11 @@ __global__ void finish_kernel(const Problem<T> p) {
     state.sum += exp(maximum - state.maximum) * part[p.columns + 1];
     loss += part[p.columns + 2];
   }
-  const A lse = state.value();
-  A positive_weight;
-  if (p.binary) {
+  const A lse = state.value();  // -inf where the shard holds none of the rows
+  A positive_weight = A(0);
+  if (!has_positive) {
+    if (!p.binary) loss = lse;
+  } else if (p.binary) {
     const NceTerm<A> term = nce_term(static_cast<A>(p.offset()) - score);  // -log h(s_0) = softplus(-u_0)
     loss += term.softplus;
     positive_weight = -term.sigmoid;
@@ -288,7 +330,8 @@ __global__ void finish_kernel(const Problem<T> p) {
     A column = positive_weight * static_cast<A>(positive[d]);
     for (int s = 0; s < p.splits; ++s) {
       const A* part = partial + s * (p.columns + 3);
-      const A weight = p.binary ? A(1) : exp(part[p.columns] - lse);  // exp(-inf) = 0 for a split without rows
+      const bool has_rows = part[p.columns] > A(-INFINITY);
+      const A weight = p.binary ? A(1) : has_rows ? exp(part[p.columns] - lse) : A(0);
       column += weight * part[d];
     }
     p.grad[vb * p.columns + d] = column * inverse_temperature;
@@ -298,7 +341,10 @@ __global__ void finish_kernel(const Problem<T> p) {
 template <typename T, int kChunks, int kViews>
 void launch_views(const Problem<T>& p, int64_t first_view, bool vector, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.splits));
-  const auto kernel = vector ? score_kernel<T, kChunks, kViews, true> : score_kernel<T, kChunks, kViews, false>;
+  auto kernel = vector ? score_kernel<T, kChunks, kViews, true, false> : score_kernel<T, kChunks, kViews, false, false>;
+  if (!p.shard.is_whole()) {
+    kernel = vector ? score_kernel<T, kChunks, kViews, true, true> : score_kernel<T, kChunks, kViews, false, true>;
+  }
   launch_kernel("bank_nce", kernel, grid, kWarps * kWarpSize, 0, stream, p, first_view);
 }
 
@@ -324,7 +370,6 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
   p.views = query.size(0);
   p.batch = query.size(1);
   p.columns = query.size(2);
-  p.num_rows = bank.size(0);
   p.loss = static_cast<A*>(loss.mutable_data_ptr());
   p.lse = static_cast<A*>(lse.mutable_data_ptr());
   p.grad = static_cast<A*>(grad.mutable_data_ptr());
@@ -357,8 +402,10 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
                                                  std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
                                                  int64_t step, std::optional<Tensor> z_tensor, double z,
                                                  int64_t num_negatives, double temperature, bool binary,
-                                                 bool exclude_self, int64_t seed) {
-  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed);
+                                                 bool exclude_self, int64_t seed, int64_t first_row, int64_t num_rows) {
+  const Shard shard = make_shard(bank_, first_row, num_rows);
+  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed,
+                 shard);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());
@@ -376,7 +423,8 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
     Problem<scalar_t> problem{};
     problem.step_tensor = step_tensor ? static_cast<const int64_t*>(step_tensor->const_data_ptr()) : nullptr;
     problem.z_tensor = z_tensor ? static_cast<const double*>(z_tensor->const_data_ptr()) : nullptr;
-    problem.sampler = make_sampler(seed, step, bank.size(0), exclude_self);
+    problem.sampler = make_sampler(seed, step, shard.num_rows, exclude_self);
+    problem.shard = shard;
     problem.num_negatives = num_negatives;
     problem.inverse_temperature = 1.0 / temperature;
     problem.z = z;

@@ -20,7 +20,8 @@ __global__ void bank_update_kernel(T* __restrict__ bank,               // [N, D]
   const int lane = threadIdx.x % kWarpSize;
   if (b >= batch) return;
   const int64_t target = index[b];
-  if (target < 0 || target >= num_rows) __trap();
+  if (target == -1) return;
+  if (target < -1 || target >= num_rows) __trap();
   bool later = false;
   for (int64_t other = b + 1 + lane; other < batch; other += kWarpSize) later |= index[other] == target;
   if (__any_sync(kFullMask, later)) return;

@@ -9,20 +9,20 @@ moves toward ``f(v_I)``. ``λ = 0`` is NPID (Wu et al. 2018): no transformed vie
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.bank import MemoryBank
-from sslfast.distributed import mean_over_ranks
+from sslfast.distributed import keep_apart, mean_over_ranks
 from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
-from sslfast.ops import bank_nce, estimate_z
+from sslfast.ops import estimate_z
 
 IMAGE, PRETEXT = "image", "pretext"
 
@@ -77,6 +77,9 @@ class PIRL(Method):
         features on mixed statistics vary from seed to seed. Training uses each call's own batch either way."""
         bank_dtype: Literal["fp32", "bf16"] = "fp32"
         """Storage of the bank; sums are fp32 either way."""
+        bank_layout: Literal["replicated", "sharded"] = "replicated"
+        """replicated: every process holds the whole bank. sharded: each holds its part of the rows, and losses are
+        those of the whole bank; for banks that one device cannot hold (docs/scale.md)."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image I."""
         jigsaw_view: ViewConfig = field(default_factory=_jigsaw_view)
@@ -145,10 +148,14 @@ class PIRL(Method):
                     else PatchHead(features, dimensions, jigsaw.grid**2)
                 )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.bank_dtype]
-        self.bank = MemoryBank(num_rows, dimensions, momentum=config.bank_momentum, seed=seed, dtype=dtype)
+        self.bank = MemoryBank(
+            num_rows, dimensions, momentum=config.bank_momentum, seed=seed, dtype=dtype, layout=config.bank_layout
+        )
+        if self.bank.is_sharded:
+            keep_apart(self, ["bank.rows"])
         self.register_buffer("z", torch.full((), float("nan"), dtype=torch.float64))
         self._z_is_set = False
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -178,7 +185,7 @@ class PIRL(Method):
         """
         config = self.config
         queries = self.embed(views)  # [V, B, D]
-        self._pending = (rows, queries[-1].detach())
+        self._pending.append((rows, queries[-1].detach()))
         if config.loss == "nce" and config.z == "exact":
             self._set_z(self._exact_z(queries.detach(), rows))
         elif config.loss == "nce" and not self._z_is_set:
@@ -198,19 +205,27 @@ class PIRL(Method):
 
     def after_step(self) -> None:
         """Moves the batch's bank rows toward the image embeddings of the step just taken."""
-        if self._pending is None:
+        if not self._pending:
             raise RuntimeError("PIRL.after_step was called before a forward pass")
-        self.bank.update_(*self._pending)
-        self._pending = None
+        self.bank.update_(*(torch.cat(column) for column in zip(*self._pending, strict=True)))
+        self._pending = []
 
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
-        return [self.bank.rows, self.z]
+        return [*self.bank.replicated(), self.z]
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """``state_dict()`` with the whole bank, as every layout loads it."""
+        return {**self.state_dict(), "bank.rows": self.bank.whole_rows()}
+
+    def full_state_bytes(self) -> int:
+        """Size of the tensors of :meth:`full_state_dict`."""
+        return super().full_state_bytes() - self.bank.rows.nbytes + self.bank.whole_bytes
 
     @contextmanager
     def _running_stats_kept(self) -> Iterator[None]:
         """BatchNorm inside normalises by its batch as always, and leaves its running statistics as they are."""
-        norms = [module for module in self.trunk.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [m for m in self.trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         if self.config.running_stats == "image":
             for norm in norms:
@@ -228,9 +243,8 @@ class PIRL(Method):
         config = self.config
         separate = config.separate_draws and config.negatives != "full" and queries.shape[0] > 1
         parts = [
-            bank_nce(
+            self.bank.score(
                 part,
-                self.bank.rows,
                 rows,
                 temperature=config.temperature,
                 negatives=config.negatives,
@@ -240,26 +254,24 @@ class PIRL(Method):
                 exclude_self=config.exclude_self,
                 seed=self.seed + draw,
                 step=step,
-                return_lse=True,
             )
             for draw, part in enumerate(queries.split(1) if separate else [queries])
         ]
-        return cast(tuple[Tensor, Tensor], tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+        losses, lse = (torch.cat(column) for column in zip(*parts, strict=True))
+        return losses, lse
 
     def _estimate_z(self, lse: Tensor, *, whole_bank: bool = False) -> Tensor:
         used = lse[:1] if self.config.z_from == PRETEXT else lse
-        num_rows = len(self.bank.rows)
+        num_rows = self.bank.num_rows
         whole_bank = whole_bank or self.config.negatives == "full"
         return estimate_z(
             used, num_negatives=num_rows - 1 if whole_bank else self.config.num_negatives, num_rows=num_rows
         )
 
     def _exact_z(self, queries: Tensor, rows: Tensor) -> Tensor:
-        bank = self.bank.rows
-        out = bank_nce(
-            queries, bank, rows, temperature=self.config.temperature, negatives="full", return_lse=True
-        )  # the log-sum-exp over all N rows
-        return self._estimate_z(out[1], whole_bank=True)
+        options = {"temperature": self.config.temperature, "negatives": "full", "loss": "infonce"}
+        _, lse = self.bank.score(queries, rows, **options)  # the log-sum-exp over all N rows
+        return self._estimate_z(lse, whole_bank=True)
 
     @torch.no_grad()
     def _set_z(self, z: Tensor) -> None:

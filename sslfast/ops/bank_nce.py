@@ -25,6 +25,7 @@ def bank_nce(
     exclude_self: bool = True,
     seed: int = 0,
     step: int | Tensor = 0,
+    shard: tuple[int, int] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Contrast every query with its own bank row against K other rows, or against all of them.
@@ -59,6 +60,10 @@ def bank_nce(
         exclude_self: sampled negatives never hold the positive row; shared rows that are a sample's own are left out
             for that sample.
         seed, step: fix the draw together with ``index``; see :func:`sslfast.ops.negative_rows`.
+        shard: ``(first, N)``: ``bank`` holds rows ``first ..`` of a bank of N rows; index and negatives stay rows of
+            that whole bank, and those that lie elsewhere are skipped. A query whose positive lies elsewhere gets
+            ``logsumexp(s_k)`` (``sum softplus(u_k)``) of the rows here as its loss, -inf (0) where there are none.
+            The parts of all shards merge: :mod:`sslfast.bank_shards`. With "shared" CUDA waits for the device, once.
         return_lse: also return ``logsumexp(s_0 .. s_K)`` (detached), from which :func:`estimate_z` gets Z.
 
     Returns:
@@ -72,8 +77,11 @@ def bank_nce(
     _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
     if bank.dim() != 2:
         raise ValueError(f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
-    mode, rows, num_negatives = _negatives(negatives, num_negatives, bank)
-    _check(bank, temperature, mode, num_negatives, loss, z, exclude_self, seed)
+    first_row, num_rows = (0, bank.shape[0]) if shard is None else shard
+    mode, rows, num_negatives = _negatives(negatives, num_negatives, num_rows)
+    _check(num_rows, temperature, mode, num_negatives, loss, z, exclude_self, seed)
+    if shard is not None:
+        _check_shard(bank, shard, loss, z)
     step_tensor, step_number = _library.step_arguments(step)
     if query.dim() < 2:
         raise ValueError(f"bank_nce: query must have shape [..., B, D], got {list(query.shape)}")
@@ -83,19 +91,29 @@ def bank_nce(
     # Given rows are scored as they are, and the whole bank holds each positive once.
     exclude_self = exclude_self and mode in ("sampled", "shared")
     if mode == "shared":
-        rows = negative_rows(
-            index, num_negatives=num_negatives, num_rows=bank.shape[0], seed=seed, step=step, shared=True
+        rows = negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, shared=True)
+    positive = index
+    dense = mode == "full" or (rows is not None and rows.dim() == 1)
+    if shard is not None and dense:
+        positive, rows, own_share = _dense_rows_of_shard(index, rows, first_row, bank.shape[0], num_rows)
+        dense = rows is None or rows.dim() == 1
+        # The op takes Z K / N with the K and N that it sees.
+        z = (
+            z
+            if z is None
+            else (z.detach().double() if isinstance(z, Tensor) else z) * (num_negatives / num_rows / own_share)
         )
 
     def run(query: Tensor, loss: Literal["infonce", "nce"], z: float | Tensor) -> tuple[Tensor, Tensor]:
-        if mode == "full" or (rows is not None and rows.dim() == 1):
+        if dense:
             return bank_nce_dense(
-                query, bank, index, rows=rows, temperature=temperature, loss=loss, z=z, exclude_self=exclude_self
+                query, bank, positive, rows=rows, temperature=temperature, loss=loss, z=z, exclude_self=exclude_self
             )
         z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
         losses, lse, _ = torch.ops.sslfast.bank_nce(
             query, bank, index, rows, step_tensor, step_number, z_tensor, z_number,
-            num_negatives, temperature, loss == "nce", exclude_self, seed,
+            num_negatives if rows is None else rows.shape[1], temperature, loss == "nce", exclude_self, seed,
+            first_row, num_rows,
         )  # fmt: skip
         return losses, lse.detach()
 
@@ -134,11 +152,17 @@ def bank_nce_reference(
     exclude_self: bool = True,
     seed: int = 0,
     step: int | Tensor = 0,
+    shard: tuple[int, int] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same loss written out in torch, any float type, gradients by autograd: the specification."""
-    num_rows = bank.shape[0]
+    num_rows = bank.shape[0] if shard is None else shard[1]
     draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": num_rows, "seed": seed, "step": step}
+    if shard is not None:
+        losses, lse = _shard_reference(
+            query, bank, index, negatives, shard[0], draw, exclude_self, temperature, loss, z
+        )
+        return (losses, lse) if return_lse else losses
     if isinstance(negatives, Tensor):
         rows_BK = negatives.expand(index.shape[0], -1)
     elif negatives == "sampled":
@@ -170,7 +194,38 @@ def bank_nce_reference(
     return (losses, lse) if return_lse else losses
 
 
-def _negatives(negatives: str | Tensor, num_negatives: int, bank: Tensor) -> tuple[str, Tensor | None, int]:
+def _shard_reference(
+    query: Tensor, bank: Tensor, index: Tensor, negatives: str | Tensor, first_row: int, draw: dict[str, Any],
+    exclude_self: bool, temperature: float, loss: str, z: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Every mode as one list of rows of the whole bank, of which those elsewhere and those left out score -inf."""
+    num_rows, left_out = draw["num_rows"], False
+    if isinstance(negatives, Tensor):
+        rows_BK = negatives.expand(index.shape[0], -1)
+    elif negatives == "sampled":
+        rows_BK = negative_rows_reference(index, **draw, exclude_self=exclude_self)
+    else:
+        left_out = exclude_self or negatives == "full"
+        every = torch.arange(num_rows, device=index.device)
+        shared = negatives == "shared"
+        rows_BK = (negative_rows_reference(index, **draw, shared=True) if shared else every).expand(len(index), -1)
+    num_negatives = num_rows - 1 if isinstance(negatives, str) and negatives == "full" else rows_BK.shape[1]
+    ids = torch.cat((index[:, None], rows_BK), dim=1) - first_row
+    here = (ids >= 0) & (ids < len(bank))
+    here[:, 1:] &= ~(left_out & (rows_BK == index[:, None]))
+    query = query.to(torch.promote_types(query.dtype, torch.float32))
+    scores = torch.einsum("...bd,bkd->...bk", query, bank[ids.clamp(0, len(bank) - 1)].to(query.dtype)) / temperature
+    scores = scores.masked_fill(~here, -torch.inf)
+    lse = scores.logsumexp(-1)
+    if loss == "infonce":
+        return torch.where(here[:, 0], lse - scores[..., 0], lse), lse.detach()
+    z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
+    logits = scores - (z * num_negatives / num_rows).log()
+    positive = torch.where(here[:, 0], -logsigmoid(logits[..., 0]), 0.0)
+    return positive - logsigmoid(-logits[..., 1:]).sum(-1), lse.detach()
+
+
+def _negatives(negatives: str | Tensor, num_negatives: int, num_rows: int) -> tuple[str, Tensor | None, int]:
     """Mode, rows where given, and K."""
     if isinstance(negatives, Tensor):
         if negatives.dim() not in (1, 2):
@@ -180,15 +235,39 @@ def _negatives(negatives: str | Tensor, num_negatives: int, bank: Tensor) -> tup
         raise ValueError(
             f'bank_nce: negatives must be "sampled", "shared", "full" or int64 rows [K] or [B, K], got {negatives!r}'
         )
-    return negatives, None, bank.shape[0] - 1 if negatives == "full" else num_negatives
+    return negatives, None, num_rows - 1 if negatives == "full" else num_negatives
 
 
 def _tensor_or_none(value: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def _dense_rows_of_shard(
+    index: Tensor, rows: Tensor | None, first_row: int, held: int, num_rows: int
+) -> tuple[Tensor, Tensor | None, float]:
+    """Positives and listed rows as rows of the shard, and the K / N that the op will see."""
+    positive = torch.where((index >= first_row) & (index < first_row + held), index - first_row, -1)
+    if rows is None:
+        return positive, None, (held - 1) / held
+    here = rows[(rows >= first_row) & (rows < first_row + held)] - first_row  # waits for the device
+    if len(here):
+        return positive, here, len(here) / held
+    return positive, rows[:1].expand(len(index), 1), 1 / num_rows  # a row of another shard: none is scored
+
+
+def _check_shard(bank: Tensor, shard: tuple[int, int], loss: str, z: float | Tensor | None) -> None:
+    first_row, num_rows = shard
+    if bank.shape[0] < 2 or not 0 <= first_row <= num_rows - bank.shape[0]:
+        raise ValueError(
+            f"bank_nce: {shard=} must be (first row, rows of the whole bank) with at least 2 rows here, "
+            f"and bank has {bank.shape[0]}"
+        )
+    if loss == "nce" and z is None:
+        raise ValueError("bank_nce: nce on a shard needs z: no shard alone can estimate it")
+
+
 def _check(
-    bank: Tensor,
+    num_rows: int,
     temperature: float,
     mode: str,
     num_negatives: int,
@@ -205,14 +284,14 @@ def _check(
         raise ValueError(f"bank_nce: z must be positive, got {z=}")
     _library.check_seed("bank_nce", seed)
     if mode == "full":
-        if loss == "nce" and bank.shape[0] < 2:
-            raise ValueError(f"bank_nce: nce against the full bank needs at least 2 rows, got {bank.shape[0]}")
+        if loss == "nce" and num_rows < 2:
+            raise ValueError(f"bank_nce: nce against the full bank needs at least 2 rows, got {num_rows}")
         return
     if num_negatives < 1:
         raise ValueError(f"bank_nce: needs at least one negative per sample, got {num_negatives=}")
-    if mode != "rows" and bank.shape[0] < (2 if exclude_self else 1):
+    if mode != "rows" and num_rows < (2 if exclude_self else 1):
         raise ValueError(
-            f"bank_nce: drawing negatives needs at least 2 bank rows when exclude_self is True, got {bank.shape[0]}; "
+            f"bank_nce: drawing negatives needs at least 2 bank rows when exclude_self is True, got {num_rows}; "
             "pass exclude_self=False or explicit rows"
         )
 
@@ -251,7 +330,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor, _grad_grad: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad_loss[..., None] * grad, *(None,) * 12)
+    return (grad_loss[..., None] * grad, *(None,) * 14)
 
 
 torch.library.register_autograd("sslfast::bank_nce", _backward, setup_context=_setup_context)

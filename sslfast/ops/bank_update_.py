@@ -12,11 +12,12 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     ``bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features)``, where ``momentum`` weighs the OLD
     row (PIRL section 3.2, NPID section 3.2; VISSL, PyContrast and lemniscate share this convention, mmselfsup has the
     opposite one). When an index repeats, the last occurrence wins and blends with the row as it was before the call, so
-    the result does not depend on threads. A blend shorter than 1e-12 is divided by 1e-12. No host sync.
+    the result does not depend on threads; an index of -1 (a row that another shard holds) moves nothing. A blend
+    shorter than 1e-12 is divided by 1e-12. No host sync.
 
     Args:
         bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous; updated in place.
-        index: ``[B]`` int64.
+        index: ``[B]`` int64, or -1.
         features: ``[B, D]`` fp32, fp64, bf16 or fp16, in other memory than bank; no gradient flows.
         momentum: weight of the old row in [0, 1].
 
@@ -37,7 +38,8 @@ def bank_update_reference(bank: Tensor, index: Tensor, features: Tensor, *, mome
     blend = momentum * bank[index].to(accumulate) + (1 - momentum) * features.detach().to(accumulate)
     rows = torch.nn.functional.normalize(blend, dim=1, eps=1e-12).to(bank.dtype)
     later = torch.triu(index[:, None] == index[None, :], diagonal=1).any(dim=1)
-    bank[index[~later]] = rows[~later]
+    writes = ~later & (index >= 0)
+    bank[index[writes]] = rows[writes]
 
 
 @torch.library.register_fake("sslfast::bank_update_")

@@ -187,6 +187,57 @@ def test_gradcheck(device: torch.device, loss: str) -> None:
     )
 
 
+LIST = torch.randint(90, (3,), generator=torch.Generator().manual_seed(5))  # some shards hold none of it
+LISTS = torch.randint(90, (5, 40), generator=torch.Generator().manual_seed(6))
+
+
+@pytest.mark.parametrize("loss", ["infonce", "nce"])
+@pytest.mark.parametrize("exclude_self", [True, False])
+@pytest.mark.parametrize("negatives", ["sampled", "shared", "full", LIST, LISTS], ids=str)
+def test_shards_equal_the_reference_and_merge(
+    device: torch.device, negatives: str | Tensor, exclude_self: bool, loss: str
+) -> None:
+    """Part by part, then together: sums of a shard add up, log-sum-exps merge."""
+    query, bank, index = make(device, num_rows=90, dtype=torch.float64)
+    options: dict[str, Any] = {"num_negatives": 60, "loss": loss, "z": 90.0, "temperature": 0.3, "return_lse": True}
+    options["exclude_self"] = exclude_self and isinstance(negatives, str)
+    options["negatives"] = negatives.to(device) if isinstance(negatives, Tensor) else negatives
+    parts = []
+    for first, end in ((0, 60), (60, 62), (62, 90)):
+        part = []
+        for function in (bank_nce, bank_nce_reference):
+            leaf = query.clone().requires_grad_()
+            losses, lse = function(leaf, bank[first:end], index, shard=(first, 90), **options)
+            losses.sum().backward()
+            part.append((losses.detach(), lse, leaf.grad))
+        for value, wanted in zip(*part, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+        parts.append(part[0])
+    losses, lse, gradients = (torch.stack(values) for values in zip(*parts, strict=True))
+    whole = query.clone().requires_grad_()
+    expected, expected_lse = bank_nce(whole, bank, index, **options)
+    expected.sum().backward()
+    torch.testing.assert_close(lse.logsumexp(0), expected_lse, rtol=1e-12, atol=1e-12)
+    if loss == "nce":
+        torch.testing.assert_close(losses.sum(0), expected.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients.sum(0), whole.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "message"),
+    [
+        (90, {"shard": (1, 90)}, r"shard=\(1, 90\) must be \(first row, rows of the whole bank\)"),
+        (40, {"shard": (-1, 90)}, r"shard=\(-1, 90\) must be"),
+        (1, {"shard": (3, 90)}, "with at least 2 rows here, and bank has 1"),
+        (40, {"shard": (0, 90), "loss": "nce"}, "nce on a shard needs z: no shard alone can estimate it"),
+    ],
+)
+def test_bad_shards(held: int, options: dict[str, Any], message: str) -> None:
+    query, bank, index = make(torch.device("cpu"), num_rows=90)
+    with pytest.raises(ValueError, match=message):
+        bank_nce(query, bank[:held], index, num_negatives=4, **options)
+
+
 def test_half_queries_and_autocast_types(device: torch.device) -> None:
     query, bank, index = make(device, dtype=torch.bfloat16)
     half = query.bfloat16().requires_grad_()
@@ -225,6 +276,7 @@ def test_opcheck(device: torch.device, loss: str) -> None:
     for arguments in (
         (query, bank, index, None, None, 3, None, 50.0, 9, 0.07, binary, True, 0),
         (query, bank, index, rows, step, 0, z, 1.0, 9, 0.07, binary, False, 4),
+        (query, bank[30:50], index, None, None, 3, None, 50.0, 9, 0.07, binary, True, 0, 30, 300),
     ):
         torch.library.opcheck(op, arguments)
 

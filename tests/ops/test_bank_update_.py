@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -67,6 +69,18 @@ def test_last_occurrence_wins(device: torch.device) -> None:
     assert torch.equal(bank, alone)
 
 
+@pytest.mark.parametrize("function", [bank_update_, bank_update_reference])
+def test_minus_one_moves_nothing(device: torch.device, function: Callable[..., None]) -> None:
+    bank, _, features = make(device, batch=6)
+    index = torch.tensor([-1, 7, -1, 0, -1, 49], device=device)
+    expected = bank.clone()
+    function(expected, index[index >= 0], features[index >= 0].float())
+    function(bank, index, features.float())
+    assert torch.equal(bank, expected)
+    function(bank, index.clamp_max(-1), features.float())
+    assert torch.equal(bank, expected)
+
+
 def test_opposite_vectors_give_zero_not_nan(device: torch.device) -> None:
     bank = torch.tensor([[1.0, 0.0]], device=device)
     bank_update_(bank, torch.tensor([0], device=device), torch.tensor([[-1.0, 0.0]], device=device), momentum=0.5)
@@ -114,8 +128,8 @@ def test_bad_arguments() -> None:
         bank_update_(bank, index.int(), features)
     with pytest.raises(RuntimeError, match="bank must be fp32, fp64, bf16 or fp16"):
         bank_update_(bank.to(torch.int32), index, features)
-    with pytest.raises(RuntimeError, match=r"index must be in \[0, 50\), got -1 at flat position 0"):
-        bank_update_(bank, index * 0 - 1, features)
+    with pytest.raises(RuntimeError, match=r"index must be in \[-1, 50\), got -2 at flat position 0"):
+        bank_update_(bank, index * 0 - 2, features)
     with pytest.raises(RuntimeError, match=r"features must not share memory with bank; pass features.clone\(\)"):
         bank_update_(bank, index, bank[3 : 3 + len(index)])
     bank_update_(bank, index, bank[3 : 3 + len(index)].clone())

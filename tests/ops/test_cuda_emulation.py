@@ -94,6 +94,37 @@ def test_bank_nce_splits_and_orders(multiprocessors: int, order: int) -> None:
     assert_scores_agree("bank_nce", args, order=order, multiprocessors=multiprocessors)
 
 
+@pytest.mark.parametrize("binary", [False, True], ids=["infonce", "nce"])
+@pytest.mark.parametrize(("first", "held"), [(0, 700), (700, 60), (760, 140)])
+def test_bank_nce_shards(first: int, held: int, binary: bool) -> None:
+    # 1100 negatives of 900 rows: tiles fill up over several draws of 64; positives lie in every shard and outside.
+    for columns, views, rows, dtype in ((128, 2, False, torch.bfloat16), (300, 1, True, torch.float32)):
+        args = bank_nce_arguments(
+            batch=4,
+            columns=columns,
+            views=views,
+            num_negatives=1100,
+            num_rows=900,
+            binary=binary,
+            rows=rows,
+            dtype=dtype,
+        )
+        args[2] = torch.tensor([2, 730, 899, 730])
+        args[1] = args[1][first : first + held]
+        assert_scores_agree("bank_nce", [*args, first, 900], order=2, multiprocessors=3)
+
+
+def test_bank_nce_shard_without_any_row() -> None:
+    args = bank_nce_arguments(batch=2, num_negatives=65, num_rows=90, rows=True)
+    args[1], args[2], args[3] = args[1][:8], torch.tensor([8, 3]), torch.full((2, 65), 89)
+    loss, lse, grad = emulate("bank_nce", *fenced(*args), 0, 90)
+    assert torch.equal(loss[:, 0], torch.full((2,), -torch.inf))
+    assert torch.equal(loss, torch.where(lse > -torch.inf, 0.0, lse))  # its positive alone: certain of it
+    assert torch.equal(grad[:, 0], torch.zeros(2, 128))
+    for value, wanted in zip((loss, lse, grad), run_on_cpu("bank_nce", *args, 0, 90), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_bank_nce_is_the_same_in_every_order() -> None:
     args = bank_nce_arguments(num_negatives=600, views=3, dtype=torch.bfloat16)
     first, *rest = [emulate("bank_nce", *args, order=order, multiprocessors=5) for order in ORDERS]
@@ -167,6 +198,16 @@ def test_bank_update_repeats_across_lanes_and_warps(order: int) -> None:
         expected[row] = normalize(0.5 * bank[row] + 0.5 * features[position], dim=0)
     emulate("bank_update_", bank, index, features, 0.5, order=order)
     torch.testing.assert_close(bank, expected, rtol=0, atol=1e-6)
+
+
+def test_bank_update_skips_minus_one() -> None:
+    bank, features = draw(20, 16), draw(40, 16, seed=1)
+    index = torch.full((40,), -1)
+    index[[3, 38]] = torch.tensor([19, 0])
+    expected = bank.clone()
+    run_on_cpu("bank_update_", expected, index, features, 0.3)
+    emulate("bank_update_", bank, *fenced(index, features), 0.3, order=2)
+    assert_same_up_to_rounding(bank, expected)
 
 
 def test_bank_update_of_zeros_and_strided_features() -> None:
@@ -295,7 +336,7 @@ def _out_of_range() -> list[Any]:
         ("bank_nce", nce),
         ("bank_nce", given),
         ("negative_rows", [torch.tensor([10]), None, 0, 5, 10, 1, True, False]),
-        ("bank_update_", [bank, torch.tensor([-1]), feature, 0.5]),
+        ("bank_update_", [bank, torch.tensor([-2]), feature, 0.5]),
         ("bank_enqueue_", [bank, torch.tensor(4), feature]),
         ("jigsaw_patches", [jigsaw[0], permutation, *jigsaw[2:]]),
         ("jigsaw_patches", [*jigsaw[:2], offset, *jigsaw[3:]]),
