@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +13,7 @@ from sslfast.config import nearest
 from sslfast.distributed import leave
 from sslfast.interrupt import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NOT_FINITE, RunInterruptedError
 from sslfast.loaders.prepare import PrepareConfig
+from sslfast.memory import check_memory
 from sslfast.recipes import RECIPES
 from sslfast.summary import summary
 from sslfast.trainer import NonFiniteLossError, TrainConfig, Trainer, TrainResult
@@ -36,7 +38,7 @@ class Pretrain:
     """auto: go on from the newest good checkpoint in RUN if there is one. never: refuse a RUN that holds a run.
     PATH: a checkpoint or another run directory."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Check everything, say what would run, and stop."""
+    """Check configuration, data, disk space, lock and checkpoint, estimate the memory, say what would run, and stop."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -91,10 +93,16 @@ def pretrain(arguments: list[str]) -> int:
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
     try:
         trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
-        if trainer.is_main:
-            _print_table(summary(trainer))
+        lines = summary(trainer)
         if chosen.dry_run:
-            trainer.close()
+            try:
+                trainer.check()
+                lines.append(("memory", check_memory(trainer)))
+            finally:
+                trainer.close()
+        if trainer.is_main:
+            _print_table(lines)
+        if chosen.dry_run:
             return 0
         result = trainer.fit()
     except RunInterruptedError as stop:
@@ -157,8 +165,10 @@ def preview(arguments: list[str]) -> int:
 
     from sslfast.figures.preview import write_preview
 
-    views = chosen.config.method.preview_views()
-    write_preview(chosen.data, views, chosen.output, count=chosen.count, seed=chosen.config.seed)
+    method, seed = chosen.config.method, chosen.config.seed
+    method.validate()
+    panels = partial(method.preview_panels, seed=seed)
+    write_preview(chosen.data, method.preview_views(), chosen.output, count=chosen.count, seed=seed, panels=panels)
     print(chosen.output)
     return 0
 

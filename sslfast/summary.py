@@ -3,6 +3,7 @@
 import torch
 
 from sslfast.checkpoint import checkpoint_step, list_checkpoints
+from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
 from sslfast.trainer import Trainer
 
@@ -31,8 +32,24 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("data", f"{source}: {trainer.loader.num_rows:,} images"),
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
+        ("step", _step(trainer)),
         ("steps", f"{steps} = {trainer.total_steps:,} steps"),
         ("learning rate", f"{peak:.4g} to {final:.4g}, cosine, changes every {config.optim.lr_update}"),
         ("output", f"{trainer.run.path} ({start})"),
         ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),
     ]
+
+
+def _step(trainer: Trainer) -> str:
+    """Who computes which part of a step, and with what."""
+    config, ranks = trainer.config, world_size()
+    samples = config.batch_size // ranks // config.accumulate_steps
+    words = [f"{ranks} process{'es' if ranks > 1 else ''} x {config.accumulate_steps} x {samples} samples"]
+    words.append(config.optim.name.upper())
+    if config.compile != "off":
+        words.append(f"compiled ({config.compile})")
+    if config.sync_batchnorm:
+        words.append("BatchNorm over all processes")
+    if config.on_nonfinite == "skip":
+        words.append(f"steps that are not finite are skipped, at most {config.nonfinite_limit} in a row")
+    return ", ".join(words)

@@ -98,7 +98,7 @@ class MoCo(Method):
         self.key_projection = copy.deepcopy(self.projection).requires_grad_(False)
         self.register_buffer("queue", initial_rows(config.queue_size, dimensions, seed=seed))
         self.register_buffer("head", torch.zeros((), dtype=torch.int64))
-        self._pending: Tensor | None = None
+        self._pending: list[Tensor] = []
 
     def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.
@@ -112,22 +112,23 @@ class MoCo(Method):
             ``loss`` (0-d, differentiable) and detached 0-d ``similarity``, the mean of q·k.
         """
         queries = normalize(self.projection(self.trunk(views[QUERY].pixels)).float(), dim=1)
-        keys, self._pending = self._encode_keys(views[KEY].pixels, step)
+        keys, all_keys = self._encode_keys(views[KEY].pixels, step)
+        self._pending.append(all_keys)
         similarity = (queries * keys).sum(dim=1)  # [B]
         loss = queue_loss(queries, similarity, self.queue, temperature=self.config.temperature)
         return {"loss": loss.mean(), "similarity": similarity.detach().mean()}
 
     def after_step(self) -> None:
         """Moves the key encoder toward the weights of the step just taken, and the batch's keys into the ring."""
-        if self._pending is None:
+        if not self._pending:
             raise RuntimeError("MoCo.after_step was called before a forward pass")
         ema_update_(
             chain(self.key_trunk.parameters(), self.key_projection.parameters()),
             chain(self.trunk.parameters(), self.projection.parameters()),
             momentum=self.config.momentum,
         )
-        bank_enqueue_(self.queue, self.head, self._pending)
-        self._pending = None
+        bank_enqueue_(self.queue, self.head, torch.cat(self._pending))
+        self._pending = []
 
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
