@@ -4,12 +4,11 @@ An encoder maps uint8 images ``[B, 3, S, S]`` to float32 features ``[B, D]``. Th
 evaluation: the trained trunk of a run, the same trunk before training, and raw pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,18 @@ from torch.nn.functional import interpolate
 from sslfast.checkpoint import load_latest
 from sslfast.config import from_dict, load_json, save_json
 from sslfast.distributed import resolve_device
-from sslfast.images import BadImageError, OpenImage, open_image, quiet_pillow, read_bytes, require_strict_pillow
+from sslfast.evaluation.cache import FeatureCache, weights_digest
+from sslfast.evaluation.extract import Features, ImageReader, extract
+from sslfast.evaluation.folders import load_manifests
+from sslfast.evaluation.pools import check_layers, pooled_layers
+from sslfast.evaluation.processes import is_main
 from sslfast.loaders.batch import IMAGENET_MEAN, IMAGENET_STD
-from sslfast.loaders.decode import decode_crops
+from sslfast.loaders.decode import OnBadImage
 from sslfast.manifest import Manifest
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.rundir import RunDirectory, versions
 
 TRAINED, UNTRAINED, RAW_PIXELS = "trained", "untrained", "raw pixels"
-OnBadImage = Literal["error", "skip"]
 TRUNK = "trunk."
 """Prefix of the trunk's weights in a checkpoint's ``method``."""
 
@@ -40,6 +42,9 @@ class Encoder(Protocol):
     def to(self, device: torch.device) -> "Encoder":
         """The encoder on a device."""
 
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on besides the images, as JSON values."""
+
 
 class TrunkEncoder:
     """A trunk in eval mode behind the input normalisation that it was trained with."""
@@ -52,6 +57,7 @@ class TrunkEncoder:
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         self.trunk = trunk.eval()
+        self.statistics = {"mean": list(mean), "std": list(std)}
         self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self.layout = torch.contiguous_format
@@ -63,9 +69,17 @@ class TrunkEncoder:
         self.trunk.to(memory_format=self.layout)  # type: ignore[call-overload]
         return self
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
+        """Network input ``[B, 3, S, S]`` float32 of uint8 images."""
         pixels = (images.float() / 255 - self.mean) / self.std
-        return cast(Tensor, self.trunk(pixels.contiguous(memory_format=self.layout))).float()
+        return pixels.contiguous(memory_format=self.layout)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.trunk(self.prepare(images))).float()
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on besides the images, as JSON values."""
+        return {"encoder": type(self.trunk).__name__, "weights": weights_digest(self.trunk), **self.statistics}
 
 
 class RawPixels:
@@ -90,6 +104,10 @@ class RawPixels:
     def __call__(self, images: Tensor) -> Tensor:
         small = interpolate(images.float() / 255, size=(self.side, self.side), mode="bilinear", antialias=True)
         return ((small - self.mean) / self.std).flatten(1)
+
+    def identity(self) -> dict[str, Any]:
+        """As for a trunk."""
+        return {"encoder": "raw pixels", "side": self.side}
 
 
 @dataclass(kw_only=True)
@@ -147,38 +165,6 @@ def load_run(run: Path | str) -> RunEncoders:
     return RunEncoders(encoders=encoders, size=size, checkpoint=path, step=int(state["step"]), facts=facts)
 
 
-def eval_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """The centre square that an evaluation sees, as left, top, right, bottom in pixels of the upright image.
-
-    Equal to resizing the shorter side to ``round(size * 256 / 224)`` and cutting the centre ``size`` x ``size``, up to
-    rounding to whole pixels. An image whose shorter side is less than that is not magnified to throw its border away:
-    its whole centre square is taken.
-    """
-    shorter = min(width, height)
-    resized = round(size * 256 / 224)
-    side = shorter if shorter < resized else max(1, round(shorter * size / resized))
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
-
-
-def eval_image(opened: OpenImage, size: int) -> Tensor:
-    """uint8 ``[3, size, size]``: :func:`eval_box` resized as the training loader resizes. Raises BadImageError."""
-    box = torch.tensor(eval_box(opened.width, opened.height, size)).numpy()
-    return decode_crops(opened, [box], [size])[0]
-
-
-@dataclass(kw_only=True)
-class Features:
-    """Features of the usable images of a manifest."""
-
-    values: dict[str, Tensor]
-    """Encoder name -> float32 ``[N, D]`` on the CPU."""
-    rows: Tensor
-    """``[N]`` int64: manifest row of each feature row."""
-    bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of what was left out."""
-
-
 def extract_features(
     encoder: Encoder,
     manifest: Manifest,
@@ -195,7 +181,6 @@ def extract_features(
     return found.values[""]
 
 
-@torch.no_grad()
 def extract_all(
     encoders: Mapping[str, Encoder],
     manifest: Manifest,
@@ -205,6 +190,7 @@ def extract_all(
     device: torch.device | str = "cpu",
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
+    cache: FeatureCache | None = None,
 ) -> Features:
     """Features of several encoders from one reading of the images.
 
@@ -216,54 +202,58 @@ def extract_all(
         device: where the encoders run, in float32.
         workers: decoding threads; 0: decode in the caller's thread.
         on_bad_image: ``error``: ValueError naming the file. ``skip``: leave it out of ``rows``.
+        cache: where features are kept; None: nowhere.
     """
-    for name, value in (("size", size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers=}")
-    require_strict_pillow()
+    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image)
     device = torch.device(device)
-    encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
-    parts: dict[str, list[Tensor]] = {name: [] for name in encoders}
-    rows: list[int] = []
-    bad: list[tuple[str, str]] = []
-    for images in _batches(manifest, size, batch_size, workers):
-        good = []
-        for row, image in images:
-            if isinstance(image, Tensor):
-                rows.append(row)
-                good.append(image)
-            elif on_bad_image == "error":
-                raise ValueError(
-                    f"{manifest.path(row)} cannot be used ({image}); repair or remove it, or pass --on-bad-image skip"
-                )
-            else:
-                bad.append((manifest.paths[row], image))
-        if good:
-            batch = torch.stack(good).to(device)
-            for name, encoder in encoders.items():
-                parts[name].append(encoder(batch).float().cpu())
-    if not rows:
-        raise ValueError(f"no usable image in {manifest.root}: name a folder that holds images")
-    return Features(
-        values={name: torch.cat(part) for name, part in parts.items()}, rows=torch.tensor(rows), bad_images=bad
+    moved = {name: encoder.to(device) for name, encoder in encoders.items()}
+    return extract(
+        lambda names, images: {name: moved[name](images) for name in names},
+        {name: None if cache is None else encoder.identity() for name, encoder in moved.items()},
+        reader,
+        device=device,
+        cache=cache or FeatureCache(None),
     )
 
 
-def _batches(manifest: Manifest, size: int, batch_size: int, workers: int) -> Iterator[list[tuple[int, Tensor | str]]]:
-    """``(row, image or why it is bad)`` in row order, at most ``batch_size`` at once."""
+def extract_layers(
+    encoders: Mapping[str, TrunkEncoder],
+    layers: Sequence[str],
+    reader: ImageReader,
+    *,
+    device: torch.device,
+    cache: FeatureCache,
+) -> Features:
+    """Pooled layers (:mod:`sslfast.evaluation.pools`) of several trunks, named ``encoder/layer``, flattened."""
+    check_layers(layers)
+    moved = {name: encoder.to(device) for name, encoder in encoders.items()}
 
-    def decode(row: int) -> tuple[int, Tensor | str]:
-        try:
-            return row, eval_image(open_image(read_bytes(manifest.path(row))), size)
-        except BadImageError as error:
-            return row, error.reason
+    def compute(names: list[str], images: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, encoder in moved.items():
+            wanted = [layer for layer in layers if f"{name}/{layer}" in names]
+            if wanted:
+                pooled = pooled_layers(encoder.trunk, encoder.prepare(images), wanted)
+                found.update({f"{name}/{layer}": value for layer, value in pooled.items()})
+        return found
 
-    remaining = iter(range(len(manifest)))
-    with quiet_pillow(), ThreadPoolExecutor(max(1, workers)) as pool:
-        while rows := list(islice(remaining, batch_size)):
-            yield list(pool.map(decode, rows) if workers else map(decode, rows))
+    identities = {
+        f"{name}/{layer}": {**encoder.identity(), "layer": layer} for name, encoder in moved.items() for layer in layers
+    }
+    return extract(compute, identities, reader, device=device, cache=cache)
+
+
+def trunk_encoders(loaded: "RunEncoders", names: Sequence[str]) -> dict[str, TrunkEncoder]:
+    """The encoders of a run that have layers: ``trained`` and ``untrained``, as named."""
+    found: dict[str, TrunkEncoder] = {}
+    for name in names:
+        encoder = loaded.encoders.get(name)
+        if not isinstance(encoder, TrunkEncoder):
+            raise ValueError(f"encoders must be {TRAINED} and {UNTRAINED} or one of them, got {name!r}")
+        found[name] = encoder
+    if not found:
+        raise ValueError(f"encoders is empty; give {TRAINED}, {UNTRAINED} or both")
+    return found
 
 
 @dataclass(kw_only=True)
@@ -288,41 +278,6 @@ class EvaluationSet:
     """Run, checkpoint, data and versions, JSON values only."""
 
 
-def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> tuple[Manifest, Manifest]:
-    """Manifests of ``data/train`` and ``data/val``, which must hold the same class folders.
-
-    Raises:
-        ValueError: a folder is missing, images lie outside class folders, or the classes differ.
-    """
-    data = Path(data)
-    for split in ("train", "val"):
-        if not (data / split).is_dir():
-            raise ValueError(
-                f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/"
-            )
-    train, val = (Manifest.scan(data / split, on_bad_image=on_bad_image) for split in ("train", "val"))
-    for manifest in (train, val):
-        loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
-        if loose:
-            raise ValueError(
-                f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
-                "labels; put each image into the folder of its class"
-            )
-    if train.classes != val.classes:
-        only = [
-            f"only in {name}: {', '.join(sorted(these)[:5])}{' ...' if len(these) > 5 else ''}"
-            for name, these in (
-                ("train", set(train.classes) - set(val.classes)),
-                ("val", set(val.classes) - set(train.classes)),
-            )
-            if these
-        ]
-        raise ValueError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
-    if len(train.classes) < 2:
-        raise ValueError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
-    return train, val
-
-
 def load_evaluation_set(
     run: Path | str,
     data: Path | str,
@@ -332,10 +287,12 @@ def load_evaluation_set(
     workers: int = 0,
     device: str = "auto",
     on_bad_image: OnBadImage = "error",
+    cache: bool = True,
 ) -> EvaluationSet:
     """Features of ``data/train`` and ``data/val`` for the trained, the untrained and the raw-pixel encoder.
 
-    Everything that can be wrong with the run or the folders is an error before the first image is decoded.
+    Everything that can be wrong with the run or the folders is an error before the first image is decoded. ``cache``:
+    keep the features in ``RUN/evaluation/features``, and take them from there where they are.
     """
     chosen = resolve_device(device)
     manifests = load_manifests(data, on_bad_image=on_bad_image)
@@ -350,31 +307,14 @@ def load_evaluation_set(
             device=chosen,
             workers=workers,
             on_bad_image=on_bad_image,
+            cache=FeatureCache(cache_folder(run) if cache else None),
         )
         for manifest in manifests
     ]
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]
     paths = [[m.path(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
-    facts = {
-        "run": str(Path(run)),
-        "checkpoint": loaded.checkpoint.name,
-        "step": loaded.step,
-        **loaded.facts,
-        "size": size,
-        "data": {
-            "root": str(Path(data)),
-            "classes": len(manifests[0].classes),
-            **{
-                split: {
-                    "images": len(part.rows),
-                    "left_out": len(manifest.excluded) + len(part.bad_images),
-                    "digest": manifest.digest(),
-                }
-                for split, manifest, part in zip(("train", "val"), manifests, found, strict=True)
-            },
-        },
-        "versions": versions(),
-    }
+    counts = [len(part.rows) for part in found]
+    facts = {**run_facts(run, loaded, size), "data": data_facts(data, manifests, counts), "versions": versions()}
     return EvaluationSet(
         train=found[0].values,
         train_labels=labels[0],
@@ -387,12 +327,51 @@ def load_evaluation_set(
     )
 
 
+def cache_folder(run: Path | str) -> Path:
+    """Where a run's features lie."""
+    return Path(run) / "evaluation" / "features"
+
+
+def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]:
+    """Which weights a result is about, for the record."""
+    return {
+        "run": str(Path(run)),
+        "checkpoint": loaded.checkpoint.name,
+        "step": loaded.step,
+        **loaded.facts,
+        "weights": loaded.encoders[TRAINED].identity()["weights"],
+        "size": size,
+    }
+
+
+def data_facts(data: Path | str, manifests: Sequence[Manifest], counts: Sequence[int]) -> dict[str, Any]:
+    """Which images a result is about: of ``train`` and ``val``, with the images used of each."""
+    return {
+        "root": str(Path(data)),
+        "classes": len(manifests[0].classes),
+        **{
+            split: {
+                "images": count,
+                "left_out": len(manifest.excluded) + len(manifest) - count,
+                "digest": manifest.digest(),
+            }
+            for split, manifest, count in zip(("train", "val"), manifests, counts, strict=True)
+        },
+    }
+
+
 def standard_error(share: float, count: int) -> float:
     """Binomial standard error of a share of ``count`` independent trials: ``sqrt(p (1 - p) / n)``."""
     return float((share * (1 - share) / count) ** 0.5)
 
 
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and the standard deviation of a sample (divisor n - 1; 0 for one value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_json(path, result)
+    """Write a result as JSON, whole or not at all; in the first of several processes."""
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, result)

@@ -14,17 +14,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.distributed import resolve_device
-from sslfast.evaluation.features import (
-    EvaluationSet,
-    OnBadImage,
-    load_evaluation_set,
-    standard_error,
-    write_result,
-)
+from sslfast.evaluation.features import EvaluationSet, load_evaluation_set, standard_error, write_result
+from sslfast.evaluation.processes import evaluation_device, gather_uneven, own_rows
 from sslfast.evaluation.table import accuracy_table
+from sslfast.loaders.decode import OnBadImage
 
 MAX_ENTRIES = 2**24
 """Most similarities that exist at once (64 MiB of float32)."""
+QUERIES_AT_ONCE = 1024
+"""Queries that share a block of similarities: enough for a matrix product at full speed."""
 SOURCE = "Wu et al., CVPR 2018, section 3.4"
 
 
@@ -37,29 +35,37 @@ class Accuracy:
 
 
 def nearest_neighbours(
-    queries: Tensor, bank: Tensor, k: int, *, max_entries: int = MAX_ENTRIES
+    queries: Tensor, bank: Tensor, k: int, *, own: Tensor | None = None, max_entries: int = MAX_ENTRIES
 ) -> tuple[Tensor, Tensor]:
     """The k bank rows of largest cosine similarity, in falling order.
 
     Args:
         queries: ``[Q, D]`` float, any norm.
         bank: ``[N, D]`` float, any norm.
-        k: ``1 <= k <= N``.
+        k: ``1 <= k <= N``, without ``own``; else ``k < N``.
+        own: ``[Q]`` int64: a bank row that each query may not find (itself).
         max_entries: most similarities that exist at once; both sides are cut to keep it.
 
     Returns:
         Similarities ``[Q, k]`` float32 and bank rows ``[Q, k]`` int64, on the device of ``queries``.
     """
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be in [1, {len(bank)}], the number of training images, got {k=}")
+    most = len(bank) - (own is not None)
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be in [1, {most}], the number of training images, got {k=}")
     queries, bank = normalize(queries.float(), dim=1), normalize(bank.float(), dim=1)
-    bank_step = max(1, min(len(bank), max_entries))
+    bank_step = max(1, min(len(bank), max_entries // max(1, min(len(queries), QUERIES_AT_ONCE))))
     query_step = max(1, max_entries // bank_step)
     found: list[tuple[Tensor, Tensor]] = []
-    for some in queries.split(query_step):
+    for first in range(0, len(queries), query_step):
+        some = queries[first : first + query_step]
         best: tuple[Tensor, Tensor] | None = None
         for start in range(0, len(bank), bank_step):
             similarity = some @ bank[start : start + bank_step].T
+            if own is not None:
+                column = own[first : first + query_step, None] - start
+                inside = (column >= 0) & (column < similarity.shape[1])
+                column = column.clamp(0, similarity.shape[1] - 1)
+                similarity.scatter_(1, column, torch.where(inside, -torch.inf, similarity.gather(1, column)))
             values, columns = similarity.topk(min(k, similarity.shape[1]), dim=1)
             rows = columns + start
             if best is not None:
@@ -69,6 +75,8 @@ def nearest_neighbours(
             best = values, rows
         assert best is not None
         found.append(best)
+    if not found:
+        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
     return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
 
 
@@ -116,14 +124,67 @@ def knn_accuracy(
     """
     check_k(k, len(bank))
     similarity, rows = nearest_neighbours(queries, bank, max(k), max_entries=max_entries)
-    votes = bank_labels[rows]
-    classes = int(torch.cat((query_labels, bank_labels)).max()) + 1
+    return _vote(similarity, bank_labels[rows], query_labels, bank_labels, k=k, temperature=temperature)
+
+
+def _vote(
+    similarity: Tensor, votes: Tensor, labels: Tensor, bank_labels: Tensor, *, k: Sequence[int], temperature: float
+) -> dict[int, Accuracy]:
+    """Accuracy for every k of neighbours ``[Q, max(k)]``, nearest first, that vote for ``votes``."""
+    classes = int(torch.cat((labels, bank_labels)).max()) + 1
     return {
         some: accuracy(
-            class_scores(similarity[:, :some], votes[:, :some], classes=classes, temperature=temperature), query_labels
+            class_scores(similarity[:, :some], votes[:, :some], classes=classes, temperature=temperature), labels
         )
         for some in k
     }
+
+
+@torch.no_grad()
+def bank_knn(
+    bank_rows: Tensor,
+    labels: Tensor,
+    k: Sequence[int] = (20,),
+    tau: float = 0.07,
+    *,
+    queries: int | None = None,
+    max_entries: int = MAX_ENTRIES,
+) -> dict[int, Accuracy]:
+    """Leave-one-out kNN accuracy of a memory bank: the features are there already, so no image is read.
+
+    Every row asks all other rows. Bank rows are moving averages of the features of augmented training images, so the
+    number follows training; it is not the accuracy on validation images, and rows that no step has visited yet are
+    random.
+
+    Args:
+        bank_rows: ``[N, D]`` float, row r of image r of the manifest, any norm.
+        labels: ``[N]`` int64, class of each row (``Manifest.labels``); rows with -1 neither ask nor vote.
+        k: numbers of neighbours.
+        tau: temperature of the weights.
+        queries: ask with so many rows only, evenly spaced over the labelled ones; None: with all.
+        max_entries: most similarities that exist at once.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two labelled rows or classes, k out of range.
+    """
+    if bank_rows.ndim != 2 or labels.shape != bank_rows.shape[:1]:
+        raise ValueError(
+            f"bank_rows must be [N, D] and labels [N], got {list(bank_rows.shape)} and {list(labels.shape)}"
+        )
+    if queries is not None and queries < 1:
+        raise ValueError(f"queries must be at least 1 or None, got {queries=}")
+    labels = labels.to(bank_rows.device)
+    labelled = (labels >= 0).nonzero()[:, 0]
+    bank, bank_labels = bank_rows[labelled], labels[labelled]
+    if not len(labelled) or int(bank_labels.min()) == int(bank_labels.max()):
+        raise ValueError(
+            "the images have no labels of two classes at least; put each image into the folder of its class"
+        )
+    check_k(k, len(bank) - 1)
+    count = len(bank) if queries is None else min(queries, len(bank))
+    asking = torch.arange(count, device=bank.device) * len(bank) // count
+    similarity, rows = nearest_neighbours(bank[asking], bank, max(k), own=asking, max_entries=max_entries)
+    return _vote(similarity, bank_labels[rows], bank_labels[asking], bank_labels, k=k, temperature=tau)
 
 
 def check_k(k: Sequence[int], images: int) -> None:
@@ -146,6 +207,7 @@ def evaluate_knn(
     workers: int = 0,
     device: str = "auto",
     on_bad_image: OnBadImage = "error",
+    cache: bool = True,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Weighted kNN accuracy of a run's encoder, beside the untrained encoder and raw pixels.
@@ -160,21 +222,32 @@ def evaluate_knn(
         workers: decoding threads; 0: none besides the main one.
         device: auto, cpu, cuda or cuda:N.
         on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+        cache: keep features in RUN/evaluation/features and take them from there; the folder may be deleted.
         output: JSON file to write; default: RUN/evaluation/knn.json.
+
+    Under torchrun the processes share images and queries.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature=}")
     check_k(k, 2**62)
-    evaluation = load_evaluation_set(
-        run, data, size=size, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
-    )
-    return knn_result(
-        evaluation,
-        k=k,
-        temperature=temperature,
-        device=device,
-        output=Path(run) / "evaluation" / "knn.json" if output is None else output,
-    )
+    with evaluation_device(device) as chosen:
+        evaluation = load_evaluation_set(
+            run,
+            data,
+            size=size,
+            batch_size=batch_size,
+            workers=workers,
+            device=str(chosen),
+            on_bad_image=on_bad_image,
+            cache=cache,
+        )
+        return knn_result(
+            evaluation,
+            k=k,
+            temperature=temperature,
+            device=str(chosen),
+            output=Path(run) / "evaluation" / "knn.json" if output is None else output,
+        )
 
 
 def knn_result(
@@ -191,8 +264,10 @@ def knn_result(
     train_labels, val_labels = evaluation.train_labels.to(chosen), evaluation.val_labels.to(chosen)
     rows = []
     for name in evaluation.train:
-        bank, queries = evaluation.train[name].to(chosen), evaluation.val[name].to(chosen)
-        found = knn_accuracy(queries, val_labels, bank, train_labels, k=k, temperature=temperature)
+        own = own_rows(len(val_labels))
+        bank, queries = evaluation.train[name].to(chosen), evaluation.val[name][own.start : own.stop].to(chosen)
+        similarity, neighbours = map(gather_uneven, nearest_neighbours(queries, bank, max(k)))
+        found = _vote(similarity, train_labels[neighbours], val_labels, train_labels, k=k, temperature=temperature)
         for some, value in found.items():
             rows.append(
                 {

@@ -1,7 +1,8 @@
-"""Linear classifier on frozen features, trained to the optimum: protocol ``linear-frozen-avgpool-lbfgs``.
+"""Linear classifiers on frozen features: the quick probe is here, the papers' protocols are in ``heads.py``.
 
-Features are the pooled output of the trunk in eval mode on centre crops, standardised per column with the training
-set's mean and deviation. One linear layer minimises
+The probe is trained to the optimum: protocol ``linear-frozen-avgpool-lbfgs``. Its features are the pooled output of the
+trunk in eval mode on centre crops, standardised per column with the training set's mean and deviation. One linear
+layer minimises
 
     ``mean_i CE(W x_i + b, y_i) + λ/2 ‖W‖²``
 
@@ -14,7 +15,7 @@ the layer by SGD on augmented images (MoCo's, Goyal et al.'s) are not comparable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +23,17 @@ from torch.nn.functional import cross_entropy
 
 from sslfast.distributed import resolve_device
 from sslfast.evaluation.features import (
+    TRAINED,
     EvaluationSet,
-    OnBadImage,
     load_evaluation_set,
-    standard_error,
+    mean_and_spread,
     write_result,
 )
-from sslfast.evaluation.table import accuracy_table
+from sslfast.evaluation.heads import evaluate_heads, score_row
+from sslfast.evaluation.processes import evaluation_device
+from sslfast.evaluation.sgd import GOYAL, MOCO
+from sslfast.evaluation.table import accuracy_table, layer_table
+from sslfast.loaders.decode import OnBadImage
 from sslfast.ops.philox import Stream, random_uint32
 
 PROTOCOL = "linear-frozen-avgpool-lbfgs"
@@ -222,77 +227,130 @@ def evaluate_linear(
     run: Path,
     data: Path,
     *,
+    protocol: Literal["probe", "goyal", "moco"] = "probe",
+    layers: tuple[str, ...] = (),
+    encoders: tuple[str, ...] = (TRAINED,),
+    epochs: int | None = None,
     strengths: tuple[float, ...] = STRENGTHS,
-    seed: int = 0,
+    seeds: tuple[int, ...] = (0,),
     size: int | None = None,
     batch_size: int = 256,
+    precision: Literal["auto", "bf16", "fp32"] = "fp32",
     workers: int = 0,
     device: str = "auto",
     on_bad_image: OnBadImage = "error",
+    cache: bool = True,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of a linear classifier on a run's frozen features, beside the untrained encoder and raw pixels.
+    """Accuracy of linear classifiers on a run's frozen features.
+
+    Protocols, whose numbers are not comparable: probe: minutes; a convex problem on pooled features of centre crops,
+    solved to its optimum, beside the untrained encoder and raw pixels. goyal: that of the PIRL paper; classifiers on
+    pooled maps of conv1 to res5, SGD on augmented images, 28 epochs (ImageNet; Places205: --epochs 14, iNaturalist
+    2018: --epochs 84), each layer and the best. moco: one classifier on the pooled features, rate 30, 100 epochs.
 
     Args:
         run: run directory that sslfast pretrain wrote.
         data: folder with train/<class>/ and val/<class>/.
-        strengths: L2 strengths to choose from on a held-out fifth of train.
-        seed: of the held-out draw.
+        protocol: see above; it is in the name of every result.
+        layers: goyal: classifiers to train, of conv1 res2 res3 res4 res5 res5avg res5avg-plain (without BatchNorm);
+            default: all.
+        encoders: goyal, moco: trained, untrained or both.
+        epochs: goyal, moco: passes over the data; default: as published. The drops of the rate scale with it.
+        strengths: probe: L2 strengths to choose from on a held-out fifth of train.
+        seeds: probe: of the held-out draw; else of initial weights, order and crops. Several: mean and spread.
         size: side of the images in pixels; default: that of the run.
-        batch_size: images per forward pass.
-        workers: decoding threads; 0: none besides the main one.
+        batch_size: images per forward pass; goyal, moco: also per step, and the rate scales with it.
+        precision: goyal, moco: of the frozen trunk; classifiers are float32.
+        workers: decoding threads, and processes where images are augmented; 0: none besides the main one.
         device: auto, cpu, cuda or cuda:N.
         on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
-        output: JSON file to write; default: RUN/evaluation/linear.json.
+        cache: probe: keep features in RUN/evaluation/features and take them from there; the folder may be deleted.
+        output: JSON file to write; default: RUN/evaluation/linear.json, linear-goyal.json or linear-moco.json.
+
+    Under torchrun the processes share the images. goyal and moco go on at the last whole epoch when they were stopped.
     """
     if not strengths or min(strengths) <= 0:
         raise ValueError(f"strengths must be positive numbers, at least one, got {strengths}")
-    evaluation = load_evaluation_set(
-        run, data, size=size, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
-    )
-    path = Path(run) / "evaluation" / "linear.json" if output is None else output
-    return linear_result(evaluation, strengths=strengths, seed=seed, device=device, output=path)
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"seeds must be whole numbers from 0 on, at least one, got {seeds}")
+    folder = Path(run) / "evaluation"
+    with evaluation_device(device) as chosen:
+        if protocol != "probe":
+            settings = {"goyal": GOYAL, "moco": MOCO}[protocol]
+            return evaluate_heads(
+                run,
+                data,
+                settings,
+                layers=layers,
+                encoders=encoders,
+                epochs=epochs,
+                batch_size=batch_size,
+                seeds=seeds,
+                size=size,
+                precision=precision,
+                workers=workers,
+                device=chosen,
+                on_bad_image=on_bad_image,
+                output=folder / f"{settings.name}.json" if output is None else output,
+            )
+        if layers or epochs is not None:
+            raise ValueError("layers and epochs belong to --protocol goyal or moco; the probe has neither")
+        evaluation = load_evaluation_set(
+            run,
+            data,
+            size=size,
+            batch_size=batch_size,
+            workers=workers,
+            device=str(chosen),
+            on_bad_image=on_bad_image,
+            cache=cache,
+        )
+        path = folder / "linear.json" if output is None else output
+        return linear_result(evaluation, strengths=strengths, seeds=seeds, device=str(chosen), output=path)
 
 
 def linear_result(
     evaluation: EvaluationSet,
     *,
     strengths: tuple[float, ...] = STRENGTHS,
-    seed: int = 0,
+    seeds: tuple[int, ...] = (0,),
     device: str = "auto",
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """The result of :func:`evaluate_linear` from features that are already there."""
+    """The result of :func:`evaluate_linear`'s probe from features that are already there."""
     chosen = resolve_device(device)
     train_labels, val_labels = evaluation.train_labels.to(chosen), evaluation.val_labels.to(chosen)
     classes = len(evaluation.classes)
     rows = []
     for name, features in evaluation.train.items():
-        probe = train_probe(features.to(chosen), train_labels, classes=classes, strengths=strengths, seed=seed)
-        logits = probe(evaluation.val[name].to(chosen))
-        order = logits.topk(min(5, classes), dim=1).indices
-        hits = order == val_labels[:, None]
-        top1, top5 = hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
+        pairs, losses, probes = [], [], []
+        for seed in seeds:
+            probe = train_probe(features.to(chosen), train_labels, classes=classes, strengths=strengths, seed=seed)
+            logits = probe(evaluation.val[name].to(chosen))
+            hits = logits.topk(min(5, classes), dim=1).indices == val_labels[:, None]
+            pairs.append((hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()))
+            losses.append(cross_entropy(logits, val_labels).item())
+            probes.append(probe)
+        first = probes[0]
         rows.append(
             {
                 "encoder": name,
                 "protocol": PROTOCOL,
                 "features": features.shape[1],
-                "top1": top1,
-                "top1_standard_error": standard_error(top1, len(val_labels)),
-                "top5": top5,
-                "top5_standard_error": standard_error(top5, len(val_labels)),
-                "validation_loss": cross_entropy(logits, val_labels).item(),
-                "strength": probe.strength,
-                "held_out_top1": {f"{key:g}": value for key, value in probe.held_out.items()},
-                "iterations": probe.layer.iterations,
-                "largest_gradient": probe.layer.gradient,
+                **score_row(pairs, len(val_labels)),
+                "validation_loss": mean_and_spread(losses)[0],
+                "strength": first.strength,
+                "strength_of_seeds": [probe.strength for probe in probes],
+                "held_out_top1": {f"{key:g}": value for key, value in first.held_out.items()},
+                "iterations": first.layer.iterations,
+                "largest_gradient": max(probe.layer.gradient for probe in probes),
             }
         )
     result = {
         "protocol": PROTOCOL,
         "strengths": list(strengths),
-        "held_out_seed": seed,
+        "seeds": list(seeds),
         "results": rows,
         **evaluation.facts,
     }
@@ -303,4 +361,4 @@ def linear_result(
 
 def render_table(result: dict[str, Any]) -> str:
     """The result as a small table for a terminal."""
-    return accuracy_table(result)
+    return accuracy_table(result) if result["protocol"] == PROTOCOL else layer_table(result)

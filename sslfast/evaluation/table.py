@@ -18,11 +18,6 @@ def accuracy_table(result: dict[str, Any], *, width: int = 100) -> str:
     protocols = list(dict.fromkeys(row["protocol"] for row in result["results"]))
     encoders = list(dict.fromkeys(row["encoder"] for row in result["results"]))
     cells = {(row["encoder"], row["protocol"]): row for row in result["results"]}
-    data = result["data"]
-    title = (
-        f"{result['protocol']}: {data['classes']} classes, {data['train']['images']:,} training and "
-        f"{data['val']['images']:,} validation images"
-    )
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("encoder")
     for protocol in protocols:
@@ -34,6 +29,49 @@ def accuracy_table(result: dict[str, Any], *, width: int = 100) -> str:
             row = cells[encoder, protocol]
             values += [f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}", f"{100 * row['top5']:.1f}"]
         table.add_row(encoder, *values)
+    return _print(_title(result), table, width)
+
+
+def layer_table(result: dict[str, Any], *, width: int = 100) -> str:
+    """A line per classifier and the best of each encoder: top-1 and top-5 in percent.
+
+    Behind ± stands the spread over seeds, or for one seed the binomial standard error.
+    """
+    many = len(result["seeds"]) > 1
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("encoder", "classifier"):
+        table.add_column(heading)
+    for heading in ("top-1 %", "top-5 %"):
+        table.add_column(heading, justify="right")
+    for row in (*result["results"], *result.get("best", ())):
+        error = "spread" if many else "standard_error"
+        cells = [f"{100 * row[top]:.1f} ± {100 * row[f'{top}_{error}']:.1f}" for top in ("top1", "top5")]
+        table.add_row(row["encoder"], row["protocol"].removeprefix(f"{result['protocol']}-"), *cells)
+    words = f", mean and spread of {len(result['seeds'])} seeds" if many else ""
+    return _print(_title(result) + words, table, width)
+
+
+def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
+    """A line per classifier: mean average precision in percent, with the spread over draws where there are any."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("encoder", "layer", "images of a class"):
+        table.add_column(heading)
+    table.add_column("mAP %", justify="right")
+    for row in result["results"]:
+        spread = f" ± {100 * row['mAP_spread']:.1f}" if "mAP_spread" in row else ""
+        table.add_row(row["encoder"], row["layer"], str(row.get("k", "all")), f"{100 * row['mAP']:.1f}{spread}")
+    return _print(_title(result), table, width)
+
+
+def _title(result: dict[str, Any]) -> str:
+    data = result["data"]
+    return (
+        f"{result['protocol']}: {data['classes']} classes, {data['train']['images']:,} training and "
+        f"{data['val']['images']:,} validation images"
+    )
+
+
+def _print(title: str, table: Table, width: int) -> str:
     text = io.StringIO()
     Console(file=text, width=width).print(table)
     return f"{title}\n{text.getvalue().rstrip()}"

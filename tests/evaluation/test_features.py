@@ -8,17 +8,18 @@ from torch import Tensor
 
 from sslfast.checkpoint import load_latest, save_checkpoint
 from sslfast.config import load_json, save_json
+from sslfast.evaluation.extract import eval_box
 from sslfast.evaluation.features import (
     RawPixels,
     TrunkEncoder,
-    eval_box,
     extract_all,
     extract_features,
     load_evaluation_set,
-    load_manifests,
     load_run,
+    mean_and_spread,
     standard_error,
 )
+from sslfast.evaluation.folders import load_manifests
 from sslfast.loaders.batch import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.manifest import Manifest
 from sslfast.models.resnet import ResNetConfig, build_trunk
@@ -188,3 +189,8 @@ def test_arguments(tmp_path: Path, options: dict[str, int], words: str) -> None:
 def test_standard_error() -> None:
     assert standard_error(0.5, 100) == pytest.approx(0.05)
     assert standard_error(1.0, 7) == 0.0
+
+
+def test_mean_and_spread() -> None:
+    assert mean_and_spread([0.5]) == (0.5, 0.0)
+    assert mean_and_spread([1.0, 3.0]) == pytest.approx((2.0, 2**0.5))

@@ -1,0 +1,177 @@
+"""From images to features: one deterministic preprocessing, one reading of every image, ranks that share the work."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslfast.distributed import gather_objects
+from sslfast.evaluation.cache import Cached, FeatureCache
+from sslfast.evaluation.processes import gather_uneven, is_main, own_rows, raise_together
+from sslfast.images import BadImageError, OpenImage, open_image, quiet_pillow, require_strict_pillow
+from sslfast.loaders.decode import OnBadImage, decode_crops
+from sslfast.manifest import Manifest
+from sslfast.shards import read_place
+
+PREPROCESSING = "centre-256/224-antialias-1"
+"""Name of :func:`eval_image`'s way; it changes when the pixels do, so that cached features are made again."""
+
+
+def eval_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """The centre square that an evaluation sees, as left, top, right, bottom in pixels of the upright image.
+
+    Equal to resizing the shorter side to ``round(size * 256 / 224)`` and cutting the centre ``size`` x ``size``, up to
+    rounding to whole pixels. An image whose shorter side is less than that is not magnified to throw its border away:
+    its whole centre square is taken.
+    """
+    shorter = min(width, height)
+    resized = round(size * 256 / 224)
+    side = shorter if shorter < resized else max(1, round(shorter * size / resized))
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def eval_image(opened: OpenImage, size: int) -> Tensor:
+    """uint8 ``[3, size, size]``: :func:`eval_box` resized as the training loader resizes. Raises BadImageError."""
+    box = torch.tensor(eval_box(opened.width, opened.height, size)).numpy()
+    return decode_crops(opened, [box], [size])[0]
+
+
+@dataclass(kw_only=True)
+class Features:
+    """Features of the usable images of a manifest."""
+
+    values: dict[str, Tensor]
+    """Name -> float32 ``[N, D]`` on the CPU."""
+    rows: Tensor
+    """``[N]`` int64: manifest row of each feature row."""
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of what was left out."""
+
+
+@dataclass
+class ImageReader:
+    """Batches of evaluation images of a manifest, in row order.
+
+    ``bad_images`` fills while reading. With ``on_bad_image="error"`` an unusable image is a ValueError naming it.
+    """
+
+    manifest: Manifest
+    size: int
+    batch_size: int = 256
+    workers: int = 0
+    on_bad_image: OnBadImage = "error"
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got workers={self.workers}")
+        require_strict_pillow()
+
+    def __call__(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """``(rows, uint8 [B, 3, S, S])`` of the usable images among ``rows``."""
+        remaining = iter(rows)
+        with quiet_pillow(), ThreadPoolExecutor(max(1, self.workers)) as pool:
+            while some := list(islice(remaining, self.batch_size)):
+                found = list(pool.map(self._decode, some) if self.workers else map(self._decode, some))
+                good = [(row, image) for row, image in zip(some, found, strict=True) if isinstance(image, Tensor)]
+                self._note_bad(some, found)
+                if good:
+                    yield [row for row, _ in good], torch.stack([image for _, image in good])
+
+    def _decode(self, row: int) -> Tensor | str:
+        try:
+            return eval_image(open_image(read_place(self.manifest.place(row))), self.size)
+        except BadImageError as error:
+            return error.reason
+
+    def _note_bad(self, rows: list[int], found: Sequence[Tensor | str]) -> None:
+        for row, reason in zip(rows, found, strict=True):
+            if isinstance(reason, Tensor):
+                continue
+            if self.on_bad_image == "error":
+                raise ValueError(
+                    f"{self.manifest.path(row)} cannot be used ({reason}); repair or remove it, or pass "
+                    "--on-bad-image skip"
+                )
+            self.bad_images.append((self.manifest.paths[row], reason))
+
+
+Compute = Callable[[list[str], Tensor], Mapping[str, Tensor]]
+"""Features ``[B, D]`` by name, of the names asked for and uint8 images ``[B, 3, S, S]`` on the device."""
+
+
+@torch.no_grad()
+def extract(
+    compute: Compute,
+    identities: Mapping[str, dict[str, Any] | None],
+    reader: ImageReader,
+    *,
+    device: torch.device,
+    cache: FeatureCache,
+) -> Features:
+    """Features by name from one reading of the images, or from the cache.
+
+    Args:
+        compute: makes them.
+        identities: name -> what its features depend on besides the images; None: never cached.
+        reader: of the images.
+        device: where ``compute`` runs.
+        cache: where features lie.
+
+    Under several processes each reads its part of the images and all get all features. ValueError on every rank where
+    one meets an unusable image.
+    """
+    manifest = reader.manifest
+    images = {
+        "manifest": manifest.digest(),
+        "size": reader.size,
+        "preprocessing": PREPROCESSING,
+        "device": device.type,
+    }
+    keys = {name: None if key is None else {**key, **images} for name, key in identities.items()}
+    stored = {name: None if key is None else cache.load(key) for name, key in keys.items()}
+    if reader.on_bad_image == "error":
+        stored = {name: None if found is None or found.bad_images else found for name, found in stored.items()}
+    # A rank that does not see the files would wait for the others for ever.
+    missing = sorted({name for names in gather_objects([n for n, f in stored.items() if f is None]) for name in names})
+    if missing:
+        for name, part in _read(compute, missing, reader, device).items():
+            stored[name] = part
+            key = keys[name]
+            if key is not None and is_main():
+                cache.save(key, part)
+    whole = {name: known for name in identities if (known := stored[name]) is not None}
+    some = next(iter(whole.values()))
+    return Features(
+        values={name: part.values for name, part in whole.items()}, rows=some.rows, bad_images=some.bad_images
+    )
+
+
+def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch.device) -> dict[str, Cached]:
+    """Every rank reads its part; all get everything."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    rows: list[int] = []
+    error: str | None = None
+    try:
+        for some, images in reader(own_rows(len(reader.manifest))):
+            rows += some
+            for name, value in compute(names, images.to(device)).items():
+                parts[name].append(value.flatten(1).float().cpu())
+    except ValueError as problem:
+        error = str(problem)
+    raise_together(error)
+    all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)
+    if not len(all_rows):
+        raise ValueError(f"no usable image in {reader.manifest.root}: name a folder that holds images")
+    bad = [item for part in gather_objects(reader.bad_images) for item in part]
+    widths = next(w for w in gather_objects({n: p[0].shape[1] for n, p in parts.items() if p}) if w)
+    values = {n: torch.cat(p) if p else torch.zeros(0, widths[n]) for n, p in parts.items()}
+    return {n: Cached(values=gather_uneven(v), rows=all_rows, bad_images=bad) for n, v in values.items()}

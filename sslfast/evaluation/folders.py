@@ -1,0 +1,120 @@
+"""Labelled data sets for evaluations: ``data/train/<class>/`` beside ``data/val/<class>/``, and parts of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslfast.loaders.decode import OnBadImage
+from sslfast.manifest import Manifest, some_paths
+from sslfast.ops.philox import Stream, random_uint32
+
+SUBSET_STEP = 1
+"""Place of the subset draws in the Philox stream that also holds out images (step 0) and draws shots."""
+
+
+def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> tuple[Manifest, Manifest]:
+    """Manifests of ``data/train`` and ``data/val``, which must hold the same class folders.
+
+    Raises:
+        ValueError: a folder is missing, images lie outside class folders, or the classes differ.
+    """
+    data = Path(data)
+    if data.is_file():
+        raise ValueError(
+            f"{data} is a file: an evaluation needs two labelled sets, a folder with train/<class>/ and val/<class>/ "
+            "of images, or with .tar shards in train/ and val/"
+        )
+    for split in ("train", "val"):
+        if not (data / split).is_dir():
+            raise ValueError(
+                f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/"
+            )
+    train, val = (Manifest.scan(data / split, on_bad_image=on_bad_image) for split in ("train", "val"))
+    for manifest in (train, val):
+        loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
+        if loose:
+            raise ValueError(
+                f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
+                "labels; put each image into the folder of its class"
+            )
+    if train.classes != val.classes:
+        only = [
+            f"only in {name}: {', '.join(sorted(these)[:5])}{' ...' if len(these) > 5 else ''}"
+            for name, these in (
+                ("train", set(train.classes) - set(val.classes)),
+                ("val", set(val.classes) - set(train.classes)),
+            )
+            if these
+        ]
+        raise ValueError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
+    if len(train.classes) < 2:
+        raise ValueError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
+    return train, val
+
+
+def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
+    """Rows that a list file names: one file a line, by its name alone (SimCLR's ImageNet lists) or its relative path.
+
+    Raises:
+        ValueError: a line fits no image or several, a class has none, or the file is empty.
+    """
+    lines = [line.strip() for line in Path(subset).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{subset} lists nothing; give one file name a line")
+    rows_of: dict[str, list[int]] = {}
+    for row, path in enumerate(manifest.paths):
+        for name in {path, Path(path).name}:
+            rows_of.setdefault(name, []).append(row)
+    for words, wrong in (
+        ("are not in", [line for line in lines if line not in rows_of]),
+        ("are the name of several images in", [line for line in lines if len(rows_of.get(line, ())) > 1]),
+    ):
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(lines)} files of {subset} {words} {manifest.root}: "
+                f"{some_paths([(line, '') for line in wrong])}; give the list that belongs to this data"
+            )
+    rows = sorted({rows_of[line][0] for line in lines})
+    absent = sorted(set(range(len(manifest.classes))) - set(manifest.labels[rows].tolist()))
+    if absent:
+        raise ValueError(
+            f"{subset} has no image of {len(absent)} of {len(manifest.classes)} classes "
+            f"({', '.join(manifest.classes[label] for label in absent[:5])}); list at least one of each"
+        )
+    return rows
+
+
+def drawn_rows(manifest: Manifest, fraction: float, *, seed: int) -> list[int]:
+    """``round(fraction * n)`` rows of every class of n images, at least 1, by Philox draws of (seed, row)."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+    order = random_order(len(manifest), seed=seed, step=SUBSET_STEP)
+    labels = manifest.labels[order.numpy()]
+    rows: list[int] = []
+    for label in range(len(manifest.classes)):
+        these = order[torch.from_numpy(labels == label)]
+        rows += these[: max(1, round(fraction * len(these)))].tolist()
+    return sorted(rows)
+
+
+def random_order(count: int, *, seed: int, step: int) -> Tensor:
+    """``[count]`` int64: a permutation by one Philox draw per row."""
+    draws = random_uint32(torch.arange(count), 1, seed=seed, stream=Stream.PROBE_SPLIT, step=step)[:, 0]
+    return draws.argsort(stable=True)
+
+
+def take_rows(manifest: Manifest, rows: Sequence[int]) -> Manifest:
+    """The manifest of some rows, numbered anew, with the same classes."""
+    chosen = np.array(rows, dtype=np.int64)
+    return replace(
+        manifest,
+        paths=[manifest.paths[row] for row in rows],
+        bytes=manifest.bytes[chosen],
+        sha1=[manifest.sha1[row] for row in rows],
+        labels=manifest.labels[chosen],
+        shards=manifest.shards and manifest.shards.take(chosen),
+    )

@@ -1,0 +1,245 @@
+"""What the protocols that train by SGD share: their published settings, the augmented images, a place to go on from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.distributed import wait_for_all, world_size
+from sslfast.evaluation.cache import save_atomically
+from sslfast.evaluation.extract import ImageReader
+from sslfast.evaluation.processes import is_main, own_rows, raise_together, rank, sum_over_ranks
+from sslfast.loaders import Loader, LoaderConfig, build_loader
+from sslfast.loaders.batch import AugmentConfig, CropConfig, ViewConfig
+from sslfast.loaders.decode import OnBadImage
+from sslfast.loaders.views import draw_view
+from sslfast.manifest import Manifest
+from sslfast.optim import OptimConfig, build_optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDProtocol:
+    """Settings of a published protocol: SGD with momentum 0.9 and a rate that drops by 10 at some epochs."""
+
+    name: str
+    """First part of the protocol's name in a result."""
+    epochs: int
+    """As published."""
+    drops: tuple[int, ...]
+    """Epochs that begin with a tenth of the rate before, of ``epochs``."""
+    lr_per_256_images: float
+    """Learning rate at batch size 256; it scales with the batch."""
+    weight_decay: float
+    """L2 penalty, on biases too, not on BatchNorm."""
+    nesterov: bool
+    layers: tuple[str, ...]
+    """Where classifiers stand."""
+    source: str
+
+    def full_name(self, epochs: int) -> str:
+        """``name``, with the epochs where they are not the published ones."""
+        return self.name if epochs == self.epochs else f"{self.name}-{epochs}ep"
+
+    def drops_of(self, epochs: int) -> list[int]:
+        """``drops`` scaled to another number of epochs and rounded: 4, 8, 12 of 14 for 8, 16, 24 of 28."""
+        return [round(drop * epochs / self.epochs) for drop in self.drops]
+
+    def learning_rate(self, epoch: int, *, epochs: int, batch_size: int) -> float:
+        """Rate of an epoch (0-based): ``lr * batch_size / 256 * 0.1 ** (drops so far)``."""
+        done = sum(epoch >= drop for drop in self.drops_of(epochs))
+        return self.lr_per_256_images * batch_size / 256 * 0.1**done
+
+    def optimizer(self, module: nn.Module, *, batch_size: int) -> torch.optim.Optimizer:
+        """SGD over a module's parameters."""
+        config = OptimConfig(
+            lr_per_256_images=self.lr_per_256_images,
+            final_lr_per_256_images=0.0,
+            momentum=0.9,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            decay_bias=True,
+        )
+        return build_optimizer(module, config, batch_size=batch_size)
+
+    def facts(self, epochs: int, batch_size: int) -> dict[str, Any]:
+        """The settings used, for the record."""
+        return {
+            "epochs": epochs,
+            "published_epochs": self.epochs,
+            "drops": self.drops_of(epochs),
+            "batch_size": batch_size,
+            "lr": self.lr_per_256_images * batch_size / 256,
+            "momentum": 0.9,
+            "nesterov": self.nesterov,
+            "weight_decay": self.weight_decay,
+            "augmentation": "random resized crop (0.08 to 1), flip",
+        }
+
+
+GOYAL = SGDProtocol(
+    name="linear-goyal",
+    epochs=28,
+    drops=(8, 16, 24),
+    lr_per_256_images=0.01,
+    weight_decay=5e-4,
+    nesterov=True,
+    layers=("conv1", "res2", "res3", "res4", "res5", "res5avg", "res5avg-plain"),
+    source="Goyal et al., ICCV 2019; PIRL (arXiv 1912.01991) appendix C; settings of VISSL's in1k linear benchmark",
+)
+"""28 epochs for ImageNet; Places205 takes 14 and iNaturalist 2018 takes 84."""
+MOCO = SGDProtocol(
+    name="linear-moco",
+    epochs=100,
+    drops=(60, 80),
+    lr_per_256_images=30.0,
+    weight_decay=0.0,
+    nesterov=False,
+    layers=("res5avg-plain",),
+    source="He et al., CVPR 2020 (MoCo), section 4.1; settings of main_lincls.py",
+)
+SEMISUP = SGDProtocol(
+    name="semisup",
+    epochs=70,
+    drops=(30,),
+    lr_per_256_images=0.01,
+    weight_decay=0.0,
+    nesterov=True,
+    layers=("res5avg-plain",),
+    source="PIRL (arXiv 1912.01991) section 4.3; settings of VISSL's in1k semi_sup_fulltune",
+)
+
+
+def check_training(epochs: int, batch_size: int, seeds: Sequence[int]) -> None:
+    """ValueError for numbers that no training can have."""
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs=}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size=}")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be different whole numbers from 0 on, at least one, got {tuple(seeds)}")
+
+
+class TrainingImages:
+    """Random resized crops, mirrored or not, of labelled images: functions of (seed, epoch, row).
+
+    Under several processes each gets its part of every batch.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        on_bad_image: OnBadImage,
+        device: torch.device,
+    ) -> None:
+        augment = AugmentConfig(flip_probability=0.5, jitter_probability=0.0, grayscale_probability=0.0)
+        self.view = ViewConfig(crop=CropConfig(size=size), augment=augment)
+        self.seed = seed
+        self.labels = torch.from_numpy(manifest.labels).to(device)
+        self.loader: Loader = build_loader(
+            LoaderConfig(name="torch", workers=workers, on_bad_image=on_bad_image),
+            views={"image": self.view},
+            batch_size=batch_size,
+            seed=seed,
+            manifest=manifest,
+            device=device,
+            rank=rank(),
+            world_size=world_size(),
+        )
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(uint8 [B, 3, S, S], labels [B])`` of this rank."""
+        for batch in self.loader.epoch(epoch):
+            drawn = draw_view(batch.rows, self.view, seed=self.seed, position=0, epoch=epoch)
+            crops = batch.crops["image"]
+            flip = drawn.pixel.flip.reshape(-1, 1, 1, 1).bool()
+            yield torch.where(flip, crops.flip(3), crops), self.labels[batch.rows]
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+class Progress:
+    """The state after an epoch in a file, so that a stopped training goes on at the next one."""
+
+    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
+        self.path = path
+        self.key = {name: str(value) for name, value in key.items()}
+
+    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Restore module and optimizer where the file is of this training; returns the epochs done."""
+        if self.path is None or not self.path.is_file():
+            return 0
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        if state["key"] != self.key:
+            return 0
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["epochs_done"])
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
+        """Write the state; the first rank alone does."""
+        if self.path is not None and is_main():
+            save_atomically(
+                self.path,
+                {
+                    "key": self.key,
+                    "module": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "epochs_done": epochs_done,
+                },
+            )
+        wait_for_all()
+
+    def remove(self) -> None:
+        """The result is there: nothing to go on with."""
+        if self.path is not None and is_main():
+            self.path.unlink(missing_ok=True)
+
+
+class Hits:
+    """Counts right answers of several classifiers over batches and ranks."""
+
+    def __init__(self) -> None:
+        self.top1: dict[str, Tensor] = {}
+        self.top5: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, logits: dict[str, Tensor], labels: Tensor) -> None:
+        """``logits`` ``[B, C]`` by name, ``labels`` ``[B]``."""
+        self.count += len(labels)
+        for name, value in logits.items():
+            hits = value.topk(min(5, value.shape[1]), dim=1).indices == labels[:, None]
+            self.top1[name] = self.top1.get(name, 0) + hits[:, 0].sum()
+            self.top5[name] = self.top5.get(name, 0) + hits.sum()
+
+    def shares(self, names: Sequence[str], device: torch.device) -> tuple[dict[str, tuple[float, float]], int]:
+        """``{name: (top-1, top-5)}`` and the images that they are shares of, over all ranks."""
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        counts = [torch.as_tensor(self.count, device=device)]
+        counts += [of.get(name, zero) for name in names for of in (self.top1, self.top5)]
+        total, *found = sum_over_ranks(torch.stack(counts)).tolist()
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return {name: (a / total, b / total) for name, (a, b) in zip(names, pairs, strict=True)}, total
+
+
+@torch.no_grad()
+def count_hits(
+    classify: Any, names: Sequence[str], reader: ImageReader, labels: Tensor, device: torch.device
+) -> tuple[dict[str, tuple[float, float]], int]:
+    """Top-1 and top-5 of ``classify(images) -> {name: logits}`` on a split, its images shared by the ranks."""
+    hits, error = Hits(), None
+    try:
+        for rows, images in reader(own_rows(len(reader.manifest))):
+            hits.add(classify(images.to(device)), labels[rows].to(device))
+    except ValueError as problem:
+        error = str(problem)
+    raise_together(error)
+    return hits.shares(names, device)
