@@ -6,12 +6,14 @@ from sslfast.methods.autoencoder import Autoencoder
 from sslfast.methods.base import BaseConfig
 from sslfast.methods.colorization import Colorization
 from sslfast.methods.cpc import CPC
+from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.moco import MoCo
 from sslfast.methods.pirl import PIRL
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
+from sslfast.methods.sela import SeLa
 from sslfast.methods.simclr import SimCLR
 from sslfast.methods.super_resolution import SuperResolution
 
@@ -27,6 +29,8 @@ MethodConfig: TypeAlias = (
     | Jigsaw.Config
     | Rotation.Config
     | RelativePosition.Config
+    | DeepCluster.Config
+    | SeLa.Config
 )
 """Configuration of any method; ``name`` says which."""
 

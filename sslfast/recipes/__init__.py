@@ -5,12 +5,13 @@
 
 from collections.abc import Callable
 
-from sslfast.recipes import contrastive, generative, pirl, pretext
+from sslfast.recipes import clustering, contrastive, generative, pirl, pretext
 from sslfast.train_config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **pirl.RECIPES,
     **contrastive.RECIPES,
     **pretext.RECIPES,
+    **clustering.RECIPES,
     **generative.RECIPES,
 }

@@ -65,7 +65,8 @@ def relative_position() -> TrainConfig:
     """Relative position: ResNet-50, patches of 64 in cells of 85, all eight pairs of each image, hidden layer of 4,096.
 
     From mmselfsup: 70 epochs, batch 1024, learning rate 0.1 per 256 images, 5 epochs of warm-up, gray 0.66, weight
-    decay 1e-4 (it has 5e-4 on the head). From Doersch et al. section 3.1: colour dropping. All pairs: Kolesnikov et al. 2019.
+    decay 1e-4 (it has 5e-4 on the head). From Doersch et al. section 3.1: colour dropping. All
+    pairs: Kolesnikov et al. 2019.
     """
     return TrainConfig(
         recipe="relative-position",

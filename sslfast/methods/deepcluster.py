@@ -1,0 +1,161 @@
+"""DeepCluster: predict the k-means clusters of the trunk's own features (Caron et al., ECCV 2018).
+
+Objective, alternately (eqs. 1 and 2): before every epoch ``min_C Σ_n min_y |φ(f(x_n)) - C_y|²`` gives labels ``y_n``,
+where φ whitens and normalises; then ``min_θ,W Σ_n -log softmax(W f_θ(x_n))_{y_n}`` over the epoch, W starting anew.
+
+As here:
+
+- Features are those of each row's last visit, and the first epoch only collects them (``pseudo_labels.py``). The paper
+  makes a second pass over the data instead, with central crops.
+- Features wider than ``feature_columns`` are kept in a random orthonormal projection: distances stay within some
+  percent (Johnson-Lindenstrauss) and the buffer at N x 256 numbers.
+- The paper draws samples uniformly over clusters. The loader's order is fixed, so each sample's loss is weighted by
+  ``N / (K n_k)`` instead, with ``n_k`` rows in its cluster: the same expectation. Neither lets one large cluster win.
+- W is drawn anew after each clustering. The optimizer's momentum of W is not, and fades within some ten steps.
+- No Sobel filter before the trunk, as it has to serve on colour images: colour and gray augmentation instead.
+
+Under several processes every rank holds all features and the same labels, and searches its share of the rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.kmeans import import_faiss, kmeans, whiten
+from sslfast.methods.pseudo_labels import UNLABELLED, VisitedFeatures, label_accuracy, pseudo_label_loss
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+
+IMAGE = "image"
+
+
+class DeepCluster(Method):
+    """The method as a module.
+
+    State in buffers: ``features``, ``labels`` ``[N]`` int64 (-1: none yet) and ``weights`` ``[K]`` fp32, of each
+    cluster's samples.
+    """
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        """k-means pseudo-labels."""
+
+        name: ClassVar[str] = "deepcluster"
+
+        clusters: int = 10000
+        """K of k-means and classes of the classifier."""
+        every_epochs: int = 1
+        """Epochs between two clusterings."""
+        iterations: int = 20
+        """Updates of the centroids in one clustering."""
+        feature_columns: int = 256
+        """Columns of the buffer of features; wider features are projected."""
+        pca_dimensions: int = 256
+        """Principal components kept, whitened and of length 1 before k-means; 0: the features as they are."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """The image."""
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            if self.clusters < 2:
+                raise ValueError(f"method.clusters must be at least 2, got {self.clusters}")
+            for name in ("every_epochs", "iterations", "feature_columns"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+            if not 0 <= self.pca_dimensions <= self.feature_columns:
+                raise ValueError(
+                    f"method.pca_dimensions must be in [0, feature_columns={self.feature_columns}], "
+                    f"got {self.pca_dimensions}"
+                )
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "DeepCluster":
+            """The module for a data set of ``num_rows`` samples.
+
+            Raises:
+                ValueError: a bad field, or too few samples for the clusters.
+                ImportError: faiss is missing.
+            """
+            return DeepCluster(self, model=model, num_rows=num_rows, seed=seed)
+
+    labels: Tensor
+    weights: Tensor
+    projection: Tensor | None
+
+    def __init__(self, config: Config, *, model: ResNetConfig, num_rows: int, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        import_faiss()
+        if config.clusters > num_rows // 2:
+            raise ValueError(
+                f"method.clusters must be at most {num_rows // 2}, half of the {num_rows} images, "
+                f"got {config.clusters}; lower it"
+            )
+        self.config, self.seed = config, seed
+        self.trunk = build_trunk(model, seed=seed)
+        width = self.trunk.out_features
+        columns = min(width, config.feature_columns)
+        with seeded(seed + 1):
+            self.head = nn.Linear(width, config.clusters)
+            projection = torch.linalg.qr(torch.randn(width, columns))[0] if columns < width else None
+        self.register_buffer("projection", projection, persistent=False)
+        self.features = VisitedFeatures(num_rows, columns)
+        self.register_buffer("labels", torch.full((num_rows,), UNLABELLED))
+        self.register_buffer("weights", torch.ones(config.clusters))
+        self._restart_head(0)
+
+    @torch.no_grad()
+    def start_epoch(self, epoch: int) -> None:
+        """Clusters the features and draws a new classifier, from the second epoch on. Waits for the device."""
+        config = self.config
+        if epoch == 0 or (epoch - 1) % config.every_epochs:
+            return
+        seen = self.features.seen.nonzero()[:, 0]
+        if len(seen) < config.clusters:
+            raise RuntimeError(
+                f"only {len(seen)} images were seen in the first epoch, fewer than method.clusters={config.clusters}: "
+                "lower it, or replace the images that cannot be read"
+            )
+        points = self.features.rows[seen].cpu()
+        if config.pca_dimensions:
+            points = whiten(points, min(config.pca_dimensions, points.shape[1]))
+        labels = kmeans(points, config.clusters, iterations=config.iterations, seed=self.seed, epoch=epoch)
+        counts = labels.bincount(minlength=config.clusters)
+        self.labels.fill_(UNLABELLED)
+        self.labels[seen] = labels.to(self.labels.device)
+        self.weights.copy_(len(seen) / (config.clusters * counts.float()))
+        self._restart_head(epoch)
+
+    @torch.no_grad()
+    def _restart_head(self, epoch: int) -> None:
+        """Weights of deviation 0.01, drawn by (seed, epoch), as the paper's code has them."""
+        generator = torch.Generator().manual_seed((self.seed + 2 + epoch) % 2**63)
+        self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
+        self.head.bias.zero_()
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch, 0 before the first clustering, and ``accuracy``, the share of clusters named right.
+
+        Args:
+            views: "image".
+            rows: ``[B]`` int64, manifest row of each sample.
+            step: not used.
+        """
+        features = self.trunk(views[IMAGE].pixels)
+        kept = features.detach().float()
+        self.features.add(rows, kept if self.projection is None else kept @ self.projection)
+        logits, labels = self.head(features), self.labels[rows]
+        loss = pseudo_label_loss(logits, labels, self.weights[labels.clamp_min(0)])
+        return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
+
+    def after_step(self) -> None:
+        """Keeps the features of the step just taken."""
+        self.features.store_()
+
+    def replicated(self) -> list[Tensor]:
+        """What must be equal on all ranks besides the parameters."""
+        return [self.features.rows, self.features.seen, self.labels, self.weights]

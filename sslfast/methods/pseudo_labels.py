@@ -1,0 +1,80 @@
+"""What the methods that label the data set themselves share: features of all rows, the loss, shares of ranks.
+
+No second pass over the data is made: a row's features are those of its last visit, as in DeepCluster-v2 (Caron et al.
+2020, appendix D). So the first epoch only collects: rows without a label weigh nothing, the loss and every gradient are
+0, and the first labels come from the untrained trunk, as in the papers.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sslfast.distributed import gather_rows, mean_over_ranks, rank, world_size
+
+UNLABELLED = -1
+
+
+class VisitedFeatures(nn.Module):
+    """Features that each row's last visit gave, on every rank.
+
+    Buffers: ``rows`` ``[N, D]`` and ``seen`` ``[N]`` bool, False until a row's first visit.
+    """
+
+    rows: Tensor
+    seen: Tensor
+
+    def __init__(self, num_rows: int, columns: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(num_rows, columns, dtype=dtype))
+        self.register_buffer("seen", torch.zeros(num_rows, dtype=torch.bool))
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, rows: Tensor, features: Tensor) -> None:
+        """Keep ``features`` ``[B, D]`` of ``rows`` ``[B]`` for :meth:`store_`."""
+        self._pending.append((rows, features.detach().float()))
+
+    @torch.no_grad()
+    def store_(self) -> None:
+        """Write what was added on all ranks. A row that is twice in a batch has the same crop, hence equal features."""
+        for rows, features in self._pending:
+            everyone = gather_rows(rows)
+            self.rows[everyone] = gather_rows(features).to(self.rows.dtype)
+            self.seen[everyone] = True
+        self._pending = []
+
+
+def pseudo_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_i w_i · -log softmax(logits_i)_{labels_i} / Σ_i w_i``, 0-d; rows labelled -1 have ``w_i = 0``.
+
+    The sum of weights is the mean over ranks, so that averaged gradients are those of the whole batch. 0 where no row
+    has a label.
+
+    Args:
+        logits: ``[B, K]``.
+        labels: ``[B]`` int64, -1 for none.
+        weights: ``[B]`` fp32.
+    """
+    weights = weights * (labels != UNLABELLED)
+    losses = cross_entropy(logits.float(), labels.clamp_min(0), reduction="none")
+    return (weights * losses).sum() / mean_over_ranks(weights.sum()).clamp_min(1e-12)
+
+
+def label_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of the labelled rows whose label has the largest score, 0-d; 0 where there is none."""
+    right = (logits.argmax(dim=-1) == labels).float().sum()
+    return right / (labels != UNLABELLED).sum().clamp_min(1)
+
+
+def share(count: int) -> slice:
+    """This rank's contiguous part of ``count`` things; parts differ in size where ``count`` is no multiple."""
+    largest = -(-count // world_size())
+    return slice(min(rank() * largest, count), min((rank() + 1) * largest, count))
+
+
+def gather_shares(own: Tensor, count: int) -> Tensor:
+    """``[count, ...]`` from every rank's :func:`share` of it."""
+    if world_size() == 1:
+        return own
+    padded = own.new_zeros((-(-count // world_size()), *own.shape[1:]))
+    padded[: len(own)] = own
+    return gather_rows(padded)[:count]

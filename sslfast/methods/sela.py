@@ -1,0 +1,185 @@
+"""SeLa: self-labelling under equal clusters (Asano, Rupprecht & Vedaldi, ICLR 2020).
+
+Objective, alternately (eqs. 3 to 5), for each of H heads with its own weights: the labels solve
+
+``min_Q <Q, -log P>`` over ``Q >= 0`` with rows that sum to 1/N and columns that sum to 1/K,
+
+smoothed by an entropy of weight 1/λ, so that ``Q = diag(α) P^λ diag(β)`` by Sinkhorn and Knopp (``sinkhorn.py``), and
+``y_n = argmax_k Q_nk``; then the trunk and all heads minimise ``mean_h mean_n -log softmax(W_h f(x_n))_{y_n^h}``.
+
+As here: logits come from the features of each row's last visit and the heads as they are, so the memory is N x D for
+all heads and not N x K for each; the first epoch only collects features (``pseudo_labels.py``), and the first labels
+come from the untrained network, as in the paper. Labels change at the start of epochs; the paper's schedule of
+labellings, dense at the beginning, is rounded to them.
+
+Under several processes every rank holds all features and labels, and works on its share of the rows.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, log_softmax
+
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.pseudo_labels import (
+    UNLABELLED,
+    VisitedFeatures,
+    gather_shares,
+    label_accuracy,
+    pseudo_label_loss,
+    share,
+)
+from sslfast.methods.sinkhorn import sinkhorn
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+
+IMAGE = "image"
+_CACHE_BYTES = 1 << 30
+"""Logits of one head up to this size are kept during a labelling instead of being computed in every iteration."""
+
+
+class SeLa(Method):
+    """The method as a module. State in buffers: ``features`` and ``labels`` ``[H, N]`` int32 (-1: none yet)."""
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        """Self-labelling by optimal transport."""
+
+        name: ClassVar[str] = "sela"
+
+        heads: int = 10
+        """H, independent clusterings."""
+        clusters: int = 3000
+        """K of each head."""
+        sharpness: float = 25.0
+        """λ: the larger, the nearer to the unsmoothed transport and the slower."""
+        every_epochs: int = 1
+        """Epochs between two labellings, where ``labellings`` is 0."""
+        labellings: int = 0
+        """n: labellings over ``labelling_epochs`` epochs, the k-th at the share ((k - 1) / n)² of them, rounded down;
+        several in one epoch are one. 0: every ``every_epochs``."""
+        labelling_epochs: int = 0
+        """Epochs that ``labellings`` are spread over: those of the run."""
+        tolerance: float = 1e-2
+        """Relative error of the clusters' masses at which the transport is solved."""
+        max_iterations: int = 500
+        """Sinkhorn iterations at the most."""
+        feature_dtype: Literal["fp32", "bf16"] = "fp32"
+        """Storage of the features of all rows; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
+        image_view: ViewConfig = field(default_factory=ViewConfig)
+        """The image."""
+
+        def labels_in(self, epoch: int) -> bool:
+            """Whether the rows are labelled before this epoch. Never before the first, always before the second."""
+            if epoch == 0:
+                return False
+            if not self.labellings:
+                return (epoch - 1) % self.every_epochs == 0
+            spread = self.labelling_epochs - 1
+            return any(epoch == 1 + math.floor(spread * (k / self.labellings) ** 2) for k in range(self.labellings))
+
+        def validate(self) -> None:
+            """Raises ValueError with the field, its value and what is allowed."""
+            for name in ("heads", "every_epochs", "max_iterations"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+            if self.clusters < 2:
+                raise ValueError(f"method.clusters must be at least 2, got {self.clusters}")
+            for name in ("sharpness", "tolerance"):
+                if not 0 < getattr(self, name) < math.inf:
+                    raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}")
+            if self.labellings < 0:
+                raise ValueError(f"method.labellings must be at least 0, got {self.labellings}")
+            if self.labellings and self.labelling_epochs < 2:
+                raise ValueError(
+                    f"method.labelling_epochs must be the epochs of the run, 2 or more, where labellings="
+                    f"{self.labellings}, got {self.labelling_epochs}"
+                )
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "SeLa":
+            """The module for a data set of ``num_rows`` samples.
+
+            Raises:
+                ValueError: a bad field, or fewer samples than clusters.
+            """
+            return SeLa(self, model=model, num_rows=num_rows, seed=seed)
+
+    labels: Tensor
+
+    def __init__(self, config: Config, *, model: ResNetConfig, num_rows: int, seed: int) -> None:
+        super().__init__()
+        config.validate()
+        if config.clusters > num_rows:
+            raise ValueError(f"method.clusters must be at most the {num_rows} images, got {config.clusters}; lower it")
+        self.config = config
+        self.trunk = build_trunk(model, seed=seed)
+        width = self.trunk.out_features
+        with seeded(seed + 1):
+            self.head = nn.Linear(width, config.heads * config.clusters)  # head h has rows h K .. (h + 1) K
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
+        self.features = VisitedFeatures(num_rows, width, dtype=dtype)
+        self.register_buffer("labels", torch.full((config.heads, num_rows), UNLABELLED, dtype=torch.int32))
+
+    @torch.no_grad()
+    def start_epoch(self, epoch: int) -> None:
+        """Labels all rows seen so far, head by head, where the schedule says so. Waits for the device."""
+        if not self.config.labels_in(epoch):
+            return
+        seen = self.features.seen.nonzero()[:, 0]
+        own = seen[share(len(seen))]
+        weights = self.head.weight.unflatten(0, (self.config.heads, -1))
+        biases = self.head.bias.unflatten(0, (self.config.heads, -1))
+        self.labels.fill_(UNLABELLED)
+        for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            self.labels[head, seen] = gather_shares(self._label(own, weight, bias), len(seen)).int()
+
+    def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``[n]`` int64 labels of this rank's ``rows`` ``[n]`` by one head."""
+        config = self.config
+        cache: dict[int, Tensor] = {}
+        caches = len(rows) * config.clusters * 4 <= _CACHE_BYTES
+
+        def scores(part: slice) -> Tensor:
+            logits = cache.get(part.start)
+            if logits is None:
+                logits = linear(self.features.rows[rows[part]].float(), weight, bias)
+                if caches:
+                    cache[part.start] = logits
+            return config.sharpness * log_softmax(logits.double(), dim=1)
+
+        return sinkhorn(
+            scores,
+            len(rows),
+            config.clusters,
+            tolerance=config.tolerance,
+            max_iterations=config.max_iterations,
+            device=weight.device,
+        ).labels
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch, 0 before the first labelling, and ``accuracy``, the share of labels named right.
+
+        Args:
+            views: "image".
+            rows: ``[B]`` int64, manifest row of each sample.
+            step: not used.
+        """
+        features = self.trunk(views[IMAGE].pixels)
+        self.features.add(rows, features)
+        logits = self.head(features).view(len(rows) * self.config.heads, -1)  # [B H, K]
+        labels = self.labels[:, rows].T.flatten().long()
+        loss = pseudo_label_loss(logits, labels, torch.ones_like(labels, dtype=torch.float32))
+        return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
+
+    def after_step(self) -> None:
+        """Keeps the features of the step just taken."""
+        self.features.store_()
+
+    def replicated(self) -> list[Tensor]:
+        """What must be equal on all ranks besides the parameters."""
+        return [self.features.rows, self.features.seen, self.labels]

@@ -1,0 +1,271 @@
+import math
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslfast.distributed import leave
+from sslfast.loaders.batch import View
+from sslfast.methods.deepcluster import DeepCluster
+from sslfast.methods.kmeans import fill_empty, kmeans, means, whiten
+from sslfast.methods.pseudo_labels import gather_shares, pseudo_label_loss, share
+from sslfast.recipes.clustering import deepcluster, deepcluster_small
+from sslfast.train_config import TrainConfig
+from tests.methods.harness import (
+    ROWS,
+    assert_resumes,
+    assert_two_processes_train_as_one,
+    build,
+    final,
+    first_batch,
+    losses,
+    tiny,
+    train,
+)
+from tests.test_distributed import enter, run
+
+
+def config(**changes: Any) -> TrainConfig:
+    return tiny(deepcluster_small(), **{"clusters": 4, "pca_dimensions": 8, "feature_columns": 12, **changes})
+
+
+def blobs(count: int, clusters: int, *, spread: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Points around the corners of a simplex, and whose they are."""
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.arange(count) % clusters
+    return torch.eye(clusters, 6)[owner] + spread * torch.randn(count, 6, generator=generator), owner
+
+
+def clustered(method: DeepCluster) -> None:
+    """As after an epoch: features of all rows, then the labels of epoch 1."""
+    points = torch.randn(method.features.rows.shape, generator=torch.Generator().manual_seed(1))
+    method.features.rows.copy_(points)
+    method.features.seen.fill_(True)
+    method.start_epoch(1)
+
+
+def test_loss_is_the_formula() -> None:
+    logits = torch.zeros(4, 10)
+    labels = torch.tensor([0, 9, -1, 3])
+    assert pseudo_label_loss(logits, labels, torch.ones(4)).item() == pytest.approx(math.log(10))
+    assert pseudo_label_loss(100 * torch.eye(10)[:4], torch.tensor([0, 1, 2, -1]), torch.ones(4)).item() == 0
+    assert pseudo_label_loss(logits, torch.full((4,), -1), torch.ones(4)).item() == 0
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(4, 10, generator=generator), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    each = -logits.double().log_softmax(1)[[0, 1, 3], [0, 9, 3]]
+    expected = (each * weights[[0, 1, 3]]).sum() / 7
+    torch.testing.assert_close(pseudo_label_loss(logits, labels, weights).double(), expected)
+
+
+def test_kmeans_finds_separate_groups_and_depends_on_its_arguments_alone() -> None:
+    points, owner = blobs(60, 3)
+    for seed in range(3):
+        labels = kmeans(points, 3, iterations=10, seed=seed, epoch=1)
+        if len({(int(o), int(y)) for o, y in zip(owner, labels, strict=True)}) == 3:
+            break
+    else:
+        raise AssertionError("no start of three found the three groups")
+    assert torch.equal(kmeans(points, 3, iterations=10, seed=seed, epoch=1), labels)
+    points = torch.randn(90, 6, generator=torch.Generator().manual_seed(3))
+    starts = [kmeans(points, 9, iterations=1, seed=seed, epoch=epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
+    assert not any(torch.equal(starts[0], other) for other in starts[1:])
+
+
+def test_a_fixed_point_of_kmeans_is_lloyds() -> None:
+    """Every row is nearest to the mean of its own cluster."""
+    points = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    labels = kmeans(points, 7, iterations=100, seed=0, epoch=1)
+    assert torch.equal(torch.cdist(points, means(points, labels, 7)).argmin(1), labels)
+
+
+def test_empty_clusters_take_half_of_the_largest() -> None:
+    points = torch.arange(12.0)[:, None].expand(-1, 2).contiguous()
+    labels = fill_empty(points, torch.tensor([0] * 9 + [2] * 3), 4)
+    counts = labels.bincount(minlength=4)
+    assert counts.sum() == 12
+    assert counts.min() >= 1
+    assert (labels[9:] == 2).all()
+    low = labels[:9]  # cut along the line that the rows lie on: 5 and 4 rows, then the 5 again
+    assert sorted(counts[[0, 1, 3]].tolist()) == [2, 3, 4]
+    assert all((low == y).nonzero().diff(dim=0).eq(1).all() for y in (0, 1, 3))
+    same = fill_empty(torch.ones(5, 2), torch.zeros(5, dtype=torch.int64), 5)  # nothing to cut along
+    assert sorted(same.tolist()) == [0, 1, 2, 3, 4]
+    labels = kmeans(torch.ones(8, 3), 4, iterations=3, seed=0, epoch=1)
+    assert labels.bincount(minlength=4).min() >= 1
+
+
+def test_whitening() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 3
+    white = whiten(mixed, 6)
+    torch.testing.assert_close(white.norm(dim=1), torch.ones(500))
+    # Undo the length: directions are those of torch's own whitening up to a rotation.
+    centred = (mixed - mixed.mean(0)).double()
+    covariance = centred.T @ centred / 500
+    mahalanobis = (centred @ covariance.inverse() * centred).sum(1).sqrt()
+    inner = (centred @ covariance.inverse() @ centred.T) / mahalanobis.outer(mahalanobis)
+    torch.testing.assert_close((white @ white.T).double(), inner, rtol=1e-3, atol=1e-4)
+    assert whiten(mixed, 2).shape == (500, 2)
+    flat = whiten(torch.cat((mixed, mixed[:, :1]), dim=1), 7)  # one direction has no variance
+    assert flat.isfinite().all()
+
+
+def test_first_epoch_collects_and_later_ones_learn(tmp_path: Path) -> None:
+    trainer = train(config(), tmp_path)
+    first = losses(tmp_path)[0]  # steps 1 and 2
+    assert first == 0
+    assert losses(tmp_path)[-1] > 0
+    method = trainer.method
+    assert isinstance(method, DeepCluster)
+    assert method.features.seen.all()
+    counts = method.labels.bincount(minlength=4).double()
+    assert counts.sum() == ROWS
+    assert counts.min() >= 1
+    torch.testing.assert_close(method.weights.double(), ROWS / (4 * counts), rtol=1e-6, atol=0)
+    # Every cluster has the same weight in all, as if samples were drawn uniformly over clusters.
+    torch.testing.assert_close((method.weights.double() * counts), torch.full((4,), ROWS / 4, dtype=torch.float64))
+    assert final(tmp_path)["method"]["labels"].dtype == torch.int64
+
+
+def test_classifier_starts_anew_with_every_clustering() -> None:
+    method = build(config(every_epochs=2))
+    assert isinstance(method, DeepCluster)
+    first = method.head.weight.detach().clone()
+    clustered(method)
+    second = method.head.weight.detach().clone()
+    method.start_epoch(2)
+    assert torch.equal(method.head.weight, second)
+    method.start_epoch(3)
+    third = method.head.weight.detach().clone()
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    method.start_epoch(3)
+    assert torch.equal(method.head.weight, third)
+    assert 0.005 < third.std() < 0.02
+    assert (method.head.bias == 0).all()
+
+
+def test_features_are_those_of_the_last_visit() -> None:
+    method = build(config())
+    assert isinstance(method, DeepCluster)
+    views, rows = first_batch(config())
+    method(views, rows, step=0)
+    assert not method.features.seen.any()
+    method.after_step()
+    assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
+    with torch.no_grad():
+        expected = method.trunk(views["image"].pixels) @ method.projection
+    torch.testing.assert_close(method.features.rows[rows], expected)
+    method.config.clusters = 9
+    with pytest.raises(RuntimeError, match=r"only 8 images were seen in the first epoch, fewer than method.clusters=9"):
+        method.start_epoch(1)
+
+
+def test_learns_its_labels_and_gradients_reach_the_trunk() -> None:
+    tiny_config = config()
+    method = build(tiny_config)
+    assert isinstance(method, DeepCluster)
+    views, rows = first_batch(tiny_config)
+    method(views, rows, step=0)["loss"].backward()
+    assert all((p.grad == 0).all() for p in method.parameters() if p.grad is not None)  # no label yet
+    clustered(method)
+    method.zero_grad()
+    method(views, rows, step=0)["loss"].backward()
+    for name, parameter in method.trunk.named_parameters():
+        if name.endswith("weight"):
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0, name
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+    values = []
+    for step in range(40):
+        optimizer.zero_grad()
+        out = method(views, rows, step=step)
+        out["loss"].backward()
+        optimizer.step()
+        method.after_step()
+        values.append(out["loss"].item())
+    assert values[0] == pytest.approx(math.log(4), abs=0.1)
+    assert max(values[-3:]) < 0.2 * values[0]
+    assert out["accuracy"] == 1
+
+
+def test_labels_of_other_rows_do_not_matter() -> None:
+    method = build(config())
+    assert isinstance(method, DeepCluster)
+    clustered(method)
+    views, rows = first_batch(config())
+    loss = method(views, rows, step=0)["loss"]
+    others = torch.ones(ROWS, dtype=torch.bool)
+    others[rows] = False
+    method.labels[others] = (method.labels[others] + 1) % 4
+    method.features.rows.normal_(generator=torch.Generator().manual_seed(9))
+    assert method(views, rows, step=7)["loss"] == loss
+    views["image"] = View(pixels=views["image"].pixels.flip(0))
+    assert method(views, rows.flip(0), step=0)["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_resumes(tmp_path: Path) -> None:
+    assert_resumes(config(), tmp_path, stops=(2, 3, 5))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    assert_two_processes_train_as_one(config(), tmp_path)
+
+
+def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
+    from sslfast.distributed import join, process_group
+
+    enter(rank, ranks, port)
+    join(process_group(), torch.device("cpu"))
+    assert torch.equal(gather_shares(torch.arange(5)[share(5)], 5), torch.arange(5))
+    assert torch.equal(gather_shares(torch.arange(1)[share(1)], 1), torch.arange(1))  # the last rank has none
+    points = torch.load(folder / "points.pt", weights_only=True)
+    white = whiten(points, 4)
+    labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
+    torch.save((white, labels), folder / f"{rank}.pt")
+    leave()
+
+
+def test_kmeans_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
+    points = blobs(61, 5, spread=0.1)[0]
+    torch.save(points, tmp_path / "points.pt")
+    run(shared, 3, tmp_path)
+    white = whiten(points, 4)
+    labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    for part in parts:
+        assert torch.equal(part[0], parts[0][0])  # to the last bit on all ranks
+        torch.testing.assert_close((part[0] @ part[0].T), white @ white.T, rtol=1e-4, atol=1e-5)
+        assert torch.equal(part[1], labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clusters": 1}, "method.clusters must be at least 2, got 1"),
+        ({"clusters": 13}, r"method.clusters must be at most 12, half of the 24 images, got 13; lower it"),
+        ({"every_epochs": 0}, "method.every_epochs must be at least 1, got 0"),
+        ({"iterations": 0}, "method.iterations must be at least 1, got 0"),
+        ({"pca_dimensions": 13}, r"method.pca_dimensions must be in \[0, feature_columns=12\], got 13"),
+    ],
+)
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config(**changes))
+    with pytest.raises(ValueError, match=r"clusters must be in \[1, 3\], the number of points, got 4"):
+        kmeans(torch.zeros(3, 2), 4, iterations=1, seed=0, epoch=0)
+
+
+def test_faiss_is_missing() -> None:
+    with patch.dict(sys.modules, {"faiss": None}), pytest.raises(ImportError, match="pip install faiss-cpu"):
+        build(config())
+
+
+def test_recipe() -> None:
+    paper = deepcluster()
+    assert (paper.method.clusters, paper.method.pca_dimensions) == (10000, 256)
+    assert (paper.batch_size, paper.optim.lr_per_256_images, paper.optim.weight_decay) == (256, 0.05, 1e-5)
