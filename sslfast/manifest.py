@@ -121,7 +121,6 @@ class Manifest:
         kept = np.array([row for row, path in enumerate(self.paths) if path not in paths], dtype=np.int64)
         named = [self.classes[label] for label in np.unique(self.labels[kept]) if label >= 0]
         labels = _labels([self.classes[label] if label >= 0 else None for label in self.labels[kept]], named)
-        shards = self.shards and replace(self.shards, index=self.shards.index[kept], offsets=self.shards.offsets[kept])
         return replace(
             self,
             paths=[self.paths[row] for row in kept],
@@ -129,7 +128,7 @@ class Manifest:
             sha1=[self.sha1[row] for row in kept],
             labels=labels,
             classes=named,
-            shards=shards,
+            shards=self.shards and self.shards.take(kept),
             excluded=sorted({*self.excluded, *bad}),
         )
 

@@ -6,7 +6,7 @@ which takes a damaged header for the end of the archive: here whatever would hid
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +70,10 @@ class Shards:
     """``[N]`` shard of each row; rows of a shard follow one another."""
     offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """``[N]`` where each row's bytes begin."""
+
+    def take(self, rows: NDArray[np.int64]) -> "Shards":
+        """The same for some of the rows, numbered anew."""
+        return replace(self, index=self.index[rows], offsets=self.offsets[rows])
 
     def place(self, root: str, path: str, row: int, size: int) -> Place:
         """Where a row is, given its path in the manifest and its size."""
