@@ -1,0 +1,172 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.methods.jigsaw import JIGSAW, Jigsaw, draw_classes
+from sslfast.methods.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.permutations import max_hamming_permutations
+from sslfast.recipes.pretext import jigsaw, jigsaw_small
+from sslfast.train_config import TrainConfig
+from tests.methods.harness import (
+    assert_gradients_reach_the_trunk,
+    assert_overfits,
+    assert_resumes,
+    build,
+    first_batch,
+    tiny,
+)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return tiny(jigsaw_small(), **{"num_permutations": 12, "patch_features": 8, **changes})
+
+
+class Cell(nn.Module):
+    """Reads the number that a patch is filled with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1].mean(dim=(2, 3))
+
+
+def numbered(batch: int, *, seed: int = 0) -> View:
+    """Patches filled with the number of their cell, in random order."""
+    order = torch.rand(batch, 9, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return View(pixels=order.float()[:, :, None, None, None].expand(-1, -1, 3, 4, 4).contiguous(), permutation=order)
+
+
+def test_head_sees_the_patches_in_the_order_of_the_class() -> None:
+    method = build(config())
+    assert isinstance(method, Jigsaw)
+    method.trunk, method.head = Cell(), nn.Flatten()
+    classes = torch.arange(12)
+    for seed in range(3):
+        shown = method.logits(numbered(12, seed=seed), classes)  # [12, 9]: the cells in the order shown
+        assert torch.equal(shown.long(), method.permutations)
+
+
+def test_uniform_logits_and_perfect_prediction() -> None:
+    method = build(config())
+    assert isinstance(method, Jigsaw)
+    views, rows = first_batch(config())
+    weight = method.head.classes.weight.data.clone()  # type: ignore[union-attr]
+    nn.init.zeros_(method.head.classes.weight)  # type: ignore[union-attr, arg-type]
+    nn.init.zeros_(method.head.classes.bias)  # type: ignore[union-attr, arg-type]
+    assert method(views, rows, step=0)["loss"].item() == pytest.approx(math.log(12))
+    method.head.classes.weight.data = weight  # type: ignore[union-attr]
+
+    class Matches(nn.Module):
+        """Scores every permutation by the places in which it agrees with the cells shown."""
+
+        def forward(self, features: Tensor) -> Tensor:
+            cells = features.flatten(1)
+            return 100 * (cells[:, None] == method.permutations).float().sum(2)
+
+    method.trunk, method.head = Cell(), Matches()
+    out = method({JIGSAW: numbered(8)}, torch.arange(8), step=3)
+    assert out["loss"] == 0
+    assert out["accuracy"] == 1
+
+
+def test_the_order_in_the_view_does_not_matter() -> None:
+    """The view stage's own permutation is no clue: with BatchNorm too, slots can be exchanged."""
+    method = build(config(normalise_patches=True))
+    views, rows = first_batch(config())
+    view = views[JIGSAW]
+    other = torch.rand(view.pixels.shape[:2], generator=torch.Generator().manual_seed(4)).argsort(1)
+    assert view.permutation is not None
+    shuffled = View(pixels=gather_patches(view.pixels, other), permutation=view.permutation.gather(1, other))
+    first, second = (method({JIGSAW: v}, rows, step=1)["loss"] for v in (view, shuffled))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_the_class_is_no_function_of_what_a_patch_shows() -> None:
+    """With equal patches the scores are the same for every class: nothing but the patches tells the order."""
+    method = build(config())
+    assert isinstance(method, Jigsaw)
+    view = numbered(12)
+    view.pixels = torch.ones_like(view.pixels)
+    scores = method.logits(view, torch.arange(12))
+    torch.testing.assert_close(scores, scores[:1].expand_as(scores))
+
+
+def test_classes_are_drawn_uniformly() -> None:
+    rows = torch.arange(6000)
+    classes = draw_classes(rows, 12, seed=0, step=3)
+    counts = classes.bincount(minlength=12)
+    assert ((counts - 500).abs() < 5 * math.sqrt(500)).all()
+    assert torch.equal(draw_classes(rows[5:9], 12, seed=0, step=torch.tensor(3)), classes[5:9])
+    for other in (draw_classes(rows, 12, seed=1, step=3), draw_classes(rows, 12, seed=0, step=4)):
+        assert (other == classes).float().mean() < 0.2
+
+
+def test_patches() -> None:
+    view = numbered(5)
+    slots = slots_of_cells(view)
+    assert torch.equal(gather_patches(view.pixels, slots)[:, :, 0, 0, 0], torch.arange(9.0).expand(5, -1))
+    with pytest.raises(ValueError, match="the view has no permutation; give it a jigsaw"):
+        slots_of_cells(View(pixels=view.pixels))
+    pixels = 3 + 2 * torch.randn(4, 9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    normal = normalise_patches(pixels)
+    torch.testing.assert_close(normal.mean(dim=(-2, -1)), torch.zeros(4, 9, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normal.std(dim=(-2, -1), correction=0), torch.ones(4, 9, 3))
+    torch.testing.assert_close(normalise_patches(0.5 * pixels - 7), normal, rtol=1e-4, atol=1e-5)
+    assert (normalise_patches(torch.full((1, 9, 3, 4, 4), 0.3)).abs() < 1e-4).all()  # flat patches stay flat
+    picture = mosaic(numbered(1).pixels, 3, gap=1)
+    assert picture.shape == (1, 3, 14, 14)
+    assert picture[0, 0, ::5, ::5].flatten().tolist() == numbered(1).pixels[0, :, 0, 0, 0].tolist()
+    assert (picture[0, :, 4] == 1).all()
+
+
+def test_preview_shows_the_question() -> None:
+    tiny_config = config()
+    views, rows = first_batch(tiny_config)
+    panels = tiny_config.method.preview_panels(views, rows, seed=0)
+    (heading,) = panels
+    assert heading == "which of 12 orders?"
+    side = 3 * views[JIGSAW].pixels.shape[-1] + 2 * 2
+    assert panels[heading].shape == (8, 3, side, side)
+    assert panels[heading].min() >= 0
+    assert panels[heading].max() <= 1
+
+
+def test_trains() -> None:
+    method = assert_gradients_reach_the_trunk(config())
+    assert isinstance(method, Jigsaw)
+    assert torch.equal(method.permutations, max_hamming_permutations(12, 9, seed=0))
+    # One batch in orders that change every step: the loss falls below that of a guess all the same.
+    assert_overfits(config(num_permutations=2), steps=60, lr=0.1)
+
+
+def test_resumes(tmp_path: Path) -> None:
+    assert_resumes(config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_permutations": 1}, r"method.num_permutations must be in \[2, 362880\], the orders of 9 patches, got 1"),
+        ({"jigsaw_view": ViewConfig()}, "method.jigsaw_view.jigsaw must be set, got None"),
+        (
+            {"jigsaw_view": ViewConfig(crop=CropConfig(size=32), jigsaw=JigsawConfig(grid=4, patch_size=4))},
+            "method.jigsaw_view.jigsaw.grid must be 2 or 3, got 4",
+        ),
+        ({"patch_features": 0}, "method.patch_features must be at least 1, got 0"),
+    ],
+)
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config(**changes))
+
+
+def test_recipe() -> None:
+    paper = jigsaw()
+    assert isinstance(paper.method, Jigsaw.Config)
+    assert (paper.method.num_permutations, paper.method.patch_features) == (2000, 1000)
+    assert (paper.epochs, paper.batch_size, paper.optim.lr_per_256_images) == (105, 256, 0.1)
+    view = paper.method.views()[JIGSAW]
+    assert (view.crop.size, view.augment.grayscale_probability) == (255, 0.66)

@@ -1,0 +1,191 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.methods.patches import gather_patches
+from sslfast.methods.relative_position import (
+    NOISE,
+    PATCHES,
+    RelativePosition,
+    cells_of_neighbours,
+    draw,
+    drop_colours,
+)
+from sslfast.recipes.pretext import relative_position, relative_position_small
+from sslfast.train_config import TrainConfig
+from tests.methods.harness import (
+    assert_gradients_reach_the_trunk,
+    assert_overfits,
+    assert_resumes,
+    build,
+    first_batch,
+    tiny,
+)
+from tests.methods.test_jigsaw import Cell, numbered
+
+
+def config(**changes: Any) -> TrainConfig:
+    return tiny(relative_position_small(), **{"hidden_features": 16, **changes})
+
+
+class Pair(nn.Module):
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat((first, second), dim=1)
+
+
+@pytest.mark.parametrize("pairs", ["all", "drawn"])
+def test_pairs_are_the_centre_and_its_neighbours(pairs: str) -> None:
+    method = build(config(pairs=pairs))
+    assert isinstance(method, RelativePosition)
+    method.trunk, method.head = Cell(), Pair()
+    drawn = draw(torch.arange(5), 4, seed=0, step=0)
+    shown, answers = method.logits(numbered(5), drawn)
+    assert (shown[:, 0] == 4).all()
+    if pairs == "all":
+        assert shown[:, 1].tolist() == [0, 1, 2, 3, 5, 6, 7, 8] * 5
+        assert answers.tolist() == list(range(8)) * 5
+    else:
+        assert torch.equal(answers, drawn.neighbour)
+        assert torch.equal(shown[:, 1].long(), cells_of_neighbours(answers))
+    assert torch.equal(shown[:, 1].long(), cells_of_neighbours(answers))
+
+
+@pytest.mark.parametrize("pairs", ["all", "drawn"])
+def test_uniform_logits_and_perfect_prediction(pairs: str) -> None:
+    method = build(config(pairs=pairs))
+    assert isinstance(method, RelativePosition)
+    views, rows = first_batch(config())
+    nn.init.zeros_(method.head.classes.weight)  # type: ignore[union-attr, arg-type]
+    nn.init.zeros_(method.head.classes.bias)  # type: ignore[union-attr, arg-type]
+    assert method(views, rows, step=0)["loss"].item() == pytest.approx(math.log(8))
+
+    class Reads(nn.Module):
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return 100 * (second == cells_of_neighbours(torch.arange(8))).float()
+
+    method.trunk, method.head = Cell(), Reads()
+    out = method({PATCHES: numbered(6)}, torch.arange(6), step=2)
+    assert out["loss"] == 0
+    assert out["accuracy"] == 1
+
+
+@pytest.mark.parametrize("pairs", ["all", "drawn"])
+def test_the_order_in_the_view_does_not_matter(pairs: str) -> None:
+    method = build(config(pairs=pairs, drop_colours=True))
+    views, rows = first_batch(config())
+    view = views[PATCHES]
+    other = torch.rand(view.pixels.shape[:2], generator=torch.Generator().manual_seed(4)).argsort(1)
+    assert view.permutation is not None
+    shuffled = View(pixels=gather_patches(view.pixels, other), permutation=view.permutation.gather(1, other))
+    first, second = (method({PATCHES: v}, rows, step=1)["loss"] for v in (view, shuffled))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_other_patches_and_places_say_nothing() -> None:
+    method = build(config(pairs="drawn"), normalised=False).eval()
+    assert isinstance(method, RelativePosition)
+    view = numbered(6)
+    drawn = draw(torch.arange(6), 4, seed=0, step=0)
+    before = method.logits(view, drawn)[0]
+    assert view.permutation is not None
+    asked = (view.permutation == 4) | (view.permutation == cells_of_neighbours(drawn.neighbour)[:, None])
+    view.pixels[~asked] = 77.0  # patches that are not asked for
+    torch.testing.assert_close(method.logits(view, drawn)[0], before)
+    # Equal patches in all cells: every neighbour gets the same scores.
+    both = build(config(pairs="all"))
+    assert isinstance(both, RelativePosition)
+    scores = both.logits(View(pixels=torch.ones(3, 9, 3, 8, 8), permutation=numbered(3).permutation), drawn)[0]
+    torch.testing.assert_close(scores, scores[:1].expand_as(scores))
+
+
+def test_colours_are_dropped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = 2 + 3 * torch.randn(50, 9, 3, 15, 15, generator=generator)
+    drawn = draw(torch.arange(50), 15, seed=1, step=4)
+    dropped = drop_colours(patches, drawn.channel, drawn.noise)
+    kept = torch.arange(3) == drawn.channel[..., None]
+    assert torch.equal(dropped[kept], patches[kept])
+    noise = dropped[~kept]
+    deviation = patches[kept].std(dim=(1, 2), correction=0)
+    assert noise.abs().max() < 6 * NOISE * deviation.max()
+    assert noise.std().item() == pytest.approx(NOISE * 3, rel=0.05)
+    # What was in the dropped channels leaves no trace.
+    changed = torch.where(kept[..., None, None], patches, -patches)
+    assert torch.equal(drop_colours(changed, drawn.channel, drawn.noise), dropped)
+    # The noise of a sample is one field, scaled by the kept channel alone: it tells no cell from another.
+    scaled = dropped / (NOISE * patches.gather(2, drawn.channel[:, :, None, None, None].expand(-1, -1, 1, 15, 15))
+                        .std(dim=(-2, -1), correction=0, keepdim=True))  # fmt: skip
+    torch.testing.assert_close(
+        scaled[~kept], drawn.noise[:, None, None].expand(-1, 9, 3, -1, -1)[~kept], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_draws_are_uniform_and_of_the_row() -> None:
+    rows = torch.arange(4000)
+    drawn = draw(rows, 5, seed=0, step=2)
+    assert ((drawn.neighbour.bincount(minlength=8) - 500).abs() < 5 * math.sqrt(500)).all()
+    assert ((drawn.channel.flatten().bincount(minlength=3) - 12000).abs() < 5 * math.sqrt(12000)).all()
+    assert abs(drawn.noise.mean().item()) < 5 / math.sqrt(drawn.noise.numel())
+    assert drawn.noise.std().item() == pytest.approx(1, abs=0.02)
+    part = draw(rows[7:9], 5, seed=0, step=torch.tensor(2))
+    for name in ("neighbour", "channel", "noise"):
+        assert torch.equal(getattr(part, name), getattr(drawn, name)[7:9])
+    assert not torch.equal(draw(rows, 5, seed=0, step=3).neighbour, drawn.neighbour)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_preview_shows_question_and_answer(dropped: bool) -> None:
+    tiny_config = config(drop_colours=dropped)
+    views, rows = first_batch(tiny_config)
+    panels = tiny_config.method.preview_panels(views, rows, seed=0)
+    side = views[PATCHES].pixels.shape[-1]
+    assert {name: tuple(p.shape) for name, p in panels.items()} == {
+        "centre and which neighbour?": (8, 3, side, 2 * side + 2),
+        "answer": (8, 3, 3 * side + 4, 3 * side + 4),
+    }
+    answer = panels["answer"]
+    white = (answer[:, :, :: side + 2, :: side + 2] == 1).all(1).flatten(1)  # corner pixel of each cell
+    assert (white.sum(1) >= 7).all()
+
+
+@pytest.mark.parametrize("pairs", ["all", "drawn"])
+def test_trains(pairs: str) -> None:
+    assert_gradients_reach_the_trunk(config(pairs=pairs, drop_colours=pairs == "drawn"))
+    if pairs == "all":
+        assert_overfits(config(), steps=60, lr=0.1)
+
+
+def test_resumes(tmp_path: Path) -> None:
+    assert_resumes(config(drop_colours=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_view": ViewConfig()}, "method.patch_view.jigsaw.grid must be 3, .*, got None"),
+        (
+            {"patch_view": ViewConfig(crop=CropConfig(size=32), jigsaw=JigsawConfig(grid=2, patch_size=4))},
+            "method.patch_view.jigsaw.grid must be 3, a centre and eight neighbours, got 2",
+        ),
+        (
+            {"patch_view": ViewConfig(rotation=True, jigsaw=JigsawConfig(grid=3, patch_size=4))},
+            "method.patch_view.rotation must be False: turned images have other sides, got True",
+        ),
+        ({"hidden_features": 0}, "method.hidden_features must be at least 1, got 0"),
+    ],
+)
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config(**changes))
+
+
+def test_recipe() -> None:
+    recipe = relative_position()
+    assert isinstance(recipe.method, RelativePosition.Config)
+    assert recipe.method.drop_colours
+    assert (recipe.epochs, recipe.batch_size, recipe.method.hidden_features) == (70, 1024, 4096)
