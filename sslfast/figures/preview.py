@@ -1,9 +1,9 @@
-"""The preview sheet: one row per image, with its original and every view as the network gets it.
+"""The preview sheet: one row per image, with its original, every view as the network gets it, and the method's panels.
 
 The sheet shows what a run with the same seed sees in its first steps: the same images, crops and draws.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,9 @@ _PATCH_GAP = 4
 _TITLE, _HEADING, _SMALL = 22, 16, 13
 _PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2")
+
+Panels = Callable[[Mapping[str, View], Tensor], Mapping[str, Tensor]]
+"""Rendered views and their rows to further columns: heading to RGB pictures ``[B, 3, H, W]`` float in 0..1."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +70,7 @@ def preview_sheet(
     *,
     seed: int = 0,
     originals: Sequence[Original] | None = None,
+    panels: Panels | None = None,
     title: str = "what the network sees",
 ) -> Image.Image:
     """Draw the sheet of a batch.
@@ -79,16 +83,26 @@ def preview_sheet(
         views: view name to config, in the recipe's order.
         seed: of the run.
         originals: one for each sample; None: no column of originals.
+        panels: the method's further columns, see ``BaseConfig.preview_panels``; None: there are none.
         title: first line of the sheet.
     """
     columns = [] if originals is None else [_original_column(originals, list(views))]
-    for position, (name, view) in enumerate(ViewStage(views, seed=seed)(batch).items()):
+    rendered = ViewStage(views, seed=seed)(batch)
+    for position, (name, view) in enumerate(rendered.items()):
         columns += _view_columns(name, views[name], view, _colour(position))
+    for heading, pictures in {} if panels is None else panels(rendered, batch.rows).items():
+        columns.append(_panel_column(heading, pictures))
     return _draw(columns, len(batch.rows), title)
 
 
 def write_preview(
-    data: str | Path, views: Mapping[str, ViewConfig], output: str | Path, *, count: int = 8, seed: int = 0
+    data: str | Path,
+    views: Mapping[str, ViewConfig],
+    output: str | Path,
+    *,
+    count: int = 8,
+    seed: int = 0,
+    panels: Panels | None = None,
 ) -> None:
     """Write the sheet of the first ``count`` images of a run on ``data`` as a picture file.
 
@@ -117,7 +131,8 @@ def write_preview(
     decoded = decode(0, epoch_order(len(manifest), seed=seed, epoch=0)[:count])
     batch = Batch(rows=decoded.rows, crops=decoded.crops, epoch=0)
     title = f"{manifest.root.resolve().name}: what the network sees in epoch 0, seed {seed}"
-    sheet = preview_sheet(batch, views, seed=seed, originals=_originals(manifest, batch, views, seed), title=title)
+    originals = _originals(manifest, batch, views, seed)
+    sheet = preview_sheet(batch, views, seed=seed, originals=originals, panels=panels, title=title)
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(output)
 
@@ -184,6 +199,20 @@ def _view_columns(name: str, config: ViewConfig, view: View, colour: str) -> Ite
     detail = f"{grid**2} patches of {side} x {side} pixels"
     yield _Column(heading=f"{name}: as shown", detail=detail, colour=colour, tiles=shown, captions=turns)
     yield _Column(heading=f"{name}: in place", detail="the same patches", colour=colour, tiles=placed, captions=turns)
+
+
+def _panel_column(heading: str, pictures: Tensor) -> _Column:
+    levels = pictures.detach().cpu().float().mul(255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
+    height, width = levels.shape[1:3]
+    tiles = []
+    for picture in levels.numpy():
+        scale = _TILE / max(height, width)
+        shown = _resized(Image.fromarray(picture), (max(1, round(width * scale)), max(1, round(height * scale))))
+        tile = Image.new("RGB", (_TILE, _TILE), _MAT)
+        tile.paste(shown, ((_TILE - shown.width) // 2, (_TILE - shown.height) // 2))
+        tiles.append(tile)
+    detail = f"{width} x {height} pixels"
+    return _Column(heading=heading, detail=detail, colour=_INK, tiles=tiles, captions=[""] * len(tiles))
 
 
 def _list(values: Tensor | None, count: int) -> list[int]:

@@ -76,11 +76,11 @@ class Inpainting(Reconstruction):
                 )
 
         def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-            """The picture with its holes, and what is asked: hole and band, the rest in white."""
+            """The picture with its holes, and what is asked: hole and band, the rest in light grey."""
             space, clean = PixelSpace(self.image_view.augment), clean_pixels(views)
             hole = draw_holes(rows, self, seed=seed, step=0)
             asked = pixel_weights(hole, self) > 0
-            target = torch.where(asked, space.to_rgb(clean), torch.ones(()))
+            target = torch.where(asked, space.to_rgb(clean), 0.94)
             return {"input": space.to_rgb(punched(clean, hole)), "target": target}
 
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Inpainting":
