@@ -16,6 +16,7 @@ from PIL import Image
 from sslfast import cli
 from sslfast.figures.preview import write_preview
 from sslfast.listing import HASHED_BYTES, content_hash
+from sslfast.loaders import LoaderConfig, build_loader, loader_status
 from sslfast.loaders.batch import CropConfig, ViewConfig
 from sslfast.loaders.data import open_data, reopen_data
 from sslfast.loaders.torch import TorchLoader
@@ -118,11 +119,14 @@ def test_rows_are_those_of_the_same_folder(tmp_path: Path) -> None:
     assert str(shards.place(1)) == str(root / "shard-000.tar/class0/0-2.jpg") == str(shards.path(1))
 
 
-@pytest.mark.parametrize(("name", "workers"), [("torch", 0), ("torch", 2)])
+@pytest.mark.parametrize(
+    ("name", "workers"), [("torch", 0), ("torch", 2), *([("dali", 2)] if loader_status()["dali"][0] else [])]
+)
 def test_loaders_yield_what_they_yield_from_a_folder(tmp_path: Path, name: str, workers: int) -> None:
     root = write_shards(tmp_path / "shards")
     manifests = [Manifest.scan(root), Manifest.scan(unpack(root, tmp_path / "folder"))]
-    loaders = [TorchLoader(manifest, VIEWS, batch_size=4, seed=3, workers=workers) for manifest in manifests]
+    config = LoaderConfig(name=name, workers=workers)  # type: ignore[arg-type]
+    loaders = [build_loader(config, manifest=m, views=VIEWS, batch_size=4, seed=3) for m in manifests]
     for a, b in zip(loaders[0].epoch(1), loaders[1].epoch(1), strict=True):
         assert torch.equal(a.rows, b.rows)
         assert all(torch.equal(a.crops[view], b.crops[view]) for view in VIEWS)
@@ -360,6 +364,26 @@ def test_a_run_on_shards_resumes_and_knows_its_data(tmp_path: Path) -> None:
     write_tar(root / "shard-7.tar", {"0.jpg": image(0)})
     with raises("1 added: shard-7.tar"):
         Trainer(TinyConfig(epochs=2), root, run, report=lambda _: None)
+
+
+def test_a_run_that_mixes_few_shards_resumes_too(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "data", shards=4)
+    loader = LoaderConfig(workers=0, shuffle="shards", mixed_shards=2)
+
+    def train(run: Path) -> dict[str, torch.Tensor]:
+        trainer = Trainer(TinyConfig(epochs=2, loader=loader), root, run, report=lambda _: None)
+        order = trainer.loader.plan.order(0)  # type: ignore[attr-defined]
+        assert {row // 6 for row in order[:12].tolist()} & {row // 6 for row in order[12:].tolist()} == set()
+        trainer.fit()
+        return {name: value.clone() for name, value in trainer.method.state_dict().items()}
+
+    whole = train(tmp_path / "run")
+    sorted((tmp_path / "run" / "checkpoints").glob("step_*.pt"))[-1].unlink()
+    again = train(tmp_path / "run")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for data in (unpack(root, tmp_path / "folder"), 40):
+        with raises("--loader.shuffle shards is for tar shards"):
+            Trainer(TinyConfig(loader=loader), data, tmp_path / "other", report=lambda _: None)
 
 
 def test_commands_take_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -28,7 +28,7 @@ class LoaderConfig:
     """Where batches come from."""
 
     name: Literal["auto", "torch", "dali", "ffcv", "synthetic"] = "auto"
-    """auto: ffcv for a .beton file, torch for a folder of images. dali: JPEGs decoded on the GPU, not measured there
+    """auto: ffcv for a .beton file, torch for images and tar shards. dali: JPEGs decoded on the GPU, not measured there
     yet. synthetic: made-up images, to time everything else."""
     workers: int | None = None
     """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared
@@ -36,6 +36,11 @@ class LoaderConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
     list it at the end."""
+    shuffle: Literal["full", "shards"] = "full"
+    """Order of an epoch. full: all rows. shards: tar shards are shuffled, then the rows of ``mixed_shards`` of them at
+    a time, so that disk caches need hold no more; less random where a shard holds few classes."""
+    mixed_shards: int = 16
+    """Tar shards that ``shuffle shards`` mixes at a time."""
 
 
 class Loader(Protocol):
@@ -95,6 +100,8 @@ def build_loader(
         rows = len(manifest) if synthetic_rows is None and manifest is not None else synthetic_rows
         if rows is None:
             raise ValueError("no data: name a folder of images, or give the synthetic loader a number of rows")
+        if config.shuffle != "full":
+            raise ValueError("--loader.shuffle shards is for tar shards, and the synthetic loader reads none")
         from sslfast.loaders.synthetic import SyntheticLoader
 
         return SyntheticLoader(
@@ -117,6 +124,7 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         device=device,
+        mixed_shards=config.mixed_shards if config.shuffle == "shards" else None,
     )
 
 

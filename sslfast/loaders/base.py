@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.decode import OnBadImage
@@ -27,9 +29,19 @@ class PlannedLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        shards: NDArray[np.int64] | None = None,
+        mixed_shards: int = 1,
     ) -> None:
         check_views(views)
-        self.plan = EpochPlan(num_rows=num_rows, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.plan = EpochPlan(
+            num_rows=num_rows,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            shards=shards,
+            mixed_shards=mixed_shards,
+        )
         self.device = torch.device(device)
         self._sizes = {name: view.crop.size for name, view in views.items()}
         self._generation = 0
@@ -89,6 +101,7 @@ class ImageLoader(PlannedLoader):
         on_bad_image: what happens at an image that only decoding shows to be bad; see :mod:`sslfast.images`.
         rank, world_size: this process among all.
         device: where batches go.
+        mixed_shards: how many tar shards an epoch mixes at a time; None: it mixes all rows.
     """
 
     def __init__(
@@ -103,13 +116,26 @@ class ImageLoader(PlannedLoader):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        mixed_shards: int | None = None,
     ) -> None:
         if workers < 0:
             raise ValueError(f"workers must be 0 or more, got {workers=}")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
+        if mixed_shards is not None and manifest.shards is None:
+            raise ValueError(
+                f"--loader.shuffle shards is for tar shards and {manifest.source} has none: use --loader.shuffle full"
+            )
         super().__init__(
-            len(manifest), views, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device
+            len(manifest),
+            views,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            shards=None if mixed_shards is None or manifest.shards is None else manifest.shards.index,
+            mixed_shards=1 if mixed_shards is None else mixed_shards,
         )
         self._manifest = manifest
         self._workers = workers

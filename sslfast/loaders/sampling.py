@@ -37,6 +37,10 @@ class EpochPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    shards: NDArray[np.int64] | None = None
+    """``[num_rows]`` shard of each row: the order mixes a few of them at a time (:func:`shard_order`)."""
+    mixed_shards: int = 16
+    """How many."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -48,6 +52,8 @@ class EpochPlan:
                 f"the global batch_size={self.batch_size} must be a multiple of world_size={self.world_size}: "
                 f"use {self.batch_size // self.world_size * self.world_size or self.world_size} or another multiple"
             )
+        if self.mixed_shards < 1:
+            raise ValueError(f"mixed_shards must be at least 1, got mixed_shards={self.mixed_shards}")
         if self.num_rows < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than the data set ({self.num_rows} images): "
@@ -60,7 +66,9 @@ class EpochPlan:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """``[num_rows]`` the epoch's permutation of all rows; the same on every rank."""
-        return epoch_order(self.num_rows, seed=self.seed, epoch=epoch)
+        if self.shards is None:
+            return epoch_order(self.num_rows, seed=self.seed, epoch=epoch)
+        return shard_order(self.shards, seed=self.seed, epoch=epoch, mixed_shards=self.mixed_shards)
 
     def share(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
         """``[batch_size / world_size]`` this rank's rows of a step."""
@@ -78,12 +86,34 @@ class EpochPlan:
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """``[num_rows]`` int64 permutation: argsort of one 63-bit Philox draw per row (ties, if ever, by row)."""
-    keys = np.empty(num_rows, dtype=np.int64)
-    for start in range(0, num_rows, _CHUNK):
-        rows = torch.arange(start, min(start + _CHUNK, num_rows), dtype=torch.int64)
-        bits = random_uint32(rows, 2, seed=seed, stream=Stream.EPOCH_ORDER, step=epoch)
+    return np.argsort(_keys(num_rows, seed=seed, stream=Stream.EPOCH_ORDER, epoch=epoch), kind="stable")
+
+
+def shard_order(shards: NDArray[np.int64], *, seed: int, epoch: int, mixed_shards: int) -> NDArray[np.int64]:
+    """``[num_rows]`` int64 permutation that needs few shards at a time.
+
+    The shards are shuffled, ``mixed_shards`` after one another make a block, and the rows of a block come in the order
+    that :func:`epoch_order` gives them. One block of all shards is that order.
+
+    Args:
+        shards: ``[num_rows]`` shard of each row.
+        seed, epoch: of the draws.
+        mixed_shards: shards in a block; the last block may have fewer.
+    """
+    count = int(shards.max()) + 1
+    shuffled = np.argsort(_keys(count, seed=seed, stream=Stream.SHARD_ORDER, epoch=epoch), kind="stable")
+    block = np.empty(count, dtype=np.int64)
+    block[shuffled] = np.arange(count) // mixed_shards
+    return np.lexsort((_keys(len(shards), seed=seed, stream=Stream.EPOCH_ORDER, epoch=epoch), block[shards]))
+
+
+def _keys(count: int, *, seed: int, stream: Stream, epoch: int) -> NDArray[np.int64]:
+    keys = np.empty(count, dtype=np.int64)
+    for start in range(0, count, _CHUNK):
+        rows = torch.arange(start, min(start + _CHUNK, count), dtype=torch.int64)
+        bits = random_uint32(rows, 2, seed=seed, stream=stream, step=epoch)
         keys[start : start + _CHUNK] = ((bits[:, 0] << 31) | (bits[:, 1] >> 1)).numpy()
-    return np.argsort(keys, kind="stable")
+    return keys
 
 
 def replacement_rows(row: int, num_rows: int, *, seed: int, epoch: int) -> list[int]:

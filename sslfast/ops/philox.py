@@ -32,6 +32,7 @@ class Stream(IntEnum):
     CLUSTERS = 10  # first centroids of k-means
     CORRUPTION = 11  # noise and masks of the methods that reconstruct
     BATCH_ORDER = 12  # shuffled over ranks by MoCo
+    SHARD_ORDER = 13
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
 

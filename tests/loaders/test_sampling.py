@@ -18,6 +18,7 @@ from sslfast.loaders.sampling import (
     crop_draws,
     epoch_order,
     replacement_rows,
+    shard_order,
 )
 from sslfast.ops.philox import Stream, random_uint32
 
@@ -167,3 +168,49 @@ def test_number_of_views() -> None:
         check_views({})
     with pytest.raises(ValueError, match="1 to 15 views, got 16"):
         check_views({f"view{i}": ViewConfig() for i in range(16)})
+
+
+SHARDS = np.repeat(np.arange(7), [5, 1, 30, 12, 2, 9, 21])
+
+
+def test_the_shard_order_mixes_blocks_of_shuffled_shards() -> None:
+    order = shard_order(SHARDS, seed=3, epoch=2, mixed_shards=3)
+    assert sorted(order) == list(range(80))
+    assert np.array_equal(order, shard_order(SHARDS, seed=3, epoch=2, mixed_shards=3))
+    keys = {row: place for place, row in enumerate(epoch_order(80, seed=3, epoch=2).tolist())}
+    seen: list[set[int]] = []
+    rest = order.tolist()
+    while rest:
+        block = {int(SHARDS[rest[0]])}
+        # A block ends where its shards have no row left.
+        length = 0
+        while length < sum(np.isin(SHARDS, list(block))):
+            block.add(int(SHARDS[rest[length]]))
+            length += 1
+        assert rest[:length] == sorted(rest[:length], key=keys.__getitem__)
+        seen.append(block)
+        rest = rest[length:]
+    assert sorted(shard for block in seen for shard in block) == list(range(7))
+    assert all(len(block) <= 3 for block in seen)
+    assert any(not np.array_equal(order, shard_order(SHARDS, seed=3, epoch=e, mixed_shards=3)) for e in (0, 1))
+
+
+def test_one_block_of_all_shards_is_the_full_order() -> None:
+    for mixed_shards in (7, 100):
+        order = shard_order(SHARDS, seed=9, epoch=4, mixed_shards=mixed_shards)
+        assert np.array_equal(order, epoch_order(80, seed=9, epoch=4))
+
+
+def test_the_shard_order_does_not_depend_on_rank_or_step() -> None:
+    plans = [
+        EpochPlan(num_rows=80, batch_size=8, seed=1, rank=rank, world_size=2, shards=SHARDS, mixed_shards=2)
+        for rank in range(2)
+    ]
+    order = plans[0].order(6)
+    assert np.array_equal(order, plans[1].order(6))
+    whole = np.concatenate([plan.share(order, step) for step in range(10) for plan in plans])
+    assert np.array_equal(whole, order)
+    # Every shard comes first in some epoch.
+    assert {int(SHARDS[plans[0].order(epoch)[0]]) for epoch in range(200)} == set(range(7))
+    with pytest.raises(ValueError, match=r"mixed_shards must be at least 1, got mixed_shards=0"):
+        EpochPlan(num_rows=80, batch_size=8, seed=1, shards=SHARDS, mixed_shards=0)
