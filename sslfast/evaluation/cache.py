@@ -8,7 +8,6 @@ digest, kind of device. Files may be deleted at any time; one that cannot be rea
 import hashlib
 import json
 import os
-import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class FeatureCache:
                 return None
             bad = [(str(name), str(reason)) for name, reason in state["bad_images"]]
             return Cached(values=state["values"], rows=state["rows"], bad_images=bad)
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        except Exception:  # whatever a damaged file makes of torch.load; the features are made again
             return None
 
     def save(self, identity: dict[str, Any], found: Cached) -> None:

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from sslfast.evaluation.knn import (
     accuracy,
+    bank_knn,
     class_scores,
     evaluate_knn,
     knn_accuracy,
@@ -79,6 +80,64 @@ def test_chunks_change_nothing(max_entries: int) -> None:
     expected = (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(12, dim=1)
     assert torch.equal(rows, expected.indices)
     torch.testing.assert_close(similarity, expected.values)
+
+
+@pytest.mark.parametrize("max_entries", [1, 50, 2000, 2**24])
+def test_own_row_is_never_found(max_entries: int) -> None:
+    bank = draws(60, 7, 20)
+    own = torch.arange(0, 60, 7)
+    similarity, rows = nearest_neighbours(bank[own], bank, 9, own=own, max_entries=max_entries)
+    dense = normalize(bank[own], dim=1) @ normalize(bank, dim=1).T
+    dense[torch.arange(len(own)), own] = -2
+    expected = dense.topk(9, dim=1)
+    assert torch.equal(rows, expected.indices)
+    torch.testing.assert_close(similarity, expected.values)
+    assert nearest_neighbours(bank, bank, 59, own=torch.arange(60))[1].sort(1).values.tolist() == [
+        [column for column in range(60) if column != row] for row in range(60)
+    ]
+    with pytest.raises(ValueError, match=r"k must be in \[1, 59\]"):
+        nearest_neighbours(bank, bank, 60, own=torch.arange(60))
+
+
+def test_bank_knn_of_clusters_and_noise() -> None:
+    labels = torch.arange(200) % 4
+    clusters = torch.eye(4)[labels] + 0.05 * draws(200, 4, 30)
+    found = bank_knn(clusters * 3, labels, (1, 20))
+    assert {k: value.top1 for k, value in found.items()} == {1: 1.0, 20: 1.0}
+    noise = bank_knn(draws(2000, 16, 31), torch.arange(2000) % 4, (20,))[20].top1
+    assert noise == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 2000) ** 0.5)
+
+
+@pytest.mark.parametrize("max_entries", [64, 2**24])
+def test_bank_knn_leaves_one_out(max_entries: int) -> None:
+    """Each row against all others, one query at a time; rows without a label neither ask nor vote."""
+    bank, labels = draws(90, 6, 32), torch.arange(90) % 5 - 1
+    known = (labels >= 0).nonzero()[:, 0]
+    for k in (1, 7):
+        hits = []
+        for row in known.tolist():
+            others = known[known != row]
+            found = knn_accuracy(bank[row : row + 1], labels[row : row + 1], bank[others], labels[others], k=[k])
+            hits.append(found[k].top1)
+        assert bank_knn(bank, labels, (k,), max_entries=max_entries)[k].top1 == pytest.approx(sum(hits) / len(hits))
+        some = [hits[i * len(hits) // 10] for i in range(10)]
+        assert bank_knn(bank, labels, (k,), queries=10)[k].top1 == pytest.approx(sum(some) / 10)
+
+
+def test_bank_knn_errors() -> None:
+    bank, labels = draws(10, 4, 0), torch.arange(10) % 2
+    for arguments, words in (
+        ((bank, labels[:9], (1,)), r"must be \[N, D\] and labels \[N\], got \[10, 4\] and \[9\]"),
+        ((bank, labels * 0 - 1, (1,)), "no labels of two classes"),
+        ((bank, labels * 0, (1,)), "no labels of two classes"),
+        ((bank, labels, (10,)), r"k must be in \[1, 9\]"),
+        ((bank, labels, ()), "k is empty"),
+        ((bank, labels, (1,), 0.0), "temperature must be positive"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bank_knn(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="queries must be at least 1 or None"):
+        bank_knn(bank, labels, (1,), queries=0)
 
 
 def test_order_of_the_bank_changes_nothing() -> None:

@@ -112,5 +112,10 @@ def test_evaluate_linear(tmp_path: Path) -> None:
     assert rows["raw pixels"]["top5"] == 1.0
     assert all(row["largest_gradient"] <= 1e-5 for row in rows.values())
     assert "linear-frozen-avgpool-lbfgs: 3 classes, 18 training and 9 validation images" in render_table(result)
+    both = evaluate_linear(run, data, seeds=(0, 5), device="cpu")["results"][0]
+    assert len(both["top1_of_seeds"]) == len(both["strength_of_seeds"]) == 2
+    assert both["top1"] == pytest.approx(sum(both["top1_of_seeds"]) / 2)
     with pytest.raises(ValueError, match="strengths must be positive"):
         evaluate_linear(run, data, strengths=(), device="cpu")
+    with pytest.raises(ValueError, match="seeds must be whole numbers"):
+        evaluate_linear(run, data, seeds=(), device="cpu")
