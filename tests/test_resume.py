@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from sslfast import checkpoint as checkpoint_module
-from sslfast.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from sslfast import rundir
+from sslfast.checkpoint import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
 from sslfast.cli import main
 from sslfast.loaders.torch import TorchLoader
 from sslfast.manifest import Manifest
@@ -172,26 +173,48 @@ def test_killed_at_a_chosen_moment(moment: str, server: ForkServerContext, whole
     assert left == {".pt", ".sha256"}
 
 
-def test_killed_again_and_again_at_random_times(server: ForkServerContext, whole: Path, tmp_path: Path) -> None:
-    rng = random.Random(0)
-    killed = 0
-    while True:
-        child = start(server, train_slowly, tmp_path, wait=False)
-        # Killing counts from the first new checkpoint on, so that every start gets a little further.
-        known = set(list_checkpoints(tmp_path / "checkpoints"))
-        while child.is_alive() and set(list_checkpoints(tmp_path / "checkpoints")) == known:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.08))
+KILLS = 50
+
+
+def train_long(output: str, pause: float, checkpoint_every_steps: int) -> None:
+    """A child of 240 steps; ``pause``: seconds that a step takes longer."""
+    torch.set_num_threads(1)
+    after_step = Tiny.after_step
+
+    def slow(self: Tiny) -> None:
+        after_step(self)
+        time.sleep(pause)
+
+    Tiny.after_step = slow  # type: ignore[method-assign]
+    rundir.git_state = lambda _folder: None  # three processes of git at every start
+    config = TinyConfig(epochs=60, checkpoint_every_steps=checkpoint_every_steps)
+    Trainer(config, ROWS, output, report=lambda line: None).fit()
+
+
+def test_killed_fifty_times_at_random_moments(server: ForkServerContext, tmp_path: Path) -> None:
+    """After the first checkpoint of a life anything may be under way: a step, writing a checkpoint or the log, deleting
+    old checkpoints. Every life gets a little further, and none long enough to end the run."""
+    output, whole = tmp_path / "killed", tmp_path / "whole"
+    undisturbed = start(server, train_long, whole, 0.0, 100, wait=False)
+    rng, cut_short = random.Random(0), 0
+    for _ in range(KILLS):
+        known = {path.name for path in list_checkpoints(output / "checkpoints")}
+        child = start(server, train_long, output, 0.01, 1, wait=False)
+        while child.is_alive() and {path.name for path in list_checkpoints(output / "checkpoints")} <= known:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
         child.kill()
         child.join()
-        if child.exitcode == 0:
-            break
         assert child.exitcode == -signal.SIGKILL
-        killed += 1
-    assert killed >= 3
+        cut_short += any((output / "checkpoints").glob(".step_*.tmp"))
+    assert cut_short >= 1  # some died while they wrote a checkpoint
+    assert KILLS <= checkpoint_step(list_checkpoints(output / "checkpoints")[-1]) < 240
+    assert start(server, train_long, output, 0.0, 100).exitcode == 0
+    undisturbed.join()
+    states = [load_checkpoint(checkpoint_path(path / "checkpoints", 240)) for path in (output, whole)]
     # Another checkpoint interval is in the saved configuration, and nowhere else.
-    assert same(final_state(tmp_path) | {"config": None}, final_state(whole) | {"config": None})
-    assert log_values(tmp_path) == log_values(whole)
+    assert same(states[0] | {"config": None}, states[1] | {"config": None})
+    assert log_values(output) == log_values(whole)
 
 
 def test_terminated_child_leaves_a_checkpoint_at_its_step(
