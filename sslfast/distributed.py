@@ -105,15 +105,14 @@ def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """``module`` whose BatchNorm layers normalise by the samples of all ranks; parameters and names stay.
 
-    Raises:
-        ValueError: the device is no CUDA device.
+    On CUDA torch's SyncBatchNorm, elsewhere :class:`~sslfast.models.norm.GlobalBatchNorm`.
     """
-    if device.type != "cuda":
-        raise ValueError(
-            f"sync_batchnorm=True on device {device}: torch synchronises BatchNorm on CUDA devices alone; "
-            "set sync_batchnorm=False, or train on CUDA devices"
-        )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    from sslfast.models.norm import globalise  # which imports this module
+
+    globalise(module)
+    return module
 
 
 def gather_rows(x: Tensor) -> Tensor:

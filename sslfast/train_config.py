@@ -33,7 +33,7 @@ class TrainConfig:
     learning rate and schedule are those of the whole batch; BatchNorm and losses that contrast the samples of a batch
     see one micro-batch at a time."""
     sync_batchnorm: bool = False
-    """BatchNorm over the samples of all processes (CUDA alone). The paper's runs normalise each device's own."""
+    """BatchNorm over the samples of all processes, as in SimCLR. The PIRL paper's runs normalise each device's own."""
     seed: int = 0
     """Every random draw is a function of this, the step or epoch, and the sample's row."""
     device: str = "auto"

@@ -2,13 +2,14 @@
 
 Objective (eq. 1, NT-Xent), the mean over the 2B views of a batch of ``loss_i = -log( exp(z_i·z_p(i)/τ) /
 sum_{j≠i} exp(z_i·z_j/τ) )``, where z are unit embeddings behind an MLP and p(i) is the other view of the same image.
-Under several processes a view is contrasted with those of all ranks. The ``[2B, 2B]`` matrix is never kept: see
-``models/contrast.py``.
+Under several processes a view is contrasted with those of all ranks, and BatchNorm should see them all (section 2.2:
+else the positive can be told by the statistics of its rank): ``sync_batchnorm``, which the recipe sets. The
+``[2B, 2B]`` matrix is never kept: see ``models/contrast.py``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from sslfast.methods.base import BaseConfig, Method
 from sslfast.models.contrast import info_nce
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
-from sslfast.models.norm import globalise
 from sslfast.models.resnet import ResNetConfig, build_trunk
 
 FIRST, SECOND = "first", "second"
@@ -41,9 +41,6 @@ class SimCLR(Method):
         """Columns of an embedding."""
         temperature: float = 0.1
         """τ of the scores."""
-        batchnorm: Literal["global", "local"] = "global"
-        """Whose samples BatchNorm normalises by: those of all ranks (section 2.2: otherwise the positive can be told by
-        its statistics), or each rank's own."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """Both views: two draws of it."""
 
@@ -72,8 +69,6 @@ class SimCLR(Method):
         self.trunk = build_trunk(model, seed=seed)
         with seeded(seed + 1):
             self.projection = MLPHead(self.trunk.out_features, config.hidden_features, config.dimensions)
-        if config.batchnorm == "global":
-            globalise(self.trunk)
 
     def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.

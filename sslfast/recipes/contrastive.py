@@ -13,7 +13,7 @@ from sslfast.methods.moco import MoCo
 from sslfast.methods.simclr import SimCLR
 from sslfast.models.resnet import ResNetConfig
 from sslfast.optim import OptimConfig
-from sslfast.recipes.pirl import pirl_small
+from sslfast.recipes.pirl import pirl_small, small_method
 from sslfast.train_config import TrainConfig
 
 
@@ -70,6 +70,7 @@ def simclr() -> TrainConfig:
         ),
         epochs=1000,
         batch_size=4096,
+        sync_batchnorm=True,
     )
 
 
@@ -90,43 +91,39 @@ def cpc() -> TrainConfig:
     )
 
 
-def _small_view() -> ViewConfig:
-    return pirl_small().method.image_view
+def _moco_small_method() -> MoCo.Config:
+    """Momentum 0.99, since a small set has few steps an epoch."""
+    return MoCo.Config(queue_size=4096, momentum=0.99, image_view=small_method().image_view)
 
 
 def moco_v1_small() -> TrainConfig:
-    """MoCo v1 for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, 4,096 keys, momentum 0.99
-    since a small set has few steps an epoch."""
-    method = MoCo.Config(queue_size=4096, momentum=0.99, image_view=_small_view())
-    return replace(pirl_small(), recipe="moco-v1-small", method=method)
+    """MoCo v1 for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, 4,096 keys."""
+    return replace(pirl_small(), recipe="moco-v1-small", method=_moco_small_method())
 
 
 def moco_v2_small() -> TrainConfig:
     """MoCo v2 for images up to 64 px: as ``moco-v1-small``, with MLP head and τ 0.2; no blur at this size."""
-    config = moco_v1_small()
-    return replace(config, recipe="moco-v2-small", method=replace(config.method, projection="mlp", temperature=0.2))
+    method = replace(_moco_small_method(), projection="mlp", temperature=0.2)
+    return replace(pirl_small(), recipe="moco-v2-small", method=method)
 
 
 def simclr_small() -> TrainConfig:
     """SimCLR for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, SGD, τ 0.2, colour strength
     0.5 and no blur, as the paper has on CIFAR-10 (appendix B.9)."""
-    view = _small_view()
-    colour = AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter_probability=0.8)
-    method = SimCLR.Config(hidden_features=512, temperature=0.2, image_view=replace(view, augment=colour))
+    method = SimCLR.Config(hidden_features=512, temperature=0.2, image_view=small_method().image_view)
     return replace(pirl_small(), recipe="simclr-small", method=method)
 
 
 def cpc_small() -> TrainConfig:
     """CPC for images up to 64 px: ResNet-18 with the small stem and layer normalisation, 7 x 7 patches of 16 px with
     stride 8, batch 64 (49 patches an image), 200 epochs."""
-    augment = AugmentConfig(hue=0.1, jitter_probability=0.8)
-    view = ViewConfig(crop=CropConfig(size=64, scale=(0.2, 1.0)), augment=augment)
-    config = pirl_small()
+    config, view = pirl_small(), small_method().image_view
     return replace(
         config,
         recipe="cpc-small",
         method=CPC.Config(patch_size=16, patch_stride=8, directions="all", image_view=view),
         model=replace(config.model, norm="layer"),
+        optim=replace(config.optim, lr_per_256_images=0.24, final_lr_per_256_images=0.0),
         batch_size=64,
     )
 
