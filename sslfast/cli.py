@@ -77,6 +77,24 @@ def _evaluate_linear(arguments: list[str]) -> int:
     return _evaluate(linear.evaluate_linear, linear.render_table, arguments, "sslfast evaluate linear")
 
 
+def _evaluate_lowshot(arguments: list[str]) -> int:
+    from sslfast.evaluation import lowshot
+
+    return _evaluate(lowshot.evaluate_lowshot, lowshot.render_table, arguments, "sslfast evaluate lowshot")
+
+
+def _evaluate_semisup(arguments: list[str]) -> int:
+    from sslfast.evaluation import semisup
+
+    return _evaluate(semisup.evaluate_semisup, semisup.render_table, arguments, "sslfast evaluate semisup")
+
+
+def _report(arguments: list[str]) -> int:
+    from sslfast.report.build import report
+
+    return _evaluate(report, str, arguments, "sslfast report")
+
+
 def _export(arguments: list[str]) -> int:
     from sslfast.export import export
 
@@ -99,11 +117,14 @@ def _evaluate(
     import tyro
 
     from sslfast.commands import parse
+    from sslfast.distributed import process_group
 
+    arguments = ["--output" if argument == "-o" else argument for argument in arguments]
     result = parse(function, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
     if isinstance(result, int):
         return result
-    print(render(result))
+    if process_group().is_main:
+        print(render(result))
     return 0
 
 
@@ -139,7 +160,9 @@ def _bench_step(arguments: list[str]) -> int:
 
 EVALUATIONS = {
     "knn": Command("knn RUN DATA", "weighted k-nearest-neighbour accuracy", _evaluate_knn),
-    "linear": Command("linear RUN DATA", "linear classifier on frozen features", _evaluate_linear),
+    "linear": Command("linear RUN DATA", "linear classifiers on frozen features: probe, goyal, moco", _evaluate_linear),
+    "lowshot": Command("lowshot RUN VOC", "linear SVMs on Pascal VOC, all and few images", _evaluate_lowshot),
+    "semisup": Command("semisup RUN DATA", "fine-tuning with 1 % or 10 % of the labels", _evaluate_semisup),
 }
 DATA_COMMANDS = {
     "verify": Command("verify DIR", "decode every image once, list those that cannot be used", _data_verify),
@@ -167,12 +190,13 @@ def _group(name: str, commands: dict[str, Command]) -> Callable[[list[str]], int
 COMMANDS = {
     "pretrain": Command("pretrain DATA --recipe NAME", "pretrain an encoder without labels", _pretrain),
     "evaluate": Command(
-        "evaluate knn|linear RUN DATA",
+        "evaluate knn|linear|lowshot|semisup RUN DATA",
         "accuracy of a pretrained encoder beside baselines",
         _group("evaluate", EVALUATIONS),
     ),
     "preview": Command("preview DATA --recipe NAME -o FILE", "picture sheet of what the network sees", _preview),
     "neighbours": Command("neighbours RUN DATA", "picture sheet of images and their nearest neighbours", _neighbours),
+    "report": Command("report RUN... -o FILE", "one HTML page about runs, with nothing to fetch", _report),
     "export": Command("export RUN OUT", "the trunk as a file of torchvision, timm, detectron2, ONNX, ...", _export),
     "data": Command("data verify|prepare ...", "check images, store them in one file", _group("data", DATA_COMMANDS)),
     "info": Command("info", "versions, devices, what is usable here and why not", _info),

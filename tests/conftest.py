@@ -1,6 +1,7 @@
 """Shared fixtures. Set SSLFAST_REQUIRE_CUDA=1 on a GPU machine: a missing device is then a failure, not a skip."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,12 +12,18 @@ from sslfast.loaders import ffcv_library
 # FFCV is built against system libraries, which not every machine has. SSLFAST_REQUIRE_FFCV=1: it is an error then.
 FFCV_TESTS = ["loaders/test_ffcv.py", "loaders/test_prepare.py"]
 FFCV_USABLE, FFCV_REASON, FFCV_REMEDY = ffcv_library.status()
-collect_ignore = [] if FFCV_USABLE or os.environ.get("SSLFAST_REQUIRE_FFCV") == "1" else FFCV_TESTS
+LEFT_OUT: list[tuple[list[str], str]] = []
+if not (FFCV_USABLE or os.environ.get("SSLFAST_REQUIRE_FFCV") == "1"):
+    LEFT_OUT.append((FFCV_TESTS, f"{FFCV_REASON}; {FFCV_REMEDY}"))
+# The report is looked at in Chromium. SSLFAST_REQUIRE_BROWSER=1: it is an error where that is missing.
+if not (shutil.which("chromedriver") or os.environ.get("SSLFAST_REQUIRE_BROWSER") == "1"):
+    LEFT_OUT.append((["test_report_browser.py"], "no chromedriver; apt-get install -y chromium chromium-driver"))
+collect_ignore = [name for names, _ in LEFT_OUT for name in names]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if collect_ignore:
-        terminalreporter.write_line(f"left out: {', '.join(collect_ignore)}: {FFCV_REASON}; {FFCV_REMEDY}")
+    for names, reason in LEFT_OUT:
+        terminalreporter.write_line(f"left out: {', '.join(names)}: {reason}")
 
 
 # Under nohup and in background jobs Ctrl-C is ignored, and children inherit that: tests of Ctrl-C need it as it is in a

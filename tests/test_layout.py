@@ -27,7 +27,7 @@ LAYERS: list[list[str]] = [
      "sslfast.memory"],
     ["sslfast.recipes"],
     ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.bench_step",
-     "sslfast.export", "sslfast.info",
+     "sslfast.export", "sslfast.report", "sslfast.info",
      "sslfast.demo", "sslfast.demo_data"],
     ["sslfast.cli", "sslfast.commands", "sslfast.__main__"],
 ]  # fmt: skip

@@ -1,0 +1,353 @@
+"""``sslfast report``: one self-contained page about one or several runs.
+
+From a run directory come its configuration, curves and evaluation results. With labelled images (``--data``) each run's
+encoder is asked, too: per-class accuracy and confusion of a linear probe, nearest neighbours, and a map of the
+embeddings (t-SNE of scikit-learn; van der Maaten & Hinton 2008) with the images behind the points.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslfast.config import load_json
+from sslfast.evaluation.features import TRAINED, EvaluationSet, load_evaluation_set
+from sslfast.evaluation.knn import nearest_neighbours
+from sslfast.evaluation.linear import STRENGTHS, train_probe
+from sslfast.figures.neighbours import choose_queries
+from sslfast.images import decode_full, quiet_pillow, read_bytes
+from sslfast.metrics import read_log
+from sslfast.report.charts import figure, line_chart, number, scatter_chart
+from sslfast.report.page import legend, page, table
+from sslfast.report.published import PUBLISHED
+from sslfast.rundir import RunDirectory
+
+_FIRST = ("loss", "time.samples_per_second", "time.loader_wait_share", "lr")
+_WORDS = {
+    "time.samples_per_second": "samples/s",
+    "time.loader_wait_share": "share of time waiting for data",
+    "lr": "learning rate",
+}
+_TILE = 48  # pixels of a picture in the map's sprite
+_MOST_CLASSES = 30  # rows of the per-class table; of more classes, the best and the worst
+
+
+class Run:
+    """What a run directory holds for the report."""
+
+    def __init__(self, path: Path) -> None:
+        directory = RunDirectory(path)
+        self.path, self.name = path, path.resolve().name
+        self.config = load_json(directory.config)
+        self.records = [_flat(record) for record in read_log(directory.log)] if directory.log.exists() else []
+        self.results = [load_json(file) for file in sorted((path / "evaluation").glob("*.json"))]
+        self.pictures = sorted((path / "evaluation").glob("detect*.png"))
+
+
+def report(
+    runs: tuple[Path, ...],
+    /,
+    *,
+    output: Path = Path("report.html"),
+    data: Path | None = None,
+    points: int = 1000,
+    queries: int = 10,
+    neighbours: int = 8,
+    size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+) -> Path:
+    """One HTML page about runs, for any browser, with nothing to fetch.
+
+    Args:
+        runs: run directories that sslfast pretrain wrote.
+        output: file to write.
+        data: folder with train/<class>/ and val/<class>/: adds accuracy by class, neighbours and the embedding map.
+        points: validation images on the map.
+        queries: rows of the neighbour sheet.
+        neighbours: images in each of them.
+        size: side of the images in pixels; default: that of each run.
+        batch_size: images per forward pass.
+        workers: decoding threads; 0: none besides the main one.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError, FileNotFoundError: no run, or something in one of them that is no run; with the remedy.
+    """
+    if not runs:
+        raise ValueError("there is no run to report on; give at least one run directory")
+    if output.suffix not in (".html", ".htm"):
+        raise ValueError(f"output must end in .html, got {str(output)!r}")
+    for name, value in (("points", points), ("queries", queries), ("neighbours", neighbours)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    found = [Run(Path(path)) for path in runs]
+    _name_apart(found)
+    sections = [
+        ("Runs", _summary(found)),
+        ("Curves", _curves(found)),
+        ("Evaluations", _evaluations(found)),
+    ]
+    for run in found:
+        if data is None:
+            break
+        evaluation = load_evaluation_set(
+            run.path, data, size=size, batch_size=batch_size, workers=workers, device=device
+        )
+        suffix = f", {run.name}" if len(found) > 1 else ""
+        sections += [
+            (f"Accuracy by class{suffix}", _by_class(evaluation)),
+            (f"Nearest neighbours{suffix}", _neighbour_rows(evaluation, queries=queries, k=neighbours)),
+            (f"Embedding map{suffix}", _embedding_map(evaluation, most=points)),
+        ]
+    sections += [
+        ("Detections", "".join(_picture(path) for run in found for path in run.pictures)),
+        ("Published results on ImageNet", _published()),
+    ]
+    title = f"sslfast: {', '.join(run.name for run in found)}"
+    subtitle = ", ".join(sorted({str(run.config.get("recipe", "")) for run in found}))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_text(page(title, f"recipe {subtitle}", sections), encoding="utf-8")
+    temporary.replace(output)
+    return output
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        elif isinstance(value, int | float):
+            flat[prefix + name] = float(value)
+    return flat
+
+
+def _name_apart(runs: Sequence[Run]) -> None:
+    """Runs in folders of one name get the folder above in front."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.path.resolve().parent.name}/{run.name}"
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    rows: list[list[str | float]] = []
+    for run in runs:
+        last = run.records[-1] if run.records else {}
+        model, method = run.config.get("model", {}), run.config.get("method", {})
+        rates = [r["time.samples_per_second"] for r in run.records if "time.samples_per_second" in r]
+        rows.append(
+            [
+                run.name,
+                str(run.config.get("recipe", "")),
+                str(method.get("name", "")),
+                f"{model.get('name', '')} ({model.get('stem', '')})",
+                f"{last.get('epoch', 0):g} of {run.config.get('epochs', '?')}",
+                f"{last.get('step', 0):,.0f}",
+                str(run.config.get("batch_size", "")),
+                number(last["loss"]) if "loss" in last else "",
+                number(float(np.median(rates))) if rates else "",
+            ]
+        )
+    header = ["run", "recipe", "method", "trunk", "epochs", "steps", "batch", "loss", "samples/s (median)"]
+    return table(header, rows)
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    names = {name: None for run in runs for record in run.records for name in record}
+    others = [name for name in names if name not in (*_FIRST, "step", "epoch") and not name.startswith("time.")]
+    charts = []
+    for name in [*(n for n in _FIRST if n in names), *others]:
+        series = {
+            run.name: [(record["epoch"], record[name]) for record in run.records if name in record] for run in runs
+        }
+        charts.append(line_chart(_WORDS.get(name, name), series, x_label="epoch"))
+    if not any(charts):
+        return "<p>No log record was written yet.</p>"
+    names_of_runs = legend([run.name for run in runs]) if len(runs) > 1 else ""
+    return f'{names_of_runs}<div class="grid2">{"".join(charts)}</div>'
+
+
+def _evaluations(runs: Sequence[Run]) -> str:
+    rows: list[list[str | float]] = []
+    for run in runs:
+        for result in run.results:
+            for row in result.get("results", []):
+                values = ", ".join(
+                    f"{name} {100 * value:.1f} %"
+                    for name, value in row.items()
+                    if isinstance(value, float) and name in ("top1", "top5", "map", "ap", "ap50", "ap75")
+                )
+                which = [str(row[name]) for name in ("encoder", "layer") if name in row]
+                which += [f"{name}={row[name]}" for name in ("k", "shots", "fraction") if name in row]
+                rows.append([run.name, str(result.get("protocol", "")), ", ".join(which), values])
+    if not rows:
+        return "<p>None yet: <code>sslfast evaluate knn RUN DATA</code> makes one.</p>"
+    return table(["run", "protocol", "what", "result"], rows)
+
+
+def _by_class(evaluation: EvaluationSet) -> str:
+    """Accuracy of the linear probe for every class, its confusion matrix and the pairs most often confused."""
+    classes = len(evaluation.classes)
+    probe = train_probe(evaluation.train[TRAINED], evaluation.train_labels, classes=classes, strengths=STRENGTHS[1:4])
+    predicted = probe(evaluation.val[TRAINED]).argmax(1)
+    confusion = confusion_matrix(predicted, evaluation.val_labels, classes)
+    counts = confusion.sum(1)
+    share = confusion.diagonal() / counts.clamp(min=1)
+    overall = confusion.diagonal().sum() / counts.sum()
+    order = [i for i in share.argsort(descending=True).tolist() if counts[i] > 0]
+    shown = order if len(order) <= _MOST_CLASSES else [*order[: _MOST_CLASSES // 2], *order[-_MOST_CLASSES // 2 :]]
+    rows: list[list[str | float]] = [
+        [
+            escape(evaluation.classes[i]),
+            f'<span class="bar" style="width:{160 * float(share[i]):.0f}px"></span> {100 * float(share[i]):.0f} %',
+            int(counts[i]),
+        ]
+        for i in shown
+    ]
+    off = confusion - confusion.diagonal().diag()
+    worst = [divmod(k, classes) for k in off.flatten().argsort(descending=True, stable=True)[:10].tolist()]
+    pairs: list[list[str | float]] = [
+        [evaluation.classes[a], evaluation.classes[b], int(off[a, b])] for a, b in worst if off[a, b] > 0
+    ]
+    words = (
+        f"Linear probe on the frozen trunk: {100 * float(overall):.1f} % of {int(counts.sum()):,} validation images."
+    )
+    if len(order) > len(shown):
+        words += f" Best and worst {_MOST_CLASSES // 2} of {len(order)} classes."
+    return (
+        f'<p>{words}</p><div class="grid2"><div>{table(["class", "right", "images"], rows, html=True)}</div><div>'
+        f"<h3>Confusion</h3><p class='faint'>Rows: true class, columns: predicted, in the order of the folders; darker "
+        f"is more often.</p>{_heat_map(confusion)}<h3>Most often confused</h3>"
+        f"{table(['true', 'predicted', 'images'], pairs)}</div></div>"
+    )
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """``[classes, classes]`` float64 counts: true class down, predicted class across."""
+    flat = torch.bincount(labels * classes + predicted, minlength=classes * classes)
+    return flat.reshape(classes, classes).double()
+
+
+def _heat_map(confusion: Tensor) -> str:
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    level = share.sqrt()[..., None].numpy()  # the root: rare confusions stay visible
+    light, dark = np.array([245, 247, 249.0]), np.array([23, 58, 128.0])
+    picture = Image.fromarray((light + level * (dark - light)).round().astype(np.uint8))
+    factor = max(1, 400 // len(confusion))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return f'<img class="picture" alt="confusion matrix" src="{data_url(picture, "PNG")}">'
+
+
+def _neighbour_rows(evaluation: EvaluationSet, *, queries: int, k: int) -> str:
+    rows = choose_queries(evaluation.val_labels, queries)
+    k = min(k, len(evaluation.train_labels))
+    similarity, found = nearest_neighbours(evaluation.val[TRAINED][rows], evaluation.train[TRAINED], k)
+    parts = []
+    for position, row in enumerate(rows.tolist()):
+        label = int(evaluation.val_labels[row])
+        tiles = [_tile(evaluation.val_paths[row], evaluation.classes[label], "")]
+        for value, neighbour in zip(similarity[position].tolist(), found[position].tolist(), strict=True):
+            other = int(evaluation.train_labels[neighbour])
+            words = f"{evaluation.classes[other]}, cosine {value:.3f}"
+            tiles.append(_tile(evaluation.train_paths[neighbour], words, "same" if other == label else "other"))
+        name = f'<span class="faint">{escape(evaluation.classes[label])}</span>'
+        parts.append(f'<div class="tiles">{name}{"".join(tiles)}</div>')
+    words = "A validation image, then the training images most similar to it: green, of its class; red, of another."
+    return f"<p>{words}</p>{''.join(parts)}"
+
+
+def _embedding_map(evaluation: EvaluationSet, *, most: int) -> str:
+    total = len(evaluation.val_labels)
+    rows = torch.arange(min(most, total)) * total // min(most, total)
+    places = embed_in_plane(evaluation.val[TRAINED][rows])
+    columns = math.ceil(math.sqrt(len(rows)))
+    sprite = Image.new("RGB", (columns * _TILE, -(-len(rows) // columns) * _TILE))
+    points = []
+    with quiet_pillow():
+        for i, row in enumerate(rows.tolist()):
+            sprite.paste(_thumbnail(evaluation.val_paths[row], _TILE), (i % columns * _TILE, i // columns * _TILE))
+            x, y = (round(v, 4) for v in places[i].tolist())
+            points.append([x, y, int(evaluation.val_labels[row]), evaluation.val_paths[row].name])
+    data = {
+        "points": points,
+        "classes": evaluation.classes,
+        "columns": columns,
+        "tile": _TILE,
+        "sprite": data_url(sprite, "JPEG"),
+    }
+    body = (
+        '<div class="map"><canvas width="1200" height="900" aria-label="embedding map"></canvas>'
+        '<div class="shown"><div class="thumb"></div><div class="words faint">Point at a dot, or touch it.</div></div>'
+        "</div>"
+    )
+    return figure(f"t-SNE of {len(rows):,} validation images", body, note="one colour a class", data=data, kind="map")
+
+
+def embed_in_plane(features: Tensor) -> Tensor:
+    """``[N, D]`` features to ``[N, 2]`` places in the unit square: t-SNE on cosine distances, started from principal
+    axes, the same for the same features. Fewer than 5 images lie on a circle."""
+    count = len(features)
+    if count < 5:
+        angle = torch.arange(count) * 2 * math.pi / max(count, 1)
+        return torch.stack((angle.cos(), angle.sin()), 1) / 2 + 0.5
+    from sklearn.manifold import TSNE
+
+    unit = torch.nn.functional.normalize(features.float(), dim=1).numpy()
+    perplexity = min(30.0, (count - 1) / 4)
+    places = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(unit)
+    found = torch.from_numpy(np.ascontiguousarray(places)).double()
+    low, high = found.amin(0), found.amax(0)
+    return (found - low) / (high - low).clamp(min=1e-12)
+
+
+def _published() -> str:
+    points = [(p.parameters, p.top1, p.method, "pirl" if p.is_pirl else "") for p in PUBLISHED]
+    chart = scatter_chart(
+        "Top-1 of a linear classifier on ImageNet, in percent",
+        points,
+        x_label="parameters, millions",
+        log_x=True,
+        note="as published",
+    )
+    words = (
+        "Figure 2 of the PIRL paper. Results of other data sets do not belong on this scale, so no run is drawn here."
+    )
+    return f'<div class="grid2">{chart}<p class="faint">{words}</p></div>'
+
+
+def _thumbnail(path: Path, side: int) -> Image.Image:
+    """The centre square of a picture."""
+    picture = Image.fromarray(decode_full(read_bytes(path))).convert("RGB")
+    short = min(picture.size)
+    left, top = (picture.width - short) // 2, (picture.height - short) // 2
+    return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
+
+
+def _tile(path: Path, words: str, css: str) -> str:
+    with quiet_pillow():
+        picture = _thumbnail(path, 96)
+    text = escape(words, quote=True)
+    return f'<img class="{css}" alt="{text}" title="{text}" src="{data_url(picture, "JPEG")}">'
+
+
+def _picture(path: Path) -> str:
+    with Image.open(path) as picture:
+        return f'<img class="picture" alt="{escape(path.stem, quote=True)}" src="{data_url(picture, "PNG")}">'
+
+
+def data_url(picture: Image.Image, kind: str) -> str:
+    """The picture inside the page: ``data:image/...;base64,...``."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -1,0 +1,43 @@
+"""The page around the report's sections: one file, its style and script inside, nothing fetched."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
+    """The whole document; sections are (heading, HTML), empty ones are left out."""
+    style, script = (files("sslfast.report").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    body = "".join(f"<section><h2>{escape(heading)}</h2>{html}</section>" for heading, html in sections if html)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main><h1>{escape(title)}</h1>"
+        f'<div class="faint">{escape(subtitle)}</div>{body}</main><script>{script}</script></body></html>\n'
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str | float]], *, html: bool = False) -> str:
+    """A table that scrolls sideways on a narrow screen; numbers to the right. ``html``: texts are HTML already."""
+    text = (lambda t: t) if html else escape
+    numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
+
+    def cell(tag: str, value: str | float, right: bool) -> str:
+        words = text(value) if isinstance(value, str) else f"{value:,.6g}"
+        return f"<{tag}{' class=n' if right else ''}>{words}</{tag}>"
+
+    head = "".join(cell("th", name, right) for name, right in zip(header, numeric, strict=True))
+    lines = "".join(
+        "<tr>" + "".join(cell("td", value, right) for value, right in zip(row, numeric, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def legend(names: Sequence[str]) -> str:
+    """Names in the colours of their lines."""
+    return (
+        '<div class="legend">'
+        + "".join(f'<span class="s{i % 8}"><b>{escape(name)}</b></span>' for i, name in enumerate(names))
+        + "</div>"
+    )
