@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear
 
 from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
@@ -150,7 +150,7 @@ class SeLa(Method):
                 logits = linear(self.features.rows[rows[part]].float(), weight, bias)
                 if caches:
                     cache[part.start] = logits
-            return config.sharpness * log_softmax(logits.double(), dim=1)
+            return config.sharpness * logits.double()  # log-probabilities up to a number of each row
 
         return sinkhorn(
             scores,
