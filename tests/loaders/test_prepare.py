@@ -1,12 +1,14 @@
 """``data prepare``: what is stored and how, in FFCV's own format, whole or not at all."""
 
 import errno
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from PIL import Image
 import sslfast.loaders.beton as beton_module
 import sslfast.loaders.prepare as prepare_module
 from sslfast import cli
+from sslfast.figures.preview import write_preview
 from sslfast.images import decode_full, decode_pixels, open_image
 from sslfast.loaders.beton import ALLOCATION, FOOTER, HEADER, JPG, RAW, Beton, BetonWriter
 from sslfast.loaders.data import open_data, reopen_data
@@ -365,3 +368,32 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be named *.beton" in capsys.readouterr().err
     assert cli.main(["data", "prepare", str(output), str(output)]) == 2
     assert "is a .beton file already" in capsys.readouterr().err
+
+
+def test_tar_shards_become_a_file_with_their_rows_and_classes(tmp_path: Path) -> None:
+    members = {f"{i}.jpg": encoded(picture(60, 40, i)) for i in range(5)}
+    labels = {f"{i}.cls": str(10 - i).encode() for i in range(5)}
+    (tmp_path / "data").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "data" / f"{shard}.tar", "w") as tar:
+            for name, data in (members | labels).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    shards = Manifest.scan(tmp_path / "data")
+    prepare(tmp_path / "data", tmp_path / "x.beton", workers=2)
+    manifest = open_data(tmp_path / "x.beton")
+    assert manifest.paths == shards.paths
+    assert manifest.shards is None
+    assert manifest.classes == ["6", "7", "8", "9", "10"]
+    assert manifest.labels.tolist() == shards.labels.tolist() == [4, 3, 2, 1, 0] * 2
+    with Beton(tmp_path / "x.beton") as beton:
+        assert [stored(beton, row) for row in range(10)] == [*members.values()] * 2
+
+
+def test_a_preview_of_the_file_names_its_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", NAMES)
+    prepare(root, tmp_path / "x.beton", workers=0)
+    with pytest.raises(ValueError, match=rf"x.beton is a .beton file: name what it was made of \({root}\)"):
+        write_preview(tmp_path / "x.beton", {}, tmp_path / "sheet.png")
+    assert not (tmp_path / "sheet.png").exists()
