@@ -20,9 +20,10 @@ BATCH = 16 if DEVICE.type == "cpu" else 256
 
 
 @pytest.mark.parametrize("impl", ["torch", "sslfast"])
+@pytest.mark.parametrize("blur", [False, True], ids=["plain", "blur"])
 @pytest.mark.parametrize("jigsaw", [True, False], ids=["jigsaw", "image"])
-def test_render_views(benchmark: Any, jigsaw: bool, impl: str) -> None:
-    time_case(benchmark, render_views_case(DEVICE, batch=BATCH, jigsaw=jigsaw), impl, DEVICE, rounds=7)
+def test_render_views(benchmark: Any, jigsaw: bool, blur: bool, impl: str) -> None:
+    time_case(benchmark, render_views_case(DEVICE, batch=BATCH, jigsaw=jigsaw, blur=blur), impl, DEVICE, rounds=7)
 
 
 @pytest.mark.parametrize("jigsaw", [True, False], ids=["jigsaw", "image"])

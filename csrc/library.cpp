@@ -38,6 +38,8 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
       "render_views(Tensor crops, Tensor parameters, Tensor? quarter_turns, Tensor? permutation, Tensor? offsets, "
       "int grid, int patch_size, float mean_r, float mean_g, float mean_b, float std_r, float std_g, float std_b, "
       "ScalarType dtype, bool channels_last, bool photometric, bool blur) -> Tensor");
+  // sRGB [N, 3, H, W] in 0..1 as CIE Lab, float32; [N, H, W, 3] both ways when channels_last.
+  m.def("rgb_to_lab(Tensor pixels, bool channels_last) -> Tensor");
   // Patches [N, grid^2, C, p, p] of images [N, C, H, W]; slot j shows cell permutation[n, j], moved by its offset.
   m.def("jigsaw_patches(Tensor images, Tensor permutation, Tensor offsets, int grid, int patch_size) -> Tensor");
 }

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,48 +257,41 @@ def negative_rows_case(device: torch.device, *, batch: int = 256, num_negatives:
 
 
 def pixel_cases(device: torch.device, *, batch: int = 64) -> list[Case]:
-    """rotate90 and jigsaw_patches on uint8 crops, beside indexing in torch."""
+    """rotate90 and jigsaw_patches on uint8 crops and rgb_to_lab on floats, beside the same in torch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch, 3, 255, 255), generator=generator).to(device, torch.uint8)
     turns = torch.randint(4, (batch,), generator=generator).to(device)
     order = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
     offsets = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
-    pairs: list[tuple[str, Callable[[], Tensor], Callable[[], Tensor], int]] = [
-        (
-            "rotate90",
-            lambda: ops.rotate90_reference(images, turns),
-            lambda: ops.rotate90(images, turns),
-            2 * images.numel(),
-        ),
-        (
-            "jigsaw_patches",
-            lambda: ops.jigsaw_patches_reference(images, order, offsets),
-            lambda: ops.jigsaw_patches(images, order, offsets),
-            2 * batch * 9 * 3 * 64 * 64,
-        ),
+    calls: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...], int]] = [
+        (ops.rotate90, ops.rotate90_reference, (images, turns), 2 * images.numel()),
+        (ops.jigsaw_patches, ops.jigsaw_patches_reference, (images, order, offsets), 2 * batch * 9 * 3 * 64 * 64),
+        (ops.rgb_to_lab, ops.rgb_to_lab_reference, (images / 255,), 8 * images.numel()),
     ]
     cases = []
-    for op, eager, ours, floor in pairs:
+    for op, reference, given, floor in calls:
+        ours, eager = partial(op, *given), partial(reference, *given)
 
-        def check(eager: Callable[[], Tensor] = eager, ours: Callable[[], Tensor] = ours) -> None:
-            assert torch.equal(eager(), ours())
+        def check(ours: Callable[[], Tensor] = ours, eager: Callable[[], Tensor] = eager) -> None:
+            torch.testing.assert_close(ours(), eager(), rtol=0, atol=1e-3)
 
-        cases.append(Case(op, f"[{batch}, 3, 255, 255] uint8", {"eager": eager, "sslfast": ours}, floor, check))
+        size = f"[{batch}, 3, 255, 255] {str(given[0].dtype)[6:]}"
+        cases.append(Case(op.__name__, size, {"eager": eager, "sslfast": ours}, floor, check))
     return cases
 
 
-def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = True) -> Case:
+def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = True, blur: bool = False) -> Case:
     """The view stage of PIRL's jigsaw view (255-pixel crops, nine patches of 64) or image view (224), all colour
-    operations on, beside the same operations one after the other in torch."""
+    operations on (blur, where asked for, of every picture), beside the same operations one after the other in torch."""
     generator = torch.Generator().manual_seed(0)
     side, pictures = (255, 9) if jigsaw else (224, 1)
     crops = torch.randint(256, (batch, 3, side, side), generator=generator).to(device, torch.uint8)
-    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0, 0])
-    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25, 0])
+    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0, 0.1 * blur])
+    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25, 2.0 * blur])
     drawn = low + torch.rand(batch, pictures, 13, generator=generator) * (high - low)
     whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
     parameters = torch.where(whole, drawn.floor(), drawn).to(device)
-    options: dict[str, Any] = {"photometric": False, "blur": False}
+    options: dict[str, Any] = {"photometric": False, "blur": blur}
     if jigsaw:
         options["permutation"] = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
         options["offsets"] = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
@@ -311,7 +305,7 @@ def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = T
         "sslfast": lambda: ops.render_views(crops, parameters, **options),
     }
     written = batch * 3 * (9 * 64 * 64 if jigsaw else 224 * 224)
-    size = f"{'jigsaw' if jigsaw else 'image'} view, B={batch}, float32"
+    size = f"{'jigsaw' if jigsaw else 'image'} view{' with blur' if blur else ''}, B={batch}, float32"
     return Case("render_views", size, implementations, 5 * written, check)
 
 
@@ -332,6 +326,7 @@ def op_cases(device: torch.device) -> list[Case]:
         *pixel_cases(device),
         render_views_case(device),
         render_views_case(device, jigsaw=False),
+        render_views_case(device, jigsaw=False, blur=True),
     ]
 
 

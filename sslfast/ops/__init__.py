@@ -9,6 +9,7 @@ from sslfast.ops.ema_update_ import ema_update_, ema_update_reference
 from sslfast.ops.jigsaw_patches import jigsaw_patches, jigsaw_patches_reference
 from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 from sslfast.ops.render_views import render_views, render_views_reference
+from sslfast.ops.rgb_to_lab import rgb_to_lab, rgb_to_lab_reference
 from sslfast.ops.rotate90 import rotate90, rotate90_reference
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "negative_rows_reference",
     "render_views",
     "render_views_reference",
+    "rgb_to_lab",
+    "rgb_to_lab_reference",
     "rotate90",
     "rotate90_reference",
 ]

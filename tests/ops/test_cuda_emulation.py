@@ -12,7 +12,10 @@ from tests.cuda_emulation import emulate, fence, load, source_of
 
 ORDERS = [0, 1, 2, 3]  # of threads and blocks: as numbered, backwards, two draws
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-OPS = ["bank_enqueue_", "bank_nce", "bank_update_", "ema_update_", "jigsaw_patches", "negative_rows", "rotate90"]
+OPS = [
+    "bank_enqueue_", "bank_nce", "bank_update_", "ema_update_", "jigsaw_patches", "negative_rows", "rgb_to_lab",
+    "rotate90",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -287,6 +290,17 @@ def test_rotate90_channels_last_and_odd_addresses() -> None:
     expected = run_on_cpu("rotate90", images, turns)
     for same in (images.contiguous(memory_format=torch.channels_last), shifted):
         assert torch.equal(emulate("rotate90", same, turns, order=2), expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rgb_to_lab(dtype: torch.dtype, channels_last: bool) -> None:
+    for order, (images, height, width) in enumerate([(1, 1, 1), (2, 3, 11), (2, 32, 32), (1, 25, 41)]):
+        pixels = draw(images, height, width, 3, seed=order).sigmoid().to(dtype)
+        pixels = pixels if channels_last else pixels.permute(0, 3, 1, 2).contiguous()
+        expected = run_on_cpu("rgb_to_lab", pixels, channels_last)
+        result = emulate("rgb_to_lab", *fenced(pixels, channels_last), order=order)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("patch", [1, 5, 8, 20])

@@ -340,6 +340,22 @@ def jigsaw_patches_check(call: Arguments, answer: Tensor, _before: Arguments) ->
     torch.testing.assert_close(answer, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def rgb_to_lab_call(draw: Any) -> Arguments:
+    batch, height, width = (draw(st.integers(low, high)) for low, high in ((0, 3), (0, 5), (0, 7)))
+    pixels = integers(draw, 256, batch, 3, height, width) / 255
+    if draw(st.booleans()):
+        pixels = pixels.to(memory_format=torch.channels_last)
+    return {"pixels": pixels.to(draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])))}
+
+
+def rgb_to_lab_check(call: Arguments, answer: Tensor, _before: Arguments) -> None:
+    """Within the scale; bent calls may hold numbers that float32 has no cubes of."""
+    pixels = call["pixels"].double()
+    inside = ((pixels >= 0) & (pixels <= 1)).all(dim=1, keepdim=True).expand(pixels.shape)
+    expected = ops.rgb_to_lab_reference(pixels)
+    torch.testing.assert_close(answer[inside].double(), expected[inside], rtol=0, atol=1e-3)
+
+
 def render_views_call(draw: Any) -> Arguments:
     batch, grid, patch = (draw(st.integers(low, high)) for low, high in ((0, 3), (0, 3), (1, 4)))
     side, pictures = max(1, grid) * patch + draw(st.integers(0, 4)), max(1, grid**2)
@@ -389,6 +405,7 @@ FACES: dict[str, tuple[Callable[..., Any], Callable[[Any], Arguments], Callable[
     "ema_update_": (ops.ema_update_, ema_update_call, ema_update_check),
     "rotate90": (ops.rotate90, rotate90_call, rotate90_check),
     "jigsaw_patches": (ops.jigsaw_patches, jigsaw_patches_call, jigsaw_patches_check),
+    "rgb_to_lab": (ops.rgb_to_lab, rgb_to_lab_call, rgb_to_lab_check),
     "render_views": (ops.render_views, render_views_call, render_views_check),
 }
 
