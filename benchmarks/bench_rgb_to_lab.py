@@ -1,16 +1,16 @@
-"""rgb_to_lab beside the same formulas in torch and scikit-image's rgb2lab (CPU, float32).
+"""rgb_to_lab beside the same formulas in torch and scikit-image's rgb2lab (on the CPU; where it is installed).
 
     pytest benchmarks/bench_rgb_to_lab.py --benchmark-enable
 
 Runs on the GPU where there is one. ``gib_per_s`` counts every byte once read and once written.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from skimage.color import rgb2lab
 from torch import Tensor
 
 from sslfast.ops import rgb_to_lab, rgb_to_lab_reference
@@ -20,14 +20,17 @@ BATCH = 16 if DEVICE.type == "cpu" else 256
 
 
 def scikit_image(pixels: Tensor) -> Tensor:
+    from skimage.color import rgb2lab
+
     return torch.from_numpy(rgb2lab(pixels.cpu().numpy(), channel_axis=1)).to(pixels.device)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sslfast": rgb_to_lab,
     "torch": rgb_to_lab_reference,
-    "scikit-image": scikit_image,
 }
+if importlib.util.find_spec("skimage") is not None:
+    IMPLEMENTATIONS["scikit-image"] = scikit_image
 
 
 @pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
