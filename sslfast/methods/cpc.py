@@ -1,8 +1,8 @@
 """CPC: contrastive predictive coding of images (van den Oord, Li & Vinyals 2018; Hénaff et al., ICML 2020).
 
-An image is cut into a G x G grid of overlapping patches; the trunk makes one vector ``z_ij`` of each, seeing nothing
-else. A context network summarises the rows above and the row itself, ``c_ij = g(z_uv: u <= i)``, and k rows further
-down the patch is told from all other patches of the batch (van den Oord et al. eqs. 3 and 4)::
+An image is cut into a G x G grid of overlapping patches; the trunk makes one vector ``z_ij`` of each, layer-normalised,
+seeing nothing else. A context network summarises the rows above and the row itself, ``c_ij = g(z_uv: u <= i)``, and k
+rows further down the patch is told from all other patches of the batch (van den Oord et al. eqs. 3 and 4)::
 
     loss = -log( exp(f_k(z_{i+k,j}, c_ij)) / sum_z exp(f_k(z, c_ij)) ),   f_k(z, c) = (T z)·(W_k c) / sqrt(D)
 
@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from sslfast.distributed import gather_rows_with_gradient, rank
 from sslfast.loaders.batch import AugmentConfig, CropConfig, View, ViewConfig
@@ -154,11 +155,11 @@ class CPC(Method):
         return {"loss": losses.mean()}
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` to the vectors of all patches ``[B, G, G, C]``."""
+        """``[B, 3, S, S]`` to the normalised vectors of all patches ``[B, G, G, C]``."""
         size, stride, grid = self.config.patch_size, self.config.patch_stride, self.config.grid
         patches = pixels.unfold(2, size, stride).unfold(3, size, stride)  # [B, 3, G, G, p, p]
-        features: Tensor = self.trunk(patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
-        return features.unflatten(0, (len(pixels), grid, grid))
+        features = self.trunk(patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+        return layer_norm(features, features.shape[-1:]).unflatten(0, (len(pixels), grid, grid))
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions ``[P, D]`` of all contexts, and the number ``[P]`` of each one's patch among ``B * G * G``."""

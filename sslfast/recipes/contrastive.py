@@ -123,7 +123,7 @@ def cpc_small() -> TrainConfig:
         recipe="cpc-small",
         method=CPC.Config(patch_size=16, patch_stride=8, directions="all", image_view=view),
         model=replace(config.model, norm="layer"),
-        optim=replace(config.optim, lr_per_256_images=0.24, final_lr_per_256_images=0.0),
+        optim=replace(config.optim, lr_per_256_images=0.12, warmup_epochs=5),
         batch_size=64,
     )
 

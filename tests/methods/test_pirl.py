@@ -63,7 +63,7 @@ def test_bank_moves_toward_the_image_embedding_alone() -> None:
     views, rows = batch(method)
     before = method.bank.rows.clone()
     method(views, rows, step=0)
-    image = method._pending[1]  # type: ignore[index]
+    image = method._pending[0][1]
     torch.testing.assert_close(method.bank.rows, before)  # scoring leaves the bank alone
     method.after_step()
     torch.testing.assert_close(method.bank.rows[rows], normalize(0.25 * before[rows] + 0.75 * image, dim=1))
@@ -100,7 +100,9 @@ def test_gradients_reach_trunk_and_heads_and_never_the_bank() -> None:
     assert not method.bank.rows.requires_grad
 
 
-@pytest.mark.parametrize("recipe", ["pirl-paper", "pirl-vissl", "pirl-rotation", "pirl-rotation-jigsaw", "npid"])
+@pytest.mark.parametrize(
+    "recipe", ["pirl-paper", "pirl-vissl", "pirl-rotation", "pirl-rotation-jigsaw", "npid", "npid-plus-plus"]
+)
 def test_step_zero_values_of_the_recipes(recipe: str) -> None:
     """The first loss of every ImageNet recipe: ln(K+1)+1 for NCE with Z ~ N exp(1 / (2 D T^2)), see the README.
 
@@ -198,7 +200,16 @@ def test_presets_are_the_published_numbers() -> None:
     both = RECIPES["pirl-rotation-jigsaw"]().method.views()["pretext"]
     assert both.rotation
     assert both.jigsaw is not None
-    assert RECIPES["npid"]().method.pretext_weight == 0
+    for name, negatives, epochs, batch, own in (
+        ("npid", 4096, 200, 256, True),
+        ("npid-plus-plus", 32000, 800, 1024, False),
+    ):
+        config = RECIPES[name]()
+        method = config.method
+        assert (method.pretext_weight, method.loss, method.temperature) == (0, "nce", 0.07)
+        assert (method.num_negatives, method.exclude_self, config.epochs) == (negatives, not own, epochs)
+        assert (config.batch_size, config.optim.lr_per_256_images) == (batch, 0.03)
+    assert RECIPES["npid-small"]().method == replace(RECIPES["pirl-small"]().method, pretext_weight=0.0)
     for name, recipe in RECIPES.items():
         assert recipe().recipe == name
 
