@@ -1,35 +1,72 @@
 """Pretrain every method on a labelled folder without its labels, evaluate, and write a table: real images, one budget.
 
-    python benchmarks/bench_methods.py DATA -o OUT [--per-class 100] [--pretrain-per-class 30] [--epochs 48] [--seeds 0]
+    python benchmarks/bench_methods.py DATA -o OUT [--epochs 100] [--pretrain-per-class 500] [--methods pirl simclr ...]
 
-DATA holds train/<class>/ and val/<class>/. Every method gets the same images, epochs, trunk and augmentation; the
-numbers are kNN and a linear probe on the frozen trunk, beside raw pixels and an untrained trunk. Finished runs in OUT
-are kept, an interrupted one goes on, so the same command can be given again. Writes OUT/methods.md and methods.json.
+DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method trains the same trunk on the same images
+for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
+numbers are kNN and a linear probe on the frozen trunk, beside raw pixels, the untrained trunk and the same trunk
+trained with labels. Finished runs in OUT are kept, an interrupted one goes on, so the same command can be given again.
+Writes OUT/methods.md, methods.json and methods.png; the order of methods is that of the results.
 """
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sslfast.evaluation.knn import evaluate_knn
 from sslfast.evaluation.linear import evaluate_linear
-from sslfast.methods.pirl import PIRL
-from sslfast.models.resnet import ResNetConfig
+from sslfast.figures.bars import draw_bars
+from sslfast.loaders.batch import View, ViewConfig
+from sslfast.methods.base import BaseConfig, Method
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.recipes import RECIPES
 from sslfast.recipes.pirl import pirl_small
-from sslfast.trainer import TrainConfig, Trainer
+from sslfast.train_config import TrainConfig
+from sslfast.trainer import Trainer
 
-METHODS: dict[str, Callable[[PIRL.Config], PIRL.Config]] = {
-    "NPID (λ = 0)": lambda method: replace(method, pretext_weight=0.0),
-    "PIRL jigsaw": lambda method: replace(method, pretext="jigsaw"),
-    "PIRL rotation": lambda method: replace(method, pretext="rotation"),
-}
+SUPERVISED = "supervised"
+METHODS = [name.removesuffix("-small") for name in RECIPES if name.endswith("-small")]
+VARIANTS = {"pirl-rotation": ("pirl", {"pretext": "rotation"})}
+"""Further lines of the table: recipe and changed fields of its method."""
+
+
+class Supervised(Method):
+    """Cross-entropy with the folders' labels on the image view: what labels would give at the same budget."""
+
+    @dataclass(kw_only=True)
+    class Config(BaseConfig):
+        name: ClassVar[str] = SUPERVISED
+
+        image_view: ViewConfig = field(default_factory=lambda: pirl_small().method.image_view)
+        classes: int = 1
+
+        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Supervised":
+            return Supervised(self, model, num_rows, seed)
+
+    labels: Tensor
+
+    def __init__(self, config: Config, model: ResNetConfig, num_rows: int, seed: int) -> None:
+        super().__init__()
+        self.trunk = build_trunk(model, seed=seed)
+        with seeded(seed + 1):
+            self.classifier = nn.Linear(self.trunk.out_features, config.classes)
+        self.register_buffer("labels", torch.zeros(num_rows, dtype=torch.int64))
+
+    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(self.trunk(views["image"].pixels)).float()
+        labels = self.labels[rows]
+        return {"loss": cross_entropy(logits, labels), "top1": (logits.argmax(1) == labels).float().mean()}
 
 
 def subset(data: Path, target: Path, per_class: int) -> Path:
@@ -44,40 +81,48 @@ def subset(data: Path, target: Path, per_class: int) -> Path:
     return target
 
 
-def budget(arguments: argparse.Namespace, seed: int) -> TrainConfig:
-    """``pirl-small`` cut down to what a CPU can do in minutes; the cuts are options of this file."""
-    config = pirl_small()
-    method = config.method
-    image = replace(method.image_view, crop=replace(method.image_view.crop, size=arguments.size))
-    rotation = replace(method.rotation_view, crop=replace(method.rotation_view.crop, size=arguments.size))
+def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int) -> TrainConfig:
+    """The method's small recipe with the budget of this benchmark."""
+    recipe, changes = VARIANTS.get(name, (name, {}))
+    if name == SUPERVISED:
+        config = replace(pirl_small(), method=Supervised.Config(classes=classes))
+    else:
+        config = RECIPES[f"{recipe}-small"]()
+        config = replace(config, method=replace(config.method, **changes))
     return replace(
         config,
-        method=replace(method, image_view=image, rotation_view=rotation, temperature=arguments.temperature),
-        model=ResNetConfig(name="resnet18", stem=arguments.stem),
+        recipe=f"bench-{name}",
+        model=ResNetConfig(name=arguments.model, stem=arguments.stem),
         epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        optim=replace(config.optim, lr_per_256_images=arguments.lr, final_lr_per_256_images=arguments.lr / 1000),
+        batch_size=arguments.batch_size or config.batch_size,
         loader=replace(config.loader, workers=arguments.workers),
         seed=seed,
         tensorboard=False,
         checkpoint_every_steps=200,
         keep_checkpoints=1,
         progress="plain",
-        log_every_steps=20,
+        log_every_steps=50,
     )
 
 
-def run(config: TrainConfig, few: Path, data: Path, output: Path) -> dict[str, Any]:
+def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data: Path, output: Path) -> dict[str, Any]:
     """Pretrains (or goes on, or finds it done) and evaluates one method."""
     done = output / "result.json"
     if done.exists():
         result: dict[str, Any] = json.loads(done.read_text())
         return result
+    classes = len([path for path in few.iterdir() if path.is_dir()])
     start = time.monotonic()
-    Trainer(config, few, output).fit()
-    minutes = (time.monotonic() - start) / 60
+    trainer = Trainer(budget(name, arguments, seed=seed, classes=classes), few, output)
+    if isinstance(trainer.method, Supervised):
+        assert trainer.manifest is not None
+        trainer.method.labels.copy_(torch.as_tensor(trainer.manifest.labels))
+    trained = trainer.fit()
     result = {
-        "minutes": round(minutes, 1),
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "samples_per_second": trained.samples_per_second,
+        "batch_size": trainer.config.batch_size,
+        "loss": trained.metrics.get("loss"),
         "knn": evaluate_knn(output, data),
         "linear": evaluate_linear(output, data),
     }
@@ -87,19 +132,18 @@ def run(config: TrainConfig, few: Path, data: Path, output: Path) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = [*METHODS, *VARIANTS, SUPERVISED]
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--per-class", type=int, default=100, help="training images of a class for the evaluations")
-    parser.add_argument("--pretrain-per-class", type=int, default=30, help="of them, how many are pretrained on")
-    parser.add_argument("--epochs", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--size", type=int, default=48, help="side of the image crop")
-    parser.add_argument("--stem", choices=["imagenet", "small"], default="imagenet")
-    parser.add_argument("--lr", type=float, default=0.36, help="learning rate per 256 images")
-    parser.add_argument("--temperature", type=float, default=0.1)
+    parser.add_argument("--per-class", type=int, default=500, help="training images of a class for the evaluations")
+    parser.add_argument("--pretrain-per-class", type=int, default=500, help="of them, how many are pretrained on")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, help="default: each recipe's")
+    parser.add_argument("--model", choices=["resnet18", "resnet50"], default="resnet18")
+    parser.add_argument("--stem", choices=["imagenet", "small"], default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     arguments = parser.parse_args()
 
     data = subset(arguments.data, arguments.output / "data", arguments.per_class)
@@ -107,15 +151,13 @@ def main() -> None:
     results: dict[str, dict[int, Any]] = {}
     for seed in arguments.seeds:
         for name in arguments.methods:
-            config = budget(arguments, seed)
-            config = replace(config, recipe=f"bench-{name}", method=METHODS[name](config.method))
-            folder = "".join(c if c.isalnum() else "-" for c in name).strip("-")
-            results.setdefault(name, {})[seed] = run(config, few, data, arguments.output / f"{folder}-seed{seed}")
+            folder = arguments.output / f"{name}-seed{seed}"
+            results.setdefault(name, {})[seed] = run(name, arguments, seed=seed, few=few, data=data, output=folder)
             report(results, arguments)
 
 
 def report(results: dict[str, dict[int, Any]], arguments: argparse.Namespace) -> None:
-    """Writes the table of what is there so far."""
+    """Writes the table and the chart of what is there so far."""
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("data", "output")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     (arguments.output / "methods.json").write_text(
@@ -124,46 +166,59 @@ def report(results: dict[str, dict[int, Any]], arguments: argparse.Namespace) ->
     table = render(results)
     text = f"{device}; torch {torch.__version__}; settings {settings}\n\n{table}\n"
     (arguments.output / "methods.md").write_text(text)
+    columns = lines(results)
+    draw_bars(
+        {name: mean(row["linear"]) for name, row in columns.items()},
+        arguments.output / "methods.png",
+        title=f"linear probe, top-1, {arguments.epochs} epochs",
+        unit="%",
+    )
     print(text, flush=True)
 
 
-def top1(result: dict[str, Any], encoder: str) -> list[float]:
-    """kNN for every k, then linear, in percent."""
-    rows = [row for kind in ("knn", "linear") for row in result[kind]["results"] if row["encoder"] == encoder]
-    return [100 * row["top1"] for row in rows]
+def lines(results: dict[str, dict[int, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Encoder -> column -> values over seeds, in percent; the best linear probe first, baselines among them."""
+    first = next(iter(results.values()))
+    encoders = [("raw pixels", "raw pixels", first), ("untrained", "untrained", first)]
+    encoders += [(name, "trained", runs) for name, runs in results.items()]
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, encoder, runs in encoders:
+        columns = found.setdefault(name, {})
+        for result in runs.values():
+            for row in result["knn"]["results"]:
+                if row["encoder"] == encoder:
+                    columns.setdefault(f"kNN k={row['k']}", []).append(100 * row["top1"])
+            for row in result["linear"]["results"]:
+                if row["encoder"] == encoder:
+                    columns.setdefault("linear", []).append(100 * row["top1"])
+    return dict(sorted(found.items(), key=lambda item: -mean(item[1]["linear"])))
 
 
 def render(results: dict[str, dict[int, Any]]) -> str:
-    """Encoders down; kNN for every k and the linear probe across: mean and, for several seeds, spread."""
-    first = next(iter(next(iter(results.values())).values()))
-    ks = first["knn"]["k"]
-    lines = [
-        "| encoder | seeds | " + " | ".join(f"kNN k={k}" for k in ks) + " | linear | pretraining |",
-        "|---|---|" + "---|" * (len(ks) + 2),
-    ]
-    cells: dict[str, list[list[float]]] = {
-        "raw pixels": [top1(first, "raw pixels")],
-        "untrained": [top1(result, "untrained") for result in next(iter(results.values())).values()],
-    }
-    minutes = {"raw pixels": "–", "untrained": "–"}
-    for name, runs in results.items():
-        cells[name] = [top1(result, "trained") for result in runs.values()]
-        minutes[name] = f"{sum(result['minutes'] for result in runs.values()) / len(runs):.1f} min"
-    for name, values in cells.items():
-        columns = torch.tensor(values)
-        spread = columns.std(0) if len(values) > 1 else None
+    """Encoders down, measures across: mean and, for several seeds, standard deviation."""
+    columns = lines(results)
+    names = list(next(iter(columns.values())))
+    header = ["encoder", "seeds", *names, "batch", "samples/s", "minutes"]
+    text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for encoder, values in columns.items():
         words = [
-            f"{mean:.1f}" + ("" if spread is None else f" ± {spread[i]:.1f}") for i, mean in enumerate(columns.mean(0))
+            f"{mean(values[name]):.1f}" + (f" ± {stdev(values[name]):.1f}" if len(values[name]) > 1 else "")
+            for name in names
         ]
-        lines.append(f"| {name} | {len(values)} | " + " | ".join(words) + f" | {minutes[name]} |")
-    data = first["knn"]["data"]
-    lines.append("")
-    lines.append(
-        f"Top-1 in percent; {data['classes']} classes, {data['train']['images']:,} training and "
-        f"{data['val']['images']:,} validation images; standard error of one number about "
-        f"{100 * first['knn']['results'][0]['top1_standard_error']:.1f}."
-    )
-    return "\n".join(lines)
+        runs = list(results.get(encoder, {}).values())
+        cost = ["–", "–", "–"]
+        if runs:
+            cost = [str(runs[0]["batch_size"])]
+            cost += [f"{mean(r[key] for r in runs):,.1f}" for key in ("samples_per_second", "minutes")]
+        text.append(f"| {' | '.join([encoder, str(len(values[names[0]])), *words, *cost])} |")
+    first = next(iter(next(iter(results.values())).values()))["knn"]
+    text += [
+        "",
+        f"Top-1 in percent; {first['data']['classes']} classes, {first['data']['train']['images']:,} training and "
+        f"{first['data']['val']['images']:,} validation images; standard error of one number about "
+        f"{100 * first['results'][0]['top1_standard_error']:.1f}.",
+    ]
+    return "\n".join(text)
 
 
 if __name__ == "__main__":
