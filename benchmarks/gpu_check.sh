@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # make gpu-check: what only a GPU can show, offline, with the packages of the Python that PYTHON names.
 #
-#   PYTHON=python3 benchmarks/gpu_check.sh [OUT]        default OUT: build/gpu-check
+#   PYTHON=python3 benchmarks/gpu_check.sh [OUT [STEP...]]        default OUT: build/gpu-check; default: every step
 #
 # Builds for the card found, runs every test that has a CUDA side (a missing device or a skip is a failure),
-# compute-sanitizer on the kernels, and all benchmarks. OUT gets the logs, benchmarks.json, ops.json,
-# crossover.* and summary.md.
+# compute-sanitizer on the kernels, and all benchmarks: ops, loaders, training steps. Steps, in their order: build tests
+# memcheck racecheck initcheck synccheck benchmarks crossover ops loaders step. SSLFAST_BENCH_IMAGES names a folder of
+# JPEGs for loaders and step; without it they run on made-up images. OUT gets the logs, JSON files and summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${1:-build/gpu-check}
+[ $# -gt 0 ] && shift
+chosen=" $* "
 mkdir -p "$out"
 export PYTHONPATH=$PWD SSLFAST_REQUIRE_CUDA=1
 failed=0
@@ -17,6 +20,7 @@ failed=0
 step() { # step NAME COMMAND...: runs it into OUT/NAME.log and notes how it ended
   local name=$1 start=$SECONDS
   shift
+  case "$chosen" in "  " | *" $name "*) ;; *) return ;; esac
   if "$@" >"$out/$name.log" 2>&1; then local end=ok; else local end="FAILED ($?)"; failed=1; fi
   printf '| %s | %s | %d s | %s |\n' "$name" "$end" $((SECONDS - start)) \
     "$(grep -E '(passed|failed|ERROR SUMMARY)' "$out/$name.log" | tail -n 1 | tr -d '=' | tr '|' '/')" >>"$out/summary.md"
@@ -62,5 +66,14 @@ fi
 step benchmarks "$python" -m pytest benchmarks --benchmark-enable --benchmark-json="$out/benchmarks.json"
 step crossover "$python" -m benchmarks.bench_crossover --device cuda --without compiled -o "$out/crossover"
 step ops "$python" -m sslfast.bench ops --device cuda --json "$out/ops.json"
+images=${SSLFAST_BENCH_IMAGES:-}
+if [ -n "$images" ]; then
+  step loaders "$python" -m sslfast bench loader "$images" --device cuda --batch-size 64 \
+    --json "$out/loaders.json" --chart "$out/loaders.png"
+else
+  step loaders "$python" -m pytest benchmarks/bench_loader_torch.py --benchmark-enable
+fi
+step step "$python" -m sslfast bench step ${images:+"$images"} --recipe pirl-paper --batch-size 256 --device cuda \
+  --json "$out/step.json" --chart "$out/step.png"
 cat "$out/summary.md"
 exit $failed
