@@ -14,7 +14,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from sslfast.meeting import meet
 
 T = TypeVar("T")
 
@@ -65,7 +68,13 @@ def join(group: ProcessGroup, device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = meet(store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
 
 
 def leave() -> None:

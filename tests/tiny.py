@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sslfast.distributed import gather_rows
 from sslfast.loaders import LoaderConfig
 from sslfast.loaders.batch import CropConfig, View, ViewConfig
 from sslfast.methods.base import Method
@@ -59,7 +60,7 @@ class Tiny(Method):
         return {"loss": torch.where(is_bad, torch.nan, loss), "positive": positive.mean().detach()}
 
     def after_step(self) -> None:
-        rows, query = (torch.cat(column) for column in zip(*self.pending, strict=True))
+        rows, query = (gather_rows(torch.cat(column)) for column in zip(*self.pending, strict=True))
         self.pending.clear()
         keep = self.config.bank_momentum
         self.bank[rows] = normalize(keep * self.bank[rows] + (1 - keep) * query, dim=1)
@@ -112,7 +113,14 @@ def fork_server() -> ForkServerContext:
     The first optimizer step would import torch._dynamo: seconds, in every child.
     """
     context = multiprocessing.get_context("forkserver")
-    needed = ["tests.test_checkpoint", "tests.test_resume", "sslfast.commands", "torchvision", "torch._dynamo"]
+    needed = [
+        "tests.test_checkpoint",
+        "tests.test_resume",
+        "tests.test_elastic",
+        "sslfast.commands",
+        "torchvision",
+        "torch._dynamo",
+    ]
     server = forkserver._forkserver  # type: ignore[attr-defined]
     if server._preload_modules != needed:
         server._stop()
