@@ -27,6 +27,7 @@ from sslfast.loaders.decode import OnBadImage
 from sslfast.manifest import Manifest
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.rundir import RunDirectory, versions
+from sslfast.shards import Place
 
 TRAINED, UNTRAINED, RAW_PIXELS = "trained", "untrained", "raw pixels"
 TRUNK = "trunk."
@@ -268,9 +269,9 @@ class EvaluationSet:
     """Encoder name -> float32 ``[N_val, D]``."""
     val_labels: Tensor
     """``[N_val]`` int64."""
-    train_paths: list[Path]
+    train_places: list[Place]
     """File of each row of ``train``."""
-    val_paths: list[Path]
+    val_places: list[Place]
     """File of each row of ``val``."""
     classes: list[str]
     """Class names in label order."""
@@ -312,7 +313,7 @@ def load_evaluation_set(
         for manifest in manifests
     ]
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]
-    paths = [[m.path(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
+    places = [[m.place(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
     counts = [len(part.rows) for part in found]
     facts = {**run_facts(run, loaded, size), "data": data_facts(data, manifests, counts), "versions": versions()}
     return EvaluationSet(
@@ -320,8 +321,8 @@ def load_evaluation_set(
         train_labels=labels[0],
         val=found[1].values,
         val_labels=labels[1],
-        train_paths=paths[0],
-        val_paths=paths[1],
+        train_places=places[0],
+        val_places=places[1],
         classes=manifests[0].classes,
         facts=facts,
     )

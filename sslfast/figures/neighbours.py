@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sslfast.evaluation.features import EvaluationSet, OnBadImage, load_evaluation_set
 from sslfast.evaluation.knn import nearest_neighbours
-from sslfast.images import decode_full, quiet_pillow, read_bytes
+from sslfast.images import decode_full, quiet_pillow
+from sslfast.shards import Place, read_place
 
 _TILE, _GAP, _FRAME = 96, 10, 4
 _MARGIN, _BLOCK_GAP = 28, 36
@@ -29,7 +30,7 @@ _SAME, _OTHER = "#16a34a", "#dc2626"
 class Neighbour:
     """One image that an encoder found."""
 
-    path: Path
+    place: Place
     similarity: float
     same_class: bool
 
@@ -38,7 +39,7 @@ class Neighbour:
 class Query:
     """One row of the sheet."""
 
-    path: Path
+    place: Place
     label: str
     """Words under the picture, its class for example."""
     neighbours: Mapping[str, Sequence[Neighbour]]
@@ -86,12 +87,12 @@ def write_neighbours(
         label = int(evaluation.val_labels[row])
         sheet.append(
             Query(
-                path=evaluation.val_paths[row],
+                place=evaluation.val_places[row],
                 label=evaluation.classes[label],
                 neighbours={
                     name: [
                         Neighbour(
-                            path=evaluation.train_paths[neighbour],
+                            place=evaluation.train_places[neighbour],
                             similarity=value,
                             same_class=int(evaluation.train_labels[neighbour]) == label,
                         )
@@ -184,12 +185,12 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
     with quiet_pillow():
         for i, query in enumerate(queries):
             y = tiles_top + i * step
-            sheet.paste(_framed(query.path, _PAPER), (_MARGIN, y))
+            sheet.paste(_framed(query.place, _PAPER), (_MARGIN, y))
             _caption(draw, query.label, _MARGIN, y + cell, fonts[_SMALL])
             for name, start in starts.items():
                 for j, neighbour in enumerate(query.neighbours[name]):
                     x = start + j * (cell + _GAP)
-                    sheet.paste(_framed(neighbour.path, _SAME if neighbour.same_class else _OTHER), (x, y))
+                    sheet.paste(_framed(neighbour.place, _SAME if neighbour.same_class else _OTHER), (x, y))
                     _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, fonts[_SMALL])
     return sheet
 
@@ -199,9 +200,9 @@ def _share(name: str, queries: Sequence[Query]) -> str:
     return f"{sum(found)} of {len(found)} neighbours on this sheet are of the query's class"
 
 
-def _framed(path: Path, colour: str) -> Image.Image:
+def _framed(place: Place, colour: str) -> Image.Image:
     """The whole picture on a square mat inside a frame."""
-    picture = Image.fromarray(decode_full(read_bytes(path)))
+    picture = Image.fromarray(decode_full(read_place(place)))
     scale = _TILE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     if size != picture.size:

@@ -23,12 +23,13 @@ from sslfast.evaluation.features import TRAINED, EvaluationSet, load_evaluation_
 from sslfast.evaluation.knn import nearest_neighbours
 from sslfast.evaluation.linear import STRENGTHS, train_probe
 from sslfast.figures.neighbours import choose_queries
-from sslfast.images import decode_full, quiet_pillow, read_bytes
+from sslfast.images import decode_full, quiet_pillow
 from sslfast.metrics import read_log
 from sslfast.report.charts import figure, line_chart, number, scatter_chart
 from sslfast.report.page import legend, page, table
 from sslfast.report.published import PUBLISHED
 from sslfast.rundir import RunDirectory
+from sslfast.shards import Place, read_place
 
 _FIRST = ("loss", "time.samples_per_second", "time.loader_wait_share", "lr")
 _WORDS = {
@@ -256,11 +257,11 @@ def _neighbour_rows(evaluation: EvaluationSet, *, queries: int, k: int) -> str:
     parts = []
     for position, row in enumerate(rows.tolist()):
         label = int(evaluation.val_labels[row])
-        tiles = [_tile(evaluation.val_paths[row], evaluation.classes[label], "")]
+        tiles = [_tile(evaluation.val_places[row], evaluation.classes[label], "")]
         for value, neighbour in zip(similarity[position].tolist(), found[position].tolist(), strict=True):
             other = int(evaluation.train_labels[neighbour])
             words = f"{evaluation.classes[other]}, cosine {value:.3f}"
-            tiles.append(_tile(evaluation.train_paths[neighbour], words, "same" if other == label else "other"))
+            tiles.append(_tile(evaluation.train_places[neighbour], words, "same" if other == label else "other"))
         name = f'<span class="faint">{escape(evaluation.classes[label])}</span>'
         parts.append(f'<div class="tiles">{name}{"".join(tiles)}</div>')
     words = "A validation image, then the training images most similar to it: green, of its class; red, of another."
@@ -276,9 +277,9 @@ def _embedding_map(evaluation: EvaluationSet, *, most: int) -> str:
     points = []
     with quiet_pillow():
         for i, row in enumerate(rows.tolist()):
-            sprite.paste(_thumbnail(evaluation.val_paths[row], _TILE), (i % columns * _TILE, i // columns * _TILE))
+            sprite.paste(_thumbnail(evaluation.val_places[row], _TILE), (i % columns * _TILE, i // columns * _TILE))
             x, y = (round(v, 4) for v in places[i].tolist())
-            points.append([x, y, int(evaluation.val_labels[row]), evaluation.val_paths[row].name])
+            points.append([x, y, int(evaluation.val_labels[row]), Path(str(evaluation.val_places[row])).name])
     data = {
         "points": points,
         "classes": evaluation.classes,
@@ -326,17 +327,17 @@ def _published() -> str:
     return f'<div class="grid2">{chart}<p class="faint">{words}</p></div>'
 
 
-def _thumbnail(path: Path, side: int) -> Image.Image:
+def _thumbnail(place: Place, side: int) -> Image.Image:
     """The centre square of a picture."""
-    picture = Image.fromarray(decode_full(read_bytes(path))).convert("RGB")
+    picture = Image.fromarray(decode_full(read_place(place))).convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
 
 
-def _tile(path: Path, words: str, css: str) -> str:
+def _tile(place: Place, words: str, css: str) -> str:
     with quiet_pillow():
-        picture = _thumbnail(path, 96)
+        picture = _thumbnail(place, 96)
     text = escape(words, quote=True)
     return f'<img class="{css}" alt="{text}" title="{text}" src="{data_url(picture, "JPEG")}">'
 

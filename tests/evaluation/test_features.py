@@ -173,7 +173,7 @@ def test_bad_images(tmp_path: Path) -> None:
     evaluation = load_evaluation_set(run, data, device="cpu", on_bad_image="skip")
     assert evaluation.train_labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert evaluation.facts["data"]["train"]["left_out"] == 1
-    assert len(evaluation.train_paths) == len(evaluation.train["trained"]) == 8
+    assert len(evaluation.train_places) == len(evaluation.train["trained"]) == 8
 
 
 @pytest.mark.parametrize(
