@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from sslfast.evaluation.processes import is_main
 from sslfast.loaders.batch import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.loaders.decode import OnBadImage
 from sslfast.manifest import Manifest
+from sslfast.methods.colorization import lightness
+from sslfast.methods.registry import METHODS
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.rundir import RunDirectory, versions
 from sslfast.shards import Place
@@ -56,9 +58,11 @@ class TrunkEncoder:
         *,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        colours: Literal["rgb", "lightness"] = "rgb",
     ) -> None:
         self.trunk = trunk.eval()
-        self.statistics = {"mean": list(mean), "std": list(std)}
+        self.colours = colours
+        self.statistics = {"mean": list(mean), "std": list(std), "colours": colours}
         self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self.layout = torch.contiguous_format
@@ -72,7 +76,8 @@ class TrunkEncoder:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Network input ``[B, 3, S, S]`` float32 of uint8 images."""
-        pixels = (images.float() / 255 - self.mean) / self.std
+        rgb = images.float() / 255
+        pixels = ((lightness(rgb) if self.colours == "lightness" else rgb) - self.mean) / self.std
         return pixels.contiguous(memory_format=self.layout)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -151,14 +156,16 @@ def load_run(run: Path | str) -> RunEncoders:
     path, state = found
     weights = {name.removeprefix(TRUNK): v for name, v in state["method"].items() if name.startswith(TRUNK)}
     trained = build_trunk(model, seed=seed)
-    untrained = TrunkEncoder(build_trunk(model, seed=seed), mean=mean, std=std)
+    method = METHODS.get(config["method"].get("name"))
+    colours = "rgb" if method is None else method.trunk_input
+    untrained = TrunkEncoder(build_trunk(model, seed=seed), mean=mean, std=std, colours=colours)
     try:
         trained.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not hold the {model.name} that {directory.config} names: {reason}") from None
     encoders: dict[str, Encoder] = {
-        TRAINED: TrunkEncoder(trained, mean=mean, std=std),
+        TRAINED: TrunkEncoder(trained, mean=mean, std=std, colours=colours),
         UNTRAINED: untrained,
         RAW_PIXELS: RawPixels(),
     }

@@ -31,6 +31,7 @@ from sslfast.loaders.batch import View
 from sslfast.methods.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
 from sslfast.models.decoder import trunk_stride
 from sslfast.models.resnet import ResNetConfig
+from sslfast.ops import rgb_to_lab
 
 GRID = 10
 """Distance of neighbouring bins in a and b."""
@@ -198,16 +199,3 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     linear = torch.einsum("ij,njhw->nihw", matrix.inverse().to(lab), xyz * white)
     curved = 1.055 * linear.clamp(min=1e-8) ** (1 / 2.4) - 0.055
     return torch.where(linear > 0.0031308, curved, 12.92 * linear)
-
-
-def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """sRGB in 0..1 to CIE Lab (D65, 2 degrees), float32 ``[N, 3, H, W]``."""
-    matrix = torch.tensor(
-        ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041)),
-        device=rgb.device,
-    )
-    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
-    xyz = torch.einsum("ij,njhw->nihw", matrix / matrix.sum(1, keepdim=True), linear)
-    d = 6 / 29
-    f = torch.where(xyz > d**3, xyz.clamp(min=0) ** (1 / 3), xyz / (3 * d * d) + 4 / 29)
-    return torch.stack((116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])), 1)
