@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sslfast import commands
 from sslfast.figures import preview
 from sslfast.figures.preview import Original, denormalise, preview_sheet, write_preview
-from sslfast.loaders.batch import AugmentConfig, Batch, CropConfig, JigsawConfig, ViewConfig
+from sslfast.loaders.batch import AugmentConfig, Batch, CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.loaders.views import ViewStage
 from tests.pictures import write_folder
 
@@ -112,3 +114,38 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no usable image"):
         write_preview(tmp_path / "empty", VIEWS, tmp_path / "x.png")
+
+
+def test_panels_are_further_columns() -> None:
+    batch = make_batch()
+    asked: dict[str, torch.Tensor] = {}
+
+    def panels(views: Mapping[str, View], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        asked.update({name: view.pixels for name, view in views.items()}, rows=rows)
+        ramp = torch.linspace(-0.5, 1.5, 24).expand(len(rows), 3, 24, 24)  # cut off at 0 and 1
+        return {"input": batch.crops["image"] / 255, "target": ramp[:, :, :12]}
+
+    sheet, without = preview_sheet(batch, VIEWS, seed=3, panels=panels), preview_sheet(batch, VIEWS, seed=3)
+    assert sheet.width - without.width == 2 * (preview._TILE + preview._GAP)
+    assert torch.equal(asked["rows"], batch.rows)
+    rendered = ViewStage(VIEWS, seed=3)(batch)
+    for name, view in rendered.items():
+        assert torch.equal(asked[name], view.pixels)
+    scale = preview._TILE // 24
+    for row in range(2):
+        seen = tile(sheet, 4, row, 2)[scale // 2 :: scale, scale // 2 :: scale]
+        assert np.array_equal(seen, batch.crops["image"][row].movedim(0, -1).numpy())
+    wide = tile(sheet, 5, 0, 2)
+    assert tuple(wide[20, 100]) == (238, 241, 244)  # above the wide picture
+    assert tuple(wide[108, 0]) == (0, 0, 0)
+    assert tuple(wide[108, -1]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("recipe", ["autoencoder", "colorization", "super-resolution", "inpainting", "pirl"])
+def test_command_draws_the_panels_of_the_method(recipe: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images", ["0.jpg", "1.jpg"])
+    output = tmp_path / "sheet.png"
+    assert commands.preview([str(folder), "--recipe", f"{recipe}-small", "-o", str(output), "--count", "2"]) == 0
+    columns = 5 if recipe == "pirl" else 4  # original, image, patches twice, rotation; original, image, input, target
+    sheet = Image.open(output)
+    assert sheet.width == 2 * preview._MARGIN + columns * preview._TILE + (columns - 1) * preview._GAP

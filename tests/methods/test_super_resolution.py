@@ -1,0 +1,120 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslfast.loaders.batch import View
+from sslfast.methods.super_resolution import RandomFeatures, SuperResolution, reduced
+from sslfast.models.resnet import ResNetConfig
+from sslfast.recipes.generative import super_resolution, super_resolution_small
+from tests.methods import harness
+
+
+def tiny(**changes: Any) -> Any:
+    return harness.tiny(super_resolution_small(), **changes)
+
+
+def details(shape: torch.Size, factor: int) -> Tensor:
+    """Random pixels whose mean over every block is 0: what reduction takes away."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    blocks = noise.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))  # [B, 3, h, f, w, f]
+    return (blocks - blocks.mean(dim=(3, 5), keepdim=True)).flatten(4).flatten(2, 3)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_perfect_and_empty_reconstruction(loss: str) -> None:
+    config = tiny(loss=loss, perceptual_weight=0.3)
+    method = harness.build(config)
+    views, rows = harness.first_batch(config)
+    clean = views["image"].pixels
+    seen = reduced(clean, 4)
+    method.predict = lambda _seen: clean - seen  # type: ignore[attr-defined]
+    assert method(views, rows, step=0)["loss"] < 1e-6
+    method.predict = torch.zeros_like  # type: ignore[attr-defined]
+    out = method(views, rows, step=0)
+    missing = (clean - seen).abs().mean() if loss == "l1" else (clean - seen).square().mean()
+    torch.testing.assert_close(out["loss_pixels"], missing)
+    torch.testing.assert_close(out["loss"], missing + 0.3 * out["loss_perceptual"])
+    assert out["loss_perceptual"] > 0
+
+
+def test_reduction_keeps_the_mean_of_every_block() -> None:
+    flat = torch.full((1, 3, 8, 8), 0.7)
+    torch.testing.assert_close(reduced(flat, 4), flat)
+    step = torch.zeros(1, 3, 8, 8)
+    step[..., 4:] = 1.0
+    torch.testing.assert_close(reduced(step, 4)[0, 0, 0], torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]))
+
+
+def test_details_do_not_reach_the_network() -> None:
+    config = tiny()
+    method = harness.build(config)
+    views, rows = harness.first_batch(config)
+    clean = views["image"].pixels
+    other = clean + details(clean.shape, 4)
+    torch.testing.assert_close(reduced(clean, 4), reduced(other, 4), rtol=0, atol=1e-5)
+    seen: list[Tensor] = []
+    method.trunk.conv1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    losses = [method({"image": View(pixels=x)}, rows, step=0)["loss"] for x in (clean, other)]
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
+    assert (losses[0] - losses[1]).abs() > 0.1  # they are asked for
+
+
+def test_perceptual_distance_needs_no_weights_from_elsewhere() -> None:
+    first, second = RandomFeatures(seed=3), RandomFeatures(seed=3)
+    x, y = torch.randn(2, 2, 3, 16, 16)
+    assert first.distance(x, x) == 0
+    assert torch.equal(first.distance(x, y), second.distance(x, y))
+    assert not any(p.requires_grad for p in first.parameters())
+    x.requires_grad_()
+    first.distance(x, y).backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_the_perceptual_network_never_changes() -> None:
+    config = tiny(perceptual_weight=1.0)
+    harness.assert_gradients_reach_the_trunk(config)
+    method = harness.build(config)
+    assert isinstance(method, SuperResolution)
+    assert method.perceptual is not None
+    fresh = RandomFeatures(seed=config.seed + 2)
+    for a, b in zip(method.perceptual.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_trains_and_resumes(tmp_path: Path) -> None:
+    harness.assert_gradients_reach_the_trunk(tiny())
+    harness.assert_overfits(tiny(), lr=0.1, share=0.6)
+    harness.assert_resumes(tiny(perceptual_weight=0.1), tmp_path, stops=(2,))
+
+
+def test_panels() -> None:
+    config = tiny()
+    views, rows = harness.first_batch(config)
+    panels = config.method.preview_panels(views, rows, seed=0)
+    assert list(panels) == ["input", "target"]
+    inside = panels["input"].mean(dim=(2, 3)), panels["target"].mean(dim=(2, 3))
+    torch.testing.assert_close(*inside, rtol=0, atol=0.02)  # the same picture
+    assert (panels["input"] - panels["target"]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": 1}, "method.factor must be at least 2 and divide method.image_view.crop.size=224, got 1"),
+        ({"factor": 3}, "must be at least 2 and divide method.image_view.crop.size=224, got 3"),
+        ({"perceptual_weight": -1.0}, "method.perceptual_weight must be at least 0, got -1.0"),
+    ],
+)
+def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SuperResolution.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+
+
+def test_recipes() -> None:
+    assert super_resolution().model.name == "resnet50"
+    assert super_resolution().method == SuperResolution.Config()
+    assert super_resolution_small().method.image_view.crop.size == 64
