@@ -32,7 +32,7 @@ def test_small_sets_differ_everywhere(cells: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("count", "mean"), [(100, 8.08), (1000, 8.0)])
 def test_distances_are_those_of_the_paper(count: int, mean: float) -> None:
-    """Mean distances of Noroozi and Favaro, table 4."""
+    """Mean distances of Noroozi and Favaro 2016, their ablation of permutation sets."""
     permutations = max_hamming_permutations(count)
     between = distances(permutations).double()
     assert between.mean().item() == pytest.approx(mean, abs=0.01)

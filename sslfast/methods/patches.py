@@ -22,7 +22,7 @@ def gather_patches(x: Tensor, slots: Tensor) -> Tensor:
 def normalise_patches(pixels: Tensor) -> Tensor:
     """Every channel of every patch to mean 0 and standard deviation 1; ``[..., 3, p, p]``.
 
-    Against the shortcut that neighbouring patches are equally bright (Noroozi and Favaro 2016, section 3.3). Deviations
+    Against the shortcut that neighbouring patches are equally bright (Noroozi and Favaro 2016). Deviations
     below 0.02, about one grey level of normalised input, are divided by 0.02: flat patches stay flat.
     """
     deviation, mean = torch.std_mean(pixels.float(), dim=(-2, -1), correction=0, keepdim=True)

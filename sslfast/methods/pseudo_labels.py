@@ -1,8 +1,8 @@
 """What the methods that label the data set themselves share: features of all rows, the loss, shares of ranks.
 
 No second pass over the data is made: a row's features are those of its last visit, as in DeepCluster-v2 (Caron et al.
-2020, appendix D). So the first epoch only collects: rows without a label weigh nothing, the loss and every gradient are
-0, and the first labels come from the untrained trunk, as in the papers.
+2020). So the first epoch only collects: rows without a label weigh nothing, the loss and every gradient are
+0 (weight decay alone moves the weights), and the first labels come from the untrained trunk, as in the papers.
 """
 
 import torch

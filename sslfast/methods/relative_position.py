@@ -3,7 +3,7 @@
 Objective: ``loss = -log softmax(h(f(x_centre), f(x_n)))_n``, where ``x_n`` is the patch of the n-th of the eight cells
 around the centre of a 3 x 3 grid, in reading order, f the trunk and h a head on the two features side by side. Either
 one drawn neighbour of each image (the paper), or the mean over all eight from nine trunk passes (Kolesnikov, Zhai &
-Beyer, CVPR 2019, section 3). Against shortcuts, as in the paper: a gap between patches and a random place of each in
+Beyer, CVPR 2019). Against shortcuts, as in the paper: a gap between patches and a random place of each in
 its cell (the view's ``patch_size`` and ``max_offset``), and colour dropping, against chromatic aberration: of each
 patch one drawn channel is kept and the others become noise.
 """

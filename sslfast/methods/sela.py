@@ -1,6 +1,6 @@
 """SeLa: self-labelling under equal clusters (Asano, Rupprecht & Vedaldi, ICLR 2020).
 
-Objective, alternately (eqs. 3 to 5), for each of H heads with its own weights: the labels solve
+Objective, alternately (section 3), for each of H heads with its own weights: the labels solve
 
 ``min_Q <Q, -log P>`` over ``Q >= 0`` with rows that sum to 1/N and columns that sum to 1/K,
 

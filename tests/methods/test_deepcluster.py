@@ -209,7 +209,7 @@ def test_labels_of_other_rows_do_not_matter() -> None:
 
 
 def test_resumes(tmp_path: Path) -> None:
-    assert_resumes(config(), tmp_path, stops=(2, 3, 5))
+    assert_resumes(config(), tmp_path, stops=(3, 5))
 
 
 def test_two_processes(tmp_path: Path) -> None:

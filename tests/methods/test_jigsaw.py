@@ -13,13 +13,17 @@ from sslfast.permutations import max_hamming_permutations
 from sslfast.recipes.pretext import jigsaw, jigsaw_small
 from sslfast.train_config import TrainConfig
 from tests.methods.harness import (
+    _train_rank,
     assert_gradients_reach_the_trunk,
     assert_overfits,
     assert_resumes,
     build,
+    final,
     first_batch,
+    losses,
     tiny,
 )
+from tests.test_distributed import run
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -140,6 +144,14 @@ def test_trains() -> None:
     assert torch.equal(method.permutations, max_hamming_permutations(12, 9, seed=0))
     # One batch in orders that change every step: the loss falls below that of a guess all the same.
     assert_overfits(config(num_permutations=2), steps=60, lr=0.1)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """BatchNorm in the head sees each rank's part, so losses are not those of one process; the replicas stay equal."""
+    run(_train_rank, 2, config(), tmp_path, False)
+    assert all(map(math.isfinite, losses(tmp_path)))
+    method = final(tmp_path)["method"]
+    assert method["permutations"].shape == (12, 9)
 
 
 def test_resumes(tmp_path: Path) -> None:

@@ -19,14 +19,18 @@ from sslfast.methods.relative_position import (
 from sslfast.recipes.pretext import relative_position, relative_position_small
 from sslfast.train_config import TrainConfig
 from tests.methods.harness import (
+    _train_rank,
     assert_gradients_reach_the_trunk,
     assert_overfits,
     assert_resumes,
     build,
+    final,
     first_batch,
+    losses,
     tiny,
 )
 from tests.methods.test_jigsaw import Cell, numbered
+from tests.test_distributed import run
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -158,6 +162,14 @@ def test_trains(pairs: str) -> None:
     assert_gradients_reach_the_trunk(config(pairs=pairs, drop_colours=pairs == "drawn"))
     if pairs == "all":
         assert_overfits(config(), steps=60, lr=0.1)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """BatchNorm in the head sees each rank's part, so losses are not those of one process; the replicas stay equal."""
+    run(_train_rank, 2, config(), tmp_path, False)
+    assert all(map(math.isfinite, losses(tmp_path)))
+    method = final(tmp_path)["method"]
+    assert method["head.classes.weight"].shape == (8, 16)
 
 
 def test_resumes(tmp_path: Path) -> None:
