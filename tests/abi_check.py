@@ -63,7 +63,9 @@ def main() -> None:
     views = {"quarter_turns": turns, "permutation": order, "offsets": offsets, "patch_size": 8}
     rendered = ops.render_views(images, numbers, **views)
     torch.testing.assert_close(rendered, ops.render_views_reference(images, numbers, **views), rtol=0, atol=1e-4)
-    passed += 7
+    lab = ops.rgb_to_lab(images / 255)
+    torch.testing.assert_close(lab, ops.rgb_to_lab_reference(images / 255), rtol=0, atol=1e-3)
+    passed += 8
 
     torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, None, 2, 19, 90, 1, True, False))
     torch.library.opcheck(torch.ops.sslfast.bank_update_.default, (bank, index, query[0].detach(), 0.5))
