@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sslfast import cli
+from sslfast.evaluation.features import RawPixels, extract_features
+from sslfast.evaluation.folders import load_manifests
 from sslfast.figures.preview import write_preview
 from sslfast.listing import HASHED_BYTES, content_hash
 from sslfast.loaders import LoaderConfig, build_loader, loader_status
@@ -399,6 +401,18 @@ def test_commands_take_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         write_preview(data, VIEWS, "sheet.png", count=2)
         assert Image.open("sheet.png").size[0] > 300
         (tmp_path / "sheet.png").unlink()
+
+
+def test_evaluations_take_shards_and_refuse_files(tmp_path: Path) -> None:
+    for split, keys in (("train", range(4)), ("val", range(4, 8))):
+        members = {f"{key}.jpg": image(key) for key in keys} | {f"{key}.cls": str(key % 2).encode() for key in keys}
+        write_tar(tmp_path / "data" / split / "0.tar", members)
+    train, val = load_manifests(tmp_path / "data")
+    assert (train.classes, val.labels.tolist()) == (["0", "1"], [0, 1, 0, 1])
+    features = extract_features(RawPixels(side=4), val, size=16)
+    assert features.shape == (4, 48)
+    with raises(r"0.tar is a file: an evaluation needs two labelled sets, a folder with train/<class>/"):
+        load_manifests(tmp_path / "data" / "val" / "0.tar")
 
 
 def test_hashes_and_headers_of_odd_images(tmp_path: Path) -> None:
