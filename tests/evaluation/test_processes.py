@@ -1,0 +1,83 @@
+"""Evaluations by two processes over gloo: the numbers of one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sslfast.config import load_json
+from sslfast.distributed import gather_objects
+from sslfast.evaluation.features import RawPixels, extract_all
+from sslfast.evaluation.knn import evaluate_knn
+from sslfast.evaluation.linear import evaluate_linear
+from sslfast.evaluation.lowshot import evaluate_lowshot
+from sslfast.evaluation.processes import (
+    evaluation_device,
+    gather_uneven,
+    own_rows,
+    raise_together,
+    rank,
+    sum_over_ranks,
+)
+from sslfast.evaluation.semisup import evaluate_semisup
+from sslfast.manifest import Manifest
+from tests.evaluation.runs import write_data, write_run
+from tests.evaluation.voc_data import write_voc
+from tests.test_distributed import enter
+from tests.test_distributed import run as run_ranks
+
+GOYAL: dict[str, Any] = {"protocol": "goyal", "layers": ("res2",), "epochs": 1, "batch_size": 6}
+SHOTS: dict[str, Any] = {"layers": ("conv1",), "shots": (2,), "shot_layers": ("conv1",), "draws": 2, "costs": (1.0,)}
+
+
+def evaluate_all(run: Path, data: Path, voc: Path, output: Path) -> None:
+    evaluate_knn(run, data, k=(1, 3), device="cpu", cache=False, batch_size=4, output=output / "knn.json")
+    evaluate_linear(run, data, device="cpu", output=output / "goyal.json", **GOYAL)
+    evaluate_lowshot(run, voc, device="cpu", output=output / "lowshot.json", **SHOTS)
+
+
+def rank_evaluates(number: int, ranks: int, port: int, folder: Path) -> None:
+    enter(number, ranks, port)
+    with evaluation_device("cpu"):
+        assert rank() == number
+        assert [len(own) for own in gather_objects(own_rows(7))] == [3, 4]
+        found = gather_uneven(torch.arange(number * 2 + 1) + 10 * number)
+        assert found.tolist() == [0, 10, 11, 12]
+        assert sum_over_ranks(torch.tensor(number + 1)).item() == 3
+        with pytest.raises(ValueError, match="of the second rank"):
+            raise_together("of the second rank" if number == 1 else None)
+        evaluate_all(folder / "run", folder / "data", folder / "voc", folder / "two")
+        options: dict[str, Any] = {"fraction": 0.5, "epochs": 1, "batch_size": 6}
+        evaluate_semisup(folder / "run", folder / "data", device="cpu", output=folder / "two" / "semi.json", **options)
+        victim = folder / "data" / "val" / "red" / "1.png"
+        if number == 0:
+            victim.write_bytes(victim.read_bytes()[:600])
+        gather_objects(None)
+        encoders = {"raw pixels": RawPixels(side=4)}
+        with pytest.raises(ValueError, match=r"red/1.png cannot be used"):
+            extract_all(encoders, Manifest.scan(folder / "data" / "val"), size=24)
+
+
+def near(a: Any, b: Any) -> bool:
+    """Equal but for rounding; file names, versions and timings aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a if key != "versions")
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(near, a, b))
+    return bool(a == pytest.approx(b, rel=1e-3, abs=1e-3)) if isinstance(a, float) else bool(a == b)
+
+
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    data = write_data(tmp_path / "data", train=4, val=2)
+    write_voc(tmp_path / "voc", trainval=12, test=6)
+    run_ranks(rank_evaluates, 2, tmp_path)
+    write_data(tmp_path / "data", train=4, val=2)
+    evaluate_all(run, data, tmp_path / "voc", tmp_path / "one")
+    for name in ("knn", "goyal", "lowshot"):
+        two, one = (load_json(tmp_path / folder / f"{name}.json") for folder in ("two", "one"))
+        assert near(two, one), f"{name}: {two['results']} {one['results']}"
+    semi = load_json(tmp_path / "two" / "semi.json")
+    assert semi["protocol"] == "semisup-1ep-50%"
+    assert 0 <= semi["results"][0]["top1"] <= 1
