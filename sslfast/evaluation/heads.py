@@ -5,6 +5,7 @@ and no weight in common with another, so together is the same as one after the o
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def evaluate_heads(
             on_bad_image=on_bad_image,
             device=device,
         )
-        try:
+        with closing(images):
             heads = train_heads(
                 maps,
                 images,
@@ -205,8 +206,6 @@ def evaluate_heads(
                 seed=seed,
                 progress=progress,
             )
-        finally:
-            images.close()
         found, count = judge(maps, heads, reader, manifests[1])
         for key, pair in found.items():
             scores.setdefault(key, []).append(pair)

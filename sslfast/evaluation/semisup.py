@@ -6,6 +6,7 @@ numbers (PIRL section 4.3) are top-5 on ImageNet with 1 % and 10 % of the labels
 """
 
 import copy
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,12 +167,12 @@ def evaluate_semisup(
             base.to(chosen)
             pairs = []
             for seed, some in parts.items():
-                model = FineTuned(base, classes=len(train.classes), seed=seed).to(chosen)
                 progress = Progress(
                     path.with_name(f"{path.stem}-{encoder_name}-seed{seed}.partial.pt"),
                     {**facts, "subset": some.digest(), "seeds": seed, "encoder": encoder_name},
                 )
                 states.append(progress)
+                model = FineTuned(base, classes=len(train.classes), seed=seed).to(chosen)
                 images = TrainingImages(
                     some,
                     size=size,
@@ -181,7 +182,7 @@ def evaluate_semisup(
                     on_bad_image=on_bad_image,
                     device=chosen,
                 )
-                try:
+                with closing(images):
                     fine_tune(
                         model,
                         images,
@@ -191,8 +192,6 @@ def evaluate_semisup(
                         precision=dtype,
                         progress=progress,
                     )
-                finally:
-                    images.close()
                 found, count = count_hits(lambda x, model=model: {"": model(x)}, [""], reader, labels, chosen)
                 pairs.append(found[""])
             rows.append({"encoder": encoder_name, "protocol": name, **score_row(pairs, count)})

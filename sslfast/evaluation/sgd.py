@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed import wait_for_all, world_size
+from sslfast.distributed import gather_objects, wait_for_all, world_size
 from sslfast.evaluation.cache import save_atomically
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.processes import is_main, own_rows, raise_together, rank, sum_over_ranks
@@ -174,15 +174,28 @@ class Progress:
         self.key = {name: str(value) for name, value in key.items()}
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore module and optimizer where the file is of this training; returns the epochs done."""
-        if self.path is None or not self.path.is_file():
-            return 0
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        if state["key"] != self.key:
+        """Restore module and optimizer where the file is of this training; returns the epochs done.
+
+        From the start on all ranks where one of them does not see the file.
+        """
+        state = self._read()
+        done = 0 if state is None else int(state["epochs_done"])
+        seen = gather_objects(done)  # by all, before any of them may turn back
+        if state is None or min(seen) < done:
             return 0
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["epochs_done"])
+        return done
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the file holds if it is whole and of this training."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            return state if state["key"] == self.key else None
+        except Exception:  # whatever a damaged file makes of torch.load; the training starts anew
+            return None
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
         """Write the state; the first rank alone does."""

@@ -95,6 +95,8 @@ def test_progress(tmp_path: Path) -> None:
         restored.state[other.weight]["momentum_buffer"], optimizer.state[module.weight]["momentum_buffer"]
     )
     assert Progress(path, {"epochs": 6, "layers": ("res5",)}).load(other, restored) == 0
+    path.write_bytes(path.read_bytes()[:300])
+    assert progress.load(other, restored) == 0
     progress.remove()
     assert list(path.parent.iterdir()) == []
 
