@@ -172,6 +172,16 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path, loss: str, negat
         assert_near(two["method"][name], value, name)
 
 
+def test_two_processes_with_micro_batches_train_as_one_without(data: Path, tmp_path: Path) -> None:
+    """Gradients are exchanged once per step, in the backward of the last micro-batch."""
+    run(train, 1, data, tmp_path / "1", {}, 0.0)
+    run(train, 2, data, tmp_path / "2", {"accumulate_steps": 2}, 0.0)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+    one, two = final(tmp_path / "1"), final(tmp_path / "2")
+    for name, value in one["method"].items():
+        assert_near(two["method"][name], value, name)
+
+
 def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path) -> None:
     run(train, 2, data, tmp_path / "whole", {}, 0.0)
     run(train, 2, data, tmp_path / "part", {}, 0.0)
