@@ -22,6 +22,7 @@ from sslfast.distributed import gather_rows, max_over_ranks, rank, sum_over_rank
 from sslfast.ops import bank_nce
 
 
+@torch.compiler.disable  # exchanges and a derivative taken on the way: compiled code breaks off here and goes on behind
 def score_over_shards(
     query: Tensor,
     rows: Tensor,

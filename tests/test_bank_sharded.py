@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 import sslfast.methods.pirl
 from sslfast.bank import MemoryBank, initial_rows
+from sslfast.bank_shards import score_over_shards
 from sslfast.checkpoint import list_checkpoints
 from sslfast.distributed import check_replicas, join, leave, mean_over_ranks, process_group, replicate, shard_bounds
 from sslfast.loaders.batch import View
@@ -183,3 +184,8 @@ def test_loading_the_wrong_number_of_rows() -> None:
         bank.load_state_dict({"rows": torch.zeros(8, 4)})
     assert torch.equal(initial_rows(4, 4, seed=0, first_row=5), bank.rows[5:])
     assert shard_bounds(10, 4) == [0, 2, 5, 7, 10]
+
+
+def test_compiled_methods_break_off_before_the_exchanges() -> None:
+    """Tracing the collectives and the derivative inside would go wrong; torch marks what it does not trace so."""
+    assert vars(score_over_shards)["_torchdynamo_disable"]
