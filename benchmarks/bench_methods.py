@@ -92,7 +92,7 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
     return replace(
         config,
         recipe=f"bench-{name}",
-        model=ResNetConfig(name=arguments.model, stem=arguments.stem),
+        model=replace(config.model, name=arguments.model, stem=arguments.stem),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size or config.batch_size,
         loader=replace(config.loader, workers=arguments.workers),

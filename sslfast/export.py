@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sslfast.models.resnet import ResNetConfig
 from sslfast.weights import Weights, import_safetensors, read_weights
 
 Format = Literal["torchvision", "timm", "detectron2", "safetensors", "onnx"]
@@ -45,11 +46,14 @@ def export(run: Path | str, output: Path | str, *, format: Format = "torchvision
     if output.suffix != SUFFIX[format]:
         raise ValueError(f"a {format} file ends in {SUFFIX[format]}, got {str(output)!r}")
     weights = read_weights(run)
-    if weights.model.stem != "imagenet" and format in ("torchvision", "timm", "detectron2"):
-        raise ValueError(
-            f"stem={weights.model.stem} is not a network of {format}; export as safetensors or onnx, "
-            "or load the run with sslfast.load"
-        )
+    if format in ("torchvision", "timm", "detectron2"):
+        usual = ResNetConfig(name=weights.model.name)
+        for name, value in vars(weights.model).items():
+            if value != getattr(usual, name):
+                raise ValueError(
+                    f"{name}={value} is not of a network that {format} has; export as safetensors or onnx, "
+                    "or load the run with sslfast.load"
+                )
     temporary = output.with_name(f".{output.name}.tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:

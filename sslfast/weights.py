@@ -200,4 +200,6 @@ def _recognise(path: Path, state: Mapping[str, Tensor]) -> ResNetConfig:
             f"known: {', '.join(names.values())}"
         )
     stem = "small" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
-    return ResNetConfig(name=names[kind], stem=stem)  # type: ignore[arg-type]
+    norm = "batch" if "bn1.running_mean" in state else "layer"
+    width = state["layer1.0.conv1.weight"].shape[0] / 64
+    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width)  # type: ignore[arg-type]

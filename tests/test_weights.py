@@ -196,7 +196,8 @@ def test_checkpoints_of_other_programs(name: str, resnet18: ResNetTrunk, tmp_pat
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_the_model_is_recognised(name: str, stem: str, tmp_path: Path) -> None:
-    config = ResNetConfig(name=name, stem=stem)  # type: ignore[arg-type]
+    norm, width = ("layer", 0.5) if name == "resnet34" else ("batch", 1.0)
+    config = ResNetConfig(name=name, stem=stem, norm=norm, width=width)  # type: ignore[arg-type]
     torch.save(build_trunk(config, seed=0).state_dict(), tmp_path / "t.pth")
     assert read_weights(tmp_path / "t.pth").model == config
 
@@ -216,16 +217,16 @@ def test_errors_name_the_remedy(run: Path, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "r.pth")
     with pytest.raises(ValueError, match=r"blocks.*known: resnet18, resnet34, resnet50"):
         read_weights(tmp_path / "r.pth")
-    wide = build_trunk(ResNetConfig(name="resnet18"), seed=0).state_dict()
-    wide["layer1.0.conv1.weight"] = torch.zeros(128, 64, 3, 3)
-    torch.save(wide, tmp_path / "wide.pth")
+    odd = build_trunk(ResNetConfig(name="resnet18"), seed=0).state_dict()
+    odd["layer1.1.conv1.weight"] = torch.zeros(128, 64, 3, 3)
+    torch.save(odd, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="does not hold a resnet18"):
-        sslfast.load(tmp_path / "wide.pth")
+        sslfast.load(tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=r"a detectron2 file ends in \.pkl"):
         export(run, tmp_path / "x.pth", format="detectron2")
     small = write_run(tmp_path / "small", trained_trunk("resnet18", "small"), config_of("resnet18", "small"))
     for format in ("torchvision", "timm", "detectron2"):
-        with pytest.raises(ValueError, match="stem=small is not a network of"):
+        with pytest.raises(ValueError, match="stem=small is not of a network that"):
             export(small, tmp_path / f"x{SUFFIX[format]}", format=format)  # type: ignore[arg-type, index]
 
 

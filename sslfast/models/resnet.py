@@ -23,6 +23,12 @@ class ResNetConfig:
     norm: Literal["batch", "layer"] = "batch"
     """batch: BatchNorm. layer: every image by its own mean and variance over channels and pixels (GroupNorm of one
     group), nothing of other images; torchvision's weights do not fit it."""
+    width: float = 1.0
+    """Factor on the channels of every layer: 2 is PIRL-c2x (table 2 of the paper, 98 M parameters with ResNet-50)."""
+
+    def __post_init__(self) -> None:
+        if not self.width > 0 or 64 * self.width % 8:
+            raise ValueError(f"model.width must be a positive multiple of 1/8, got {self.width}")
 
 
 def norm_layer(config: ResNetConfig) -> Callable[[int], nn.Module]:
@@ -42,12 +48,30 @@ class _StridedConv(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight, self.bias, stride, self.padding)
 
 
+def _wide(config: ResNetConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """torchvision's ResNet with every layer's channels times ``config.width``; its ``fc`` is not scaled."""
+    from torchvision.models import resnet
+
+    class Wide(resnet.ResNet):
+        def _make_layer(self, block: type, planes: int, *args: int, **options: int) -> nn.Sequential:
+            if planes == 64:
+                self.inplanes = round(64 * config.width)
+            return super()._make_layer(block, round(planes * config.width), *args, **options)
+
+    blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}[config.name]
+    net = Wide(resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock, blocks, norm_layer=norm)
+    net.conv1 = nn.Conv2d(3, round(64 * config.width), kernel_size=7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.bn1 = norm(round(64 * config.width))
+    return net
+
+
 class ResNetTrunk(nn.Module):
     """Images to pooled res5 features.
 
     ``forward``: float ``[B, 3, S, S]`` -> ``[B, out_features]``, the spatial mean of res5 (512 columns for ResNet-18
-    and 34, 2048 for ResNet-50). ``stages`` returns every stage for probes of single layers. Parameter names are
-    torchvision's, so exported weights load there with ``strict=False`` (only ``fc`` is missing).
+    and 34, 2048 for ResNet-50, times the width). ``stages`` returns every stage for probes of single layers. Parameter
+    names are torchvision's, so exported weights load there with ``strict=False`` (only ``fc`` is missing).
     """
 
     out_features: int
@@ -69,15 +93,19 @@ class ResNetTrunk(nn.Module):
                 f"{config.name} needs torchvision, which does not import beside torch {torch.__version__}: {error}. "
                 "Install the pair that matches, for example `pip install torch==2.11.0 torchvision==0.26.0`"
             ) from error
-        net = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm_layer(config))
+        norm, first = norm_layer(config), round(64 * config.width)
+        if config.width == 1:
+            net = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
+        else:
+            net = _wide(config, norm)
         if config.stem == "small":
-            net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            net.conv1 = nn.Conv2d(3, first, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
         for module in net.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (2, 2):
                 module.__class__ = _StridedConv
-        self.out_features = net.fc.in_features
+        self.out_features = round(net.fc.in_features * config.width)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))
 

@@ -1,0 +1,53 @@
+"""Trunks of any width: shapes, parameter counts, and that width 1 is torchvision's own network."""
+
+import pytest
+import torch
+import torchvision
+
+from sslfast.models.resnet import ResNetConfig, build_trunk
+
+
+def parameters(config: ResNetConfig) -> int:
+    return sum(p.numel() for p in build_trunk(config, seed=0).parameters())
+
+
+def test_width_one_is_torchvisions() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        theirs = torchvision.models.resnet18(weights=None).state_dict()
+    ours = build_trunk(ResNetConfig(name="resnet18"), seed=3).state_dict()
+    assert theirs.keys() - ours.keys() == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("width", [0.25, 2.0])
+def test_every_layer_is_scaled(name: str, stem: str, width: float) -> None:
+    one = build_trunk(ResNetConfig(name=name, stem=stem), seed=0)  # type: ignore[arg-type]
+    config = ResNetConfig(name=name, stem=stem, width=width)  # type: ignore[arg-type]
+    other = build_trunk(config, seed=0)
+    assert other.out_features == width * one.out_features
+    shapes = {key: value.shape for key, value in other.state_dict().items()}
+    for key, value in one.state_dict().items():
+        scaled = [n if n == 3 and key == "conv1.weight" else width * n for n in value.shape[:2]]
+        assert list(shapes.pop(key)) == [*scaled, *value.shape[2:]], key
+    assert shapes == {}
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert other.eval()(images).shape == (2, other.out_features)
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.parameters(), build_trunk(config, seed=0).parameters(), strict=True)
+    )
+
+
+def test_parameters_of_the_paper() -> None:
+    """Table 2 of the PIRL paper: 25.6 M for ResNet-50 and 98 M with all channels doubled, both with a classifier."""
+    classifier = 2048 * 1000 + 1000
+    assert round((parameters(ResNetConfig()) + classifier) / 1e6, 1) == 25.6
+    assert round((parameters(ResNetConfig(width=2)) + 2 * 2048 * 1000 + 1000) / 1e6) == 98
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 0.3, float("nan")])
+def test_widths_that_cannot_be(width: float) -> None:
+    with pytest.raises(ValueError, match=r"model\.width must be a positive multiple of 1/8"):
+        ResNetConfig(width=width)
