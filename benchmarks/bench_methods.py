@@ -95,6 +95,11 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
         model=replace(config.model, name=arguments.model, stem=arguments.stem),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size or config.batch_size,
+        optim=replace(
+            config.optim,
+            lr_per_256_images=arguments.lr_scale * config.optim.lr_per_256_images,
+            final_lr_per_256_images=arguments.lr_scale * config.optim.final_lr_per_256_images,
+        ),
         loader=replace(config.loader, workers=arguments.workers),
         seed=seed,
         tensorboard=False,
@@ -139,6 +144,7 @@ def main() -> None:
     parser.add_argument("--pretrain-per-class", type=int, default=500, help="of them, how many are pretrained on")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, help="default: each recipe's")
+    parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every recipe's learning rate")
     parser.add_argument("--model", choices=["resnet18", "resnet50"], default="resnet18")
     parser.add_argument("--stem", choices=["imagenet", "small"], default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
