@@ -197,12 +197,15 @@ def test_killed_fifty_times_at_random_moments(server: ForkServerContext, tmp_pat
     output, whole = tmp_path / "killed", tmp_path / "whole"
     undisturbed = start(server, train_long, whole, 0.0, 100, wait=False)
     rng, cut_short = random.Random(0), 0
-    for _ in range(KILLS):
+    for number in range(KILLS):
         known = {path.name for path in list_checkpoints(output / "checkpoints")}
         child = start(server, train_long, output, 0.01, 1, wait=False)
         while child.is_alive() and {path.name for path in list_checkpoints(output / "checkpoints")} <= known:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
+        if number % 5 == 0:  # in the middle of the next checkpoint
+            while child.is_alive() and not any((output / "checkpoints").glob(".step_*.tmp")):
+                pass
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL

@@ -41,7 +41,7 @@ class Method(nn.Module):
         """
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """``state_dict()`` of the whole run, for a checkpoint that any number of processes can load. Every rank calls it.
+        """``state_dict()`` of the whole run, which any number of processes can load. Every rank calls it.
 
         A method whose state is split over ranks puts it together here and takes its part when it loads.
         """
