@@ -26,6 +26,7 @@ from sslfast.figures.neighbours import write_neighbours
 from sslfast.figures.preview import write_preview
 from sslfast.interrupt import EXIT_INTERRUPTED, EXIT_NOT_FINITE, RunInterruptedError
 from sslfast.recipes import RECIPES
+from sslfast.report.build import report
 from sslfast.trainer import NonFiniteLossError, Trainer
 
 K = (1, 5, 20)
@@ -96,11 +97,13 @@ def run_demo(options: Demo) -> str:
     done = time.perf_counter()
     facts = {"seconds": {"pretraining": round(trained - started, 1), "evaluation": round(done - trained, 1)}}
     save_json(run / "evaluation" / "demo.json", {"knn": knn["results"], "linear": linear["results"], **facts})
+    page = report((run,), output=output / "report.html", data=data, device=options.device)
     lines = [
         _table(evaluation, knn, linear),
         "",
         f"  what the network saw          {preview}",
         f"  queries and their neighbours  {neighbours}",
+        f"  curves, confusion, map        {page}",
         f"  numbers, weights, logs        {run}",
         f"  seconds                       {trained - started:.0f} pretraining, {done - trained:.0f} evaluation",
     ]

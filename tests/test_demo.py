@@ -19,6 +19,8 @@ def test_demo_ends_with_a_table_and_pictures(tmp_path: Path, capsys: pytest.Capt
         assert str(tmp_path / name) in screen
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 500
+    assert str(tmp_path / "report.html") in screen
+    assert "Embedding map" in (tmp_path / "report.html").read_text()
     run = tmp_path / "seed0"
     checkpoint = max((run / "checkpoints").glob("step_*.pt"))
     before = checkpoint.stat().st_mtime_ns
