@@ -89,6 +89,12 @@ def _evaluate_semisup(arguments: list[str]) -> int:
     return _evaluate(semisup.evaluate_semisup, semisup.render_table, arguments, "sslfast evaluate semisup")
 
 
+def _evaluate_detect(arguments: list[str]) -> int:
+    from sslfast.evaluation import detect
+
+    return _evaluate(detect.evaluate_detect, detect.render_table, arguments, "sslfast evaluate detect")
+
+
 def _report(arguments: list[str]) -> int:
     from sslfast.report.build import report
 
@@ -163,6 +169,7 @@ EVALUATIONS = {
     "linear": Command("linear RUN DATA", "linear classifiers on frozen features: probe, goyal, moco", _evaluate_linear),
     "lowshot": Command("lowshot RUN VOC", "linear SVMs on Pascal VOC, all and few images", _evaluate_lowshot),
     "semisup": Command("semisup RUN DATA", "fine-tuning with 1 % or 10 % of the labels", _evaluate_semisup),
+    "detect": Command("detect RUN VOC...", "Faster R-CNN R50-C4 on Pascal VOC or COCO-format data", _evaluate_detect),
 }
 DATA_COMMANDS = {
     "verify": Command("verify DIR", "decode every image once, list those that cannot be used", _data_verify),
@@ -190,7 +197,7 @@ def _group(name: str, commands: dict[str, Command]) -> Callable[[list[str]], int
 COMMANDS = {
     "pretrain": Command("pretrain DATA --recipe NAME", "pretrain an encoder without labels", _pretrain),
     "evaluate": Command(
-        "evaluate knn|linear|lowshot|semisup RUN DATA",
+        "evaluate knn|linear|lowshot|semisup|detect RUN DATA",
         "accuracy of a pretrained encoder beside baselines",
         _group("evaluate", EVALUATIONS),
     ),

@@ -63,6 +63,20 @@ def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
     return _print(_title(result), table, width)
 
 
+def detection_table(result: dict[str, Any], *, width: int = 100) -> str:
+    """A line per encoder: COCO's average precision in percent and VOC 2007's, with the spread over several seeds."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("encoder")
+    names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
+    keys = {**names, **{f"voc07_{key}": f"VOC07 {words}" for key, words in names.items()}}
+    for words in keys.values():
+        table.add_column(words, justify="right")
+    for row in result["results"]:
+        spreads = {key: f" ± {100 * row[f'{key}_spread']:.1f}" if f"{key}_spread" in row else "" for key in keys}
+        table.add_row(row["encoder"], *(f"{100 * row[key]:.1f}{spreads[key]}" for key in keys))
+    return _print(_title(result), table, width)
+
+
 def _title(result: dict[str, Any]) -> str:
     data = result["data"]
     return (

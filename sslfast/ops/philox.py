@@ -35,6 +35,7 @@ class Stream(IntEnum):
     SHARD_ORDER = 13
     CROP = 16  # + position of the view in its recipe, up to 15 views
     VIEW = 32  # + position of the view in its recipe, up to 15 views
+    DETECTION = 48  # + what the fine-tuning of a detector draws: order, size and mirror, anchors, proposals
 
 
 def philox4x32(counter: Tensor, seed: int) -> Tensor:
@@ -84,7 +85,10 @@ def random_uint32(rows: Tensor, count: int, *, seed: int, stream: int, step: int
     block = torch.arange(blocks, dtype=torch.int64, device=rows.device).expand(shape)
     low = (rows & _MASK)[:, None].expand(shape)
     high = (stream * 2**16 + (rows >> 32))[:, None].expand(shape)
-    step = torch.as_tensor(step, dtype=torch.int64, device=rows.device) & _MASK
+    if isinstance(step, Tensor):
+        step = step.to(rows.device, torch.int64) & _MASK
+    else:  # filled in there: a copy of a host number would wait for the device
+        step = torch.full((), step & _MASK, dtype=torch.int64, device=rows.device)
     counter = torch.stack((block, low, step.expand(shape), high), dim=-1)
     return philox4x32(counter, seed).reshape(shape[0], blocks * 4)[:, :count]
 
