@@ -92,6 +92,16 @@ def _between(words: Tensor, low: float, high: float) -> Tensor:
     return ((words >> 8).to(torch.float64) * ((high - low) * 2.0**-24) + low).to(torch.float32)
 
 
+def _order_of(code: Tensor) -> Tensor:
+    """``ORDERS[code]`` as ``[..., 4]``, by arithmetic: a table copied to a GPU at every step would be waited for."""
+    first, rest = code // 6, code % 6
+    second = rest // 2 + (rest // 2 >= first)
+    lowest, highest = torch.minimum(first, second), torch.maximum(first, second)
+    third = torch.where(lowest > 0, 0, torch.where(highest > 1, 1, 2))  # the smaller of the two that are left
+    third = torch.where(rest % 2 == 1, 6 - first - second - third, third)
+    return torch.stack((first, second, third, 6 - first - second - third), dim=-1)
+
+
 def draw_pixel_parameters(words: Tensor, config: AugmentConfig) -> PixelParameters:
     """Turn uint32 draws into parameters.
 
@@ -104,14 +114,13 @@ def draw_pixel_parameters(words: Tensor, config: AugmentConfig) -> PixelParamete
         config: strengths and probabilities.
     """
     w = words.unbind(-1)
-    orders = torch.tensor(ORDERS, device=words.device)
     strengths = (config.brightness, config.contrast, config.saturation)
     factors = [_between(w[3 + i], max(0.0, 1.0 - s), 1.0 + s) for i, s in enumerate(strengths)]
     low_bits, high_bits = _POSTERIZE_BITS
     return PixelParameters(
         flip=_chance(w[0], config.flip_probability),
         jitter=_chance(w[1], config.jitter_probability),
-        jitter_order=orders[uint32_below(w[2], len(ORDERS))],
+        jitter_order=_order_of(uint32_below(w[2], len(ORDERS))),
         factors=torch.stack(factors, dim=-1),
         hue=_between(w[6], -config.hue, config.hue),
         photometric=_chance(w[7], config.photometric_probability),

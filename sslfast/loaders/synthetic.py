@@ -27,7 +27,9 @@ class SyntheticLoader(PlannedLoader):
         order = self.plan.order(epoch)
         for step in range(start_step, self.steps_per_epoch):
             self._check_current(generation)
-            rows = torch.from_numpy(self.plan.share(order, step).copy()).to(self.device)
+            rows = torch.from_numpy(self.plan.share(order, step).copy())
+            if self.device.type == "cuda":
+                rows = rows.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
             cells = colour_cells(rows, seed=self.plan.seed)
             yield Batch(
                 rows=rows, crops={name: enlarge(cells, size) for name, size in self._sizes.items()}, epoch=epoch
