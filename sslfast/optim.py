@@ -1,8 +1,10 @@
-"""SGD and LARS with the papers' weight-decay rules, and the learning rate as a pure function of the step."""
+"""SGD, LARS and AdamW with the papers' weight-decay rules, and the learning rate as a pure function of the step."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -15,25 +17,35 @@ _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 class OptimConfig:
     """Stochastic gradient descent with a cosine learning rate (PIRL section 4; VISSL's PIRL configuration)."""
 
-    name: Literal["sgd", "lars"] = "sgd"
-    """sgd, or lars: layer-wise rates for large batches (You et al. 2017), see :class:`LARS`. Its learning rates are
-    larger: 0.3 per 256 images with 10 epochs of warm-up and weight decay 1e-6 in SimCLR (Chen et al. 2020, B.9)."""
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    """sgd; lars: layer-wise rates for large batches (You et al. 2017), see :class:`LARS`; adamw (Loshchilov & Hutter
+    2019), which is Adam where weight_decay is 0. LARS has larger rates: 0.3 per 256 images with 10 epochs of warm-up
+    and weight decay 1e-6 in SimCLR (Chen et al. 2020, B.9); AdamW smaller ones, about 1e-4."""
     trust_coefficient: float = 0.001
     """η of LARS: share of a layer's norm that a step of rate 1 moves it by."""
     lr_per_256_images: float = 0.03
     """Learning rate at batch size 256; the rate used is this times ``batch_size / 256`` (0.12 at 1024)."""
     final_lr_per_256_images: float = 3e-5
     """Where the cosine ends, at batch size 256, scaled likewise (1.2e-4 at 1024)."""
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """How the rate falls after the warm-up. cosine: to the final rate at the end of the run. steps: times gamma at each
+    milestone. constant: not at all."""
+    milestones: tuple[float, ...] = ()
+    """Epochs after which the rate falls, rising, for schedule steps; those behind the end of the run have no effect."""
+    gamma: float = 0.1
+    """Factor of the rate at each milestone."""
     lr_update: Literal["epoch", "step"] = "epoch"
     """When the learning rate changes: once per epoch (VISSL) or at every step."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up before the cosine; the paper has none."""
+    """Epochs of linear warm-up at the beginning; the paper has none."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Momentum of SGD and LARS."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Weights of the old moving averages of AdamW: of gradients and of their squares."""
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 1e-4
-    """L2 penalty, added to the gradient."""
+    """L2 penalty, added to the gradient; AdamW: share that a step of rate 1 takes off the weights."""
     decay_norm: bool = False
     """Also decay the weights and biases of normalisation layers."""
     decay_bias: bool = False
@@ -47,16 +59,26 @@ class OptimConfig:
                 "optim.final_lr_per_256_images must be in [0, lr_per_256_images], "
                 f"got {self.final_lr_per_256_images} with lr_per_256_images={self.lr_per_256_images}"
             )
+        rising = all(a < b for a, b in pairwise((0.0, *self.milestones)))
+        if not rising or (self.schedule == "steps") > bool(self.milestones):
+            raise ValueError(
+                "optim.milestones must be rising epochs above 0, at least one with optim.schedule=steps, "
+                f"got {self.milestones}"
+            )
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"optim.gamma must be in (0, 1], got {self.gamma}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must be in [0, 1), got {self.betas}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum must be in [0, 1), got {self.momentum}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov needs optim.momentum above 0, got momentum=0")
         if not self.trust_coefficient > 0:
             raise ValueError(f"optim.trust_coefficient must be above 0, got {self.trust_coefficient}")
-        if self.name == "lars":
-            for option in ("nesterov", "decay_norm", "decay_bias"):
-                if getattr(self, option):
-                    raise ValueError(f"optim.{option} must be False with optim.name=lars, which has no such form")
+        unknown = {"lars": ("nesterov", "decay_norm", "decay_bias"), "adamw": ("nesterov",)}
+        for option in unknown.get(self.name, ()):
+            if getattr(self, option):
+                raise ValueError(f"optim.{option} must be False with optim.name={self.name}, which has no such form")
         if not self.weight_decay >= 0:
             raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
         if not self.warmup_epochs >= 0:
@@ -165,10 +187,10 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, *, batch_size: int) -> torch.optim.Optimizer:
-    """``torch.optim.SGD`` or :class:`LARS` over :func:`parameter_groups`.
+    """``torch.optim.SGD``, ``torch.optim.AdamW`` or :class:`LARS` over :func:`parameter_groups`.
 
-    SGD is fused on CUDA (one kernel over all parameters) and foreach elsewhere, with the same state. Momentum exists,
-    zero, from the start: a step that is undone and a captured graph find it where it stays.
+    Torch's are fused on CUDA (one kernel over all parameters) and foreach elsewhere, with the same state. The state
+    exists, zero, from the start: a step that is undone and a captured graph find it where it stays.
     """
     groups = parameter_groups(module, config)
     lr = config.lr_per_256_images * batch_size / 256
@@ -182,36 +204,68 @@ def build_optimizer(module: nn.Module, config: OptimConfig, *, batch_size: int) 
         )
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])
     kernel = {"fused": True} if on_cuda else {"foreach": True}
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, **kernel)
+    if config.name == "adamw":
+        adam = torch.optim.AdamW(groups, lr=lr, betas=config.betas, **kernel)
+        start_moments(adam)
+        return adam
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, **kernel)
     if config.momentum > 0:
-        start_momentum(optimizer)
-    return optimizer
+        start_momentum(sgd)
+    return sgd
 
 
 def start_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter a momentum of zeros, from which SGD's first step is what it is without one."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(
-                parameter, memory_format=torch.preserve_format
-            )
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter]["momentum_buffer"] = _zeros_like(parameter)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def start_moments(optimizer: torch.optim.AdamW) -> None:
+    """Give every parameter the averages of zeros and the count that AdamW's first step begins with.
+
+    Fused kernels have the count on the device, others on the host.
+    """
+    fused = optimizer.defaults["fused"]
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+            "exp_avg": _zeros_like(parameter),
+            "exp_avg_sq": _zeros_like(parameter),
+        }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """``optimizer.load_state_dict`` that keeps this device's kernels: fused on CUDA, foreach elsewhere."""
-    kept = [{key: group.get(key) for key in ("foreach", "fused")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kernel in zip(optimizer.param_groups, kept, strict=True):
-        if "fused" in group:
-            group.update(kernel)
+    groups = [
+        {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Written under another memory format; the fused kernel refuses a momentum laid out unlike its parameter.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, epochs: int) -> float:
     """Learning rate of step ``step`` (0-based).
 
     With ``t`` the epochs done so far (whole epochs where ``lr_update="epoch"``), ``w`` the warm-up and ``E`` the
-    epochs of the run: ``final + (lr - final) * (1 + cos(pi * (t - w) / (E - w))) / 2``; during warm-up
-    ``lr * (t + u) / w`` with ``u`` one update interval in epochs, at most ``lr``.
+    epochs of the run: during warm-up ``lr * (t + u) / w`` with ``u`` one update interval in epochs, at most ``lr``;
+    then
+
+    - cosine: ``final + (lr - final) * (1 + cos(pi * (t - w) / (E - w))) / 2``,
+    - steps: ``lr * gamma^n``, ``n`` the milestones that are at most ``t``,
+    - constant: ``lr``.
     """
     scale = batch_size / 256
     peak, final = config.lr_per_256_images * scale, config.final_lr_per_256_images * scale
@@ -222,6 +276,10 @@ def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_
     warmup = config.warmup_epochs
     if done < warmup:
         return peak * min(1.0, (done + interval) / warmup)
+    if config.schedule == "steps":
+        return peak * config.gamma ** bisect_right(config.milestones, done)
+    if config.schedule == "constant":
+        return peak
     share = min(1.0, (done - warmup) / max(epochs - warmup, interval))
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sslfast.checkpoint import CorruptCheckpointError, list_checkpoints, load_checkpoint, load_latest
-from sslfast.config import differences
+from sslfast.config import differences, from_dict, to_dict
 from sslfast.rundir import RunDirectory
 
 KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manifest_digest")
@@ -65,8 +65,10 @@ def find_checkpoint(
     return found
 
 
-def check_same_run(path: Path, state: Mapping[str, Any], *, config: Mapping[str, Any], manifest_digest: str) -> None:
-    """Whether a run of ``config`` on these images may go on from ``state``.
+def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifest_digest: str) -> None:
+    """Whether a run of ``config``, a TrainConfig, on these images may go on from ``state``.
+
+    Fields that the checkpoint is older than had their defaults when it was written.
 
     Raises:
         ValueError: one line with every field that differs, its old and its new value.
@@ -74,9 +76,13 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Mapping[str,
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing); use another")
+    try:
+        before = to_dict(from_dict(type(config), state["config"]))
+    except ValueError as error:
+        raise ValueError(f"cannot resume {path}: {error}; choose another output directory") from None
     changed = [
         f"{name} was {old!r}, is {new!r}"
-        for name, old, new in differences(state["config"], config)
+        for name, old, new in differences(before, to_dict(config))
         if name not in FREE_AT_RESUME
     ]
     if changed:

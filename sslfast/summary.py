@@ -12,7 +12,6 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     """What ``trainer.fit()`` would do, as (name, value) lines."""
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
-    scale = config.batch_size / 256
     kept = list_checkpoints(trainer.run.checkpoints)
     start = f"resumes after step {checkpoint_step(kept[-1])}" if kept and trainer.resume == "auto" else "new run"
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
@@ -25,7 +24,6 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         start = f"resumes {trainer.resume}"
     size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.run.free_bytes()
     steps = f"{config.epochs:,} epochs x {trainer.steps_per_epoch:,} steps of {config.batch_size:,}"
-    peak, final = config.optim.lr_per_256_images * scale, config.optim.final_lr_per_256_images * scale
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
@@ -34,10 +32,20 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("step", _step(trainer)),
         ("steps", f"{steps} = {trainer.total_steps:,} steps"),
-        ("learning rate", f"{peak:.4g} to {final:.4g}, cosine, changes every {config.optim.lr_update}"),
+        ("learning rate", _schedule(trainer)),
         ("output", f"{trainer.run.path} ({start})"),
         ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),
     ]
+
+
+def _schedule(trainer: Trainer) -> str:
+    optim, scale = trainer.config.optim, trainer.config.batch_size / 256
+    peak, final = optim.lr_per_256_images * scale, optim.final_lr_per_256_images * scale
+    if optim.schedule == "cosine":
+        return f"{peak:.4g} to {final:.4g}, cosine, changes every {optim.lr_update}"
+    if optim.schedule == "constant":
+        return f"{peak:.4g}, constant"
+    return f"{peak:.4g}, times {optim.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in optim.milestones)}"
 
 
 def _step(trainer: Trainer) -> str:

@@ -222,7 +222,7 @@ class Trainer:
             self.run.check_unlocked()
             found = find_checkpoint(self.run, self.resume, report=self.report)
             if found is not None:
-                check_same_run(*found, config=to_dict(self.config), manifest_digest=self._manifest_digest())
+                check_same_run(*found, config=self.config, manifest_digest=self._manifest_digest())
 
     def close(self) -> None:
         """End loader processes and let go of the process group. :meth:`fit` ends with it."""
@@ -400,7 +400,7 @@ class Trainer:
         if chosen is None:
             return
         path, state = (chosen, load_checkpoint(chosen)) if found is None else found
-        check_same_run(path, state, config=to_dict(self.config), manifest_digest=self._manifest_digest())
+        check_same_run(path, state, config=self.config, manifest_digest=self._manifest_digest())
         distributed.wait_for_all()  # everyone has read it
         if self.is_main:
             for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
@@ -420,8 +420,9 @@ class Trainer:
         return f"synthetic-{self.loader.num_rows}" if self.manifest is None else self.manifest.digest()
 
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint: the method's state and a momentum buffer for every parameter."""
-        return self.method.full_state_bytes() + sum(p.nbytes for p in self.method.parameters() if p.requires_grad)
+        """Size of one checkpoint: the method's state and the optimizer's."""
+        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+        return self.method.full_state_bytes() + sum(tensor.nbytes for tensor in state)
 
     def disk_bytes(self) -> int:
         """Most disk space that the checkpoints of the whole run take at once."""

@@ -1,6 +1,7 @@
 import copy
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sslfast.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from sslfast.recipes import RECIPES
 
 PAPER = {"batch_size": 1024, "steps_per_epoch": 10, "epochs": 100}
 
@@ -54,6 +56,39 @@ def test_warmup_rises_to_the_peak_and_never_starts_at_zero(update: str) -> None:
 def test_warmup_as_long_as_the_run_stays_finite() -> None:
     config = OptimConfig(warmup_epochs=100)
     assert all(0 < learning_rate(s, config, **PAPER) <= 0.12 + 1e-12 for s in range(1001))
+
+
+def test_steps_at_their_milestones() -> None:
+    config = OptimConfig(schedule="steps", milestones=(30, 60.5, 300), gamma=0.1, warmup_epochs=2)
+    rates = [learning_rate(10 * epoch, config, **PAPER) for epoch in range(100)]
+    assert rates[:2] == [pytest.approx(0.06), pytest.approx(0.12)]
+    assert rates[29:31] == [pytest.approx(0.12), pytest.approx(0.012)]
+    assert rates[60:62] == [pytest.approx(0.012), pytest.approx(0.0012)]  # whole epochs: 60.5 comes with the next
+    assert rates[99] == pytest.approx(0.0012)  # 300 is behind the end
+    by_step = OptimConfig(schedule="steps", milestones=(60.5,), lr_update="step")
+    assert learning_rate(604, by_step, **PAPER) == pytest.approx(0.12)
+    assert learning_rate(605, by_step, **PAPER) == pytest.approx(0.012)
+
+
+def test_constant_rate_after_the_warmup() -> None:
+    config = OptimConfig(schedule="constant", warmup_epochs=2)
+    rates = [learning_rate(step, config, **PAPER) for step in range(1000)]
+    assert rates == [pytest.approx(0.06)] * 10 + [pytest.approx(0.12)] * 990
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs"),
+    [
+        ("npid", (120, 160)), ("moco-v1", (120, 160)), ("jigsaw", (30, 60, 90, 100)), ("rotation", (30, 60, 90, 100)),
+        ("relative-position", (30, 50)), ("sela", (150,)), ("deepcluster", ()),
+    ],
+)  # fmt: skip
+def test_recipes_fall_where_their_sources_do(recipe: str, epochs: tuple[int, ...]) -> None:
+    config = RECIPES[recipe]()
+    rates = [learning_rate(e, config.optim, batch_size=256, steps_per_epoch=1, epochs=200) for e in range(5, 200)]
+    falls = [e for e, (before, after) in enumerate(pairwise(rates), 6) if after < before]
+    assert falls == list(epochs)
+    assert rates[-1] == pytest.approx(rates[0] * 0.1 ** len(epochs))
 
 
 def network() -> nn.Module:
@@ -105,6 +140,48 @@ def test_two_steps_match_the_formula() -> None:
         weight, bias = weight - lr * v_weight, bias - lr * v_bias
     assert layer.weight.item() == pytest.approx(weight, rel=1e-12)
     assert layer.bias.item() == pytest.approx(bias, rel=1e-12)
+
+
+def test_adamw_matches_the_paper() -> None:
+    """Algorithm 2 of Loshchilov & Hutter 2019 in plain float64; biases and norm layers without decay."""
+    torch.manual_seed(3)
+    net = network().double()
+    config = OptimConfig(name="adamw", lr_per_256_images=0.1, weight_decay=0.02, betas=(0.8, 0.9))
+    optimizer = build_optimizer(net, config, batch_size=256)
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    means = {name: torch.zeros_like(p) for name, p in weights.items()}
+    squares = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for step, lr in enumerate((0.1, 0.05, 0.025), 1):
+        set_learning_rate(optimizer, lr)
+        gradients(net, step)
+        for name, p in net.named_parameters():
+            assert p.grad is not None
+            means[name] = 0.8 * means[name] + 0.2 * p.grad
+            squares[name] = 0.9 * squares[name] + 0.1 * p.grad**2
+            unbiased = means[name] / (1 - 0.8**step) / ((squares[name] / (1 - 0.9**step)).sqrt() + 1e-8)
+            decay = 0.02 if name in ("0.weight", "3.weight") else 0.0
+            weights[name] = weights[name] - lr * (unbiased + decay * weights[name])
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+def test_adamw_state_that_exists_from_the_start_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = network().double()
+    plain = copy.deepcopy(net)
+    config = OptimConfig(name="adamw", weight_decay=0.1)
+    optimizer = build_optimizer(net, config, batch_size=256)
+    usual = torch.optim.AdamW(parameter_groups(plain, config), lr=0.03)
+    for module, chosen in ((net, optimizer), (plain, usual)):
+        for number in range(3):
+            gradients(module, number)
+            chosen.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    states = [list(chosen.state_dict()["state"].values()) for chosen in (optimizer, usual)]
+    for ours, theirs in zip(*states, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all((ours[k].dtype, ours[k].device) == (theirs[k].dtype, theirs[k].device) for k in ours)
 
 
 def lars_pair(lr: float | torch.Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -184,7 +261,7 @@ def test_lars_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_state_goes_on_bit_equal(name: str) -> None:
     config = OptimConfig(name=name)  # type: ignore[arg-type]
 
@@ -238,12 +315,18 @@ def test_kernels_are_the_devices_own_after_loading() -> None:
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov needs"),
         ({"trust_coefficient": 0.0}, "trust_coefficient must be above 0, got 0.0"),
+        ({"schedule": "steps"}, "milestones must be rising epochs above 0, at least one with optim.schedule=steps"),
+        ({"schedule": "steps", "milestones": (3.0, 2.0)}, r"milestones must be rising .*, got \(3.0, 2.0\)"),
+        ({"milestones": (0.0,)}, "milestones must be rising"),
+        ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"name": "adamw", "nesterov": True}, "optim.nesterov must be False with optim.name=adamw"),
         ({"name": "lars", "nesterov": True}, "optim.nesterov must be False with optim.name=lars"),
         ({"name": "lars", "decay_norm": True}, "optim.decay_norm must be False with optim.name=lars"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
     ],
 )
-def test_bad_values(values: dict[str, float], message: str) -> None:
+def test_bad_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OptimConfig(**values)  # type: ignore[arg-type]
+        OptimConfig(**values)

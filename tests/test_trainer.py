@@ -297,6 +297,42 @@ def test_changed_configuration_is_one_line_with_every_field(tmp_path: Path) -> N
     assert from_dict(TinyConfig, load_json(tmp_path / "config.json")) == TinyConfig()
 
 
+def test_a_checkpoint_older_than_a_field_goes_on_with_its_default(tmp_path: Path, whole: Path) -> None:
+    trainer = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet)
+    stop_at(trainer, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterruptedError):
+        trainer.fit()
+    state = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    for field in ("schedule", "milestones", "gamma", "betas"):
+        del state["config"]["optim"][field]
+    save_checkpoint(tmp_path / "checkpoints", state, state["step"])
+    with pytest.raises(ValueError, match=r"optim\.schedule was 'cosine', is 'constant'"):
+        run(tmp_path, TinyConfig(optim=OptimConfig(schedule="constant")))
+    run(tmp_path)
+    last = [load_checkpoint(checkpoint_path(p / "checkpoints", STEPS)) for p in (tmp_path, whole)]
+    assert same(last[0], last[1])
+    state["config"]["flavour"] = 1
+    with pytest.raises(ValueError, match=r"cannot resume .*: config field flavour is unknown; .* another output"):
+        run(tmp_path / "other", resume=save_checkpoint(tmp_path / "newer", state, state["step"]))
+
+
+def test_adamw_stopped_and_resumed(tmp_path: Path) -> None:
+    """Its moments and counts are in the checkpoint, and skipped steps leave them alone."""
+    adam = OptimConfig(name="adamw", lr_per_256_images=0.5, schedule="steps", milestones=(2.0,))
+    config = TinyConfig(optim=adam, on_nonfinite="skip", method=Tiny.Config(bad_step=5))
+    run(tmp_path / "whole", config)
+    trainer = Trainer(config, ROWS, tmp_path / "stopped", report=quiet)
+    stop_at(trainer, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterruptedError):
+        trainer.fit()
+    run(tmp_path / "stopped", config)
+    a, b = (load_checkpoint(checkpoint_path(tmp_path / n / "checkpoints", STEPS)) for n in ("whole", "stopped"))
+    assert same(a, b)
+    assert a["optimizer"]["state"][0]["step"] == STEPS - 1
+    assert log_values(tmp_path / "whole") == log_values(tmp_path / "stopped")
+    assert [record["lr"] for record in log_values(tmp_path / "whole")][1:4] == [0.5 / 64, 0.05 / 64, 0.05 / 64]
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "other", {"step": 1, "weights": torch.zeros(1)}, 1)
     with pytest.raises(CorruptCheckpointError, match=r"is no checkpoint of a run \(method, optimizer, .* missing\)"):

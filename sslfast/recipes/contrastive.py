@@ -18,17 +18,23 @@ from sslfast.train_config import TrainConfig
 
 
 def moco_v1() -> TrainConfig:
-    """MoCo v1: ResNet-50, 200 epochs, batch 256 (8 GPUs), 65,536 keys, τ 0.07, momentum 0.999, rate 0.03.
+    """MoCo v1: ResNet-50, 200 epochs, batch 256 (8 GPUs), 65,536 keys, τ 0.07, momentum 0.999, rate 0.03, tenfold less
+    after epochs 120 and 160.
 
-    From the authors' code: crop scale, strengths of the jitter, decay of every parameter. Departure: the rate falls by
-    a cosine; the paper divides it by 10 at epochs 120 and 160.
+    From the authors' code: crop scale, strengths of the jitter, decay of every parameter.
     """
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=AugmentConfig(hue=0.4))
     return TrainConfig(
         recipe="moco-v1",
         method=MoCo.Config(image_view=view),
         optim=OptimConfig(
-            lr_per_256_images=0.03, final_lr_per_256_images=0.0, weight_decay=1e-4, decay_norm=True, decay_bias=True
+            lr_per_256_images=0.03,
+            final_lr_per_256_images=0.0,
+            schedule="steps",
+            milestones=(120.0, 160.0),
+            weight_decay=1e-4,
+            decay_norm=True,
+            decay_bias=True,
         ),
         epochs=200,
         batch_size=256,
@@ -42,7 +48,13 @@ def moco_v2() -> TrainConfig:
     """
     augment = AugmentConfig(hue=0.1, jitter_probability=0.8, blur_probability=0.5, blur_sigma=(0.1, 2.0))
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=augment)
-    return replace(moco_v1(), recipe="moco-v2", method=MoCo.Config(projection="mlp", temperature=0.2, image_view=view))
+    config = moco_v1()
+    return replace(
+        config,
+        recipe="moco-v2",
+        method=MoCo.Config(projection="mlp", temperature=0.2, image_view=view),
+        optim=replace(config.optim, schedule="cosine", milestones=()),
+    )
 
 
 def simclr() -> TrainConfig:
@@ -77,15 +89,22 @@ def simclr() -> TrainConfig:
 def cpc() -> TrainConfig:
     """CPC: 7 x 7 patches of 64 px with stride 32 from 256 px, flip and grayscale, batch 512 (16 on each of 32 GPUs).
 
-    Departures: ResNet-50 with layer normalisation (the paper: ResNet-v2-101 to its third stage, without BatchNorm), SGD
-    with a cosine (Adam, rate 2e-4), no jitter of patches. Open in the paper and chosen here: 200 epochs, the crop's
-    scale, steps 2 to 5.
+    From the paper: Adam with rate 2e-4. Departures: ResNet-50 with layer normalisation (the paper: ResNet-v2-101 to its
+    third stage, without BatchNorm), no jitter of patches. Open in the paper and chosen here: a constant rate after 5
+    epochs of warm-up, 200 epochs, the crop's scale, steps 2 to 5.
     """
     return TrainConfig(
         recipe="cpc",
         method=CPC.Config(),
         model=ResNetConfig(norm="layer"),
-        optim=OptimConfig(lr_per_256_images=0.03, final_lr_per_256_images=0.0, warmup_epochs=5),
+        optim=OptimConfig(
+            name="adamw",
+            lr_per_256_images=1e-4,
+            final_lr_per_256_images=0.0,
+            schedule="constant",
+            warmup_epochs=5,
+            weight_decay=0.0,
+        ),
         epochs=200,
         batch_size=512,
     )

@@ -77,15 +77,20 @@ def npid() -> TrainConfig:
     """NPID of Wu, Xiong, Yu & Lin, CVPR 2018 (sections 3.2 and 3.3): ResNet-50, 200 epochs, batch 256, rate 0.03, NCE,
     4,096 negatives uniform over all rows (the sample's own included), τ 0.07.
 
-    From the authors' code: crop scale, colour strengths, decay of every parameter, bank momentum 0.5, Z from the first
-    batch. Departures: the rate falls by a cosine (the paper: by 10 at epochs 120 and 160), no proximal term.
+    The rate falls tenfold after epochs 120 and 160. From the authors' code: crop scale, colour strengths, decay of
+    every parameter, bank momentum 0.5, Z from the first batch. Departure: no proximal term.
     """
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=AugmentConfig(hue=0.4))
     return TrainConfig(
         recipe="npid",
         method=PIRL.Config(pretext_weight=0.0, num_negatives=4096, exclude_self=False, image_view=view),
         optim=OptimConfig(
-            lr_per_256_images=0.03, final_lr_per_256_images=0.0, weight_decay=1e-4, decay_norm=True, decay_bias=True
+            lr_per_256_images=0.03,
+            schedule="steps",
+            milestones=(120.0, 160.0),
+            weight_decay=1e-4,
+            decay_norm=True,
+            decay_bias=True,
         ),
         epochs=200,
         batch_size=256,
