@@ -12,8 +12,8 @@ namespace sslfast {
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize;
-// Pictures up to this many bytes of levels keep them in shared memory: a 224-pixel crop, on 8.0 and later.
-constexpr int64_t kSharedLevels = 160 * 1024;
+// What the kernel has of shared memory besides the levels.
+constexpr int64_t kStaticShared = 1024;
 
 template <typename Out>
 struct Problem {
@@ -254,7 +254,8 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
   Tensor out = torch::stable::new_empty(crops, sizes, dtype);
   if (pictures == 0) return out;
   const int64_t level_bytes = photometric ? 3 * side * side : 0;
-  const bool shared = level_bytes <= kSharedLevels;
+  // A 224-pixel crop's levels fit on 8.0 and 9.0, patches everywhere.
+  const bool shared = level_bytes + kStaticShared <= shared_memory_limit();
   const std::vector<int64_t> scratch_sizes = {shared ? 0 : pictures * level_bytes};
   Tensor scratch = torch::stable::new_empty(crops, scratch_sizes);
   const std::vector<int64_t> unblurred_sizes = {blur ? pictures * 3 * side * side : 0};

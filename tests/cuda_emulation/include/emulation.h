@@ -24,6 +24,11 @@ inline int multiprocessors() {
 inline int compute_capability() {
   return cuda_emulation::machine.settings.compute_capability;
 }
+inline int64_t shared_memory_limit() {
+  const int capability = cuda_emulation::machine.settings.compute_capability;
+  const bool is_large = capability == 90 || capability == 100;
+  return is_large ? int64_t(cuda_emulation::kSharedBytes) : (capability == 80 ? 163 : 99) * 1024;
+}
 template <typename T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(cuda_emulation::machine.dynamic_shared);
@@ -42,7 +47,7 @@ void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, dim
   check(threads >= 1 && threads <= 1024, "a block must have 1 to 1024 threads");
   check(grid.x >= 1 && grid.y >= 1 && grid.z >= 1, "the grid is empty");
   check(grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536, "the grid is too large");
-  check(shared_bytes <= kSharedBytes, "too much dynamic shared memory");
+  check(static_cast<int64_t>(shared_bytes) <= shared_memory_limit(), "too much dynamic shared memory");
   if (m.dynamic_shared == nullptr) m.dynamic_shared = static_cast<unsigned char*>(aligned_alloc(1024, 256 * 1024));
   m.dynamic_bytes = shared_bytes;
   m.op = op;
