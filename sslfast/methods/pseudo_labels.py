@@ -35,10 +35,13 @@ class VisitedFeatures(nn.Module):
 
     @torch.no_grad()
     def store_(self) -> None:
-        """Write what was added on all ranks. A row that is twice in a batch has the same crop, hence equal features."""
+        """Write what was added on all ranks. Of a row that is there twice, in place of an image that cannot be read,
+        the last features stay: they differ, as the batches that BatchNorm saw do."""
         for rows, features in self._pending:
             everyone = gather_rows(rows)
-            self.rows[everyone] = gather_rows(features).to(self.rows.dtype)
+            places = torch.arange(len(everyone), device=everyone.device)
+            last = torch.where(everyone[:, None] == everyone, places, -1).amax(dim=1)
+            self.rows[everyone] = gather_rows(features)[last].to(self.rows.dtype)
             self.seen[everyone] = True
         self._pending = []
 

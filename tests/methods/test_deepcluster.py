@@ -12,7 +12,7 @@ from sslfast.distributed import leave
 from sslfast.loaders.batch import View
 from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.kmeans import fill_empty, kmeans, means, whiten
-from sslfast.methods.pseudo_labels import gather_shares, pseudo_label_loss, share
+from sslfast.methods.pseudo_labels import VisitedFeatures, gather_shares, pseudo_label_loss, share
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
 from sslfast.train_config import TrainConfig
 from tests.methods.harness import (
@@ -46,6 +46,19 @@ def clustered(method: DeepCluster) -> None:
     method.features.rows.copy_(points)
     method.features.seen.fill_(True)
     method.start_epoch(1)
+
+
+def test_the_last_visit_of_a_row_stays() -> None:
+    features = VisitedFeatures(6, 2)
+    features.add(torch.tensor([4, 1, 4, 0]), torch.arange(8.0).view(4, 2))
+    features.add(torch.tensor([1, 4, 3, 3]), torch.arange(8.0, 16.0).view(4, 2))
+    features.store_()
+    assert features.rows.tolist() == [[6, 7], [8, 9], [0, 0], [14, 15], [10, 11], [0, 0]]
+    assert features.seen.tolist() == [True, True, False, True, True, False]
+    features.add(torch.tensor([5, 5]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    features.store_()
+    assert features.rows[5].tolist() == [3, 4]
+    assert features.rows[4].tolist() == [10, 11]  # written once
 
 
 def test_loss_is_the_formula() -> None:
