@@ -159,7 +159,7 @@ class PIRL(Method):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._z_is_set = not bool(self.z.isnan())  # host sync: once per load
+        self._z_is_set = False
 
     def embed(self, views: Mapping[str, View]) -> Tensor:
         """Unit embeddings ``[V, B, D]`` fp32, the transformed view first where there is one."""
@@ -189,7 +189,10 @@ class PIRL(Method):
         if config.loss == "nce" and config.z == "exact":
             self._set_z(self._exact_z(queries.detach(), rows))
         elif config.loss == "nce" and not self._z_is_set:
-            self._set_z(self._estimate_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1]))
+            # Asked in the next step, since a first one that is not finite may be undone, and Z with it.
+            self._z_is_set = not bool(self.z.isnan())  # host sync: two steps of a run, one after a load
+            if not self._z_is_set:
+                self._set_z(self._estimate_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1]))
         losses, lse = self._score(queries, rows, step=step, loss=config.loss)
         if config.loss == "nce" and config.z == "running":
             self.z.lerp_(mean_over_ranks(self._estimate_z(lse)), 1 - config.z_momentum)
@@ -276,4 +279,3 @@ class PIRL(Method):
     @torch.no_grad()
     def _set_z(self, z: Tensor) -> None:
         self.z.copy_(mean_over_ranks(z))
-        self._z_is_set = True

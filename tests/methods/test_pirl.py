@@ -62,8 +62,9 @@ def test_bank_moves_toward_the_image_embedding_alone() -> None:
     method = build(bank_momentum=0.25)
     views, rows = batch(method)
     before = method.bank.rows.clone()
+    with torch.no_grad():
+        image = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
     method(views, rows, step=0)
-    image = method._pending[0][1]
     torch.testing.assert_close(method.bank.rows, before)  # scoring leaves the bank alone
     method.after_step()
     torch.testing.assert_close(method.bank.rows[rows], normalize(0.25 * before[rows] + 0.75 * image, dim=1))
@@ -154,6 +155,20 @@ def test_z_frozen_running_and_resumed() -> None:
     views, rows = batch(resumed)
     resumed(views, rows, step=3)
     assert resumed.z.item() == values[frozen][0]
+
+
+def test_z_is_estimated_again_where_the_first_step_was_undone() -> None:
+    method = build(pretext_weight=0.0)
+    views, rows = batch(method)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method({"image": View(pixels=views["image"].pixels * torch.nan)}, rows, step=0)
+    method.after_step()
+    for name, value in method.state_dict().items():
+        value.copy_(before[name])  # what on_nonfinite=skip does
+    assert method(views, rows, step=1)["loss"].isfinite()
+    z = method.z.clone()
+    method(views, rows, step=2)
+    assert torch.equal(method.z, z)
 
 
 def test_z_from_the_pretext_view_and_separate_draws() -> None:
