@@ -45,7 +45,7 @@ class DetectionProtocol:
     extra_norm: bool
     """BatchNorm behind res5."""
     precise_norm: int
-    """Iterations, at most a tenth as many as train, whose mean statistics replace BatchNorm's running ones in the end."""
+    """Iterations, at most a tenth of the others, whose mean statistics BatchNorm has in the end."""
     source: str
 
     def schedule(self, *, sets: int, iterations: int | None, batch_size: int, lr: float | None) -> "Schedule":
