@@ -73,7 +73,7 @@ def run_demo(options: Demo) -> str:
     started = time.perf_counter()
     output, run = options.output, options.output / f"seed{options.seed}"
     data = make_demo_data(output / "data", train_per_photo=options.train_per_photo, val_per_photo=options.val_per_photo)
-    config = replace(RECIPES["demo"](), seed=options.seed, device=options.device)
+    config = replace(RECIPES["demo"](), seed=options.seed, device=options.device, knn_every_epochs=1)
     if options.epochs is not None:
         config = replace(config, epochs=options.epochs)
     views = config.method.views()

@@ -170,6 +170,8 @@ class Progress:
             f"loss {record['loss']:.4f}  {clock['samples_per_second']:.0f} samples/s  "
             f"waiting for data {clock['loader_wait_share']:.0%}  left {self._left(record['step'])}"
         )
+        if "knn_top1" in record:
+            words = f"kNN {record['knn_top1']:.1%}  {words}"
         if self._bar is not None:
             self._bar.update(self._task, words=words)
         elif self._mode != "off":

@@ -18,6 +18,7 @@ FREE_AT_RESUME = (
     "on_nonfinite",
     "nonfinite_limit",
     "log_every_steps",
+    "knn_every_epochs",
     "checkpoint_every_steps",
     "keep_checkpoints",
     "keep_every_steps",

@@ -32,6 +32,7 @@ from sslfast.manifest import Manifest
 from sslfast.methods.base import Method
 from sslfast.metrics import check_tensorboard, read_log
 from sslfast.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
+from sslfast.online_knn import OnlineKnn
 from sslfast.optim import build_optimizer, learning_rate, load_optimizer, set_learning_rate
 from sslfast.prefetch import Prefetcher
 from sslfast.recorder import Recorder
@@ -137,6 +138,9 @@ class Trainer:
             self.method.compile(mode=config.compile)
         self.model = distributed.replicate(self.method, self.device)
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
+        self.knn = OnlineKnn(
+            self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
+        )
         self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
         skip = config.on_nonfinite == "skip"
         self.means = FiniteMeans(self.device, leave_out=skip)
@@ -325,8 +329,8 @@ class Trainer:
         config = self.config
         assert self.recorder is not None
         self.recorder.step()
-        if self.step % config.log_every_steps == 0 or self.step == self.total_steps:
-            values = self._read_means()
+        if self.step % config.log_every_steps == 0 or self.step == self.total_steps or self.knn.is_due(self.step):
+            values = {**self._read_means(), **self.knn.read(self.step)}
             self.means.reset()
             self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:

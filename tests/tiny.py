@@ -59,6 +59,9 @@ class Tiny(Method):
         is_bad = torch.as_tensor(step, device=loss.device) == self.config.bad_step
         return {"loss": torch.where(is_bad, torch.nan, loss), "positive": positive.mean().detach()}
 
+    def embeddings(self) -> Tensor:
+        return self.bank
+
     def after_step(self) -> None:
         rows, query = (gather_rows(torch.cat(column)) for column in zip(*self.pending, strict=True))
         self.pending.clear()

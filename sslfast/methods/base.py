@@ -40,6 +40,13 @@ class Method(nn.Module):
         same ``step``: what it leaves for this call it appends, and this call uses all of it and clears it.
         """
 
+    def embeddings(self) -> Tensor | None:
+        """``[N, D]`` of all rows as the steps so far have left them, any norm; None where a method keeps no such thing.
+
+        Every rank calls it. Where rows are split over ranks the first gets them all, others what they have.
+        """
+        return None
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """``state_dict()`` of the whole run, which any number of processes can load. Every rank calls it.
 

@@ -156,6 +156,10 @@ class DeepCluster(Method):
         """Keeps the features of the step just taken."""
         self.features.store_()
 
+    def embeddings(self) -> Tensor:
+        """Features of each row's last visit."""
+        return self.features.rows
+
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
         return [self.features.rows, self.features.seen, self.labels, self.weights]

@@ -217,6 +217,10 @@ class PIRL(Method):
         """What must be equal on all ranks besides the parameters."""
         return [*self.bank.replicated(), self.z]
 
+    def embeddings(self) -> Tensor:
+        """The memory bank."""
+        return self.bank.whole_rows()
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """``state_dict()`` with the whole bank, as every layout loads it."""
         return {**self.state_dict(), "bank.rows": self.bank.whole_rows()}
