@@ -127,8 +127,8 @@ def moco_v2_small() -> TrainConfig:
 
 
 def simclr_small() -> TrainConfig:
-    """SimCLR for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, SGD, τ 0.2, colour strength
-    0.5 and no blur, as the paper has on CIFAR-10 (appendix B.9)."""
+    """SimCLR for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, SGD, τ 0.2; colour strength
+    0.5 and no blur, which the paper has on CIFAR-10 (appendix B.9)."""
     method = SimCLR.Config(hidden_features=512, temperature=0.2, image_view=small_method().image_view)
     return replace(pirl_small(), recipe="simclr-small", method=method)
 

@@ -1,8 +1,8 @@
 """Recipes of PIRL and NPID.
 
 Numbers of the ImageNet recipes come from Misra & van der Maaten, CVPR 2020 (sections 3 and 4, appendix A) and from
-VISSL's ``configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml``. Where the paper leaves a value open (colour
-strengths, Z), VISSL's is taken and the field is named in the recipe's docstring.
+VISSL's ``configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml``. Where the paper leaves a value open, the
+recipe's docstring names it and its source.
 """
 
 from dataclasses import replace
@@ -31,7 +31,8 @@ def paper_method() -> PIRL.Config:
 def pirl_paper() -> TrainConfig:
     """PIRL with jigsaw as published: ResNet-50, 800 epochs, batch 1024, NCE, 32,000 negatives, never the sample.
 
-    Open in the paper and taken from VISSL: colour strengths, the photometric gate, Z from the first batch.
+    Open in the paper: the photometric gate and Z from the first batch, taken from VISSL; all four colour strengths 0.4,
+    as NPID's code has them (VISSL: hue 0.2), and patches without flips of their own (VISSL flips each).
     """
     return TrainConfig(recipe="pirl-paper", method=paper_method())
 

@@ -67,7 +67,7 @@ def rotation() -> TrainConfig:
 def relative_position() -> TrainConfig:
     """Relative position: ResNet-50, patches of 64 in cells of 85, all eight pairs of each image, hidden layer of 4,096.
 
-    From mmselfsup: 70 epochs, batch 1024, learning rate 0.1 per 256 images, 5 epochs of warm-up, tenfold less after
+    From mmselfsup: 70 epochs, batch 512, learning rate 0.1 per 256 images, 5 epochs of warm-up, tenfold less after
     epochs 30 and 50, gray 0.66, weight decay 1e-4 (it has 5e-4 on the head). From Doersch et al. section 3.1: colour
     dropping. All pairs: Kolesnikov et al. 2019.
     """
@@ -76,7 +76,7 @@ def relative_position() -> TrainConfig:
         method=RelativePosition.Config(patch_view=_gray_patches(size=255, patch_size=64)),
         optim=_optim(0.1, milestones=(30.0, 50.0), warmup_epochs=5.0),
         epochs=70,
-        batch_size=1024,
+        batch_size=512,
     )
 
 

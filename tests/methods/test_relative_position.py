@@ -200,4 +200,4 @@ def test_recipe() -> None:
     recipe = relative_position()
     assert isinstance(recipe.method, RelativePosition.Config)
     assert recipe.method.drop_colours
-    assert (recipe.epochs, recipe.batch_size, recipe.method.hidden_features) == (70, 1024, 4096)
+    assert (recipe.epochs, recipe.batch_size, recipe.method.hidden_features) == (70, 512, 4096)
