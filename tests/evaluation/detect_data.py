@@ -2,12 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from sslfast.checkpoint import save_checkpoint
 from sslfast.config import save_json, to_dict
+from sslfast.evaluation.detection_data import TrainingBatches, load_splits
+from sslfast.evaluation.detection_model import FasterRCNN
+from sslfast.evaluation.detection_train import PROTOCOLS, fine_tune
+from sslfast.evaluation.features import load_run, trunk_encoders
+from sslfast.evaluation.sgd import Progress
 from sslfast.loaders.batch import CropConfig, ViewConfig
 from sslfast.methods.pirl import PIRL
 from sslfast.models.resnet import ResNetConfig
@@ -15,6 +22,18 @@ from sslfast.trainer import TrainConfig
 
 COLOURS = {"bird": (230, 20, 20), "car": (20, 220, 30)}
 SIDE = 64
+SMALL: dict[str, Any] = {
+    "batch_size": 4,
+    "lr": 0.8,  # at 16 pictures: 0.2 at 4
+    "train_sides": (64,),
+    "test_side": 64,
+    "longest_side": 96,
+    "anchors": (28,),
+    "regions": 16,
+    "workers": 0,
+    "device": "cpu",
+}
+"""Options of an evaluation that takes seconds."""
 
 Box = tuple[str, tuple[int, int, int, int], bool]
 """Class; left, top, right, bottom as edges; difficult."""
@@ -105,3 +124,29 @@ def write_narrow_run(path: Path, *, model: ResNetConfig | None = None) -> Path:
     save_json(path / "config.json", to_dict(config))
     save_checkpoint(path / "checkpoints", {"step": 5, "method": method.state_dict()}, 5)
     return path
+
+
+def train_detector(
+    run: Path, voc: Path, *, moco: bool, iterations: int = 4, progress: Progress | None = None
+) -> FasterRCNN:
+    """A few iterations of a protocol; returns the detector."""
+    protocol = PROTOCOLS["moco" if moco else "pirl"]
+    (encoder,) = trunk_encoders(load_run(run), ["trained"]).values()
+    data = load_splits([voc])[0]
+    batches = TrainingBatches(
+        data, ["bird", "car"], batch_size=4, seed=0, sides=(64,), longest=96, difficult="train", workers=0
+    )
+    norms = {"frozen_norm": protocol.frozen_norm, "freeze_at": protocol.freeze_at, "extra_norm": protocol.extra_norm}
+    model = FasterRCNN(encoder, classes=2, seed=0, anchors=(28,), regions=16, **norms)  # type: ignore[arg-type]
+    schedule = protocol.schedule(sets=1, iterations=iterations, batch_size=4, lr=0.1)
+    fine_tune(
+        model,
+        batches,
+        schedule,
+        frozen_norm=protocol.frozen_norm,
+        device=torch.device("cpu"),
+        precision=torch.float32,
+        progress=progress or Progress(None, {}),
+        save_every=2,
+    )
+    return model
