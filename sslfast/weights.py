@@ -1,4 +1,4 @@
-"""Trunk weights from wherever they come: a run, an exported file, or a checkpoint of VISSL, PyContrast or MoCo.
+"""Trunk weights from wherever they come: a run, a checkpoint of it, a file of ours, of VISSL, PyContrast or MoCo.
 
 ``sslfast.load(path)`` is the short way to a network; :func:`read_weights` also says what the weights expect.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.checkpoint import load_latest
+from sslfast.checkpoint import list_checkpoints, load_checkpoint, load_latest
 from sslfast.config import from_dict, load_json
 from sslfast.loaders.batch import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.models.resnet import ResNetConfig, ResNetTrunk, build_trunk
@@ -31,6 +31,8 @@ class Weights:
     """Its state dict, torchvision's names without ``fc``."""
     source: str
     """Where they come from, for people."""
+    path: Path
+    """The file that they were read from."""
     mean: Sequence[float] = IMAGENET_MEAN
     """Of the input's normalisation: ``(x / 255 - mean) / std``."""
     std: Sequence[float] = IMAGENET_STD
@@ -82,8 +84,8 @@ def load(path: Path | str) -> ResNetTrunk:
     ``load(path)(images)``: float ``[B, 3, S, S]``, normalised as :func:`read_weights` says, to ``[B, out_features]``.
 
     Args:
-        path: run directory, file of ``sslfast export`` (torchvision, timm or safetensors), or a checkpoint of VISSL,
-            PyContrast or MoCo.
+        path: run directory (its newest good checkpoint), a checkpoint in a run directory, file of ``sslfast export``
+            (torchvision, timm or safetensors), or a checkpoint of VISSL, PyContrast or MoCo.
 
     Raises:
         FileNotFoundError: there is nothing, or a run without a checkpoint.
@@ -99,6 +101,9 @@ def read_weights(path: Path | str) -> Weights:
         return _of_run(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run directory or a file of weights")
+    run = path.absolute().parent.parent
+    if path in list_checkpoints(path.parent) and RunDirectory(run).config.exists():
+        return _of_run(run, path)
     card = path.with_name(path.name + ".json")
     known = load_json(card) if card.exists() else {}
     if path.suffix == ".safetensors":
@@ -107,7 +112,8 @@ def read_weights(path: Path | str) -> Weights:
         layout, state = _find(path, _read_torch(path))
     state = {name: value for name, value in state.items() if not name.startswith(_HEAD)}
     options = {name: known[name] for name in ("mean", "std", "size", "facts") if name in known}
-    return Weights(model=_recognise(path, state), state=state, source=f"{path} ({layout.name})", **options)
+    source = f"{path} ({layout.name})"
+    return Weights(model=_recognise(path, state), state=state, source=source, path=path, **options)
 
 
 def import_safetensors() -> Any:
@@ -121,7 +127,8 @@ def import_safetensors() -> Any:
     return safetensors.torch
 
 
-def _of_run(path: Path) -> Weights:
+def _of_run(path: Path, chosen: Path | None = None) -> Weights:
+    """Of a checkpoint of a run; None: the newest good one."""
     directory = RunDirectory(path)
     config = load_json(directory.config)
     try:
@@ -131,7 +138,7 @@ def _of_run(path: Path) -> Weights:
         method = {"method": config["method"].get("name"), "recipe": config.get("recipe"), "seed": config["seed"]}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory.config} lacks {error}; it is not the configuration of a run") from None
-    found = load_latest(directory.checkpoints)
+    found = load_latest(directory.checkpoints) if chosen is None else (chosen, load_checkpoint(chosen))
     if found is None:
         raise FileNotFoundError(f"{directory.path} holds no checkpoint yet; let the run reach its first one")
     checkpoint, state = found
@@ -139,6 +146,7 @@ def _of_run(path: Path) -> Weights:
         model=model,
         state={name.removeprefix(_TRUNK): v for name, v in state["method"].items() if name.startswith(_TRUNK)},
         source=str(checkpoint),
+        path=checkpoint,
         mean=mean,
         std=std,
         size=size,

@@ -27,6 +27,7 @@ from sslfast.evaluation.detection_scores import (
 from sslfast.evaluation.detection_train import PROTOCOLS, Schedule, detect, fine_tune
 from sslfast.evaluation.features import (
     TRAINED,
+    evaluation_folder,
     load_run,
     mean_and_spread,
     run_facts,
@@ -73,7 +74,8 @@ def evaluate_detect(
     """Average precision of a Faster R-CNN that is fine-tuned on a run's encoder.
 
     Args:
-        run: run directory that sslfast pretrain wrote, of a trunk with the imagenet stem.
+        run: run directory, or a file of weights (sslfast export, VISSL, PyContrast, MoCo). The trunk
+            has the imagenet stem.
         data: VOC folders (VOC2007 VOC2012): trainval of all is trained on, test of the first that has it is scored. Or
             COCO-format folders: annotations/instances_<split>.json with pictures in <split>/ or images/.
         protocol: pirl: frozen BatchNorm, settings of VISSL. pirl-paper: the rate and warm-up that the paper states.
@@ -104,7 +106,7 @@ def evaluate_detect(
     """
     require_pycocotools()
     _check(iterations, batch_size, lr, seeds, (*train_sides, test_side, longest_side, *anchors, regions, save_every))
-    path = Path(run) / "evaluation" / "detect.json" if output is None else output
+    path = evaluation_folder(run) / "detect.json" if output is None else output
     chosen = PROTOCOLS[protocol]
     with evaluation_device(device) as on:
         loaded = load_run(run)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sslfast.checkpoint import load_latest
-from sslfast.config import from_dict, load_json, save_json
+from sslfast.config import save_json, to_dict
 from sslfast.distributed import resolve_device
 from sslfast.evaluation.cache import FeatureCache, weights_digest
 from sslfast.evaluation.extract import Features, ImageReader, extract
@@ -27,13 +26,12 @@ from sslfast.loaders.decode import OnBadImage
 from sslfast.manifest import Manifest
 from sslfast.methods.colorization import lightness
 from sslfast.methods.registry import METHODS
-from sslfast.models.resnet import ResNetConfig, build_trunk
-from sslfast.rundir import RunDirectory, versions
+from sslfast.models.resnet import build_trunk
+from sslfast.rundir import versions
 from sslfast.shards import Place
+from sslfast.weights import read_weights
 
 TRAINED, UNTRAINED, RAW_PIXELS = "trained", "untrained", "raw pixels"
-TRUNK = "trunk."
-"""Prefix of the trunk's weights in a checkpoint's ``method``."""
 
 
 class Encoder(Protocol):
@@ -118,59 +116,47 @@ class RawPixels:
 
 @dataclass(kw_only=True)
 class RunEncoders:
-    """A run's trunk and what it is compared with."""
+    """A trained trunk and what it is compared with."""
 
     encoders: dict[str, Encoder]
     """``trained``, ``untrained``, ``raw pixels``."""
     size: int
-    """Side of the images that the run was trained on."""
+    """Side of the images that the trunk was trained on."""
     checkpoint: Path
     """Where the trained weights come from."""
-    step: int
-    """Training steps behind them."""
+    step: int | None
+    """Training steps behind them; None where the file does not say."""
     facts: dict[str, Any]
-    """Recipe, model and seed of the run, for the record."""
+    """Recipe, model and seed, for the record; None where the file does not say."""
 
 
 def load_run(run: Path | str) -> RunEncoders:
-    """Rebuild the encoder of a run directory from its config.json and its newest good checkpoint.
+    """The encoder of a run directory's newest good checkpoint, or of any file that ``read_weights`` takes.
 
-    The untrained encoder is the same trunk at the start of the same run (same seed), in eval mode as it was built: its
-    BatchNorm layers hold mean 0 and variance 1, so they pass their input on.
+    The untrained encoder is the same trunk at the start of the same run (same seed; 0 where the file names none), in
+    eval mode as it was built: its BatchNorm layers hold mean 0 and variance 1, so they pass their input on.
 
     Raises:
-        FileNotFoundError: there is no run, or no checkpoint in it.
-        ValueError: the configuration or the checkpoint does not fit.
+        FileNotFoundError: there is nothing, or a run without a checkpoint.
+        ValueError: the configuration or the weights do not fit.
     """
-    directory = RunDirectory(run)
-    config = load_json(directory.config)
-    try:
-        model, seed = from_dict(ResNetConfig, config["model"], where="model"), int(config["seed"])
-        view = config["method"]["image_view"]
-        size, mean, std = int(view["crop"]["size"]), view["augment"]["mean"], view["augment"]["std"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory.config} lacks {error}; it is not the configuration of a run") from None
-    found = load_latest(directory.checkpoints)
-    if found is None:
-        raise FileNotFoundError(f"{directory.path} holds no checkpoint yet; let the run reach its first one")
-    path, state = found
-    weights = {name.removeprefix(TRUNK): v for name, v in state["method"].items() if name.startswith(TRUNK)}
-    trained = build_trunk(model, seed=seed)
-    method = METHODS.get(config["method"].get("name"))
-    colours = "rgb" if method is None else method.trunk_input
-    untrained = TrunkEncoder(build_trunk(model, seed=seed), mean=mean, std=std, colours=colours)
-    try:
-        trained.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not hold the {model.name} that {directory.config} names: {reason}") from None
+    weights = read_weights(run)
+    known, seed = weights.facts, weights.facts.get("seed")
+    method = METHODS.get(str(known.get("method")))
+    look: dict[str, Any] = {
+        "mean": weights.mean,
+        "std": weights.std,
+        "colours": "rgb" if method is None else method.trunk_input,
+    }
     encoders: dict[str, Encoder] = {
-        TRAINED: TrunkEncoder(trained, mean=mean, std=std, colours=colours),
-        UNTRAINED: untrained,
+        TRAINED: TrunkEncoder(weights.build(), **look),
+        UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **look),
         RAW_PIXELS: RawPixels(),
     }
-    facts = {"recipe": config.get("recipe"), "model": config["model"], "seed": seed}
-    return RunEncoders(encoders=encoders, size=size, checkpoint=path, step=int(state["step"]), facts=facts)
+    facts = {"recipe": known.get("recipe"), "model": to_dict(weights.model), "seed": seed}
+    return RunEncoders(
+        encoders=encoders, size=weights.size, checkpoint=weights.path, step=known.get("step"), facts=facts
+    )
 
 
 def extract_features(
@@ -300,7 +286,7 @@ def load_evaluation_set(
     """Features of ``data/train`` and ``data/val`` for the trained, the untrained and the raw-pixel encoder.
 
     Everything that can be wrong with the run or the folders is an error before the first image is decoded. ``cache``:
-    keep the features in ``RUN/evaluation/features``, and take them from there where they are.
+    keep the features in :func:`cache_folder`, and take them from there where they are.
     """
     chosen = resolve_device(device)
     manifests = load_manifests(data, on_bad_image=on_bad_image)
@@ -335,9 +321,15 @@ def load_evaluation_set(
     )
 
 
+def evaluation_folder(run: Path | str) -> Path:
+    """Where results go: ``evaluation`` in a run directory, ``FILE.evaluation`` beside a file of weights."""
+    path = Path(run)
+    return path.with_name(f"{path.name}.evaluation") if path.is_file() else path / "evaluation"
+
+
 def cache_folder(run: Path | str) -> Path:
-    """Where a run's features lie."""
-    return Path(run) / "evaluation" / "features"
+    """Where the features of a run or of a file of weights lie."""
+    return evaluation_folder(run) / "features"
 
 
 def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.distributed import resolve_device
-from sslfast.evaluation.features import EvaluationSet, load_evaluation_set, standard_error, write_result
+from sslfast.evaluation.features import (
+    EvaluationSet,
+    evaluation_folder,
+    load_evaluation_set,
+    standard_error,
+    write_result,
+)
 from sslfast.evaluation.processes import evaluation_device, gather_uneven, own_rows
 from sslfast.evaluation.table import accuracy_table
 from sslfast.loaders.decode import OnBadImage
@@ -213,7 +219,8 @@ def evaluate_knn(
     """Weighted kNN accuracy of a run's encoder, beside the untrained encoder and raw pixels.
 
     Args:
-        run: run directory that sslfast pretrain wrote.
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
+            results go to FILE.evaluation in place of RUN/evaluation.
         data: folder with train/<class>/ (the bank) and val/<class>/ (the queries).
         k: numbers of neighbours.
         temperature: τ of the weights.
@@ -246,7 +253,7 @@ def evaluate_knn(
             k=k,
             temperature=temperature,
             device=str(chosen),
-            output=Path(run) / "evaluation" / "knn.json" if output is None else output,
+            output=evaluation_folder(run) / "knn.json" if output is None else output,
         )
 
 

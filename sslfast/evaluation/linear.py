@@ -25,6 +25,7 @@ from sslfast.distributed import resolve_device
 from sslfast.evaluation.features import (
     TRAINED,
     EvaluationSet,
+    evaluation_folder,
     load_evaluation_set,
     mean_and_spread,
     write_result,
@@ -250,7 +251,8 @@ def evaluate_linear(
     2018: --epochs 84), each layer and the best. moco: one classifier on the pooled features, rate 30, 100 epochs.
 
     Args:
-        run: run directory that sslfast pretrain wrote.
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
+            results go to FILE.evaluation in place of RUN/evaluation.
         data: folder with train/<class>/ and val/<class>/.
         protocol: see above; it is in the name of every result.
         layers: goyal: classifiers to train, of conv1 res2 res3 res4 res5 res5avg res5avg-plain (without BatchNorm);
@@ -274,7 +276,7 @@ def evaluate_linear(
         raise ValueError(f"strengths must be positive numbers, at least one, got {strengths}")
     if not seeds or min(seeds) < 0:
         raise ValueError(f"seeds must be whole numbers from 0 on, at least one, got {seeds}")
-    folder = Path(run) / "evaluation"
+    folder = evaluation_folder(run)
     with evaluation_device(device) as chosen:
         if protocol != "probe":
             settings = {"goyal": GOYAL, "moco": MOCO}[protocol]

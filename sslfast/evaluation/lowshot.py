@@ -27,6 +27,7 @@ from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.features import (
     TRAINED,
     cache_folder,
+    evaluation_folder,
     extract_layers,
     load_run,
     mean_and_spread,
@@ -226,7 +227,8 @@ def evaluate_lowshot(
     """Mean average precision of linear SVMs on a run's frozen features of Pascal VOC, with all and with few images.
 
     Args:
-        run: run directory that sslfast pretrain wrote.
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
+            results go to FILE.evaluation in place of RUN/evaluation.
         data: VOC folder (Annotations, ImageSets/Main, JPEGImages), such as VOCdevkit/VOC2007.
         layers: for SVMs on all images, of conv1 res2 res3 res4 res5 res5avg.
         shots: numbers of positives per class for low-shot SVMs.
@@ -309,7 +311,7 @@ def evaluate_lowshot(
             "data": _data_facts(data, splits, readers, [len(some.rows) for some in found]),
             "versions": versions(),
         }
-        write_result(result, Path(run) / "evaluation" / "lowshot.json" if output is None else output)
+        write_result(result, evaluation_folder(run) / "lowshot.json" if output is None else output)
         return result
 
 

@@ -20,6 +20,7 @@ from sslfast.evaluation.features import (
     TRAINED,
     TrunkEncoder,
     data_facts,
+    evaluation_folder,
     load_run,
     run_facts,
     trunk_encoders,
@@ -114,7 +115,8 @@ def evaluate_semisup(
     """Accuracy of a run's encoder after fine-tuning on a part of the labels.
 
     Args:
-        run: run directory that sslfast pretrain wrote.
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
+            results go to FILE.evaluation in place of RUN/evaluation.
         data: folder with train/<class>/ and val/<class>/.
         fraction: share of train that is used, the same of every class, drawn by seed; at least one image of each.
         subset: file that lists the images to use instead, one name a line (SimCLR's lists for ImageNet).
@@ -133,7 +135,7 @@ def evaluate_semisup(
     """
     check_training(epochs, batch_size, seeds)
     part = f"{100 * fraction:g}%" if subset is None else Path(subset).stem
-    path = Path(run) / "evaluation" / f"semisup-{part}.json" if output is None else output
+    path = evaluation_folder(run) / f"semisup-{part}.json" if output is None else output
     with evaluation_device(device) as chosen:
         train, val = load_manifests(data, on_bad_image=on_bad_image)
         parts = {

@@ -125,7 +125,7 @@ def run_neighbours(
     """Picture sheet of validation images and the training images most similar to them, for a run and its baselines.
 
     Args:
-        run: run directory that sslfast pretrain wrote.
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo).
         data: folder with train/<class>/ and val/<class>/.
         output: picture to write.
         queries: validation images, at most the number of classes.

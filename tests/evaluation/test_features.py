@@ -12,6 +12,7 @@ from sslfast.evaluation.extract import eval_box
 from sslfast.evaluation.features import (
     RawPixels,
     TrunkEncoder,
+    evaluation_folder,
     extract_all,
     extract_features,
     load_evaluation_set,
@@ -20,9 +21,12 @@ from sslfast.evaluation.features import (
     standard_error,
 )
 from sslfast.evaluation.folders import load_manifests
+from sslfast.evaluation.knn import evaluate_knn
+from sslfast.export import export
 from sslfast.loaders.batch import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.manifest import Manifest
 from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.weights import read_weights
 from tests.evaluation.runs import write_data, write_run
 from tests.pictures import write_folder
 
@@ -122,6 +126,31 @@ def test_run_is_rebuilt(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.encoders[name](images), expected)
 
 
+def test_files_in_place_of_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", seed=3, weights_seed=8)
+    trunk = read_weights(run)
+    export(run, tmp_path / "own.pth")
+    torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in trunk.state.items()}}, tmp_path / "moco.pth.tar")
+    save_checkpoint(run / "checkpoints", {"step": 6, "method": {"trunk.x": torch.zeros(1)}}, 6)
+    images = torch.arange(3 * 24 * 24).remainder(251).to(torch.uint8).reshape(1, 3, 24, 24)
+    for path, size, step, seed in (
+        (run / "checkpoints" / "step_00000005.pt", 24, 5, 3),
+        (tmp_path / "own.pth", 24, 5, 3),
+        (tmp_path / "moco.pth.tar", 224, None, None),
+    ):
+        loaded = load_run(path)
+        assert (loaded.size, loaded.step, loaded.facts["seed"], loaded.checkpoint) == (size, step, seed, path)
+        for name, expected in (("trained", 8), ("untrained", seed or 0)):
+            encoder = TrunkEncoder(build_trunk(ResNetConfig(name="resnet18"), seed=expected))
+            torch.testing.assert_close(loaded.encoders[name](images), encoder(images))
+        assert evaluation_folder(path) == Path(f"{path}.evaluation")
+    assert evaluation_folder(run) == run / "evaluation"
+    data = write_data(tmp_path / "data", train=2, val=1)
+    result = evaluate_knn(tmp_path / "moco.pth.tar", data, k=(1,), size=24, device="cpu")
+    assert load_json(tmp_path / "moco.pth.tar.evaluation" / "knn.json") == result
+    assert (result["step"], result["recipe"]) == (None, None)
+
+
 def test_run_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; give a run directory"):
         load_run(tmp_path / "nothing")
@@ -129,7 +158,7 @@ def test_run_errors(tmp_path: Path) -> None:
     found = load_latest(run / "checkpoints")
     assert found is not None
     save_checkpoint(run / "checkpoints", {"step": 6, "method": {"trunk.x": torch.zeros(1)}}, 6)
-    with pytest.raises(ValueError, match=r"does not hold the resnet18 that .*config.json names"):
+    with pytest.raises(ValueError, match=r"step_00000006.pt does not hold a resnet18"):
         load_run(run)
     config = load_json(run / "config.json")
     del config["model"]
