@@ -5,7 +5,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sslfast.bank_shards import score_over_shards
 from sslfast.distributed import gather_rows, rank, shard_bounds, shards_on_main, world_size
 from sslfast.ops import bank_nce, bank_update_
 from sslfast.ops.philox import Stream, random_uniform
@@ -91,6 +90,8 @@ class MemoryBank(nn.Module):
             ``(losses, log-sum-exps of the scores)``, each ``[V, B]``; gradient flows to ``query`` through the losses.
         """
         if self.is_sharded:
+            from sslfast.bank_shards import score_over_shards  # loads torch.compile, seconds that others need not wait
+
             return score_over_shards(query, self.rows, index, shard=(self.first_row, self.num_rows), **options)
         return cast(tuple[Tensor, Tensor], bank_nce(query, self.rows, index, **options, return_lse=True))
 

@@ -148,6 +148,14 @@ def test_ops_need_torch_alone(path: Path) -> None:
     assert foreign == set()
 
 
+def test_commands_start_without_the_compiler() -> None:
+    code = (
+        "import sys, sslfast.commands, sslfast.evaluation.linear, sslfast.report.build; "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_ops_loads_nothing_heavy() -> None:
     code = (
         "import sys; import torch; before = set(sys.modules); import sslfast.ops; "
