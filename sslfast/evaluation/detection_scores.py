@@ -48,7 +48,7 @@ def coco_scores(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    class Evaluation(COCOeval):  # type: ignore[misc]
+    class Evaluation(COCOeval):
         """A difficult object is matched by ordinary overlap, however often, and left out as a crowd is."""
 
         def computeIoU(self, imgId: int, catId: int) -> Any:
