@@ -286,7 +286,10 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, *, rounds: int) -> fl
 
 
 def _busy_share(step: Callable[[], None], device: torch.device, *, rounds: int) -> float | None:
-    """Union of kernel times over the time of the steps, from torch's profiler."""
+    """Union of kernel and copy times over the time of the steps, from torch's profiler.
+
+    Named ranges, such as the optimizer's, span their kernels and the gaps between: they do not count.
+    """
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -301,7 +304,7 @@ def _busy_share(step: Callable[[], None], device: torch.device, *, rounds: int) 
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     )
     return covered(spans) / 1e6 / wall
 
