@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,10 +50,11 @@ def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
     try:
         _write(path, state)
     except OSError as error:
-        for leftover in (path, _sum_path(path)):
-            leftover.with_name(f".{leftover.name}.tmp").unlink(missing_ok=True)
-        if not path.exists():
-            _sum_path(path).unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that fails may not let them go either: remove_leftovers does at the next start
+            for leftover in (path, _sum_path(path)):
+                leftover.with_name(f".{leftover.name}.tmp").unlink(missing_ok=True)
+            if not path.exists():
+                _sum_path(path).unlink(missing_ok=True)
         raise CheckpointWriteError(
             f"cannot write checkpoint {path} ({error.strerror or error}); free some space or correct the disk"
         ) from None

@@ -77,9 +77,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
 
 
 def save_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` as readable JSON; the file is replaced at once or not at all."""
+    """Write ``data`` as readable JSON; the file is replaced at once or not at all, also where the machine stops."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -1,10 +1,12 @@
 """What a run reports: device-side means, the JSON-lines log, TensorBoard, and the line or bar on the terminal."""
 
+import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -85,20 +87,37 @@ class LogFile:
                         break
                     keep += len(line)
             os.truncate(path, keep)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # nothing is left for close, which could fail anew
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, readable by others at once."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record, readable by others at once.
+
+        Raises:
+            OSError: names the file, the reason and the remedy.
+        """
+        line = f"{json.dumps(record)}\n".encode()
+        with self._explained():
+            if self._file.write(line) != len(line):  # what there was room for; the next start cuts it off
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Make all records durable; called before a checkpoint that counts on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make all records durable; called before a checkpoint that counts on them. Raises as :meth:`write` does."""
+        with self._explained():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self._path} ({error.strerror}); free some space or correct the disk, "
+                "the same command then goes on from the last checkpoint"
+            ) from None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

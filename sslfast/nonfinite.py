@@ -71,7 +71,10 @@ class NonFinite:
             torch.where(is_bad > 0, kept, tensor, out=tensor)
         skipped, in_a_row, longest = self._counts.unbind()
         in_a_row = (in_a_row + 1) * is_bad
-        self._counts = torch.stack([skipped + is_bad, in_a_row, torch.maximum(longest, in_a_row)])
+        longest = torch.maximum(longest, in_a_row)
+        self._counts = torch.stack([skipped + is_bad, in_a_row, longest])
+        if self._rows is not None:  # a row of bad steps that is over, and was short enough, needs no name
+            self._rows = torch.where((in_a_row == 0) & (longest <= self.limit), -1, self._rows)
         self._is_bad = torch.zeros_like(self._is_bad)
 
     def read(self) -> tuple[int, bool]:
@@ -82,7 +85,8 @@ class NonFinite:
         return skipped, longest > self.limit
 
     def rows(self) -> list[int]:
-        """A few rows of the first micro-batch of any rank whose loss was not finite. Every rank calls it."""
+        """A few rows of the first micro-batch of any rank whose loss was not finite; with ``skip`` of the last such
+        steps in a row. Every rank calls it."""
         own = [] if self._rows is None else [row for row in self._rows.tolist() if row >= 0]
         return next((rows for rows in gather_objects(own) if rows), [])[:_NAMED]
 

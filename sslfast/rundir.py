@@ -5,6 +5,7 @@
 ``checkpoints/`` · ``bad_images.txt`` files that could not be read.
 """
 
+import errno
 import fcntl
 import os
 import platform
@@ -86,7 +87,7 @@ class RunDirectory:
         predecessor, which may have died on another machine.
 
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds it, or the file system has no locks.
         """
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -102,7 +103,12 @@ class RunDirectory:
         while True:
             try:
                 return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(
+                        f"{self.path} lies on a file system without locks ({error.strerror}); mount it with them "
+                        "(Lustre: -o flock), or choose another output directory"
+                    ) from None
                 if time.monotonic() < end:
                     time.sleep(0.2)
                     continue

@@ -195,6 +195,27 @@ def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path) -> No
         assert_near(final(tmp_path / "part")["method"][name], value, name)
 
 
+def fail(rank: int, ranks: int, port: int, data: Path, output: Path, who: int, when: str) -> None:
+    """One rank of a run in which rank ``who`` cannot go on; as the command, it leaves the group then."""
+    enter(rank, ranks, port)
+    sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
+    try:
+        trainer = Trainer(config(), data / "nowhere" if when == "data" else data, output, report=lambda _line: None)
+        if rank == who and when == "step":
+            trainer.method.after_step = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        if rank == who and when == "lock":
+            trainer.run.locked = lambda **_options: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        trainer.fit()
+    except Exception:
+        leave()
+        os._exit(4)
+
+
+@pytest.mark.parametrize(("who", "when"), [(0, "data"), (0, "lock"), (0, "step"), (1, "step")])
+def test_no_rank_waits_for_one_that_has_failed(data: Path, tmp_path: Path, who: int, when: str) -> None:
+    run(fail, 2, data, tmp_path, who, when, expect=4)
+
+
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_equal(data: Path, tmp_path: Path) -> None:
     def interrupt_second(children: list[Any]) -> None:
         log = RunDirectory(tmp_path / "stopped").log

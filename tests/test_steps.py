@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,18 @@ from torch.distributed import HashStore
 
 from sslfast import checkpoint as checkpoint_module
 from sslfast import rundir
-from sslfast.checkpoint import CheckpointWriteError, checkpoint_path, list_checkpoints, load_checkpoint
+from sslfast.checkpoint import (
+    CheckpointWriteError,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from sslfast.interrupt import RunInterruptedError
 from sslfast.loaders.batch import Batch
 from sslfast.meeting import meet
 from sslfast.memory import check_memory, estimate_memory
-from sslfast.metrics import read_log
+from sslfast.metrics import LogFile, read_log
 from sslfast.prefetch import Prefetcher
 from sslfast.rundir import RunDirectory
 from sslfast.summary import summary
@@ -113,12 +120,13 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, parts: int) -> None:
         tmp_path, method=Tiny.Config(bad_step=2), on_nonfinite="skip", log_every_steps=4, accumulate_steps=parts
     )
     trainer.method.train()
-    batches, states = trainer.loader.epoch(0), []
+    batches, states, named = trainer.loader.epoch(0), [], []
     for _ in range(4):
         states.append(state(trainer))
         trainer.nonfinite.begin()
         trainer.train_step(batches)
         trainer.nonfinite.end()
+        named.append(trainer.nonfinite.rows())
     states.append(state(trainer))
     assert same(states[2], states[3])
     assert not same(states[1], states[2])
@@ -126,7 +134,8 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, parts: int) -> None:
     means = trainer._read_means()
     assert means["skipped_steps"] == 1
     assert 0 < means["loss"] < 10
-    assert trainer.nonfinite.rows() == trainer.loader.plan.share(trainer.loader.plan.order(0), 2).tolist()[: 4 // parts]
+    skipped = trainer.loader.plan.share(trainer.loader.plan.order(0), 2).tolist()[: 4 // parts]
+    assert named == [[], [], skipped, []]  # a step that was made up for is not blamed for a later one
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path) -> None:
@@ -193,6 +202,61 @@ def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     make(tmp_path / "whole").fit()
     last = [load_checkpoint(checkpoint_path(path / "checkpoints", 24)) for path in (tmp_path, tmp_path / "whole")]
     assert same(last[0], last[1])
+
+
+def test_a_disk_too_full_for_the_log_is_one_line_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path / "run")
+    write, sync = LogFile.write, os.fsync
+
+    def full(self: LogFile, record: dict[str, Any]) -> None:
+        """A write that has room for half of a line."""
+        file = self._file
+        if record["step"] == 12:
+            self._file = SimpleNamespace(write=lambda line: file.write(line[:9]), close=file.close)  # type: ignore[assignment]
+        write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogFile, "write", full)
+        with pytest.raises(OSError, match=r"cannot write .*log\.jsonl \(No space left on device\); free some space"):
+            trainer.fit()
+    assert (tmp_path / "run" / "log.jsonl").read_text().endswith('\n{"step": ')
+
+    def bad_disk(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("log.jsonl"):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", bad_disk)
+        with pytest.raises(OSError, match=r"cannot write .*log\.jsonl \(Input/output error\)"):
+            make(tmp_path / "run").fit()
+    make(tmp_path / "run").fit()
+    make(tmp_path / "whole").fit()
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("run", "whole")]
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+
+
+def test_a_disk_that_lets_nothing_be_deleted_does_not_hide_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint_module._HashingWriter, "write", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(CheckpointWriteError, match=r"step_00000003\.pt \(Read-only file system\)"):
+        save_checkpoint(tmp_path, {"step": 3}, 3)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*_arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(rundir.fcntl, "lockf", lockf)
+    with pytest.raises(ValueError, match=r"without locks \(Function not implemented\); mount it .* or choose"):
+        make(tmp_path).fit()
 
 
 def test_compiled_steps_are_near_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
