@@ -37,7 +37,7 @@ IMAGE = "image"
 
 def _image_view() -> ViewConfig:
     augment = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.2)
-    return ViewConfig(crop=CropConfig(size=256), augment=augment)
+    return ViewConfig(crop=CropConfig(size=256, scale=(0.5, 0.75)), augment=augment)
 
 
 class CPC(Method):

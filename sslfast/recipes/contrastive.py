@@ -90,8 +90,9 @@ def cpc() -> TrainConfig:
     """CPC: 7 x 7 patches of 64 px with stride 32 from 256 px, flip and grayscale, batch 512 (16 on each of 32 GPUs).
 
     From the paper: Adam with rate 2e-4. Departures: ResNet-50 with layer normalisation (the paper: ResNet-v2-101 to its
-    third stage, without BatchNorm), no jitter of patches. Open in the paper and chosen here: a constant rate after 5
-    epochs of warm-up, 200 epochs, the crop's scale, steps 2 to 5.
+    third stage, without BatchNorm), crops of half to three quarters of the picture (256 px of 300), gray with
+    probability 0.2, no jitter of patches. Open in the paper and chosen here: a constant rate after 5 epochs of warm-up,
+    200 epochs, steps 2 to 5.
     """
     return TrainConfig(
         recipe="cpc",

@@ -66,10 +66,12 @@ def test_bank_moves_toward_the_image_embedding_alone() -> None:
         image = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
     method(views, rows, step=0)
     torch.testing.assert_close(method.bank.rows, before)  # scoring leaves the bank alone
+    method(views, rows + 1, step=0)  # a second micro-batch
     method.after_step()
-    torch.testing.assert_close(method.bank.rows[rows], normalize(0.25 * before[rows] + 0.75 * image, dim=1))
+    for moved in (rows, rows + 1):
+        torch.testing.assert_close(method.bank.rows[moved], normalize(0.25 * before[moved] + 0.75 * image, dim=1))
     others = torch.ones(ROWS, dtype=torch.bool)
-    others[rows] = False
+    others[torch.cat((rows, rows + 1))] = False
     assert torch.equal(method.bank.rows[others], before[others])
     with pytest.raises(RuntimeError, match="after_step was called before a forward pass"):
         method.after_step()
