@@ -105,7 +105,8 @@ def evaluate_detect(
     Under torchrun the processes share batches and test pictures.
     """
     require_pycocotools()
-    _check(iterations, batch_size, lr, seeds, (*train_sides, test_side, longest_side, *anchors, regions, save_every))
+    counts = (min(train_sides, default=0), test_side, longest_side, min(anchors, default=0), regions, save_every)
+    _check(iterations, batch_size, lr, seeds, counts)
     path = evaluation_folder(run) / "detect.json" if output is None else output
     chosen = PROTOCOLS[protocol]
     with evaluation_device(device) as on:
@@ -286,4 +287,6 @@ def _check(
     if lr is not None and not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr=}")
     if min(counts) < 1:
-        raise ValueError("sides, anchors, regions and save_every must be whole numbers of at least 1, and some of each")
+        raise ValueError(
+            f"sides, anchors, regions and save_every must be numbers of at least 1, got {min(counts)} in one"
+        )

@@ -3,7 +3,8 @@
 As detectron2's R50-C4 with ``Res5ROIHeads`` (Ren et al. 2015; He et al. 2016): one feature level, anchors of five sizes
 and three shapes, regions pooled to 14 x 14 by aligned RoIAlign, res5 with stride 2 to 7 x 7, averaged, then class and
 box. Built of torchvision's parts with detectron2's losses (L1 for boxes; proposals' losses over a fixed number of
-anchors). Two differences: batches are padded to multiples of 16 pixels, and anchors are rounded to whole pixels.
+anchors). Three differences: batches are padded to multiples of 16 pixels, anchors are rounded to whole pixels, and a
+batch mixes upright and wide pictures.
 """
 
 import copy
@@ -101,7 +102,7 @@ class FasterRCNN(nn.Module):
         with seeded(seed):
             self.rpn = _Proposals(
                 shape,
-                RPNHead(channels, shape.num_anchors_per_location()[0]),
+                _ProposalHead(channels, shape.num_anchors_per_location()[0]),
                 fg_iou_thresh=0.7,
                 bg_iou_thresh=0.3,
                 batch_size_per_image=256,
@@ -207,10 +208,18 @@ class Sampler:
 
 def _smallest(candidates: Tensor, keys: Tensor, count: int) -> Tensor:
     """Mask of the ``count`` candidates of smallest keys."""
-    places = torch.where(candidates)[0]
+    places = torch.where(candidates)[0]  # host sync: how many there are, as in all of torchvision's matching
     chosen = torch.zeros_like(candidates)
     chosen[places[keys[places].argsort(stable=True)[:count]]] = True
     return chosen
+
+
+class _ProposalHead(RPNHead):
+    """torchvision's with float32 results: boxes are computed in their type, and bfloat16 knows no single pixels."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, deltas = super().forward(x)
+        return [score.float() for score in scores], [delta.float() for delta in deltas]
 
 
 class _Proposals(RegionProposalNetwork):
@@ -235,9 +244,9 @@ class _Proposals(RegionProposalNetwork):
         objects, background = (torch.cat(masks) for masks in self.fg_bg_sampler(labels))
         count = self.fg_bg_sampler.count * len(labels)
         wanted, sampled = torch.cat(regression_targets), objects | background
-        scores = objectness.flatten()[sampled].float()
+        scores = objectness.flatten()[sampled]
         found = binary_cross_entropy_with_logits(scores, torch.cat(labels)[sampled], reduction="sum")
-        boxes = l1_loss(pred_bbox_deltas[objects].float(), wanted[objects], reduction="sum")
+        boxes = l1_loss(pred_bbox_deltas[objects], wanted[objects], reduction="sum")
         return found / count, boxes / count
 
 

@@ -128,6 +128,7 @@ def test_command(run: Path, voc: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([str(tmp_path / "none")], "is no VOC folder: it needs Annotations, ImageSets/Main, JPEGImages"),
         ([str(voc), "--iterations", "0"], "iterations must be at least 1, got iterations=0"),
         ([str(voc), "--lr", "0"], "lr must be above 0"),
+        ([str(voc), "--regions", "0"], "regions and save_every must be numbers of at least 1, got 0 in one"),
         ([str(voc), "--encoders", "raw pixels"], "encoders must be trained and untrained"),
     ):
         assert main(["evaluate", "detect", str(run), *arguments, "--device", "cpu"]) == 2

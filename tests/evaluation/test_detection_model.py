@@ -147,6 +147,22 @@ def test_losses_at_the_start(encoder: TrunkEncoder) -> None:
     assert not torch.equal(losses["loss_class"], other["loss_class"])
 
 
+def test_bfloat16_keeps_pixels(encoder: TrunkEncoder) -> None:
+    model = model_of(encoder).train()
+    exact = losses_of(model, samples())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses_of(model, samples())
+        (found, _) = model.eval()([one.picture for one in samples()])
+    for name, loss in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert rounded[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.02), name
+    assert found["boxes"].dtype == torch.float32
+    model.rpn.head.bbox_pred.register_forward_hook(lambda m, i, o: o.bfloat16())
+    images = model.batch([one.picture for one in samples()])
+    proposals, _ = model.rpn(images, {"0": model.backbone(images.tensors)})
+    assert proposals[0].dtype == torch.float32
+
+
 def test_proposal_losses_against_the_formula(encoder: TrunkEncoder) -> None:
     model = model_of(encoder).train()
     generator = torch.Generator().manual_seed(1)
