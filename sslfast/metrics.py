@@ -33,7 +33,7 @@ class DeviceMeans:
     def add(self, values: Mapping[str, Tensor], *, step: Tensor) -> None:
         """Add one step's values; ``step``: 0-d int64 on the device. No host sync."""
         for name, value in values.items():
-            value = value.detach().to(torch.float64)
+            value = value.detach().to(torch.float64, copy=True)  # a captured graph writes over its own in the next step
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         is_first_bad = (self._bad_step < 0) & ~torch.isfinite(values["loss"].detach())
         self._bad_step = torch.where(is_first_bad, step, self._bad_step)

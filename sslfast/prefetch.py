@@ -42,6 +42,8 @@ class Prefetcher:
         """
         if batches is not self._source:
             self._source, self._split, self._ready = batches, self._micro_batches(batches), None
+            if self._stream is not None:  # batches may be on their way already, by the current stream
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
         ready, self._ready = self._ready, None
         if isinstance(ready, BaseException):
             raise ready

@@ -22,6 +22,7 @@ from sslfast.loaders import build_loader
 from sslfast.loaders.batch import Batch
 from sslfast.loaders.views import ViewStage
 from sslfast.methods.base import Method
+from sslfast.nonfinite import FiniteMeans
 from sslfast.optim import OptimConfig, build_optimizer, load_optimizer
 from sslfast.prefetch import Prefetcher
 from sslfast.recipes import RECIPES
@@ -274,3 +275,23 @@ def test_momentum_of_another_memory_format(device: torch.device) -> None:
     second(torch.ones(2, 3, 5, 5, device=device)).square().mean().backward()
     optimizers[1].step()
     assert all(p.isfinite().all() for p in second.parameters())
+
+
+def test_means_own_their_memory(device: torch.device) -> None:
+    """A captured graph writes every step's values, such as Z in float64, to one place."""
+    means = FiniteMeans(device, leave_out=False)
+    value, step = (torch.zeros((), dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
+    for number in (1.0, 3.0):
+        value.fill_(number)
+        means.add({"loss": value}, step=step)
+    assert means.read() == ({"loss": 2.0}, None)
+
+
+def test_captured_steps_are_those_that_are_not(device: torch.device, tmp_path: Path) -> None:
+    """On CUDA by CUDA graphs; compiling for a CPU is tested elsewhere."""
+    config = replace(pirl(device), epochs=2)
+    captured = replace(config, compile="reduce-overhead") if device.type == "cuda" else config
+    with exact_products():
+        train(config, tmp_path / "eager")
+        train(captured, tmp_path / "captured")
+    assert_same_training(tmp_path / "captured", tmp_path / "eager")
