@@ -55,10 +55,9 @@ class Autoencoder(Reconstruction):
             super().validate()
             if self.corruption == "masking" and not 0 < self.masked_share < 1:
                 raise ValueError(f"method.masked_share must be in (0, 1), got {self.masked_share}")
-            if self.corruption == "gaussian" and not 0 < self.noise_std < math.inf:
-                raise ValueError(f"method.noise_std must be positive and finite, got {self.noise_std}")
-            if self.code_channels < 1:
-                raise ValueError(f"method.code_channels must be at least 1, got {self.code_channels}")
+            if self.corruption == "gaussian":
+                self.check_positive("noise_std")
+            self.check_at_least(1, "code_channels")
 
         def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
             """The corrupted picture and the clean one."""

@@ -1,5 +1,6 @@
 """What a method is to the trainer, to the preview and to the evaluations."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -92,6 +93,23 @@ class BaseConfig:
 
     def validate(self) -> None:
         """Raises ValueError with the field, its value and what is allowed."""
+
+    def check_at_least(self, least: int, *names: str) -> None:
+        """ValueError unless each of these fields is ``least`` or more."""
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise ValueError(f"method.{name} must be at least {least}, got {getattr(self, name)}")
+
+    def check_positive(self, *names: str) -> None:
+        """ValueError unless each of these fields is above 0 and finite."""
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"method.{name} must be positive and finite, got {getattr(self, name)}")
+
+    def check_whole_image(self) -> None:
+        """ValueError where ``image_view`` is cut into patches."""
+        if self.image_view.jigsaw is not None:
+            raise ValueError(f"method.image_view.jigsaw must not be set: {self.name} takes whole images")
 
     def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> Method:
         """The module for a data set of ``num_rows`` samples."""

@@ -93,11 +93,8 @@ class CPC(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            for name in ("patch_size", "patch_stride", "dimensions", "context_features", "context_blocks"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
-            if self.image_view.jigsaw is not None:
-                raise ValueError("method.image_view.jigsaw must not be set: CPC cuts its patches itself")
+            self.check_at_least(1, "patch_size", "patch_stride", "dimensions", "context_features", "context_blocks")
+            self.check_whole_image()
             if not 1 <= self.first_step <= self.last_step:
                 raise ValueError(f"method.first_step must be in [1, last_step={self.last_step}], got {self.first_step}")
             if self.last_step >= self.grid:

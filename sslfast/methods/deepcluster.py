@@ -62,11 +62,9 @@ class DeepCluster(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            if self.clusters < 2:
-                raise ValueError(f"method.clusters must be at least 2, got {self.clusters}")
-            for name in ("every_epochs", "iterations", "feature_columns"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
+            self.check_whole_image()
+            self.check_at_least(2, "clusters")
+            self.check_at_least(1, "every_epochs", "iterations", "feature_columns")
             if not 0 <= self.pca_dimensions <= self.feature_columns:
                 raise ValueError(
                     f"method.pca_dimensions must be in [0, feature_columns={self.feature_columns}], "

@@ -62,10 +62,8 @@ class Inpainting(Reconstruction):
             super().validate()
             if not 0 < self.masked_share < 1:
                 raise ValueError(f"method.masked_share must be in (0, 1), got {self.masked_share}")
-            if self.blocks < 1:
-                raise ValueError(f"method.blocks must be at least 1, got {self.blocks}")
-            if self.overlap < 0:
-                raise ValueError(f"method.overlap must be at least 0, got {self.overlap}")
+            self.check_at_least(1, "blocks")
+            self.check_at_least(0, "overlap")
             if not 0 <= self.overlap_weight < math.inf:
                 raise ValueError(f"method.overlap_weight must be at least 0, got {self.overlap_weight}")
             side, size = self.block_side(), self.image_view.crop.size

@@ -86,8 +86,7 @@ class Jigsaw(Method):
                     f"method.num_permutations must be in [2, {factorial(cells)}], the orders of {cells} patches, "
                     f"got {self.num_permutations}"
                 )
-            if self.patch_features < 1:
-                raise ValueError(f"method.patch_features must be at least 1, got {self.patch_features}")
+            self.check_at_least(1, "patch_features")
 
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Jigsaw":
             """The module; ``num_rows`` does not matter."""

@@ -64,15 +64,11 @@ class MoCo(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            for name in ("dimensions", "queue_size"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
-            if not self.temperature > 0:
-                raise ValueError(f"method.temperature must be positive, got {self.temperature}")
+            self.check_at_least(1, "dimensions", "queue_size")
+            self.check_positive("temperature")
             if not 0 <= self.momentum <= 1:
                 raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
-            if self.image_view.jigsaw is not None:
-                raise ValueError("method.image_view.jigsaw must not be set: MoCo embeds whole images")
+            self.check_whole_image()
 
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "MoCo":
             """The module for a data set of ``num_rows`` samples."""

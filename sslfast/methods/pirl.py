@@ -111,10 +111,9 @@ class PIRL(Method):
             """Raises ValueError with the field, its value and what is allowed."""
             if not 0 <= self.pretext_weight <= 1:
                 raise ValueError(f"method.pretext_weight must be in [0, 1], got {self.pretext_weight}")
-            if self.temperature <= 0:
-                raise ValueError(f"method.temperature must be positive, got {self.temperature}")
-            if self.num_negatives < 1:
-                raise ValueError(f"method.num_negatives must be at least 1, got {self.num_negatives}")
+            self.check_whole_image()
+            self.check_positive("temperature")
+            self.check_at_least(1, "num_negatives")
             if not 0 <= self.bank_momentum <= 1:
                 raise ValueError(f"method.bank_momentum must be in [0, 1], got {self.bank_momentum}")
             if "jigsaw" in self.pretext and self.jigsaw_view.jigsaw is None:

@@ -64,8 +64,7 @@ class ReconstructionConfig(BaseConfig):
                 raise ValueError(
                     f"method.image_view.augment.{name} must be 0, since the picture itself is the target, got {value}"
                 )
-        if self.decoder_width < 1:
-            raise ValueError(f"method.decoder_width must be at least 1, got {self.decoder_width}")
+        self.check_at_least(1, "decoder_width")
 
 
 class Reconstruction(Method):

@@ -123,8 +123,7 @@ class RelativePosition(Method):
                 )
             if self.patch_view.rotation:
                 raise ValueError("method.patch_view.rotation must be False: turned images have other sides, got True")
-            if self.hidden_features < 1:
-                raise ValueError(f"method.hidden_features must be at least 1, got {self.hidden_features}")
+            self.check_at_least(1, "hidden_features")
 
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "RelativePosition":
             """The module; ``num_rows`` does not matter."""

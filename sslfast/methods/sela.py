@@ -85,16 +85,11 @@ class SeLa(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            for name in ("heads", "every_epochs", "max_iterations"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
-            if self.clusters < 2:
-                raise ValueError(f"method.clusters must be at least 2, got {self.clusters}")
-            for name in ("sharpness", "tolerance"):
-                if not 0 < getattr(self, name) < math.inf:
-                    raise ValueError(f"method.{name} must be positive, got {getattr(self, name)}")
-            if self.labellings < 0:
-                raise ValueError(f"method.labellings must be at least 0, got {self.labellings}")
+            self.check_whole_image()
+            self.check_at_least(1, "heads", "every_epochs", "max_iterations")
+            self.check_at_least(2, "clusters")
+            self.check_at_least(0, "labellings")
+            self.check_positive("sharpness", "tolerance")
             if self.labellings and self.labelling_epochs < 2:
                 raise ValueError(
                     f"method.labelling_epochs must be the epochs of the run, 2 or more, where labellings="

@@ -50,13 +50,9 @@ class SimCLR(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            for name in ("hidden_features", "dimensions"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"method.{name} must be at least 1, got {getattr(self, name)}")
-            if not self.temperature > 0:
-                raise ValueError(f"method.temperature must be positive, got {self.temperature}")
-            if self.image_view.jigsaw is not None:
-                raise ValueError("method.image_view.jigsaw must not be set: SimCLR embeds whole images")
+            self.check_at_least(1, "hidden_features", "dimensions")
+            self.check_positive("temperature")
+            self.check_whole_image()
 
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "SimCLR":
             """The module for a data set of ``num_rows`` samples."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslfast.distributed import leave
-from sslfast.loaders.batch import View
+from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
 from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.kmeans import fill_empty, kmeans, means, whiten
 from sslfast.methods.pseudo_labels import VisitedFeatures, gather_shares, pseudo_label_loss, share
@@ -261,6 +261,10 @@ def test_kmeans_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
     [
         ({"clusters": 1}, "method.clusters must be at least 2, got 1"),
         ({"clusters": 13}, r"method.clusters must be at most 12, half of the 24 images, got 13; lower it"),
+        (
+            {"image_view": ViewConfig(jigsaw=JigsawConfig())},
+            "method.image_view.jigsaw must not be set",
+        ),
         ({"every_epochs": 0}, "method.every_epochs must be at least 1, got 0"),
         ({"iterations": 0}, "method.iterations must be at least 1, got 0"),
         ({"pca_dimensions": 13}, r"method.pca_dimensions must be in \[0, feature_columns=12\], got 13"),

@@ -238,6 +238,7 @@ def test_presets_are_the_published_numbers() -> None:
         ({"temperature": 0.0}, "method.temperature must be positive"),
         ({"num_negatives": 0}, "method.num_negatives must be at least 1"),
         ({"bank_momentum": 2.0}, r"method.bank_momentum must be in \[0, 1\]"),
+        ({"image_view": ViewConfig(jigsaw=JigsawConfig())}, "method.image_view.jigsaw must not be set"),
         ({"jigsaw_view": ViewConfig()}, "method.jigsaw_view.jigsaw must be set"),
         ({"pretext_weight": 0.0, "z_from": "pretext"}, "z_from=pretext needs pretext_weight > 0"),
     ],

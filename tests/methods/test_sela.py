@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.distributed import leave
-from sslfast.loaders.batch import View
+from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
 from sslfast.methods.pseudo_labels import gather_shares, share
 from sslfast.methods.sela import SeLa
 from sslfast.methods.sinkhorn import Transport, sinkhorn
@@ -212,8 +212,9 @@ def test_sinkhorn_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
         ({"heads": 0}, "method.heads must be at least 1, got 0"),
         ({"clusters": 1}, "method.clusters must be at least 2, got 1"),
         ({"clusters": 25}, "method.clusters must be at most the 24 images, got 25; lower it"),
-        ({"sharpness": 0.0}, "method.sharpness must be positive, got 0.0"),
-        ({"tolerance": math.inf}, "method.tolerance must be positive, got inf"),
+        ({"image_view": ViewConfig(jigsaw=JigsawConfig())}, "method.image_view.jigsaw must not be set"),
+        ({"sharpness": 0.0}, "method.sharpness must be positive and finite, got 0.0"),
+        ({"tolerance": math.inf}, "method.tolerance must be positive and finite, got inf"),
         ({"labellings": -1}, "method.labellings must be at least 0, got -1"),
         (
             {"labellings": 5},

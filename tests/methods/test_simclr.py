@@ -160,7 +160,7 @@ def test_recipe_is_the_published_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -1.0}, "method.temperature must be positive, got -1.0"),
+        ({"temperature": -1.0}, "method.temperature must be positive and finite, got -1.0"),
         ({"hidden_features": 0}, "method.hidden_features must be at least 1, got 0"),
         ({"dimensions": 0}, "method.dimensions must be at least 1, got 0"),
         ({"image_view": ViewConfig(jigsaw=JigsawConfig())}, "method.image_view.jigsaw must not be set"),
