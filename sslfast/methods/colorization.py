@@ -173,7 +173,8 @@ def soft_code(ab: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Bins ``[..., 5]`` int64, nearest first, and weights ``[..., 5]`` float32 that sum to 1.
     """
-    squared = (ab[..., None, 0] - bins[:, 0]).square() + (ab[..., None, 1] - bins[:, 1]).square()  # [..., Q]
+    squared = (ab[..., None, 0] - bins[:, 0]).square_()  # [..., Q]: 0.8 GB for 256 pictures of 224 px
+    squared += (ab[..., None, 1] - bins[:, 1]).square_()
     nearest, index = squared.topk(NEIGHBOURS, dim=-1, largest=False)
     return index, (nearest / (-2 * SIGMA**2)).softmax(dim=-1)
 

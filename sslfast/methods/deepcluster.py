@@ -10,7 +10,8 @@ As here:
 - Features wider than ``feature_columns`` are kept in a random orthonormal projection: distances stay within some
   percent (Johnson-Lindenstrauss) and the buffer at N x 256 numbers.
 - The paper draws samples uniformly over clusters. The loader's order is fixed, so each sample's loss is weighted by
-  ``N / (K n_k)`` instead, with ``n_k`` rows in its cluster: the same expectation. Neither lets one large cluster win.
+  ``N / (K n_k)`` instead, with ``n_k`` rows in its cluster: the same expectation, but for the division by the batch's
+  own sum of weights. Neither lets one large cluster win.
 - W is drawn anew after each clustering. The optimizer's momentum of W is not, and fades within some ten steps.
 - No Sobel filter before the trunk, as it has to serve on colour images: colour and gray augmentation instead.
 

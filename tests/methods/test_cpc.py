@@ -63,6 +63,8 @@ def test_vectors_see_their_own_patch_alone() -> None:
     (views, _), changed = harness.first_batch(config()), 5
     pixels = views["image"].pixels
     before = method.embed(pixels)
+    torch.testing.assert_close(before.mean(-1), torch.zeros(before.shape[:-1]), rtol=0, atol=1e-5)  # normalised
+    torch.testing.assert_close(before.std(-1, correction=0), torch.ones(before.shape[:-1]), rtol=0, atol=0.05)
     pixels[:, :, 4 * changed + 4 :, :] += 1.0  # below what rows 0 .. 4 show, which ends at 4 * 4 + 8
     after = method.embed(pixels)
     assert torch.equal(after[:, :changed], before[:, :changed])

@@ -144,6 +144,19 @@ def test_first_epoch_collects_and_later_ones_learn(tmp_path: Path) -> None:
     assert final(tmp_path)["method"]["labels"].dtype == torch.int64
 
 
+def test_a_step_weighs_samples_by_their_cluster() -> None:
+    method = build(config())
+    assert isinstance(method, DeepCluster)
+    views, _ = first_batch(config())
+    rows = torch.arange(8) * 3
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 2, 3])
+    method.labels[rows] = labels
+    method.weights.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    each = -method.head(method.trunk(views["image"].pixels)).log_softmax(1)[range(8), labels]
+    expected = (0.5 * each[:5].sum() + each[5] + 2 * each[6] + 4 * each[7]) / 9.5
+    torch.testing.assert_close(method(views, rows, step=0)["loss"], expected)
+
+
 def test_classifier_starts_anew_with_every_clustering() -> None:
     method = build(config(every_epochs=2))
     assert isinstance(method, DeepCluster)
