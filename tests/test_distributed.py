@@ -1,9 +1,11 @@
 """Several processes of one run, on this machine's CPU over gloo: the same samples, losses, weights and bank as one."""
 
 import os
+import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ from tests.tiny import fork_server, same, write_images
 
 IMAGE = ViewConfig(crop=CropConfig(size=16))
 JIGSAW = ViewConfig(crop=CropConfig(size=16), jigsaw=JigsawConfig(grid=2, patch_size=6))
+
+
+PLAIN = {"loss": "infonce", "negatives": "sampled"}
 
 
 class NormFree(nn.Module):
@@ -120,6 +125,21 @@ def assert_near(a: Tensor, b: Tensor, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``trained(ranks, **arguments)``: the directory of an undisturbed run, which tests share and leave as it is."""
+    outputs: dict[str, Path] = {}
+
+    def get(ranks: int, **arguments: Any) -> Path:
+        key = repr((ranks, arguments))
+        if key not in outputs:
+            outputs[key] = tmp_path_factory.mktemp("undisturbed")
+            run(train, ranks, data, outputs[key], arguments, 0.0)
+        return outputs[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     write_images(folder, 19)
@@ -161,37 +181,34 @@ def test_one_process_exchanges_nothing() -> None:
 
 
 @pytest.mark.parametrize(("loss", "negatives"), [("infonce", "sampled"), ("nce", "full"), ("nce", "shared")])
-def test_two_processes_train_as_one(data: Path, tmp_path: Path, loss: str, negatives: str) -> None:
-    arguments = {"loss": loss, "negatives": negatives}
-    for ranks in (1, 2):
-        run(train, ranks, data, tmp_path / str(ranks), arguments, 0.0)
-    one, two = final(tmp_path / "1"), final(tmp_path / "2")
+def test_two_processes_train_as_one(trained: Callable[..., Path], loss: str, negatives: str) -> None:
+    outputs = [trained(ranks, loss=loss, negatives=negatives) for ranks in (1, 2)]
+    one, two = map(final, outputs)
     assert one["step"] == two["step"] == 12
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
+    assert losses(outputs[0]) == pytest.approx(losses(outputs[1]), rel=1e-5)
     for name, value in one["method"].items():
         assert_near(two["method"][name], value, name)
 
 
-def test_two_processes_with_micro_batches_train_as_one_without(data: Path, tmp_path: Path) -> None:
+def test_two_processes_with_micro_batches_train_as_one_without(trained: Callable[..., Path]) -> None:
     """Gradients are exchanged once per step, in the backward of the last micro-batch."""
-    run(train, 1, data, tmp_path / "1", {}, 0.0)
-    run(train, 2, data, tmp_path / "2", {"accumulate_steps": 2}, 0.0)
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-5)
-    one, two = final(tmp_path / "1"), final(tmp_path / "2")
+    outputs = [trained(1, **PLAIN), trained(2, accumulate_steps=2)]
+    assert losses(outputs[0]) == pytest.approx(losses(outputs[1]), rel=1e-5)
+    one, two = map(final, outputs)
     for name, value in one["method"].items():
         assert_near(two["method"][name], value, name)
 
 
-def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path) -> None:
-    run(train, 2, data, tmp_path / "whole", {}, 0.0)
-    run(train, 2, data, tmp_path / "part", {}, 0.0)
+def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path, trained: Callable[..., Path]) -> None:
+    whole = trained(2, **PLAIN)
+    shutil.copytree(whole, tmp_path / "part")
     checkpoints = list_checkpoints(RunDirectory(tmp_path / "part").checkpoints)
     assert [path.stem for path in checkpoints] == ["step_00000004", "step_00000008", "step_00000012"]
     for path in checkpoints[1:]:
         path.unlink()
     run(train, 1, data, tmp_path / "part", {}, 0.0)
-    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    for name, value in final(tmp_path / "whole")["method"].items():
+    assert losses(tmp_path / "part") == pytest.approx(losses(whole), rel=1e-5)
+    for name, value in final(whole)["method"].items():
         assert_near(final(tmp_path / "part")["method"][name], value, name)
 
 
@@ -216,7 +233,12 @@ def test_no_rank_waits_for_one_that_has_failed(data: Path, tmp_path: Path, who: 
     run(fail, 2, data, tmp_path, who, when, expect=4)
 
 
-def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_equal(data: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_equal(
+    data: Path, tmp_path: Path, trained: Callable[..., Path]
+) -> None:
+    arguments = {"loss": "nce", "negatives": "shared"}
+    whole = trained(2, **arguments)
+
     def interrupt_second(children: list[Any]) -> None:
         log = RunDirectory(tmp_path / "stopped").log
         deadline = time.monotonic() + 60
@@ -224,11 +246,10 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_equal(data: Path
             time.sleep(0.02)
         os.kill(children[1].pid, signal.SIGTERM)
 
-    run(train, 2, data, tmp_path / "stopped", {"loss": "nce"}, 0.1, expect=3, meanwhile=interrupt_second)
+    run(train, 2, data, tmp_path / "stopped", arguments, 0.1, expect=3, meanwhile=interrupt_second)
     stopped = final(tmp_path / "stopped")["step"]
     assert 3 <= stopped < 12
-    run(train, 2, data, tmp_path / "stopped", {"loss": "nce"}, 0.0)
-    run(train, 2, data, tmp_path / "whole", {"loss": "nce"}, 0.0)
+    run(train, 2, data, tmp_path / "stopped", arguments, 0.0)
     for key in ("method", "optimizer", "step"):
-        assert same(final(tmp_path / "stopped")[key], final(tmp_path / "whole")[key])
-    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), rel=1e-12)
+        assert same(final(tmp_path / "stopped")[key], final(whole)[key])
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(whole), rel=1e-12)

@@ -89,7 +89,8 @@ def train(output: str, moment: str | None) -> None:
 
 
 def command_line(data: str, output: str) -> None:
-    """``sslfast pretrain`` with everything real: PIRL with jigsaw on a ResNet-18, images from files, a loader process.
+    """``sslfast pretrain`` with everything real: PIRL with jigsaw on a narrow ResNet-18, images from files, a loader
+    process.
 
     Crops of 16 and 24 px; 8 steps of 4 images with a checkpoint after 3 and 6.
     """
@@ -103,6 +104,7 @@ def command_line(data: str, output: str) -> None:
         "workers": 1,
         "log-every-steps": 2,
         "checkpoint-every-steps": 3,
+        "model.width": 0.125,
         "method.num-negatives": 16,
         "method.loss": "nce",
         "method.image-view.crop.size": 16,
