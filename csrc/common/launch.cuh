@@ -16,17 +16,17 @@
 #include <string>
 #include <utility>
 
-// Weak: the binary also loads beside a CPU build of torch, which has no CUDA streams; no op reaches this there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
+#include "common/torch_cuda.h"
 
 namespace sslfast {
 
 using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(int32_t device_index) {
+  static const auto current =
+      reinterpret_cast<AOTITorchError (*)(int32_t, void**)>(torch_cuda_symbol("aoti_torch_get_current_cuda_stream"));
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
+  if (current == nullptr || current(device_index, &stream) != 0) {
     throw std::runtime_error("sslfast: this torch has no CUDA streams; install a CUDA build of torch");
   }
   return static_cast<cudaStream_t>(stream);
