@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -116,17 +117,19 @@ def _write_onnx(weights: Weights, path: Path) -> None:
             f"onnx files need the packages onnx and onnxscript ({error}): pip install onnx onnxscript"
         ) from None
     size, dim = weights.size, torch.export.Dim
-    torch.onnx.export(
-        _FromPixels(weights).eval(),
-        (torch.rand(2, 3, size, size),),
-        str(path),
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes={"images": {0: dim("batch"), 2: dim.DYNAMIC, 3: dim.DYNAMIC}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's exporter about torch's own code
+        torch.onnx.export(
+            _FromPixels(weights).eval(),
+            (torch.rand(2, 3, size, size),),
+            str(path),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes={"images": {0: dim("batch"), 2: dim.DYNAMIC, 3: dim.DYNAMIC}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def _checked(weights: Weights) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import torch
 from sslfast.checkpoint import checkpoint_step, list_checkpoints
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
+from sslfast.optim import learning_rate
 from sslfast.trainer import Trainer
 
 
@@ -17,6 +18,9 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
+    data = f"{source}: {trainer.loader.num_rows:,} images"
+    if trainer.manifest is not None and {"train", "val"} <= set(trainer.manifest.classes):
+        data += f", those of val too; {source}/train has those of train alone"
     loader: str = config.loader.name
     if loader == "auto":
         loader = "{} ({})".format(*choose_loader(trainer.manifest, trainer.device))
@@ -27,7 +31,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
-        ("data", f"{source}: {trainer.loader.num_rows:,} images"),
+        ("data", data),
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("step", _step(trainer)),
@@ -41,11 +45,17 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 def _schedule(trainer: Trainer) -> str:
     optim, scale = trainer.config.optim, trainer.config.batch_size / 256
     peak, final = optim.lr_per_256_images * scale, optim.final_lr_per_256_images * scale
+    warmup, epochs = optim.warmup_epochs, trainer.config.epochs
+    if warmup >= epochs:
+        steps = {"batch_size": trainer.config.batch_size, "steps_per_epoch": trainer.steps_per_epoch}
+        last = learning_rate(trainer.total_steps - 1, optim, epochs=epochs, **steps)
+        return f"grows to {last:.4g}: the {warmup:g} epochs of warm-up (optim.warmup_epochs) last to the end"
+    words = f"{peak:.4g} after {warmup:g} epochs of warm-up" if warmup else f"{peak:.4g}"
     if optim.schedule == "cosine":
-        return f"{peak:.4g} to {final:.4g}, cosine, changes every {optim.lr_update}"
+        return f"{words} to {final:.4g}, cosine, changes every {optim.lr_update}"
     if optim.schedule == "constant":
-        return f"{peak:.4g}, constant"
-    return f"{peak:.4g}, times {optim.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in optim.milestones)}"
+        return f"{words}, constant"
+    return f"{words}, times {optim.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in optim.milestones)}"
 
 
 def _step(trainer: Trainer) -> str:

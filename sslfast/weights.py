@@ -3,6 +3,7 @@
 ``sslfast.load(path)`` is the short way to a network; :func:`read_weights` also says what the weights expect.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,12 +157,13 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles; what cannot be read is an error below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch's words advise to load it as code
         raise ValueError(
-            f"{path} cannot be read as plain tensors ({first_line}); load it where its program is installed and save "
-            "its state dict alone with torch.save"
+            f"{path} cannot be read as plain tensors: it is no file of torch.save, damaged, or holds other objects; "
+            "load it where its program is installed and save its state dict alone with torch.save"
         ) from None
 
 

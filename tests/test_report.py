@@ -131,6 +131,8 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="there is no run to report on"):
         report(())
     run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"step_00000007\.pt is a file; a report needs run directories"):
+        report((run / "checkpoints" / "step_00000007.pt",))
     with pytest.raises(ValueError, match=r"output must end in \.html, got 'r\.pdf'"):
         report((run,), output=Path("r.pdf"))
     with pytest.raises(ValueError, match="points must be at least 1, got points=0"):

@@ -26,6 +26,7 @@ from sslfast.optim import OptimConfig, learning_rate
 from sslfast.rundir import RunDirectory, git_state, versions
 from sslfast.summary import summary
 from sslfast.trainer import NonFiniteLossError, TrainConfig, Trainer
+from tests.pictures import write_folder
 from tests.tiny import Tiny, TinyConfig, same
 
 ROWS = 17
@@ -523,6 +524,27 @@ def test_summary_names_what_will_run(tmp_path: Path) -> None:
     assert "new run" in lines["output"]
     assert "GB free" in lines["disk"]
     assert not (tmp_path / "run").exists()
+
+
+def test_summary_says_where_val_is_trained_on(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)])
+    for data, words in ((folder, f"8 images, those of val too; {folder}/train has"), (folder / "train", "4 images")):
+        trainer = Trainer(TinyConfig(device="cpu"), data, tmp_path / "run")
+        assert words in dict(summary(trainer))["data"]
+        trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "words"),
+    [
+        (2.0, "0.0004687 after 2 epochs of warm-up to 4.688e-07, cosine"),
+        (12.0, "grows to 0.0002344: the 12 epochs of warm-up (optim.warmup_epochs) last to the end"),
+    ],
+)
+def test_summary_names_the_warm_up(tmp_path: Path, warmup: float, words: str) -> None:
+    config = TinyConfig(device="cpu", precision="fp32")
+    config.optim = replace(config.optim, warmup_epochs=warmup)
+    assert dict(summary(Trainer(config, ROWS, tmp_path / "run")))["learning rate"].startswith(words)
 
 
 def test_checkpoint_size_is_foreseen(tmp_path: Path) -> None:

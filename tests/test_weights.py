@@ -206,8 +206,9 @@ def test_errors_name_the_remedy(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; give a run directory or a file of weights"):
         read_weights(tmp_path / "nothing")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+    with pytest.raises(ValueError, match="cannot be read as plain tensors") as caught:
         read_weights(tmp_path / "text.pth")
+    assert "weights_only" not in str(caught.value)  # torch's advice is to load it as code
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="no safetensors file"):
         read_weights(tmp_path / "text.safetensors")

@@ -45,6 +45,8 @@ class Run:
     """What a run directory holds for the report."""
 
     def __init__(self, path: Path) -> None:
+        if path.is_file():
+            raise ValueError(f"{path} is a file; a report needs run directories that sslfast pretrain wrote")
         directory = RunDirectory(path)
         self.path, self.name = path, path.resolve().name
         self.config = load_json(directory.config)
