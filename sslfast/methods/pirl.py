@@ -196,11 +196,11 @@ class PIRL(Method):
         if config.loss == "nce" and config.z == "running":
             self.z.lerp_(mean_over_ranks(self._estimate_z(lse)), 1 - config.z_momentum)
         per_view = losses.mean(dim=1)
-        logs = {"loss_image": per_view[-1].detach()}
-        loss = per_view[-1]
+        logs = {"loss_image": per_view[-1].detach().clone()}  # compiled code returns no two views of one tensor
+        loss = per_view[-1].clone()
         if self.pretext_head is not None:
             loss = config.pretext_weight * per_view[0] + (1 - config.pretext_weight) * loss
-            logs["loss_pretext"] = per_view[0].detach()
+            logs["loss_pretext"] = per_view[0].detach().clone()
         if config.loss == "nce":
             logs["z"] = self.z.clone()
         return {"loss": loss, **logs}
