@@ -50,11 +50,11 @@ def test_uniform_logits_and_perfect_prediction(all_turns: bool) -> None:
 
 def test_all_turns_is_the_mean_over_the_turns() -> None:
     one, four = (build(tiny(rotation_small(), all_turns=value), normalised=False) for value in (False, True))
-    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(3)
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(4)
     parts = []
     for turn in range(4):
-        turns = torch.full((3,), turn)
+        turns = torch.full((4,), turn)
         parts.append(one({IMAGE: View(pixels=rotate90(pixels, turns), quarter_turns=turns)}, rows, step=0)["loss"])
     together = four({IMAGE: View(pixels=pixels)}, rows, step=0)["loss"]
     torch.testing.assert_close(together, torch.stack(parts).mean(), rtol=1e-5, atol=1e-6)
