@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sslfast.images import SUFFIXES, BadImageError, open_header
@@ -332,6 +333,7 @@ def threaded(
 
 
 def progress_bar(enabled: bool) -> Progress:
-    """For the terminal; nothing is shown unless ``enabled``."""
+    """On standard error, where that is a terminal; nothing is shown unless ``enabled``."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, disable=not enabled)
+    return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))

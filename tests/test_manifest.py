@@ -275,3 +275,8 @@ def test_the_scan_does_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: 
     whole = Manifest.scan(root)
     monkeypatch.setattr(listing_module, "_CHUNK", 3)
     assert Manifest.scan(root).digest() == whole.digest()
+
+
+def test_progress_writes_nothing_into_pipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Manifest.scan(write_folder(tmp_path, ["a/0.png"]), progress=True)
+    assert tuple(capsys.readouterr()) == ("", "")
