@@ -18,13 +18,13 @@ class OptimConfig:
     """Stochastic gradient descent with a cosine learning rate (PIRL section 4; VISSL's PIRL configuration)."""
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    """sgd; lars: layer-wise rates for large batches (You et al. 2017), see :class:`LARS`; adamw (Loshchilov & Hutter
+    """sgd; lars: layer-wise rates for large batches (You et al. 2017); adamw (Loshchilov & Hutter
     2019), which is Adam where weight_decay is 0. LARS has larger rates: 0.3 per 256 images with 10 epochs of warm-up
     and weight decay 1e-6 in SimCLR (Chen et al. 2020, section 2.2); AdamW smaller ones, about 1e-4."""
     trust_coefficient: float = 0.001
     """η of LARS: share of a layer's norm that a step of rate 1 moves it by."""
     lr_per_256_images: float = 0.03
-    """Learning rate at batch size 256; the rate used is this times ``batch_size / 256`` (0.12 at 1024)."""
+    """Learning rate at batch size 256; the rate used is this times batch_size / 256 (0.12 at 1024)."""
     final_lr_per_256_images: float = 3e-5
     """Where the cosine ends, at batch size 256, scaled likewise (1.2e-4 at 1024)."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"

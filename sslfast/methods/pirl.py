@@ -99,12 +99,12 @@ class PIRL(Method):
             return views
 
         def preview_views(self) -> dict[str, ViewConfig]:
-            """``views()`` as a run draws them, then the transforms that this configuration leaves out."""
+            """``views()`` as a run draws them, then the transforms that this configuration does not use."""
             views = self.views()
             if "jigsaw" not in self.pretext or PRETEXT not in views:
-                views["jigsaw"] = self.jigsaw_view
+                views["jigsaw, unused"] = self.jigsaw_view
             if self.pretext != "rotation" or PRETEXT not in views:
-                views["rotation"] = self.rotation_view
+                views["rotation, unused"] = self.rotation_view
             return views
 
         def validate(self) -> None:
