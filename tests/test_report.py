@@ -69,6 +69,8 @@ def make_run(folder: Path, steps: int = 6) -> Path:
     (folder / "evaluation").mkdir()
     result = {"protocol": "knn-test", "results": [{"encoder": "trained", "k": 5, "top1": 0.625, "top5": 0.875}]}
     save_json(folder / "evaluation" / "knn.json", result)
+    result = {"protocol": "svm-test", "results": [{"layer": "res5", "images": "all", "mAP": 0.5, "ap": {"cat": 0.5}}]}
+    save_json(folder / "evaluation" / "lowshot.json", result)
     return folder
 
 
@@ -98,7 +100,16 @@ def test_every_section_is_there(pages: tuple[str, Path]) -> None:
                     "Embedding map, a/run", "Published results on ImageNet"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in text
     assert "Detections" not in text
-    for words in ("knn-test", "top1 62.5 %, top5 87.5 %", "trained, k=5", "knn_top1", "samples/s", "learning rate"):
+    for words in (
+        "knn-test",
+        "top-1 62.5 %, top-5 87.5 %",
+        "trained, k=5",
+        "res5, all",
+        "mAP 50.0 %",
+        "knn_top1",
+        "samples/s",
+        "learning rate",
+    ):
         assert words in text
     # Names of folders are text, not markup.
     assert "&lt;b&gt;bird" in text
@@ -118,7 +129,8 @@ def test_colours_are_told_apart(pages: tuple[str, Path]) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     RunDirectory(run).log.write_text("")
-    (run / "evaluation" / "knn.json").unlink()
+    for result in (run / "evaluation").iterdir():
+        result.unlink()
     Image.new("RGB", (8, 8)).save(run / "evaluation" / "detect-examples.png")
     text = report((run,), output=tmp_path / "r.html").read_text()
     for words in ("No log record was written yet", "sslfast evaluate knn RUN DATA", "<h2>Detections</h2>"):

@@ -37,6 +37,11 @@ _WORDS = {
     "time.loader_wait_share": "share of time waiting for data",
     "lr": "learning rate",
 }
+_SCORES = {
+    "top1": "top-1", "top5": "top-5", "mAP": "mAP", "mAP_11_point": "mAP (11 points)", "ap": "AP", "ap50": "AP50",
+    "ap75": "AP75", "voc07_ap": "AP (VOC07)", "voc07_ap50": "AP50 (VOC07)", "voc07_ap75": "AP75 (VOC07)",
+}  # fmt: skip
+"""Entries of a result's rows that are shares, and their names."""
 _TILE = 48  # pixels of a picture in the map's sprite
 _MOST_CLASSES = 30  # rows of the per-class table; of more classes, the best and the worst
 
@@ -186,14 +191,12 @@ def _evaluations(runs: Sequence[Run]) -> str:
     for run in runs:
         for result in run.results:
             for row in result.get("results", []):
-                values = ", ".join(
-                    f"{name} {100 * value:.1f} %"
-                    for name, value in row.items()
-                    if isinstance(value, float) and name in ("top1", "top5", "map", "ap", "ap50", "ap75")
-                )
-                which = [str(row[name]) for name in ("encoder", "layer") if name in row]
-                which += [f"{name}={row[name]}" for name in ("k", "shots", "fraction") if name in row]
-                rows.append([run.name, str(result.get("protocol", "")), ", ".join(which), values])
+                found = {words: row.get(name) for name, words in _SCORES.items()}
+                values = ", ".join(f"{words} {100 * v:.1f} %" for words, v in found.items() if isinstance(v, float))
+                which = [str(row[name]) for name in ("encoder", "layer", "images") if name in row]
+                which += [f"{name}={row[name]}" for name in ("k", "fraction") if name in row]
+                protocol = str(row.get("protocol", result.get("protocol", "")))
+                rows.append([run.name, protocol, ", ".join(which), values])
     if not rows:
         return "<p>None yet: <code>sslfast evaluate knn RUN DATA</code> makes one.</p>"
     return table(["run", "protocol", "what", "result"], rows)
