@@ -71,7 +71,7 @@ def measure_loader(
     )
     times: list[float] = []
     try:
-        batches = _forever(loader)
+        batches = forever(loader)
         for number in range(sys.maxsize):
             if len(times) >= 5 and sum(times) >= seconds:
                 break
@@ -103,7 +103,8 @@ def measure_loader(
     }
 
 
-def _forever(loader: Any) -> Iterator[Batch]:
+def forever(loader: Any) -> Iterator[Batch]:
+    """Batches of epoch after epoch."""
     epoch = 0
     while True:
         yield from loader.epoch(epoch)

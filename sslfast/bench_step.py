@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sslfast.bench_loader import forever
 from sslfast.loaders.batch import Batch, View
+from sslfast.loaders.data import parse_data
 from sslfast.models.resnet import build_trunk
 from sslfast.optim import build_optimizer
 from sslfast.recipes import RECIPES
@@ -150,7 +152,7 @@ def measure_step(config: TrainConfig, data: Path | str | int, *, steps: int, rou
 def _measure(trainer: Trainer, *, is_synthetic: bool, steps: int, rounds: int) -> StepReport:
     device, config = trainer.device, trainer.config
     trainer.method.train()
-    batches = _forever(trainer)
+    batches = forever(trainer.loader)
     for _ in range(_WARM_UP):
         trainer.train_step(batches)
     if device.type == "cuda":
@@ -182,13 +184,6 @@ def _measure(trainer: Trainer, *, is_synthetic: bool, steps: int, rounds: int) -
         busy_share=busy,
         peak_bytes=peak,
     )
-
-
-def _forever(trainer: Trainer) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from trainer.loader.epoch(epoch)
-        epoch += 1
 
 
 def _repeat(batch: Batch) -> Iterator[Batch]:
@@ -370,18 +365,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chart", type=Path, help="also draw the parts (.png)")
     chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
     config = RECIPES[chosen.recipe]()
-    kind, colon, number = chosen.data.partition(":")
-    is_synthetic = kind == "synthetic" and bool(colon)
-    if is_synthetic and (not number.isdecimal() or int(number) < 1):
-        raise ValueError(f"synthetic:N needs a number of images of at least 1, got {chosen.data!r}")
+    data = parse_data(chosen.data)
     config = replace(
         config,
         batch_size=chosen.batch_size or config.batch_size,
         device=chosen.device,
         precision=chosen.precision,
-        loader=replace(config.loader, name="synthetic" if is_synthetic else chosen.loader, workers=chosen.workers),
+        loader=replace(
+            config.loader, name="synthetic" if isinstance(data, int) else chosen.loader, workers=chosen.workers
+        ),
     )
-    data = int(number) if is_synthetic else Path(chosen.data)
     report = measure_step(config, data, steps=chosen.steps, rounds=chosen.rounds)
     print(render(report))
     if chosen.json is not None:

@@ -12,6 +12,7 @@ import tyro
 from sslfast.config import nearest
 from sslfast.distributed import leave
 from sslfast.interrupt import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NOT_FINITE, RunInterruptedError
+from sslfast.loaders.data import parse_data
 from sslfast.loaders.prepare import PrepareConfig
 from sslfast.memory import check_memory
 from sslfast.recipes import RECIPES
@@ -88,7 +89,7 @@ def pretrain(arguments: list[str]) -> int:
     chosen = _parse_recipe(Pretrain, arguments, command="pretrain")
     if isinstance(chosen, int):
         return chosen
-    config, data = chosen.config, _data(chosen.data)
+    config, data = chosen.config, parse_data(chosen.data)
     folder = "synthetic" if isinstance(data, int) else data.resolve().name
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
     try:
@@ -233,16 +234,6 @@ def _description() -> str:
         paragraph = " ".join((make.__doc__ or "").strip().partition("\n\n")[0].split())
         lines.append(f"  {name}: {paragraph}")
     return "--recipe NAME sets the defaults of all options below:\n" + "\n".join(lines) + f"\n\n{EXIT_CODES}"
-
-
-def _data(text: str) -> Path | int:
-    """A folder, or the N of ``synthetic:N``."""
-    kind, colon, number = text.partition(":")
-    if kind != "synthetic" or not colon:
-        return Path(text)
-    if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"synthetic:N needs a number of images of at least 1, got {text!r}")
-    return int(number)
 
 
 def _print_result(result: TrainResult, output: Path) -> None:

@@ -1,6 +1,5 @@
 """``sslfast export``: a run's trunk as a file that other libraries load."""
 
-import json
 import pickle
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sslfast.config import save_json
 from sslfast.models.resnet import ResNetConfig
 from sslfast.weights import Weights, import_safetensors, read_weights
 
@@ -146,7 +146,7 @@ def _write_card(weights: Weights, output: Path, format: Format) -> None:
         "size": weights.size,
         "facts": {**weights.facts, "source": Path(weights.source).name},
     }
-    output.with_name(output.name + ".json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    save_json(output.with_name(output.name + ".json"), card)
 
 
 _WRITERS: dict[Format, Callable[[Weights, Path], None]] = {

@@ -59,3 +59,13 @@ def reopen_data(path: Path, known: Path) -> Manifest:
 def _is_file(path: Path, suffix: str) -> bool:
     """Whether the name claims so; a folder may be called anything."""
     return path.suffix == suffix and not path.is_dir()
+
+
+def parse_data(text: str) -> Path | int:
+    """A folder, or the N of ``synthetic:N``."""
+    kind, colon, number = text.partition(":")
+    if kind != "synthetic" or not colon:
+        return Path(text)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"synthetic:N needs a number of images of at least 1, got {text!r}")
+    return int(number)

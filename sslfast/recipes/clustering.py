@@ -7,13 +7,14 @@ for AlexNet and VGG alone; SeLa's ``main.py`` and ``scripts/resnet.sh``.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from sslfast.loaders.batch import AugmentConfig, CropConfig, ViewConfig
+from sslfast.loaders.batch import AugmentConfig, ViewConfig
 from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.registry import MethodConfig
 from sslfast.methods.sela import SeLa
-from sslfast.models.resnet import ResNetConfig
 from sslfast.optim import OptimConfig
+from sslfast.recipes.pirl import pirl_small, small_method
 from sslfast.train_config import TrainConfig
 
 
@@ -67,34 +68,21 @@ def sela() -> TrainConfig:
 
 def _small(recipe: str, method: MethodConfig) -> TrainConfig:
     """ResNet-18 with the small stem, batch 256, 200 epochs; all chosen here."""
-    return TrainConfig(
-        recipe=recipe,
-        method=method,
-        model=ResNetConfig(name="resnet18", stem="small"),
-        optim=OptimConfig(lr_per_256_images=0.06, final_lr_per_256_images=6e-5, lr_update="step", weight_decay=5e-4),
-        epochs=200,
-        batch_size=256,
-        checkpoint_every_steps=500,
-    )
-
-
-def _small_image() -> ViewConfig:
-    colour = AugmentConfig(hue=0.1, jitter_probability=0.8)
-    return ViewConfig(crop=CropConfig(size=64, scale=(0.2, 1.0)), augment=colour)
+    return replace(pirl_small(), recipe=recipe, method=method)
 
 
 def deepcluster_small() -> TrainConfig:
     """DeepCluster for images up to about 64 px: ResNet-18 with the small stem, 250 clusters, 64 whitened components,
     batch 256, 200 epochs. Clustered every 4 epochs: a new classifier needs some hundred steps, and epochs are short.
     """
-    method = DeepCluster.Config(clusters=250, every_epochs=4, pca_dimensions=64, image_view=_small_image())
+    method = DeepCluster.Config(clusters=250, every_epochs=4, pca_dimensions=64, image_view=small_method().image_view)
     return _small("deepcluster-small", method)
 
 
 def sela_small() -> TrainConfig:
     """SeLa for images up to about 64 px: ResNet-18 with the small stem, 10 heads of 128 clusters, labelled every
     epoch, batch 256, 200 epochs."""
-    return _small("sela-small", SeLa.Config(heads=10, clusters=128, image_view=_small_image()))
+    return _small("sela-small", SeLa.Config(heads=10, clusters=128, image_view=small_method().image_view))
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {

@@ -7,6 +7,7 @@ epoch of warm-up and a cosine.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from sslfast.methods.autoencoder import Autoencoder
 from sslfast.methods.colorization import Colorization
@@ -14,8 +15,8 @@ from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.reconstruction import clean_view
 from sslfast.methods.registry import MethodConfig
 from sslfast.methods.super_resolution import SuperResolution
-from sslfast.models.resnet import ResNetConfig
 from sslfast.optim import OptimConfig
+from sslfast.recipes.pirl import pirl_small
 from sslfast.train_config import TrainConfig
 
 
@@ -30,15 +31,8 @@ def _large(recipe: str, method: MethodConfig) -> TrainConfig:
 
 
 def _small(recipe: str, method: MethodConfig) -> TrainConfig:
-    return TrainConfig(
-        recipe=recipe,
-        method=method,
-        model=ResNetConfig(name="resnet18", stem="small"),
-        optim=OptimConfig(lr_per_256_images=0.05, final_lr_per_256_images=0.0, lr_update="step", warmup_epochs=1.0),
-        epochs=200,
-        batch_size=256,
-        checkpoint_every_steps=500,
-    )
+    optim = OptimConfig(lr_per_256_images=0.05, final_lr_per_256_images=0.0, lr_update="step", warmup_epochs=1.0)
+    return replace(pirl_small(), recipe=recipe, method=method, optim=optim)
 
 
 def autoencoder() -> TrainConfig:

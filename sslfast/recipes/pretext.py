@@ -5,14 +5,15 @@ mmselfsup's ``configs/selfsup/relative_loc/r50.py``; the papers. All of these dr
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.registry import MethodConfig
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
-from sslfast.models.resnet import ResNetConfig
 from sslfast.optim import OptimConfig
+from sslfast.recipes.pirl import pirl_small
 from sslfast.train_config import TrainConfig
 
 _PLAIN = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0)
@@ -82,15 +83,8 @@ def relative_position() -> TrainConfig:
 
 def _small(recipe: str, method: MethodConfig) -> TrainConfig:
     """ResNet-18 with the small stem, batch 256, 200 epochs; all chosen here."""
-    return TrainConfig(
-        recipe=recipe,
-        method=method,
-        model=ResNetConfig(name="resnet18", stem="small"),
-        optim=OptimConfig(lr_per_256_images=0.1, final_lr_per_256_images=0.0, lr_update="step", weight_decay=5e-4),
-        epochs=200,
-        batch_size=256,
-        checkpoint_every_steps=500,
-    )
+    optim = OptimConfig(lr_per_256_images=0.1, final_lr_per_256_images=0.0, lr_update="step", weight_decay=5e-4)
+    return replace(pirl_small(), recipe=recipe, method=method, optim=optim)
 
 
 def _small_image() -> ViewConfig:
