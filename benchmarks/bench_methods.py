@@ -92,7 +92,7 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
     return replace(
         config,
         recipe=f"bench-{name}",
-        model=replace(config.model, name=arguments.model, stem=arguments.stem),
+        model=replace(config.model, name=arguments.model, stem=arguments.stem, width=arguments.width),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size or config.batch_size,
         optim=replace(
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every recipe's learning rate")
     parser.add_argument("--model", choices=["resnet18", "resnet50"], default="resnet18")
     parser.add_argument("--stem", choices=["imagenet", "small"], default="small")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the trunk's channels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--methods", nargs="+", choices=every, default=every)

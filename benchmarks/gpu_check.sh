@@ -7,7 +7,7 @@
 # compute-sanitizer on the kernels, and all benchmarks: ops, loaders, training steps. Steps, in their order: build tests
 # memcheck racecheck initcheck synccheck benchmarks crossover ops loaders step. No step takes longer than
 # SSLFAST_STEP_SECONDS (540); what it has printed until then is in its log. SSLFAST_BENCH_IMAGES names a folder of JPEGs
-# for loaders and step; without it they run on made-up images. SSLFAST_WHEELS names a folder of wheels (*.whl) for what
+# for loaders (else photographs of scikit-image) and step (else made-up images). SSLFAST_WHEELS names a folder of wheels (*.whl) for what
 # that Python lacks; they are unpacked into OUT. OUT gets the logs, JSON files and summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -75,19 +75,13 @@ for tool in memcheck racecheck initcheck synccheck; do
   step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$python" "${kernels[@]}"
 done
-# The loaders' own benchmarks need their packages, and are measured below.
-step benchmarks "$python" -m pytest benchmarks --ignore-glob="*/bench_loader_*" --benchmark-enable \
-  --benchmark-json="$out/benchmarks.json"
+# Loaders are measured below, side by side.
+step benchmarks "$python" -m pytest benchmarks --benchmark-enable --benchmark-json="$out/benchmarks.json"
 step crossover "$python" -m benchmarks.bench_crossover --device cuda --without compiled --batch 64 256 1024 \
   --rows 1e5 1281167 --rounds 5 --limit 0.5 -o "$out/crossover"
 step ops "$python" -m sslfast.bench ops --device cuda --json "$out/ops.json"
 images=${SSLFAST_BENCH_IMAGES:-}
-if [ -n "$images" ]; then
-  step loaders "$python" -m sslfast bench loader "$images" --device cuda --batch-size 64 \
-    --json "$out/loaders.json" --chart "$out/loaders.png"
-else
-  step loaders "$python" -m pytest benchmarks/bench_loader_torch.py --benchmark-enable
-fi
+step loaders "$python" -m benchmarks.bench_loader_plain ${images:+"$images"} --device cuda -o "$out/loaders"
 step step "$python" -m sslfast bench step ${images:+"$images"} --recipe pirl-paper --batch-size 256 --device cuda \
   --json "$out/step.json" --chart "$out/step.png"
 cat "$out/summary.md"

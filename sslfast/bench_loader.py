@@ -12,7 +12,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,60 @@ from sslfast.recipes import RECIPES
 WARM_UP = 3  # batches
 
 
+def measure_batches(
+    make: Callable[[], tuple[Iterator[Any], Callable[[], None]]],
+    *,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Any source of batches for ``seconds``: rate, processor, GPU and memory use.
+
+    Args:
+        make: builds it: batches without end, and what stops its workers. They count for ``cores`` once stopped.
+        batch_size: samples of a batch.
+        seconds: how long to time, at least five batches.
+        device: where batches end up.
+
+    Returns:
+        JSON values: ``samples_per_second`` (all batches over their time), 20 and 80 % quantiles and median over
+        batches, ``cores`` (processor seconds of this process and its workers over wall seconds, start included),
+        ``gpu_percent`` (mean share of time with a kernel running, as NVML samples it; None without a GPU or NVML),
+        ``peak_mib`` of this process.
+    """
+    cpu, started = _cpu_seconds(), time.perf_counter()
+    batches, close = make()
+    times: list[float] = []
+    busy: list[float] = []
+    try:
+        for number in range(sys.maxsize):
+            if len(times) >= 5 and sum(times) >= seconds:
+                break
+            start = time.perf_counter()
+            next(batches)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= WARM_UP:
+                times.append(time.perf_counter() - start)
+                if sum(times) > len(busy) + 1:
+                    busy += _gpu_percent(device)
+    finally:
+        close()
+    wall = time.perf_counter() - started
+    rates = sorted(batch_size / t for t in times)
+    return {
+        "batches": len(times),
+        # Work comes in bursts of as many batches as there are workers: the mean over all of them is the rate.
+        "samples_per_second": round(len(times) * batch_size / sum(times), 1),
+        "quantile_20": round(rates[len(rates) // 5], 1),
+        "quantile_80": round(rates[-1 - len(rates) // 5], 1),
+        "median": round(statistics.median(rates), 1),
+        "cores": round((_cpu_seconds() - cpu) / wall, 2),
+        "gpu_percent": round(statistics.mean(busy), 1) if busy else None,
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
 def measure_loader(
     name: str,
     manifest: Manifest | None,
@@ -39,8 +93,9 @@ def measure_loader(
     seconds: float,
     device: torch.device,
     render: bool,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """One loader for ``seconds``: rate per batch, processor and memory use.
+    """One loader for ``seconds``: what ``measure_batches`` says of it.
 
     Args:
         name: of the loader.
@@ -51,55 +106,45 @@ def measure_loader(
         seconds: how long to time, at least five batches.
         device: where batches go.
         render: also run the view stage on every batch.
+        dtype: of the rendered views; default: the device's for training.
 
     Returns:
-        JSON values: ``samples_per_second`` (all batches over their time), 20 and 80 % quantiles and median over
-        batches, ``cores`` (processor seconds of this process and its workers over wall seconds), ``peak_mib`` of this
-        process.
+        JSON values: ``measure_batches``' and ``loader``, ``with_views``, ``workers``, ``bad_images`` and
+        ``megabytes_per_second`` of image files (None for ``synthetic``).
     """
-    stage = ViewStage(views, seed=0, dtype=resolve_precision("auto", device), channels_last=device.type == "cuda")
+    dtype = resolve_precision("auto", device) if dtype is None else dtype
+    stage = ViewStage(views, seed=0, dtype=dtype, channels_last=device.type == "cuda")
     config = LoaderConfig(name=name, workers=workers, on_bad_image="skip")  # type: ignore[arg-type]
-    cpu, started = _cpu_seconds(), time.perf_counter()
-    loader = build_loader(
-        config,
-        views=views,
-        batch_size=batch_size,
-        seed=0,
-        manifest=manifest,
-        synthetic_rows=10_000 * batch_size if manifest is None else None,
-        device=device,
-    )
-    times: list[float] = []
-    try:
+    bad_images = 0
+
+    def make() -> tuple[Iterator[Any], Callable[[], None]]:
+        loader = build_loader(
+            config,
+            views=views,
+            batch_size=batch_size,
+            seed=0,
+            manifest=manifest,
+            synthetic_rows=10_000 * batch_size if manifest is None else None,
+            device=device,
+        )
+
+        def close() -> None:
+            nonlocal bad_images
+            bad_images = len(loader.bad_images)
+            loader.close()
+
         batches = forever(loader)
-        for number in range(sys.maxsize):
-            if len(times) >= 5 and sum(times) >= seconds:
-                break
-            start = time.perf_counter()
-            batch = next(batches)
-            if render:
-                stage(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= WARM_UP:
-                times.append(time.perf_counter() - start)
-    finally:
-        loader.close()
-    wall = time.perf_counter() - started
-    rates = sorted(batch_size / t for t in times)
+        return (stage(batch) for batch in batches) if render else batches, close
+
+    measured = measure_batches(make, batch_size=batch_size, seconds=seconds, device=device)
+    bytes_per_image = None if manifest is None else float(manifest.bytes.mean())
     return {
         "loader": name,
         "with_views": render,
         "workers": workers,
-        "batches": len(times),
-        # Work comes in bursts of as many batches as there are workers: the mean over all of them is the rate.
-        "samples_per_second": round(len(times) * batch_size / sum(times), 1),
-        "quantile_20": round(rates[len(rates) // 5], 1),
-        "quantile_80": round(rates[-1 - len(rates) // 5], 1),
-        "median": round(statistics.median(rates), 1),
-        "cores": round((_cpu_seconds() - cpu) / wall, 2),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "bad_images": len(loader.bad_images),
+        **measured,
+        "megabytes_per_second": bytes_per_image and round(measured["samples_per_second"] * bytes_per_image / 1e6, 1),
+        "bad_images": bad_images,
     }
 
 
@@ -111,21 +156,32 @@ def forever(loader: Any) -> Iterator[Batch]:
         epoch += 1
 
 
+def _gpu_percent(device: torch.device) -> list[float]:
+    """NVML's latest sample, or nothing where there is none."""
+    if device.type != "cuda":
+        return []
+    try:
+        return [float(torch.cuda.utilization(device))]
+    except (ImportError, RuntimeError):  # no NVML bindings, or a driver that does not tell
+        return []
+
+
 def _cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def render_table(rows: list[dict[str, Any]], mean_bytes: float) -> str:
+def render_table(rows: list[dict[str, Any]]) -> str:
     """The measurements as a table; MB/s are bytes of image files."""
-    lines = [f"{'loader':10} {'what':12} {'samples/s':>10} {'20 %':>8} {'80 %':>8} {'MB/s':>8} {'cores':>6} {'MiB':>7}"]
+    header = f"{'loader':10} {'what':12} {'samples/s':>10} {'20 %':>8} {'80 %':>8} {'MB/s':>8} {'cores':>6}"
+    lines = [f"{header} {'GPU %':>6} {'MiB':>7}"]
     for row in rows:
         what = "with views" if row["with_views"] else "crops"
-        megabytes = row["samples_per_second"] * mean_bytes / 1e6
+        megabytes, gpu = ("–" if row[key] is None else row[key] for key in ("megabytes_per_second", "gpu_percent"))
         lines.append(
             f"{row['loader']:10} {what:12} {row['samples_per_second']:10.1f} {row['quantile_20']:8.1f} "
-            f"{row['quantile_80']:8.1f} {megabytes:8.1f} {row['cores']:6.2f} {row['peak_mib']:7d}"
+            f"{row['quantile_80']:8.1f} {megabytes:>8} {row['cores']:6.2f} {gpu:>6} {row['peak_mib']:7d}"
         )
     return "\n".join(lines)
 
@@ -169,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             )
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(f"{len(manifest)} images, recipe {chosen.recipe}, batches of {chosen.batch_size}, {where}")
-    mean_bytes = float(manifest.bytes.mean())
-    print(render_table(rows, mean_bytes))
+    print(render_table(rows))
     if chosen.json is not None:
         facts = {"device": where, "torch": str(torch.__version__), "platform": platform.platform()}
         chosen.json.write_text(json.dumps({**facts, "recipe": chosen.recipe, "rows": rows}, indent=2) + "\n")
