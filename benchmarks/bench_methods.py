@@ -5,8 +5,9 @@
 DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method trains the same trunk on the same images
 for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
 numbers are kNN and a linear probe on the frozen trunk, beside raw pixels, the untrained trunk and the same trunk
-trained with labels. Finished runs in OUT are kept, an interrupted one goes on, so the same command can be given again.
-Writes OUT/methods.md, methods.json and methods.png; the order of methods is that of the results.
+trained with labels. Finished runs in OUT are kept and an interrupted one goes on, so the same command can be given
+again; commands for other methods can run beside it. Writes OUT/methods.md, methods.json and methods.png; the order of
+methods is that of the results.
 """
 
 import argparse
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.evaluation.knn import evaluate_knn
-from sslfast.evaluation.linear import evaluate_linear
+from sslfast.config import save_json
+from sslfast.evaluation.features import TRAINED, EvaluationSet, load_evaluation_set
+from sslfast.evaluation.knn import knn_result
+from sslfast.evaluation.linear import linear_result
 from sslfast.figures.bars import draw_bars
 from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
@@ -123,19 +126,34 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
         assert trainer.manifest is not None
         trainer.method.labels.copy_(torch.as_tensor(trainer.manifest.labels))
     trained = trainer.fit()
+    shared = few.parent.parent / f"baselines-seed{seed}.json"
+    evaluation = load_evaluation_set(output, data, baselines=not shared.exists())
+    if not shared.exists():
+        others = [encoder for encoder in evaluation.train if encoder != TRAINED]
+        save_json(shared, evaluate(only(evaluation, others)))
     result = {
         "minutes": round((time.monotonic() - start) / 60, 1),
         "samples_per_second": trained.samples_per_second,
         "batch_size": trainer.config.batch_size,
+        "lr_scale": arguments.lr_scale,
         "loss": trained.metrics.get("loss"),
-        "knn": evaluate_knn(output, data),
-        "linear": evaluate_linear(output, data),
+        **evaluate(only(evaluation, [TRAINED])),
     }
-    done.write_text(json.dumps(result, indent=2) + "\n")
+    save_json(done, result)
     return result
 
 
-def main() -> None:
+def only(evaluation: EvaluationSet, encoders: list[str]) -> EvaluationSet:
+    """The evaluation set with the features of these encoders alone."""
+    train, val = ({name: features[name] for name in encoders} for features in (evaluation.train, evaluation.val))
+    return replace(evaluation, train=train, val=val)
+
+
+def evaluate(evaluation: EvaluationSet) -> dict[str, Any]:
+    return {"knn": knn_result(evaluation), "linear": linear_result(evaluation)}
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [*METHODS, *VARIANTS, SUPERVISED]
     parser.add_argument("data", type=Path)
@@ -151,29 +169,34 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     data = subset(arguments.data, arguments.output / "data", arguments.per_class)
     few = subset(arguments.data, arguments.output / "pretraining", arguments.pretrain_per_class) / "train"
-    results: dict[str, dict[int, Any]] = {}
     for seed in arguments.seeds:
         for name in arguments.methods:
-            folder = arguments.output / f"{name}-seed{seed}"
-            results.setdefault(name, {})[seed] = run(name, arguments, seed=seed, few=few, data=data, output=folder)
-            report(results, arguments)
+            run(name, arguments, seed=seed, few=few, data=data, output=arguments.output / f"{name}-seed{seed}")
+            report(arguments)
 
 
-def report(results: dict[str, dict[int, Any]], arguments: argparse.Namespace) -> None:
-    """Writes the table and the chart of what is there so far."""
+def report(arguments: argparse.Namespace) -> None:
+    """Writes the table and the chart of all that is done in OUT."""
+    results: dict[str, dict[int, Any]] = {}
+    for file in sorted(arguments.output.glob("*-seed*/result.json")):
+        name, _, seed = file.parent.name.rpartition("-seed")
+        results.setdefault(name, {})[int(seed)] = json.loads(file.read_text())
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("data", "output")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    (arguments.output / "methods.json").write_text(
-        json.dumps({"settings": settings, "device": device, "results": results}, indent=2) + "\n"
-    )
-    table = render(results)
+    baselines = {
+        int(file.stem.rpartition("-seed")[2]): json.loads(file.read_text())
+        for file in sorted(arguments.output.glob("baselines-seed*.json"))
+    }
+    facts = {"settings": settings, "device": device, "baselines": baselines, "results": results}
+    (arguments.output / "methods.json").write_text(json.dumps(facts, indent=2) + "\n")
+    table = render(results, baselines)
     text = f"{device}; torch {torch.__version__}; settings {settings}\n\n{table}\n"
     (arguments.output / "methods.md").write_text(text)
-    columns = lines(results)
+    columns = lines(results, baselines)
     draw_bars(
         {name: mean(row["linear"]) for name, row in columns.items()},
         arguments.output / "methods.png",
@@ -183,29 +206,22 @@ def report(results: dict[str, dict[int, Any]], arguments: argparse.Namespace) ->
     print(text, flush=True)
 
 
-def lines(results: dict[str, dict[int, Any]]) -> dict[str, dict[str, list[float]]]:
+def lines(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> dict[str, dict[str, list[float]]]:
     """Encoder -> column -> values over seeds, in percent; the best linear probe first, baselines among them."""
-    first = next(iter(results.values()))
-    encoders = [("raw pixels", "raw pixels", first), ("untrained", "untrained", first)]
-    encoders += [(name, "trained", runs) for name, runs in results.items()]
     found: dict[str, dict[str, list[float]]] = {}
-    for name, encoder, runs in encoders:
-        columns = found.setdefault(name, {})
+    for method, runs in ({"": baselines} | results).items():
         for result in runs.values():
-            for row in result["knn"]["results"]:
-                if row["encoder"] == encoder:
-                    columns.setdefault(f"kNN k={row['k']}", []).append(100 * row["top1"])
-            for row in result["linear"]["results"]:
-                if row["encoder"] == encoder:
-                    columns.setdefault("linear", []).append(100 * row["top1"])
+            for row in result["knn"]["results"] + result["linear"]["results"]:
+                column = f"kNN k={row['k']}" if "k" in row else "linear"
+                found.setdefault(method or row["encoder"], {}).setdefault(column, []).append(100 * row["top1"])
     return dict(sorted(found.items(), key=lambda item: -mean(item[1]["linear"])))
 
 
-def render(results: dict[str, dict[int, Any]]) -> str:
+def render(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> str:
     """Encoders down, measures across: mean and, for several seeds, standard deviation."""
-    columns = lines(results)
+    columns = lines(results, baselines)
     names = list(next(iter(columns.values())))
-    header = ["encoder", "seeds", *names, "batch", "samples/s", "minutes"]
+    header = ["encoder", "seeds", *names, "rate ×", "loss", "samples/s", "minutes"]
     text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for encoder, values in columns.items():
         words = [
@@ -213,17 +229,17 @@ def render(results: dict[str, dict[int, Any]]) -> str:
             for name in names
         ]
         runs = list(results.get(encoder, {}).values())
-        cost = ["–", "–", "–"]
+        cost = ["–"] * 4
         if runs:
-            cost = [str(runs[0]["batch_size"])]
+            cost = [f"{runs[0]['lr_scale']:g}", f"{mean(r['loss'] for r in runs):.2f}"]
             cost += [f"{mean(r[key] for r in runs):,.1f}" for key in ("samples_per_second", "minutes")]
         text.append(f"| {' | '.join([encoder, str(len(values[names[0]])), *words, *cost])} |")
-    first = next(iter(next(iter(results.values())).values()))["knn"]
+    first = next(iter(baselines.values()))["knn"]
     text += [
         "",
-        f"Top-1 in percent; {first['data']['classes']} classes, {first['data']['train']['images']:,} training and "
-        f"{first['data']['val']['images']:,} validation images; standard error of one number about "
-        f"{100 * first['results'][0]['top1_standard_error']:.1f}.",
+        f"Top-1 in percent; rate: factor on the recipe's learning rate; {first['data']['classes']} classes, "
+        f"{first['data']['train']['images']:,} training and {first['data']['val']['images']:,} validation images; "
+        f"standard error of one number about {100 * first['results'][0]['top1_standard_error']:.1f}.",
     ]
     return "\n".join(text)
 

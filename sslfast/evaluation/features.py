@@ -282,8 +282,10 @@ def load_evaluation_set(
     device: str = "auto",
     on_bad_image: OnBadImage = "error",
     cache: bool = True,
+    baselines: bool = True,
 ) -> EvaluationSet:
-    """Features of ``data/train`` and ``data/val`` for the trained, the untrained and the raw-pixel encoder.
+    """Features of ``data/train`` and ``data/val`` for the trained encoder and, as ``baselines``, the untrained one and
+    raw pixels.
 
     Everything that can be wrong with the run or the folders is an error before the first image is decoded. ``cache``:
     keep the features in :func:`cache_folder`, and take them from there where they are.
@@ -291,10 +293,11 @@ def load_evaluation_set(
     chosen = resolve_device(device)
     manifests = load_manifests(data, on_bad_image=on_bad_image)
     loaded = load_run(run)
+    encoders = loaded.encoders if baselines else {TRAINED: loaded.encoders[TRAINED]}
     size = loaded.size if size is None else size
     found = [
         extract_all(
-            loaded.encoders,
+            encoders,
             manifest,
             size=size,
             batch_size=batch_size,
