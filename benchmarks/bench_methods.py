@@ -33,6 +33,7 @@ from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.optim import OptimConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.pirl import pirl_small
 from sslfast.train_config import TrainConfig
@@ -98,11 +99,7 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
         model=replace(config.model, name=arguments.model, stem=arguments.stem, width=arguments.width),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size or config.batch_size,
-        optim=replace(
-            config.optim,
-            lr_per_256_images=arguments.lr_scale * config.optim.lr_per_256_images,
-            final_lr_per_256_images=arguments.lr_scale * config.optim.final_lr_per_256_images,
-        ),
+        optim=optimizer(config.optim, arguments, batch_size=arguments.batch_size or config.batch_size),
         loader=replace(config.loader, workers=arguments.workers),
         seed=seed,
         tensorboard=False,
@@ -110,6 +107,24 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
         keep_checkpoints=1,
         progress="plain",
         log_every_steps=50,
+    )
+
+
+def optimizer(recipe: OptimConfig, arguments: argparse.Namespace, *, batch_size: int) -> OptimConfig:
+    """The recipe's with its rate scaled, or AdamW."""
+    if arguments.adamw is None:
+        return replace(
+            recipe,
+            lr_per_256_images=arguments.lr_scale * recipe.lr_per_256_images,
+            final_lr_per_256_images=arguments.lr_scale * recipe.final_lr_per_256_images,
+        )
+    return OptimConfig(
+        name="adamw",
+        lr_per_256_images=arguments.adamw * 256 / batch_size,
+        final_lr_per_256_images=0.0,
+        lr_update="step",
+        warmup_epochs=min(1.0, arguments.epochs / 10),
+        weight_decay=0.05,
     )
 
 
@@ -131,11 +146,12 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
     if not shared.exists():
         others = [encoder for encoder in evaluation.train if encoder != TRAINED]
         save_json(shared, evaluate(only(evaluation, others)))
+    optim = trainer.config.optim
     result = {
         "minutes": round((time.monotonic() - start) / 60, 1),
         "samples_per_second": trained.samples_per_second,
         "batch_size": trainer.config.batch_size,
-        "lr_scale": arguments.lr_scale,
+        "optimizer": f"{optim.name} {optim.lr_per_256_images * trainer.config.batch_size / 256:.2g}",
         "loss": trained.metrics.get("loss"),
         **evaluate(only(evaluation, [TRAINED])),
     }
@@ -163,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, help="default: each recipe's")
     parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every recipe's learning rate")
+    parser.add_argument("--adamw", type=float, metavar="RATE", help="AdamW for every method in place of its recipe's")
     parser.add_argument("--model", choices=["resnet18", "resnet50"], default="resnet18")
     parser.add_argument("--stem", choices=["imagenet", "small"], default="small")
     parser.add_argument("--width", type=float, default=1.0, help="factor on the trunk's channels")
@@ -221,7 +238,7 @@ def render(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> str
     """Encoders down, measures across: mean and, for several seeds, standard deviation."""
     columns = lines(results, baselines)
     names = list(next(iter(columns.values())))
-    header = ["encoder", "seeds", *names, "rate ×", "loss", "samples/s", "minutes"]
+    header = ["encoder", "seeds", *names, "optimizer", "loss", "samples/s", "minutes"]
     text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for encoder, values in columns.items():
         words = [
@@ -231,13 +248,13 @@ def render(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> str
         runs = list(results.get(encoder, {}).values())
         cost = ["–"] * 4
         if runs:
-            cost = [f"{runs[0]['lr_scale']:g}", f"{mean(r['loss'] for r in runs):.2f}"]
+            cost = [runs[0]["optimizer"], f"{mean(r['loss'] for r in runs):.2f}"]
             cost += [f"{mean(r[key] for r in runs):,.1f}" for key in ("samples_per_second", "minutes")]
         text.append(f"| {' | '.join([encoder, str(len(values[names[0]])), *words, *cost])} |")
     first = next(iter(baselines.values()))["knn"]
     text += [
         "",
-        f"Top-1 in percent; rate: factor on the recipe's learning rate; {first['data']['classes']} classes, "
+        f"Top-1 in percent; optimizer: its name and first rate; {first['data']['classes']} classes, "
         f"{first['data']['train']['images']:,} training and {first['data']['val']['images']:,} validation images; "
         f"standard error of one number about {100 * first['results'][0]['top1_standard_error']:.1f}.",
     ]

@@ -27,16 +27,16 @@ def test_every_method_of_the_package_is_there() -> None:
 
 
 def test_table_is_sorted_by_the_linear_probe_with_spread_over_seeds() -> None:
-    cost = {"lr_scale": 4.0, "loss": 1.25, "samples_per_second": 100.0, "minutes": 2.0}
+    cost = {"optimizer": "sgd 0.06", "loss": 1.25, "samples_per_second": 100.0, "minutes": 2.0}
     found = render(
         {"worse": {0: result("trained", 0.1, 0.2, **cost)},
          "better": {0: result("trained", 0.3, 0.5, **cost), 1: result("trained", 0.4, 0.7, **cost)}},
         {0: result("untrained", 0.2, 0.3)},
     ).splitlines()  # fmt: skip
-    assert found[0] == "| encoder | seeds | kNN k=1 | linear | rate × | loss | samples/s | minutes |"
-    assert found[2] == "| better | 2 | 35.0 ± 7.1 | 60.0 ± 14.1 | 4 | 1.25 | 100.0 | 2.0 |"
+    assert found[0] == "| encoder | seeds | kNN k=1 | linear | optimizer | loss | samples/s | minutes |"
+    assert found[2] == "| better | 2 | 35.0 ± 7.1 | 60.0 ± 14.1 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
     assert found[3] == "| untrained | 1 | 20.0 | 30.0 | – | – | – | – |"
-    assert found[4] == "| worse | 1 | 10.0 | 20.0 | 4 | 1.25 | 100.0 | 2.0 |"
+    assert found[4] == "| worse | 1 | 10.0 | 20.0 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
     assert found[-1].endswith("2 classes, 8 training and 4 validation images; standard error of one number about 1.0.")
 
 
@@ -59,12 +59,12 @@ def test_runs_are_trained_evaluated_and_kept(tmp_path: Path, capsys: pytest.Capt
     assert "| untrained | 1 |" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "methods.json").read_text())
     assert set(found["results"]) == {"rotation", SUPERVISED}
-    assert found["results"]["rotation"]["0"]["lr_scale"] == 0.5
+    assert found["results"]["rotation"]["0"]["optimizer"] == "sgd 0.0016"  # half of 0.1 at 256, for 8
     assert {r["encoder"] for r in found["results"]["rotation"]["0"]["knn"]["results"]} == {"trained"}
     assert {r["encoder"] for r in found["baselines"]["0"]["linear"]["results"]} == {"untrained", "raw pixels"}
     assert len(list((tmp_path / "out" / "pretraining" / "train").rglob("*.png"))) == 16
 
     before = (tmp_path / "out" / "rotation-seed0" / "result.json").stat().st_mtime_ns
-    main([*arguments, "--methods", "rotation"])
+    main([*arguments, "--methods", "rotation", "--adamw", "0.001"])
     assert (tmp_path / "out" / "rotation-seed0" / "result.json").stat().st_mtime_ns == before
     assert f"| {SUPERVISED} | 1 |" in capsys.readouterr().out  # what other commands have done stays in the table
