@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 from benchmarks.line_chart import draw_panels
 from benchmarks.peers import PEERS, Peer
 from sslfast.bench import peak_extra_bytes
+from sslfast.distributed import wait_for
 from sslfast.ops import bank_nce, build_info, negative_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,18 +128,12 @@ def ways(dtype: torch.dtype, negatives: list[int], without: list[str]) -> list[W
     return [way for way in found if not any(word in way.name for word in without)]
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that a clock sees its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(device: torch.device, function: Callable[[], Any]) -> float:
     """Wall time of one call."""
-    synchronise(device)
+    wait_for(device)
     start = time.perf_counter()
     function()
-    synchronise(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sslfast.distributed import wait_for
 from sslfast.ops import jigsaw_patches, jigsaw_patches_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,8 +47,7 @@ def test_jigsaw_patches(benchmark, batch: int, side: int, patch_size: int, dtype
 
     def run() -> None:
         function(images, permutation, offsets, grid=3, patch_size=patch_size)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(DEVICE)
 
     benchmark.pedantic(run, rounds=30, warmup_rounds=3)
     if benchmark.stats:

@@ -14,6 +14,7 @@ import torchvision.transforms.v2 as tv
 from torch import Tensor
 
 from sslfast.bench import render_views_case, time_case
+from sslfast.distributed import wait_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 16 if DEVICE.type == "cpu" else 256
@@ -45,8 +46,7 @@ def test_torchvision(benchmark: Any, jigsaw: bool) -> None:
 
     def run() -> Tensor:
         out = torch.stack([chain(picture) for picture in pictures])
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(DEVICE)
         return out
 
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

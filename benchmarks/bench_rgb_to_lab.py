@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sslfast.distributed import wait_for
 from sslfast.ops import rgb_to_lab, rgb_to_lab_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,8 +45,7 @@ def test_rgb_to_lab(benchmark: Any, layout: str, impl: str) -> None:
 
     def run() -> None:
         function(pixels)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(DEVICE)
 
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)
     if benchmark.stats:

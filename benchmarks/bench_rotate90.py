@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sslfast.distributed import wait_for
 from sslfast.ops import rotate90, rotate90_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +38,7 @@ def test_rotate90(benchmark, batch: int, side: int, dtype: torch.dtype, impl: st
 
     def run() -> None:
         function(images, turns)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(DEVICE)
 
     benchmark.pedantic(run, rounds=30, warmup_rounds=3)
     if benchmark.stats:

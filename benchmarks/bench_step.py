@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.peers.eager_trainer import eager_steps
 from sslfast.bench_step import measure_step
-from sslfast.distributed import resolve_device
+from sslfast.distributed import resolve_device, wait_for
 from sslfast.manifest import Manifest
 from sslfast.recipes import RECIPES
 from sslfast.train_config import TrainConfig
@@ -47,8 +47,7 @@ def _clocked(steps: Iterator[Any], device: torch.device, times: list[float]) -> 
     while True:
         start = time.perf_counter()
         next(steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
         yield
 

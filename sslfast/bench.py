@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from sslfast import ops
+from sslfast.distributed import wait_for
 from sslfast.ops import build_info
 
 
@@ -333,7 +334,7 @@ def op_cases(device: torch.device) -> list[Case]:
 def peak_extra_bytes(device: torch.device, function: Callable[[], Any]) -> int | None:
     """Most memory that one call holds beyond what was held before it; None where it cannot be measured."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        wait_for(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -359,12 +360,10 @@ def measure(case: Case, device: torch.device, *, rounds: int) -> list[dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in case.implementations}
     for _ in range(rounds):
         for name, function in case.implementations.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             start = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     slowest = statistics.median(next(iter(seconds.values())))
     return [
@@ -391,8 +390,7 @@ def time_case(benchmark: Any, case: Case, implementation: str, device: torch.dev
 
     def run() -> None:
         case.implementations[implementation]()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
 
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=2)
     if benchmark.stats:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sslfast.distributed import resolve_device, resolve_precision
+from sslfast.distributed import resolve_device, resolve_precision, wait_for
 from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status
 from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.data import open_data
@@ -60,8 +60,7 @@ def measure_batches(
                 break
             start = time.perf_counter()
             next(batches)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             if number >= WARM_UP:
                 times.append(time.perf_counter() - start)
                 if sum(times) > len(busy) + 1:

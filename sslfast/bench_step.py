@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslfast.bench_loader import forever
+from sslfast.distributed import wait_for
 from sslfast.loaders.batch import Batch, View
 from sslfast.loaders.data import parse_data
 from sslfast.models.resnet import build_trunk
@@ -115,17 +116,12 @@ def median_seconds(function: Callable[[], Any], device: torch.device, *, rounds:
     """Median wall time of ``function()``, the device idle before and after each call; one call is not counted."""
     times = []
     for _ in range(rounds + 1):
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         function()
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_step(config: TrainConfig, data: Path | str | int, *, steps: int, rounds: int) -> StepReport:
@@ -290,11 +286,11 @@ def _busy_share(step: Callable[[], None], device: torch.device, *, rounds: int) 
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(rounds):
             step()
-        _wait(device)
+        wait_for(device)
         wall = time.perf_counter() - start
     spans = sorted(
         (event.time_range.start, event.time_range.end)

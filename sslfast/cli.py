@@ -1,9 +1,11 @@
 """The command ``sslfast``. This file imports nothing heavy: each command imports what it needs when it runs."""
 
+import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from sslfast.interrupt import EXIT_CODES
 
@@ -126,7 +128,18 @@ def _evaluate(
     from sslfast.distributed import process_group
 
     arguments = ["--output" if argument == "-o" else argument for argument in arguments]
-    result = parse(function, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+    signature = inspect.signature(function, eval_str=True)
+    named = [  # in the help, RUN and not PATH
+        parameter.replace(annotation=Annotated[parameter.annotation, tyro.conf.arg(metavar=parameter.name.upper())])
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+    target = functools.wraps(function)(lambda *values, **options: function(*values, **options))
+    del target.__wrapped__  # tyro would read that one's annotations
+    target.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    target.__annotations__ = {parameter.name: parameter.annotation for parameter in named}
+    result = parse(target, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
     if isinstance(result, int):
         return result
     if process_group().is_main:

@@ -287,6 +287,12 @@ def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
     return device
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns once the device has done all work given to it, so that a clock sees it; at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """Data type of the autocast region: bfloat16 or float32 (no autocast).
 

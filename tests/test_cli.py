@@ -267,6 +267,14 @@ def test_evaluation_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no_run" in error_line(capsys)
 
 
+@pytest.mark.parametrize("command", ["evaluate knn", "evaluate linear", "evaluate lowshot", "neighbours"])
+def test_help_names_the_places(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert usage.startswith(f"usage: sslfast {command} [-h] [OPTIONS] RUN ")
+    assert "PATH" not in usage
+
+
 def test_evaluation_options_come_from_the_function(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
