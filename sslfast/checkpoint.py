@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from sslfast.files import fsync_directory
+
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
@@ -201,15 +203,6 @@ def set_aside_newer(directory: Path, step: int) -> list[Path]:
         os.replace(path, path.with_name(path.name + ".superseded"))
         _sum_path(path).unlink(missing_ok=True)
     return newer
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames in ``directory`` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _HashingWriter:

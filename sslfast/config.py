@@ -8,13 +8,14 @@ Optional, unions, tuples, lists, dicts with string keys and nested dataclasses. 
 import dataclasses
 import difflib
 import json
-import os
 import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from sslfast.files import replacing
 
 T = TypeVar("T")
 
@@ -78,12 +79,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
 
 def save_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write ``data`` as readable JSON; the file is replaced at once or not at all, also where the machine stops."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.config import save_json
+from sslfast.files import replacing
 from sslfast.models.resnet import ResNetConfig
 from sslfast.weights import Weights, import_safetensors, read_weights
 
@@ -55,14 +56,9 @@ def export(run: Path | str, output: Path | str, *, format: Format = "torchvision
                     f"{name}={value} is not of a network that {format} has; export as safetensors or onnx, "
                     "or load the run with sslfast.load"
                 )
-    temporary = output.with_name(f".{output.name}.tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(output) as temporary:
         _WRITERS[format](weights, temporary)
         _write_card(weights, output, format)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     return output
 
 

@@ -14,7 +14,6 @@ the size they tell a replaced file. A change behind the first 16 KiB that keeps 
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sslfast.files import replacing
 from sslfast.images import SUFFIXES, quiet_pillow
 from sslfast.listing import (
     HASHED_BYTES,
@@ -233,24 +233,9 @@ class Manifest:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`dump` whole or not at all."""
-        path = Path(path)
         data = self.dump().encode("utf-8", "surrogateescape")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> "Manifest":

@@ -17,7 +17,7 @@ OPS = re.findall(r'"(\w+)\(Tensor', SCHEMA)
 LAYERS: list[list[str]] = [
     ["sslfast._C", "sslfast.__version__"],
     ["sslfast.ops"],
-    ["sslfast.config", "sslfast.images", "sslfast.interrupt", "sslfast.jpeg_scan",
+    ["sslfast.config", "sslfast.files", "sslfast.images", "sslfast.interrupt", "sslfast.jpeg_scan",
      "sslfast.shards", "sslfast.listing"],
     ["sslfast.models", "sslfast.bank", "sslfast.bank_shards", "sslfast.optim", "sslfast.distributed", "sslfast.meeting",
      "sslfast.checkpoint", "sslfast.manifest",

@@ -7,14 +7,14 @@ digest, kind of device. Files may be deleted at any time; one that cannot be rea
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sslfast.files import replacing
 
 
 @dataclass(kw_only=True)
@@ -66,22 +66,8 @@ class FeatureCache:
             "rows": found.rows,
             "bad_images": found.bad_images,
         }
-        save_atomically(path, state)
-
-
-def save_atomically(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save`` that replaces ``path`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
 
 def weights_digest(module: nn.Module) -> str:

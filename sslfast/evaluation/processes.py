@@ -53,15 +53,6 @@ def gather_uneven(x: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of a tensor over ranks."""
-    if world_size() == 1:
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total
-
-
 def raise_together(error: str | None) -> None:
     """ValueError on every rank where one or more of them have an error: no rank waits for one that has stopped."""
     for found in gather_objects(error):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed import gather_objects, wait_for_all, world_size
-from sslfast.evaluation.cache import save_atomically
+from sslfast.distributed import gather_objects, sum_over_ranks, wait_for_all, world_size
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.processes import is_main, own_rows, raise_together, rank, sum_over_ranks
+from sslfast.evaluation.processes import is_main, own_rows, raise_together, rank
+from sslfast.files import replacing
 from sslfast.loaders import Loader, LoaderConfig, build_loader
 from sslfast.loaders.batch import AugmentConfig, CropConfig, ViewConfig
 from sslfast.loaders.decode import OnBadImage
@@ -200,15 +200,14 @@ class Progress:
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
         """Write the state; the first rank alone does."""
         if self.path is not None and is_main():
-            save_atomically(
-                self.path,
-                {
-                    "key": self.key,
-                    "module": module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epochs_done": epochs_done,
-                },
-            )
+            state = {
+                "key": self.key,
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epochs_done": epochs_done,
+            }
+            with replacing(self.path) as temporary:
+                torch.save(state, temporary)
         wait_for_all()
 
     def remove(self) -> None:

@@ -23,6 +23,7 @@ from sslfast.evaluation.features import TRAINED, EvaluationSet, load_evaluation_
 from sslfast.evaluation.knn import nearest_neighbours
 from sslfast.evaluation.linear import STRENGTHS, train_probe
 from sslfast.figures.neighbours import choose_queries
+from sslfast.files import replacing
 from sslfast.images import decode_full, quiet_pillow
 from sslfast.metrics import read_log
 from sslfast.report.charts import figure, line_chart, number, scatter_chart
@@ -123,10 +124,8 @@ def report(
     ]
     title = f"sslfast: {', '.join(run.name for run in found)}"
     subtitle = ", ".join(sorted({str(run.config.get("recipe", "")) for run in found}))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(page(title, f"recipe {subtitle}", sections), encoding="utf-8")
-    temporary.replace(output)
+    with replacing(output) as temporary:
+        temporary.write_text(page(title, f"recipe {subtitle}", sections), encoding="utf-8")
     return output
 
 
