@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslfast.config import save_json
-from sslfast.evaluation.features import TRAINED, EvaluationSet, load_evaluation_set
+from sslfast.evaluation.features import RAW_PIXELS, UNTRAINED, EvaluationSet, load_evaluation_set
 from sslfast.evaluation.knn import knn_result
 from sslfast.evaluation.linear import linear_result
 from sslfast.figures.bars import draw_bars
@@ -128,12 +128,11 @@ def optimizer(recipe: OptimConfig, arguments: argparse.Namespace, *, batch_size:
     )
 
 
-def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data: Path, output: Path) -> dict[str, Any]:
+def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data: Path, output: Path) -> None:
     """Pretrains (or goes on, or finds it done) and evaluates one method."""
     done = output / "result.json"
     if done.exists():
-        result: dict[str, Any] = json.loads(done.read_text())
-        return result
+        return
     classes = len([path for path in few.iterdir() if path.is_dir()])
     start = time.monotonic()
     trainer = Trainer(budget(name, arguments, seed=seed, classes=classes), few, output)
@@ -141,11 +140,7 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
         assert trainer.manifest is not None
         trainer.method.labels.copy_(torch.as_tensor(trainer.manifest.labels))
     trained = trainer.fit()
-    shared = few.parent.parent / f"baselines-seed{seed}.json"
-    evaluation = load_evaluation_set(output, data, baselines=not shared.exists())
-    if not shared.exists():
-        others = [encoder for encoder in evaluation.train if encoder != TRAINED]
-        save_json(shared, evaluate(only(evaluation, others)))
+    evaluation = load_evaluation_set(output, data, baselines=False)
     optim = trainer.config.optim
     result = {
         "minutes": round((time.monotonic() - start) / 60, 1),
@@ -153,16 +148,21 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
         "batch_size": trainer.config.batch_size,
         "optimizer": f"{optim.name} {optim.lr_per_256_images * trainer.config.batch_size / 256:.2g}",
         "loss": trained.metrics.get("loss"),
-        **evaluate(only(evaluation, [TRAINED])),
+        **evaluate(evaluation),
     }
     save_json(done, result)
-    return result
 
 
-def only(evaluation: EvaluationSet, encoders: list[str]) -> EvaluationSet:
-    """The evaluation set with the features of these encoders alone."""
-    train, val = ({name: features[name] for name in encoders} for features in (evaluation.train, evaluation.val))
-    return replace(evaluation, train=train, val=val)
+def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
+    """Raw pixels and the untrained trunk, once for each seed and input: colorization's trunk sees lightness."""
+    sees = "rgb" if name == SUPERVISED else RECIPES[f"{VARIANTS.get(name, (name,))[0]}-small"]().method.trunk_input
+    file = output.parent / f"baselines-{sees}-seed{seed}.json"
+    if file.exists():
+        return
+    evaluation = load_evaluation_set(output, data)
+    names = {UNTRAINED: UNTRAINED, RAW_PIXELS: RAW_PIXELS} if sees == "rgb" else {UNTRAINED: f"{UNTRAINED}, {sees}"}
+    train, val = ({names[key]: part[key] for key in names} for part in (evaluation.train, evaluation.val))
+    save_json(file, evaluate(replace(evaluation, train=train, val=val)))
 
 
 def evaluate(evaluation: EvaluationSet) -> dict[str, Any]:
@@ -192,7 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     few = subset(arguments.data, arguments.output / "pretraining", arguments.pretrain_per_class) / "train"
     for seed in arguments.seeds:
         for name in arguments.methods:
-            run(name, arguments, seed=seed, few=few, data=data, output=arguments.output / f"{name}-seed{seed}")
+            output = arguments.output / f"{name}-seed{seed}"
+            run(name, arguments, seed=seed, few=few, data=data, output=output)
+            baselines(name, seed=seed, data=data, output=output)
             report(arguments)
 
 
@@ -204,16 +206,15 @@ def report(arguments: argparse.Namespace) -> None:
         results.setdefault(name, {})[int(seed)] = json.loads(file.read_text())
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("data", "output")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    baselines = {
-        int(file.stem.rpartition("-seed")[2]): json.loads(file.read_text())
-        for file in sorted(arguments.output.glob("baselines-seed*.json"))
-    }
-    facts = {"settings": settings, "device": device, "baselines": baselines, "results": results}
+    others: dict[int, list[Any]] = {}
+    for file in sorted(arguments.output.glob("baselines-*-seed*.json")):
+        others.setdefault(int(file.stem.rpartition("-seed")[2]), []).append(json.loads(file.read_text()))
+    facts = {"settings": settings, "device": device, "baselines": others, "results": results}
     (arguments.output / "methods.json").write_text(json.dumps(facts, indent=2) + "\n")
-    table = render(results, baselines)
+    table = render(results, others)
     text = f"{device}; torch {torch.__version__}; settings {settings}\n\n{table}\n"
     (arguments.output / "methods.md").write_text(text)
-    columns = lines(results, baselines)
+    columns = lines(results, others)
     draw_bars(
         {name: mean(row["linear"]) for name, row in columns.items()},
         arguments.output / "methods.png",
@@ -223,18 +224,19 @@ def report(arguments: argparse.Namespace) -> None:
     print(text, flush=True)
 
 
-def lines(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> dict[str, dict[str, list[float]]]:
+def lines(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) -> dict[str, dict[str, list[float]]]:
     """Encoder -> column -> values over seeds, in percent; the best linear probe first, baselines among them."""
     found: dict[str, dict[str, list[float]]] = {}
-    for method, runs in ({"": baselines} | results).items():
-        for result in runs.values():
-            for row in result["knn"]["results"] + result["linear"]["results"]:
-                column = f"kNN k={row['k']}" if "k" in row else "linear"
-                found.setdefault(method or row["encoder"], {}).setdefault(column, []).append(100 * row["top1"])
+    runs = [("", result) for parts in baselines.values() for result in parts]
+    runs += [(name, result) for name, seeds in results.items() for result in seeds.values()]
+    for method, result in runs:
+        for row in result["knn"]["results"] + result["linear"]["results"]:
+            column = f"kNN k={row['k']}" if "k" in row else "linear"
+            found.setdefault(method or row["encoder"], {}).setdefault(column, []).append(100 * row["top1"])
     return dict(sorted(found.items(), key=lambda item: -mean(item[1]["linear"])))
 
 
-def render(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> str:
+def render(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) -> str:
     """Encoders down, measures across: mean and, for several seeds, standard deviation."""
     columns = lines(results, baselines)
     names = list(next(iter(columns.values())))
@@ -251,7 +253,7 @@ def render(results: dict[str, dict[int, Any]], baselines: dict[int, Any]) -> str
             cost = [runs[0]["optimizer"], f"{mean(r['loss'] for r in runs):.2f}"]
             cost += [f"{mean(r[key] for r in runs):,.1f}" for key in ("samples_per_second", "minutes")]
         text.append(f"| {' | '.join([encoder, str(len(values[names[0]])), *words, *cost])} |")
-    first = next(iter(baselines.values()))["knn"]
+    first = next(iter(baselines.values()))[0]["knn"]
     text += [
         "",
         f"Top-1 in percent; optimizer: its name and first rate; {first['data']['classes']} classes, "

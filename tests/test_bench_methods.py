@@ -31,7 +31,7 @@ def test_table_is_sorted_by_the_linear_probe_with_spread_over_seeds() -> None:
     found = render(
         {"worse": {0: result("trained", 0.1, 0.2, **cost)},
          "better": {0: result("trained", 0.3, 0.5, **cost), 1: result("trained", 0.4, 0.7, **cost)}},
-        {0: result("untrained", 0.2, 0.3)},
+        {0: [result("untrained", 0.2, 0.3)]},
     ).splitlines()  # fmt: skip
     assert found[0] == "| encoder | seeds | kNN k=1 | linear | optimizer | loss | samples/s | minutes |"
     assert found[2] == "| better | 2 | 35.0 ± 7.1 | 60.0 ± 14.1 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
@@ -61,9 +61,11 @@ def test_runs_are_trained_evaluated_and_kept(tmp_path: Path, capsys: pytest.Capt
     assert set(found["results"]) == {"rotation", SUPERVISED}
     assert found["results"]["rotation"]["0"]["optimizer"] == "sgd 0.0016"  # half of 0.1 at 256, for 8
     assert {r["encoder"] for r in found["results"]["rotation"]["0"]["knn"]["results"]} == {"trained"}
-    assert {r["encoder"] for r in found["baselines"]["0"]["linear"]["results"]} == {"untrained", "raw pixels"}
+    assert {r["encoder"] for r in found["baselines"]["0"][0]["linear"]["results"]} == {"untrained", "raw pixels"}
     assert len(list((tmp_path / "out" / "pretraining" / "train").rglob("*.png"))) == 16
 
+    main([*arguments, "--methods", "colorization"])
+    assert "| untrained, lightness | 1 |" in capsys.readouterr().out
     before = (tmp_path / "out" / "rotation-seed0" / "result.json").stat().st_mtime_ns
     main([*arguments, "--methods", "rotation", "--adamw", "0.001"])
     assert (tmp_path / "out" / "rotation-seed0" / "result.json").stat().st_mtime_ns == before
