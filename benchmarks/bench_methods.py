@@ -154,13 +154,16 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
 
 
 def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
-    """Raw pixels and the untrained trunk, once for each seed and input: colorization's trunk sees lightness."""
-    sees = "rgb" if name == SUPERVISED else RECIPES[f"{VARIANTS.get(name, (name,))[0]}-small"]().method.trunk_input
-    file = output.parent / f"baselines-{sees}-seed{seed}.json"
+    """Raw pixels and the untrained trunk, once for each seed; once more where a method has a trunk of its own kind:
+    colorization's sees lightness alone, CPC's has layer normalisation."""
+    recipe = pirl_small() if name == SUPERVISED else RECIPES[f"{VARIANTS.get(name, (name,))[0]}-small"]()
+    kind = [recipe.method.trunk_input] if recipe.method.trunk_input != "rgb" else []
+    kind += [f"{recipe.model.norm} norm"] if recipe.model.norm != "batch" else []
+    file = output.parent / f"baselines-{'-'.join(kind or ['usual']).replace(' ', '-')}-seed{seed}.json"
     if file.exists():
         return
     evaluation = load_evaluation_set(output, data)
-    names = {UNTRAINED: UNTRAINED, RAW_PIXELS: RAW_PIXELS} if sees == "rgb" else {UNTRAINED: f"{UNTRAINED}, {sees}"}
+    names = {UNTRAINED: f"{UNTRAINED}, {', '.join(kind)}"} if kind else {UNTRAINED: UNTRAINED, RAW_PIXELS: RAW_PIXELS}
     train, val = ({names[key]: part[key] for key in names} for part in (evaluation.train, evaluation.val))
     save_json(file, evaluate(replace(evaluation, train=train, val=val)))
 
