@@ -41,7 +41,11 @@ from sslfast.trainer import Trainer
 
 SUPERVISED = "supervised"
 METHODS = [name.removesuffix("-small") for name in RECIPES if name.endswith("-small")]
-VARIANTS = {"pirl-rotation": ("pirl", {"pretext": "rotation"})}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pirl-rotation": ("pirl", {"pretext": "rotation"}),
+    # 16 patches side by side in place of 49 that overlap: a third of the time, for CPUs.
+    "cpc-4x4": ("cpc", {"patch_stride": 16, "first_step": 1, "last_step": 3}),
+}
 """Further lines of the table: recipe and changed fields of its method."""
 
 
