@@ -4,10 +4,11 @@
 
 DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method trains the same trunk on the same images
 for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
-numbers are kNN and a linear probe on the frozen trunk, beside raw pixels, the untrained trunk and the same trunk
-trained with labels. Finished runs in OUT are kept and an interrupted one goes on, so the same command can be given
-again; commands for other methods can run beside it. Writes OUT/methods.md, methods.json and methods.png; the order of
-methods is that of the results.
+numbers are kNN and a linear probe on the frozen trunk's pooled res5, and the probe on res3 and res4 averaged over 2 x 2
+cells (pretext tasks are often best before the last stage, where published numbers are taken), beside raw pixels, the
+untrained trunk and the same trunk trained with labels. Finished runs in OUT are kept and an interrupted one goes on, so
+the same command can be given again; commands for other methods can run beside it. Writes OUT/methods.md, methods.json
+and methods.png; the order of methods is that of the results.
 """
 
 import argparse
@@ -22,10 +23,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from sslfast.config import save_json
-from sslfast.evaluation.features import RAW_PIXELS, UNTRAINED, EvaluationSet, load_evaluation_set
+from sslfast.evaluation.features import (
+    RAW_PIXELS,
+    TRAINED,
+    UNTRAINED,
+    TrunkEncoder,
+    extract_all,
+    load_evaluation_set,
+    load_manifests,
+    load_run,
+)
 from sslfast.evaluation.knn import knn_result
 from sslfast.evaluation.linear import linear_result
 from sslfast.figures.bars import draw_bars
@@ -40,9 +50,12 @@ from sslfast.train_config import TrainConfig
 from sslfast.trainer import Trainer
 
 SUPERVISED = "supervised"
+STAGES = ("res3", "res4")
 METHODS = [name.removesuffix("-small") for name in RECIPES if name.endswith("-small")]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pirl-rotation": ("pirl", {"pretext": "rotation"}),
+    # For a few thousand images, of which each of 250 clusters would have 16.
+    "deepcluster-50": ("deepcluster", {"clusters": 50, "pca_dimensions": 32, "every_epochs": 1}),
     # 16 patches side by side in place of 49 that overlap: a third of the time, for CPUs.
     "cpc-4x4": ("cpc", {"patch_stride": 16, "first_step": 1, "last_step": 3}),
 }
@@ -144,7 +157,6 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
         assert trainer.manifest is not None
         trainer.method.labels.copy_(torch.as_tensor(trainer.manifest.labels))
     trained = trainer.fit()
-    evaluation = load_evaluation_set(output, data, baselines=False)
     optim = trainer.config.optim
     result = {
         "minutes": round((time.monotonic() - start) / 60, 1),
@@ -152,7 +164,7 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
         "batch_size": trainer.config.batch_size,
         "optimizer": f"{optim.name} {optim.lr_per_256_images * trainer.config.batch_size / 256:.2g}",
         "loss": trained.metrics.get("loss"),
-        **evaluate(evaluation),
+        **evaluate(output, data, {TRAINED: TRAINED}),
     }
     save_json(done, result)
 
@@ -161,19 +173,47 @@ def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
     """Raw pixels and the untrained trunk, once for each seed; once more where a method has a trunk of its own kind:
     colorization's sees lightness alone, CPC's has layer normalisation."""
     recipe = pirl_small() if name == SUPERVISED else RECIPES[f"{VARIANTS.get(name, (name,))[0]}-small"]()
-    kind = [recipe.method.trunk_input] if recipe.method.trunk_input != "rgb" else []
+    kind: list[str] = [recipe.method.trunk_input] if recipe.method.trunk_input != "rgb" else []
     kind += [f"{recipe.model.norm} norm"] if recipe.model.norm != "batch" else []
     file = output.parent / f"baselines-{'-'.join(kind or ['usual']).replace(' ', '-')}-seed{seed}.json"
-    if file.exists():
-        return
-    evaluation = load_evaluation_set(output, data)
-    names = {UNTRAINED: f"{UNTRAINED}, {', '.join(kind)}"} if kind else {UNTRAINED: UNTRAINED, RAW_PIXELS: RAW_PIXELS}
-    train, val = ({names[key]: part[key] for key in names} for part in (evaluation.train, evaluation.val))
-    save_json(file, evaluate(replace(evaluation, train=train, val=val)))
+    if not file.exists():
+        names = {UNTRAINED: ", ".join([UNTRAINED, *kind])} | ({} if kind else {RAW_PIXELS: RAW_PIXELS})
+        save_json(file, evaluate(output, data, names))
 
 
-def evaluate(evaluation: EvaluationSet) -> dict[str, Any]:
-    return {"knn": knn_result(evaluation), "linear": linear_result(evaluation)}
+class Stage:
+    """A stage of a trunk as an encoder: its maps averaged over a 2 x 2 grid."""
+
+    def __init__(self, encoder: TrunkEncoder, number: int) -> None:
+        self.encoder, self.number = encoder, number
+
+    def to(self, device: torch.device) -> "Stage":
+        self.encoder.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        maps = self.encoder.trunk.stages(self.encoder.prepare(images))[self.number]  # type: ignore[operator]
+        return adaptive_avg_pool2d(maps.float(), 2).flatten(1)
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.encoder.identity(), "stage": self.number}
+
+
+def evaluate(run: Path, data: Path, encoders: dict[str, str]) -> dict[str, Any]:
+    """kNN and linear probe of a run's encoders (name there -> name in the table), and the probe on res3 and res4."""
+    evaluation = load_evaluation_set(run, data, baselines=set(encoders) != {TRAINED})
+    train, val = ({encoders[name]: part[name] for name in encoders} for part in (evaluation.train, evaluation.val))
+    evaluation = replace(evaluation, train=train, val=val)
+    loaded = load_run(run)
+    stages = {
+        f"{shown} {stage}": Stage(encoder, 2 + position)
+        for name, shown in encoders.items()
+        if isinstance(encoder := loaded.encoders[name], TrunkEncoder)
+        for position, stage in enumerate(STAGES)
+    }
+    found = [extract_all(stages, m, size=loaded.size) for m in load_manifests(data, on_bad_image="error")]
+    early = linear_result(replace(evaluation, train=found[0].values, val=found[1].values))
+    return {"knn": knn_result(evaluation), "linear": linear_result(evaluation), "stages": early["results"]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -237,21 +277,26 @@ def lines(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) -
     runs = [("", result) for parts in baselines.values() for result in parts]
     runs += [(name, result) for name, seeds in results.items() for result in seeds.values()]
     for method, result in runs:
-        for row in result["knn"]["results"] + result["linear"]["results"]:
-            column = f"kNN k={row['k']}" if "k" in row else "linear"
-            found.setdefault(method or row["encoder"], {}).setdefault(column, []).append(100 * row["top1"])
+        for row in result["knn"]["results"] + result["linear"]["results"] + result["stages"]:
+            encoder, _, stage = row["encoder"].rpartition(" ")
+            is_stage = stage in STAGES
+            column = f"kNN k={row['k']}" if "k" in row else f"linear, {stage}" if is_stage else "linear"
+            name = method or (encoder if is_stage else row["encoder"])
+            found.setdefault(name, {}).setdefault(column, []).append(100 * row["top1"])
     return dict(sorted(found.items(), key=lambda item: -mean(item[1]["linear"])))
 
 
 def render(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) -> str:
     """Encoders down, measures across: mean and, for several seeds, standard deviation."""
     columns = lines(results, baselines)
-    names = list(next(iter(columns.values())))
+    names = list(next(iter(columns[name] for name in columns if name in results)))
     header = ["encoder", "seeds", *names, "optimizer", "loss", "samples/s", "minutes"]
     text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for encoder, values in columns.items():
         words = [
-            f"{mean(values[name]):.1f}" + (f" ± {stdev(values[name]):.1f}" if len(values[name]) > 1 else "")
+            "–"
+            if name not in values
+            else f"{mean(values[name]):.1f}" + (f" ± {stdev(values[name]):.1f}" if len(values[name]) > 1 else "")
             for name in names
         ]
         runs = list(results.get(encoder, {}).values())

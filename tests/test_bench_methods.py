@@ -18,12 +18,13 @@ def result(encoder: str, knn: float, linear: float, **more: object) -> dict[str,
     return {
         "knn": {"results": [row(encoder, knn, k=1)], "data": data},
         "linear": {"results": [row(encoder, linear)]},
+        "stages": [row(f"{encoder} res3", linear / 2)],
     } | more
 
 
 def test_every_method_of_the_package_is_there() -> None:
     assert {"pirl", "npid", "moco-v1", "simclr", "cpc", "sela", "deepcluster", "inpainting"} < set(METHODS)
-    assert set(VARIANTS) == {"pirl-rotation", "cpc-4x4"}
+    assert set(VARIANTS) == {"pirl-rotation", "cpc-4x4", "deepcluster-50"}
 
 
 def test_table_is_sorted_by_the_linear_probe_with_spread_over_seeds() -> None:
@@ -33,10 +34,10 @@ def test_table_is_sorted_by_the_linear_probe_with_spread_over_seeds() -> None:
          "better": {0: result("trained", 0.3, 0.5, **cost), 1: result("trained", 0.4, 0.7, **cost)}},
         {0: [result("untrained", 0.2, 0.3)]},
     ).splitlines()  # fmt: skip
-    assert found[0] == "| encoder | seeds | kNN k=1 | linear | optimizer | loss | samples/s | minutes |"
-    assert found[2] == "| better | 2 | 35.0 ± 7.1 | 60.0 ± 14.1 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
-    assert found[3] == "| untrained | 1 | 20.0 | 30.0 | – | – | – | – |"
-    assert found[4] == "| worse | 1 | 10.0 | 20.0 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
+    assert found[0] == "| encoder | seeds | kNN k=1 | linear | linear, res3 | optimizer | loss | samples/s | minutes |"
+    assert found[2] == "| better | 2 | 35.0 ± 7.1 | 60.0 ± 14.1 | 30.0 ± 7.1 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
+    assert found[3] == "| untrained | 1 | 20.0 | 30.0 | 15.0 | – | – | – | – |"
+    assert found[4] == "| worse | 1 | 10.0 | 20.0 | 10.0 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
     assert found[-1].endswith("2 classes, 8 training and 4 validation images; standard error of one number about 1.0.")
 
 
@@ -62,6 +63,8 @@ def test_runs_are_trained_evaluated_and_kept(tmp_path: Path, capsys: pytest.Capt
     assert found["results"]["rotation"]["0"]["optimizer"] == "sgd 0.0016"  # half of 0.1 at 256, for 8
     assert {r["encoder"] for r in found["results"]["rotation"]["0"]["knn"]["results"]} == {"trained"}
     assert {r["encoder"] for r in found["baselines"]["0"][0]["linear"]["results"]} == {"untrained", "raw pixels"}
+    assert [r["encoder"] for r in found["results"]["rotation"]["0"]["stages"]] == ["trained res3", "trained res4"]
+    assert [r["encoder"] for r in found["baselines"]["0"][0]["stages"]] == ["untrained res3", "untrained res4"]
     assert len(list((tmp_path / "out" / "pretraining" / "train").rglob("*.png"))) == 16
 
     main([*arguments, "--methods", "colorization"])
