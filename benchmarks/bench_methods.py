@@ -4,11 +4,11 @@
 
 DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method trains the same trunk on the same images
 for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
-numbers are kNN and a linear probe on the frozen trunk's pooled res5, and the probe on res3 and res4 averaged over 2 x 2
-cells (pretext tasks are often best before the last stage, where published numbers are taken), beside raw pixels, the
-untrained trunk and the same trunk trained with labels. Finished runs in OUT are kept and an interrupted one goes on, so
-the same command can be given again; commands for other methods can run beside it. Writes OUT/methods.md, methods.json
-and methods.png; the order of methods is that of the results.
+numbers are kNN and a linear probe on the frozen trunk's pooled res5, and the probe on pooled res3 and res4 (pretext
+tasks are often best before the last stage, where published numbers are taken), beside raw pixels, the untrained trunk
+and the same trunk trained with labels. Finished runs in OUT are kept and an interrupted one goes on, so the same command
+can be given again; commands for other methods can run beside it. Writes OUT/methods.md, methods.json and methods.png;
+the order of methods is that of the results.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+from torch.nn.functional import cross_entropy
 
 from sslfast.config import save_json
 from sslfast.evaluation.features import (
@@ -182,7 +182,7 @@ def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
 
 
 class Stage:
-    """A stage of a trunk as an encoder: its maps averaged over a 2 x 2 grid."""
+    """A stage of a trunk as an encoder: the spatial mean of its maps."""
 
     def __init__(self, encoder: TrunkEncoder, number: int) -> None:
         self.encoder, self.number = encoder, number
@@ -193,7 +193,7 @@ class Stage:
 
     def __call__(self, images: Tensor) -> Tensor:
         maps = self.encoder.trunk.stages(self.encoder.prepare(images))[self.number]  # type: ignore[operator]
-        return adaptive_avg_pool2d(maps.float(), 2).flatten(1)
+        return maps.float().mean((2, 3))
 
     def identity(self) -> dict[str, Any]:
         return {**self.encoder.identity(), "stage": self.number}
