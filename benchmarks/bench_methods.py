@@ -6,8 +6,8 @@ DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method 
 for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
 numbers are kNN and a linear probe on the frozen trunk's pooled res5, and the probe on pooled res3 and res4 (pretext
 tasks are often best before the last stage, where published numbers are taken), beside raw pixels, the untrained trunk
-and the same trunk trained with labels. Finished runs in OUT are kept and an interrupted one goes on, so the same command
-can be given again; commands for other methods can run beside it. Writes OUT/methods.md, methods.json and methods.png;
+and the same trunk trained with labels. Finished runs in OUT are kept, an interrupted one goes on: give the same command
+again, and commands for other methods beside it. Writes OUT/methods.md, methods.json and methods.png;
 the order of methods is that of the results.
 """
 
