@@ -53,8 +53,10 @@ class Autoencoder(Reconstruction):
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             super().validate()
-            if self.corruption == "masking" and not 0 < self.masked_share < 1:
-                raise ValueError(f"method.masked_share must be in (0, 1), got {self.masked_share}")
+            if self.corruption == "masking" and not 1 <= round(256 * self.masked_share) <= 255:
+                raise ValueError(
+                    f"method.masked_share must be from 1/256 to 255/256, to the nearest 1/256, got {self.masked_share}"
+                )
             if self.corruption == "gaussian":
                 self.check_positive("noise_std")
             self.check_at_least(1, "code_channels")

@@ -193,6 +193,13 @@ def test_evaluations_feed_the_trunk_what_the_method_does(tmp_path: Path) -> None
     torch.testing.assert_close(encoders[TRAINED](images), method.trunk(seen[0]), rtol=1e-4, atol=1e-4)
 
 
+def test_the_unweighted_loss_takes_no_gradients() -> None:
+    views, rows = harness.first_batch(tiny())
+    out = harness.build(tiny())(views, rows, step=0)
+    assert out["loss"].requires_grad
+    assert not out["loss_unweighted"].requires_grad
+
+
 def test_trains_and_resumes(tmp_path: Path) -> None:
     harness.assert_gradients_reach_the_trunk(tiny())
     harness.assert_overfits(tiny(), lr=0.1)
@@ -224,6 +231,13 @@ def test_panels() -> None:
     view = {"image": View(pixels=PixelSpace(config.method.image_view.augment).from_rgb(green))}
     target = config.method.preview_panels(view, rows[:1], seed=0)["target"]
     torch.testing.assert_close(target, green, rtol=0, atol=0.05)
+    cells, weights = soft_code(rgb_to_lab(green)[0, 1:, 0, 0], gamut_bins())
+    torch.testing.assert_close(rgb_to_lab(target)[0, 1:, 0, 0], weights @ gamut_bins()[cells], rtol=0, atol=0.05)
+    halves = green.clone()
+    halves[:, :, 16:] = torch.tensor([0.5, 0.3, 0.6])[:, None, None]
+    view = {"image": View(pixels=PixelSpace(config.method.image_view.augment).from_rgb(halves))}
+    target = config.method.preview_panels(view, rows[:1], seed=0)["target"]
+    torch.testing.assert_close(target, halves, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +254,7 @@ def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
 
 
 def test_cells_are_at_most_a_pixel_of_res5() -> None:
+    assert Colorization.Config(stride=8).build(model=ResNetConfig(stem="small"), num_rows=4, seed=0).config.stride == 8
     with pytest.raises(ValueError, match=r"method.stride must be at most 8, the stride of resnet50 with stem small"):
         Colorization.Config(stride=16).build(model=ResNetConfig(stem="small"), num_rows=4, seed=0)
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from sslfast.loaders.batch import View
 from sslfast.methods.inpainting import Inpainting, draw_holes, pixel_weights, punched
 from sslfast.methods.reconstruction import clean_view
 from sslfast.models.resnet import ResNetConfig
+from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.generative import inpainting, inpainting_small
 from tests.methods import harness
 
@@ -59,6 +61,21 @@ def test_central_hole(size: int, side: int) -> None:
     assert (hole.sum(dim=(1, 2, 3)) == side**2).all()
     start = (size - side) // 2
     assert hole[:, :, start : start + side, start : start + side].all()
+
+
+def test_sides_are_the_nearest_even_number_in_the_centre_and_rounded_down_at_random() -> None:
+    central = [config(holes="central", masked_share=share).block_side() for share in (0.2, 0.25, 0.3)]
+    assert central == [14, 16, 18]  # of 14.3, 16 and 17.5
+    random = [config(masked_share=share, blocks=blocks).block_side() for share, blocks in ((0.25, 5), (0.3, 5))]
+    assert random == [7, 7]  # of 7.2 and 7.8
+
+
+def test_corners_are_the_integers_of_the_corruption_stream() -> None:
+    method = config(blocks=1)
+    hole = draw_holes(ROWS, method, seed=3, step=1)[:, 0]
+    corners = random_integers(ROWS, 2, 32 - method.block_side() + 1, seed=3, stream=Stream.CORRUPTION, step=1)
+    assert torch.equal(hole.any(dim=2).int().argmax(dim=1), corners[:, 0])
+    assert torch.equal(hole.any(dim=1).int().argmax(dim=1), corners[:, 1])
 
 
 def test_one_random_hole_is_uniform_on_all_places() -> None:
@@ -113,7 +130,7 @@ def test_weights_of_hole_band_and_rest() -> None:
 
 @pytest.mark.parametrize("holes", ["central", "random"])
 def test_what_is_in_the_holes_does_not_reach_the_network(holes: str) -> None:
-    tiny_config = tiny(holes=holes)
+    tiny_config = replace(tiny(holes=holes), seed=5)
     views, rows = harness.first_batch(tiny_config)
     clean = views["image"].pixels
     hole = draw_holes(rows, tiny_config.method, seed=tiny_config.seed, step=3)
@@ -127,6 +144,13 @@ def test_what_is_in_the_holes_does_not_reach_the_network(holes: str) -> None:
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], punched(clean, hole))
     assert losses[0] != losses[1]
+
+
+def test_the_loss_of_the_holes_takes_no_gradients() -> None:
+    views, rows = harness.first_batch(tiny())
+    out = harness.build(tiny())(views, rows, step=0)
+    assert out["loss"].requires_grad
+    assert not out["loss_hole"].requires_grad
 
 
 def test_trains_and_resumes(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslfast.loaders.batch import View
+from sslfast.methods.reconstruction import PixelSpace
 from sslfast.methods.super_resolution import RandomFeatures, SuperResolution, reduced
 from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes.generative import super_resolution, super_resolution_small
@@ -23,13 +25,14 @@ def details(shape: torch.Size, factor: int) -> Tensor:
     return (blocks - blocks.mean(dim=(3, 5), keepdim=True)).flatten(4).flatten(2, 3)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_perfect_and_empty_reconstruction(loss: str) -> None:
-    config = tiny(loss=loss, perceptual_weight=0.3)
+def test_perfect_and_empty_reconstruction(loss: str, factor: int) -> None:
+    config = tiny(loss=loss, factor=factor, perceptual_weight=0.3)
     method = harness.build(config)
     views, rows = harness.first_batch(config)
     clean = views["image"].pixels
-    seen = reduced(clean, 4)
+    seen = reduced(clean, factor)
     method.predict = lambda _seen: clean - seen  # type: ignore[attr-defined]
     assert method(views, rows, step=0)["loss"] < 1e-6
     method.predict = torch.zeros_like  # type: ignore[attr-defined]
@@ -46,6 +49,8 @@ def test_reduction_keeps_the_mean_of_every_block() -> None:
     step = torch.zeros(1, 3, 8, 8)
     step[..., 4:] = 1.0
     torch.testing.assert_close(reduced(step, 4)[0, 0, 0], torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]))
+    torch.testing.assert_close(reduced(step, 2)[0, 0, 0], torch.tensor([0, 0, 0, 0.25, 0.75, 1, 1, 1]))
+    torch.testing.assert_close(reduced(step.mT, 4), reduced(step, 4).mT)
 
 
 def test_details_do_not_reach_the_network() -> None:
@@ -62,6 +67,37 @@ def test_details_do_not_reach_the_network() -> None:
     assert (losses[0] - losses[1]).abs() > 0.1  # they are asked for
 
 
+def test_perceptual_distance_of_kernels_that_pass_a_pixel_on() -> None:
+    """Three of the 32, 64 and 128 features are the colours, of which ReLU leaves the positive ones."""
+    network = RandomFeatures(seed=0)
+    for layer in network.layers:
+        nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
+    x, y = torch.full((2, 3, 16, 16), 5.0), torch.full((2, 3, 16, 16), -1.0)
+    expected = 5**2 * (3 / 32 + 3 / 64 + 3 / 128) / 3
+    torch.testing.assert_close(network.distance(x, y), torch.tensor(expected))
+    torch.testing.assert_close(network.distance(y, x), torch.tensor(expected))
+
+
+def test_both_terms_pull_the_prediction_and_their_logs_do_not() -> None:
+    config = tiny(loss="l2", perceptual_weight=0.3)
+    method = harness.build(config)
+    assert isinstance(method, SuperResolution)
+    assert method.perceptual is not None
+    views, rows = harness.first_batch(config)
+    clean = views["image"].pixels
+    seen = reduced(clean, 4)
+    added = torch.zeros_like(clean, requires_grad=True)
+    method.predict = lambda _seen: added  # type: ignore[method-assign]
+    out = method(views, rows, step=0)
+    out["loss"].backward()
+    prediction = seen.clone().requires_grad_()
+    (perceptual,) = torch.autograd.grad(method.perceptual.distance(prediction, clean), prediction)
+    assert perceptual.abs().sum() > 0
+    torch.testing.assert_close(added.grad, 2 * (seen - clean) / clean.numel() + 0.3 * perceptual)
+    assert not out["loss_pixels"].requires_grad
+    assert not out["loss_perceptual"].requires_grad
+
+
 def test_perceptual_distance_needs_no_weights_from_elsewhere() -> None:
     first, second = RandomFeatures(seed=3), RandomFeatures(seed=3)
     x, y = torch.randn(2, 2, 3, 16, 16)
@@ -75,7 +111,7 @@ def test_perceptual_distance_needs_no_weights_from_elsewhere() -> None:
 
 
 def test_the_perceptual_network_never_changes() -> None:
-    config = tiny(perceptual_weight=1.0)
+    config = replace(tiny(perceptual_weight=1.0), seed=5)
     harness.assert_gradients_reach_the_trunk(config)
     method = harness.build(config)
     assert isinstance(method, SuperResolution)
@@ -99,6 +135,8 @@ def test_panels() -> None:
     inside = panels["input"].mean(dim=(2, 3)), panels["target"].mean(dim=(2, 3))
     torch.testing.assert_close(*inside, rtol=0, atol=0.02)  # the same picture
     assert (panels["input"] - panels["target"]).abs().max() > 0.05
+    seen = PixelSpace(config.method.image_view.augment).to_rgb(reduced(views["image"].pixels, 2))
+    assert torch.equal(tiny(factor=2).method.preview_panels(views, rows, seed=0)["input"], seen)
 
 
 @pytest.mark.parametrize(
