@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from sslfast.methods import cpc
 from sslfast.methods.cpc import CPC
 from sslfast.models.context import RowContext
 from sslfast.models.contrast import info_nce
+from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import cpc_small
 from sslfast.train_config import TrainConfig
 from tests.methods import harness
+from tests.tiny import same
 
 GRID = 7
 
@@ -153,6 +156,21 @@ def test_perfect_predictions_have_no_loss() -> None:
     keys, positives = torch.eye(9), torch.arange(9).flip(0)
     loss = info_nce(20 * keys[positives], keys, positives, temperature=1.0)
     torch.testing.assert_close(loss, torch.full((9,), math.log(1 + 8 * math.exp(-20))), atol=1e-6, rtol=0)
+
+
+def test_weights_are_drawn_from_the_seed() -> None:
+    whole = replace(config(directions="all", first_step=2, last_step=4, context_blocks=2), seed=5)
+    method = build(whole)
+    with harness.tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        target = nn.Linear(24, 6)
+        contexts = nn.ModuleList(RowContext(24, 12, 2) for _ in range(4))
+        predictions = nn.ModuleList(nn.Conv2d(24, 3 * 6, 1) for _ in range(4))
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.target.state_dict(), target.state_dict())
+    assert same(method.contexts.state_dict(), contexts.state_dict())
+    assert same(method.predictions.state_dict(), predictions.state_dict())
 
 
 def test_gradients_reach_the_trunk() -> None:

@@ -1,5 +1,6 @@
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,9 @@ from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
 from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.kmeans import fill_empty, kmeans, means, whiten
 from sslfast.methods.pseudo_labels import VisitedFeatures, gather_shares, pseudo_label_loss, share
+from sslfast.models.init import seeded
+from sslfast.models.resnet import build_trunk
+from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
 from sslfast.train_config import TrainConfig
 from tests.methods.harness import (
@@ -24,9 +28,11 @@ from tests.methods.harness import (
     first_batch,
     losses,
     tiny,
+    tiny_trunks,
     train,
 )
 from tests.test_distributed import enter, run
+from tests.tiny import same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -86,6 +92,11 @@ def test_kmeans_finds_separate_groups_and_depends_on_its_arguments_alone() -> No
     points = torch.randn(90, 6, generator=torch.Generator().manual_seed(3))
     starts = [kmeans(points, 9, iterations=1, seed=seed, epoch=epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
     assert not any(torch.equal(starts[0], other) for other in starts[1:])
+
+
+def test_first_centroids_are_rows_drawn_by_seed_and_epoch() -> None:
+    words = random_uint32(torch.arange(6), 1, seed=5, stream=Stream.CLUSTERS, step=3)[:, 0]
+    assert torch.equal(kmeans(torch.eye(6), 6, iterations=0, seed=5, epoch=3), words.argsort().argsort())
 
 
 def test_a_fixed_point_of_kmeans_is_lloyds() -> None:
@@ -173,6 +184,40 @@ def test_classifier_starts_anew_with_every_clustering() -> None:
     assert torch.equal(method.head.weight, third)
     assert 0.005 < third.std() < 0.02
     assert (method.head.bias == 0).all()
+
+
+def classifier(seed: int) -> Tensor:
+    return 0.01 * torch.randn(4, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def test_weights_and_projection_are_drawn_from_the_seed() -> None:
+    whole = replace(config(), seed=5)
+    method = build(whole)
+    assert isinstance(method, DeepCluster)
+    with tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        torch.nn.Linear(24, 4)
+        projection = torch.linalg.qr(torch.randn(24, 12))[0]
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert method.projection is not None
+    assert torch.equal(method.projection, projection)
+    assert torch.equal(method.head.weight, classifier(7))
+
+
+def test_a_clustering_is_that_of_the_rows_seen_by_seed_and_epoch() -> None:
+    method = build(replace(config(iterations=1, every_epochs=2), seed=5))
+    assert isinstance(method, DeepCluster)
+    method.features.rows.copy_(torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(1)))
+    method.features.seen.fill_(True)
+    method.start_epoch(1)
+    method.features.seen[[0, 7]] = False
+    method.start_epoch(3)
+    points = method.features.rows[method.features.seen]
+    expected = kmeans(whiten(points, 8), 4, iterations=1, seed=5, epoch=3)
+    assert torch.equal(method.labels[method.features.seen], expected)
+    assert method.labels[[0, 7]].tolist() == [-1, -1]
+    assert torch.equal(method.head.weight, classifier(10))
 
 
 def test_features_are_those_of_the_last_visit() -> None:

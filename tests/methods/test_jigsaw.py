@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.jigsaw import JIGSAW, Jigsaw, draw_classes
 from sslfast.methods.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.methods.reconstruction import PixelSpace
+from sslfast.models.heads import JigsawHead
+from sslfast.models.init import seeded
+from sslfast.models.resnet import build_trunk
+from sslfast.ops.philox import Stream, random_integers
 from sslfast.permutations import max_hamming_permutations
 from sslfast.recipes.pretext import jigsaw, jigsaw_small
 from sslfast.train_config import TrainConfig
@@ -22,8 +28,10 @@ from tests.methods.harness import (
     first_batch,
     losses,
     tiny,
+    tiny_trunks,
 )
 from tests.test_distributed import run
+from tests.tiny import same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -104,8 +112,40 @@ def test_classes_are_drawn_uniformly() -> None:
     counts = classes.bincount(minlength=12)
     assert ((counts - 500).abs() < 5 * math.sqrt(500)).all()
     assert torch.equal(draw_classes(rows[5:9], 12, seed=0, step=torch.tensor(3)), classes[5:9])
+    bits = random_integers(rows, 1, 12, seed=5, stream=Stream.PRETEXT, step=3)
+    assert torch.equal(draw_classes(rows, 12, seed=5, step=3), bits[:, 0])
     for other in (draw_classes(rows, 12, seed=1, step=3), draw_classes(rows, 12, seed=0, step=4)):
         assert (other == classes).float().mean() < 0.2
+
+
+def test_weights_and_permutations_are_drawn_from_the_seed() -> None:
+    whole = replace(config(), seed=5)
+    method = build(whole)
+    assert isinstance(method, Jigsaw)
+    with tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        head = JigsawHead(24, 8, 9, 12)
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.head.state_dict(), head.state_dict())
+    assert torch.equal(method.permutations, max_hamming_permutations(12, 9, 5))
+
+
+def test_a_step_asks_for_the_classes_of_its_seed_step_and_rows() -> None:
+    method = build(replace(config(), seed=5))
+    assert isinstance(method, Jigsaw)
+    asked: list[Tensor] = []
+
+    def logits(view: View, classes: Tensor) -> Tensor:
+        asked.append(classes)
+        return nn.functional.one_hot((classes + (torch.arange(8) < 2)) % 12, 12).float()  # two of eight wrong
+
+    method.logits = logits  # type: ignore[method-assign]
+    rows = 3 * torch.arange(8)
+    out = method({JIGSAW: numbered(8)}, rows, step=3)
+    assert torch.equal(asked[0], draw_classes(rows, 12, seed=5, step=3))
+    assert out["accuracy"] == 0.75
+    assert out["loss"].item() == pytest.approx(math.log(math.e + 11) - 0.75)
 
 
 def test_patches() -> None:
@@ -136,6 +176,17 @@ def test_preview_shows_the_question() -> None:
     assert panels[heading].shape == (8, 3, side, side)
     assert panels[heading].min() >= 0
     assert panels[heading].max() <= 1
+
+
+def test_preview_shows_the_order_of_the_seed() -> None:
+    tiny_config = config()
+    views, rows = first_batch(tiny_config)
+    view = views[JIGSAW]
+    order = max_hamming_permutations(12, 9, 5)[draw_classes(rows, 12, seed=5, step=0)]
+    patches = gather_patches(view.pixels, slots_of_cells(view).gather(1, order))
+    (picture,) = tiny_config.method.preview_panels(views, rows, seed=5).values()
+    assert isinstance(tiny_config.method, Jigsaw.Config)
+    assert torch.equal(picture, mosaic(PixelSpace(tiny_config.method.jigsaw_view.augment).to_rgb(patches), 3))
 
 
 def test_trains() -> None:

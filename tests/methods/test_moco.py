@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from sslfast.bank import initial_rows
 from sslfast.distributed import join, leave, process_group
 from sslfast.loaders.batch import JigsawConfig, ViewConfig
 from sslfast.methods.moco import MoCo, batch_order, queue_loss
 from sslfast.models.heads import MLPHead
-from sslfast.models.resnet import ResNetConfig
+from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.ops.philox import Stream, random_uint32
 from sslfast.optim import OptimConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import moco_v1_small, moco_v2_small
 from sslfast.train_config import TrainConfig
 from tests.methods import harness
 from tests.test_distributed import enter, run
+from tests.tiny import same
 
 QUEUE = 20  # not a multiple of the batch
 
@@ -102,6 +106,35 @@ def test_the_key_encoder_starts_equal_and_follows_by_momentum() -> None:
         method.after_step()
 
 
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_weights_and_queue_are_drawn_from_the_seed(projection: str) -> None:
+    whole = replace(config(projection=projection), seed=5)
+    method = build(whole)
+    with harness.tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        head = torch.nn.Linear(24, 16) if projection == "linear" else MLPHead(24, 24, 16)
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.projection.state_dict(), head.state_dict())
+    assert torch.equal(method.queue, initial_rows(QUEUE, 16, seed=5))
+
+
+def test_the_order_of_the_keys_is_that_of_the_step() -> None:
+    method = build(config())
+    views, rows = harness.first_batch(config())
+    steps: list[Any] = []
+
+    def encode(pixels: Tensor, step: Any) -> tuple[Tensor, Tensor]:
+        steps.append(step)
+        keys = unit(len(pixels), 16, 0).float()
+        return keys, keys
+
+    method._encode_keys = encode  # type: ignore[method-assign]
+    out = method(views, rows, step=7)
+    assert steps == [7]
+    assert not out["similarity"].requires_grad
+
+
 def test_the_queue_is_a_ring_in_order() -> None:
     whole = config()
     method = build(whole)
@@ -126,6 +159,8 @@ def test_the_queue_is_a_ring_in_order() -> None:
 def test_shuffled_order() -> None:
     order = batch_order(64, seed=3, step=5)
     assert torch.equal(order.sort().values, torch.arange(64))
+    words = random_uint32(torch.arange(64), 1, seed=3, stream=Stream.BATCH_ORDER, step=5)[:, 0]
+    assert torch.equal(words[order], words.sort().values)
     assert torch.equal(order, batch_order(64, seed=3, step=torch.tensor(5)))
     assert not torch.equal(order, batch_order(64, seed=3, step=6))
     assert not torch.equal(order, batch_order(64, seed=4, step=5))
@@ -134,7 +169,7 @@ def test_shuffled_order() -> None:
 def encode_on_two_ranks(rank: int, ranks: int, port: int) -> None:
     enter(rank, ranks, port)
     join(process_group(), torch.device("cpu"))
-    method = build(config())
+    method = build(replace(config(), seed=5))
     everyone = torch.arange(6.0)[:, None] + torch.tensor([0.25, 0.5])
     own = slice(3 * rank, 3 * rank + 3)
     seen: list[Tensor] = []
@@ -147,7 +182,7 @@ def encode_on_two_ranks(rank: int, ranks: int, port: int) -> None:
     keys, all_keys = method._encode_keys(everyone[own], 7)
     assert torch.equal(keys, everyone[own])
     assert torch.equal(all_keys, everyone)
-    assert torch.equal(seen[0], everyone[batch_order(6, seed=method.seed, step=7)[own]])
+    assert torch.equal(seen[0], everyone[batch_order(6, seed=5, step=7)[own]])
     method.config.shuffle = False
     assert torch.equal(method._encode_keys(everyone[own], 7)[1], everyone)
     assert torch.equal(seen[1], everyone[own])
@@ -155,7 +190,7 @@ def encode_on_two_ranks(rank: int, ranks: int, port: int) -> None:
 
 
 def test_ranks_encode_each_others_keys() -> None:
-    assert not torch.equal(batch_order(6, seed=0, step=7)[:3].sort().values, torch.arange(3))
+    assert not torch.equal(batch_order(6, seed=5, step=7)[:3].sort().values, torch.arange(3))
     run(encode_on_two_ranks, 2)
 
 

@@ -10,10 +10,12 @@ from sslfast.bank import MemoryBank, initial_rows
 from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.pirl import PIRL
 from sslfast.models.heads import PatchHead
+from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.ops import bank_nce_reference
 from sslfast.recipes import RECIPES
 from sslfast.recipes.pirl import pirl_paper, pirl_vissl
+from tests.tiny import same
 
 MODEL = ResNetConfig(name="resnet18")
 JIGSAW = ViewConfig(crop=CropConfig(size=48), jigsaw=JigsawConfig(grid=3, patch_size=16))
@@ -56,6 +58,7 @@ def test_loss_is_the_formula(pretext: str, loss: str, negatives: str) -> None:
     torch.testing.assert_close(out["loss"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["loss_pretext"], both[0].mean(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["loss_image"], both[1].mean(), rtol=1e-5, atol=1e-5)
+    assert [name for name, value in out.items() if value.requires_grad] == ["loss"]
 
 
 def test_bank_moves_toward_the_image_embedding_alone() -> None:
@@ -159,6 +162,19 @@ def test_z_frozen_running_and_resumed() -> None:
     assert resumed.z.item() == values[frozen][0]
 
 
+def test_running_z_keeps_the_momentum_of_the_old_value() -> None:
+    running = build(z="running", z_momentum=0.75)
+    views, rows = batch(running)
+    estimates = []
+    for step in range(2):
+        running(views, rows, step=step)
+        once = build()
+        once(views, rows, step=step)
+        estimates.append(once.z)
+    assert estimates[0] != estimates[1]
+    torch.testing.assert_close(running.z, 0.75 * estimates[0] + 0.25 * estimates[1], rtol=1e-5, atol=0)
+
+
 def test_z_is_estimated_again_where_the_first_step_was_undone() -> None:
     method = build(pretext_weight=0.0)
     views, rows = batch(method)
@@ -193,6 +209,17 @@ def test_state_dict_holds_everything_and_initial_weights_depend_on_the_seed_alon
     assert {"bank.rows", "z", "image_head.weight", "trunk.conv1.weight"} <= first.state_dict().keys()
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b) or (a.isnan().all() and b.isnan().all()), name
+
+
+def test_weights_and_bank_are_drawn_from_the_seed() -> None:
+    method = build()
+    with seeded(4):
+        image_head, pretext_head = torch.nn.Linear(512, 128), PatchHead(512, 128, 9)
+    assert method.pretext_head is not None
+    assert same(method.trunk.state_dict(), build_trunk(MODEL, seed=3).state_dict())
+    assert same(method.image_head.state_dict(), image_head.state_dict())
+    assert same(method.pretext_head.state_dict(), pretext_head.state_dict())
+    assert torch.equal(method.bank.rows, initial_rows(ROWS, 128, seed=3))
 
 
 def test_presets_are_the_published_numbers() -> None:

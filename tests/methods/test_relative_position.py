@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from sslfast.methods.patches import gather_patches
 from sslfast.methods.relative_position import (
     NOISE,
     PATCHES,
+    Draws,
     RelativePosition,
     cells_of_neighbours,
     draw,
     drop_colours,
 )
+from sslfast.models.heads import PairHead
+from sslfast.models.init import seeded
+from sslfast.models.resnet import build_trunk
+from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.pretext import relative_position, relative_position_small
 from sslfast.train_config import TrainConfig
 from tests.methods.harness import (
@@ -28,9 +34,11 @@ from tests.methods.harness import (
     first_batch,
     losses,
     tiny,
+    tiny_trunks,
 )
 from tests.methods.test_jigsaw import Cell, numbered
 from tests.test_distributed import run
+from tests.tiny import same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -140,6 +148,39 @@ def test_draws_are_uniform_and_of_the_row() -> None:
     for name in ("neighbour", "channel", "noise"):
         assert torch.equal(getattr(part, name), getattr(drawn, name)[7:9])
     assert not torch.equal(draw(rows, 5, seed=0, step=3).neighbour, drawn.neighbour)
+    words = random_uint32(rows, 10, seed=5, stream=Stream.PRETEXT, step=3)
+    other = draw(rows, 5, seed=5, step=3)
+    assert torch.equal(other.neighbour, words[:, 0] * 8 >> 32)
+    assert torch.equal(other.channel, words[:, 1:] * 3 >> 32)
+
+
+def test_weights_are_drawn_from_the_seed() -> None:
+    whole = replace(config(), seed=5)
+    method = build(whole)
+    assert isinstance(method, RelativePosition)
+    with tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        head = PairHead(24, 16, 8)
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.head.state_dict(), head.state_dict())
+
+
+def test_a_step_draws_from_its_seed_step_and_rows() -> None:
+    method = build(replace(config(pairs="drawn"), seed=5))
+    assert isinstance(method, RelativePosition)
+    seen: list[Draws] = []
+
+    def logits(view: View, drawn: Draws) -> tuple[Tensor, Tensor]:
+        seen.append(drawn)
+        return torch.zeros(8, 8), drawn.neighbour
+
+    method.logits = logits  # type: ignore[method-assign]
+    rows = 3 * torch.arange(8)
+    method({PATCHES: numbered(8)}, rows, step=3)
+    expected = draw(rows, 4, seed=5, step=3)
+    for name in ("neighbour", "channel", "noise"):
+        assert torch.equal(getattr(seen[0], name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -155,6 +196,11 @@ def test_preview_shows_question_and_answer(dropped: bool) -> None:
     answer = panels["answer"]
     white = (answer[:, :, :: side + 2, :: side + 2] == 1).all(1).flatten(1)  # corner pixel of each cell
     assert (white.sum(1) >= 7).all()
+    cells = cells_of_neighbours(draw(rows, side, seed=5, step=0).neighbour)
+    answer = tiny_config.method.preview_panels(views, rows, seed=5)["answer"]
+    for picture, cell in zip(answer, cells.tolist(), strict=True):
+        shown = [not (part == 1).all() for row in picture.split(side + 2, 1) for part in row.split(side + 2, 2)]
+        assert [place for place in range(9) if shown[place]] == sorted((4, cell))
 
 
 @pytest.mark.parametrize("pairs", ["all", "drawn"])

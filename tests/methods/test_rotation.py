@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from torch import nn
 
 from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
 from sslfast.methods.rotation import IMAGE, Rotation
+from sslfast.models.init import seeded
+from sslfast.models.resnet import build_trunk
 from sslfast.ops import rotate90
 from sslfast.recipes.pretext import rotation, rotation_small
 from tests.methods.harness import (
@@ -17,7 +20,9 @@ from tests.methods.harness import (
     build,
     first_batch,
     tiny,
+    tiny_trunks,
 )
+from tests.tiny import same
 
 
 @pytest.mark.parametrize("all_turns", [False, True])
@@ -66,6 +71,18 @@ def test_labels_are_balanced_and_say_what_is_seen() -> None:
     views, _ = first_batch(config, rows=512)
     counts = views[IMAGE].quarter_turns.bincount(minlength=4)  # type: ignore[union-attr]
     assert ((counts - 128).abs() < 5 * math.sqrt(128 * 0.75)).all()
+
+
+def test_weights_are_drawn_from_the_seed() -> None:
+    config = replace(tiny(rotation_small()), seed=5)
+    method = build(config)
+    assert isinstance(method, Rotation)
+    with tiny_trunks():
+        trunk = build_trunk(config.model, seed=5)
+    with seeded(6):
+        head = nn.Linear(24, 4)
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.head.state_dict(), head.state_dict())
 
 
 def test_views() -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
 from sslfast.methods.pseudo_labels import gather_shares, share
 from sslfast.methods.sela import SeLa
 from sslfast.methods.sinkhorn import Transport, sinkhorn
+from sslfast.models.init import seeded
+from sslfast.models.resnet import build_trunk
 from sslfast.recipes.clustering import sela, sela_small
 from sslfast.train_config import TrainConfig
 from tests.methods.harness import (
@@ -21,9 +24,11 @@ from tests.methods.harness import (
     first_batch,
     losses,
     tiny,
+    tiny_trunks,
     train,
 )
 from tests.test_distributed import enter, run
+from tests.tiny import same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -91,6 +96,7 @@ def test_uniform_logits_perfect_prediction_and_heads() -> None:
     assert isinstance(method, SeLa)
     views, rows = first_batch(tiny_config)
     assert method(views, rows, step=0)["loss"] == 0  # no label yet
+    assert not any(kept.requires_grad for _, kept in method.features._pending)
     method.labels.copy_(torch.arange(3 * ROWS).view(3, ROWS) % 4)
     nn.init.zeros_(method.head.weight)
     nn.init.zeros_(method.head.bias)
@@ -114,6 +120,18 @@ def test_labels_are_the_transport_of_every_head() -> None:
         expected = solve(25 * logits[: ROWS - 2, head].double().log_softmax(1), tolerance=1e-4, max_iterations=500)
         assert torch.equal(method.labels[head, : ROWS - 2].long(), expected.labels)
     assert (method.labels[:, ROWS - 2 :] == -1).all()  # never seen
+
+
+def test_weights_are_drawn_from_the_seed() -> None:
+    whole = replace(config(), seed=5)
+    method = build(whole)
+    assert isinstance(method, SeLa)
+    with tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        head = nn.Linear(24, 3 * 4)
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.head.state_dict(), head.state_dict())
 
 
 def test_schedule() -> None:

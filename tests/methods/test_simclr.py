@@ -13,12 +13,15 @@ from sslfast.loaders.batch import JigsawConfig, ViewConfig
 from sslfast.methods.simclr import SimCLR, nt_xent
 from sslfast.models import contrast
 from sslfast.models.contrast import info_nce
+from sslfast.models.heads import MLPHead
+from sslfast.models.init import seeded
 from sslfast.models.norm import GlobalBatchNorm, globalise
-from sslfast.models.resnet import ResNetConfig
+from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import simclr_small
 from sslfast.train_config import TrainConfig
 from tests.methods import harness
+from tests.tiny import same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -111,7 +114,20 @@ def test_step_is_the_formula() -> None:
     z = normalize(method.projection(method.trunk(pixels)), dim=1)  # type: ignore[operator]
     out = harness.build(whole)(views, rows, step=0)
     torch.testing.assert_close(out["loss"], dense(z, 0.2).mean())
-    torch.testing.assert_close(out["similarity"], (z[:8] * z[8:]).sum(1).mean())
+    torch.testing.assert_close(out["similarity"], (z[:8] * z[8:]).sum(1).mean().detach())
+    assert not out["similarity"].requires_grad
+
+
+def test_weights_are_drawn_from_the_seed() -> None:
+    whole = replace(config(), seed=5)
+    method = harness.build(whole)
+    assert isinstance(method, SimCLR)
+    with harness.tiny_trunks():
+        trunk = build_trunk(whole.model, seed=5)
+    with seeded(6):
+        head = MLPHead(24, 24, 16)
+    assert same(method.trunk.state_dict(), trunk.state_dict())
+    assert same(method.projection.state_dict(), head.state_dict())
 
 
 def test_gradients_reach_the_trunk() -> None:
