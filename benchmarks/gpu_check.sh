@@ -7,8 +7,9 @@
 # compute-sanitizer on the kernels, and all benchmarks: ops, loaders, training steps. Steps, in their order: build tests
 # memcheck racecheck initcheck synccheck benchmarks crossover ops loaders step. No step takes longer than
 # SSLFAST_STEP_SECONDS (540); what it has printed until then is in its log. SSLFAST_BENCH_IMAGES names a folder of JPEGs
-# for loaders (else photographs of scikit-image) and step (else made-up images). SSLFAST_WHEELS names a folder of wheels (*.whl) for what
-# that Python lacks; they are unpacked into OUT. OUT gets the logs, JSON files and summary.md.
+# in class folders for loaders (else photographs of scikit-image) and step (else made-up images). SSLFAST_WHEELS names a
+# folder of wheels (*.whl) for what that Python lacks; they are unpacked into OUT. OUT gets the logs, JSON files and
+# summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -82,6 +83,7 @@ step crossover "$python" -m benchmarks.bench_crossover --device cuda --without c
 step ops "$python" -m sslfast.bench ops --device cuda --json "$out/ops.json"
 images=${SSLFAST_BENCH_IMAGES:-}
 step loaders "$python" -m benchmarks.bench_loader_plain ${images:+"$images"} --device cuda -o "$out/loaders"
+rm -rf "$out/loaders/images"
 step step "$python" -m sslfast bench step ${images:+"$images"} --recipe pirl-paper --batch-size 256 --device cuda \
   --json "$out/step.json" --chart "$out/step.png"
 cat "$out/summary.md"
