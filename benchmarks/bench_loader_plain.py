@@ -57,13 +57,8 @@ def measure(line: dict[str, Any], *, data: Path, beton: Path | None, seconds: fl
     source = beton if library == "ffcv" else data
     assert source is not None
     if line["plain"]:
-        pipeline = PIPELINES[PAIRS[library]]
-        return measure_batches(
-            lambda: pipeline(source, kind, batch_size=BATCH, workers=cores, device=device),
-            batch_size=BATCH,
-            seconds=seconds,
-            device=device,
-        )
+        batches = PIPELINES[PAIRS[library]](source, kind, batch_size=BATCH, workers=cores, device=device)
+        return measure_batches(lambda: (batches, batches.close), batch_size=BATCH, seconds=seconds, device=device)
     manifest = open_data(source, on_bad_image="skip")
     return measure_loader(
         library, manifest, views(kind), batch_size=BATCH, workers=cores, seconds=seconds, device=device, render=True,
@@ -108,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def photographs(folder: Path, count: int = 384) -> Path:
-    """``folder/all`` with ``count`` JPEGs, made once."""
+    """``folder/all`` with ``count`` JPEGs."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 

@@ -33,12 +33,12 @@ def test_plain_pipelines_yield_normalised_floats(data: Path, kind: str, library:
     if library == "ffcv":
         prepare(data, data.parent / f"{kind}.beton", PrepareConfig(), on_bad_image="error")
         data = data.parent / f"{kind}.beton"
-    batches, close = PIPELINES[PAIRS[library]](data, kind, batch_size=4, workers=1, device=CPU)
+    batches = PIPELINES[PAIRS[library]](data, kind, batch_size=4, workers=1, device=CPU)
     try:
         for _ in range(BATCH // 4 + 1):
             batch = next(batches)
     finally:
-        close()
+        batches.close()
     assert [tuple(view.shape) for view in batch] == SHAPES[kind]
     for view in batch:
         assert view.dtype == torch.float32

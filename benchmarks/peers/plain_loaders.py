@@ -9,7 +9,7 @@ Sources: torchvision's transforms v2 "getting started"; DALI's "ImageNet trainin
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ KINDS = ("crop", "pirl", "rotation")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRID, CELL, PATCH = 3, 85, 64
 
-Pipeline = tuple[Iterator[Any], Callable[[], None]]
-"""Batches without end, and what frees workers."""
+Batches = Generator[list[Tensor], None, None]
+"""Without end. The pipeline is built with the first; ``close()`` ends its workers."""
 
 
 def patch_corners(_sample: object = None) -> np.ndarray:
@@ -45,7 +45,7 @@ def quarter_turns(squares: Tensor) -> Tensor:
     return torch.stack([torch.rot90(square, k, (1, 2)) for square, k in zip(squares, turns, strict=True)])
 
 
-def torchvision(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.device) -> Pipeline:
+def torchvision(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.device) -> Batches:
     """``ImageFolder`` of PIL images in a ``DataLoader``, all transforms in its workers."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
@@ -69,26 +69,22 @@ def torchvision(data: Path, kind: str, *, batch_size: int, workers: int, device:
         pin_memory=device.type == "cuda",
     )
 
-    def batches() -> Iterator[Any]:
-        for epoch in repeat(loader):
-            for views, _label in epoch:
-                yield [view.to(device, non_blocking=True) for view in (views if kind == "pirl" else [views])]
-
-    endless = batches()
-    return endless, endless.close  # type: ignore[attr-defined]
+    for epoch in repeat(loader):
+        for views, _label in epoch:
+            yield [view.to(device, non_blocking=True) for view in (views if kind == "pirl" else [views])]
 
 
-def dali(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.device) -> Pipeline:
+def dali(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.device) -> Batches:
     """``readers.file``, DALI's random operators, ``DALIGenericIterator``."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 
     decode = "mixed" if device.type == "cuda" else "cpu"
 
-    def normalised(images: Any, **options: Any) -> Any:
+    def normalised(images: Any) -> Any:
         mean, std = [255 * value for value in MEAN], [255 * value for value in STD]
         return fn.crop_mirror_normalize(
-            images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=fn.random.coin_flip(), **options
+            images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=fn.random.coin_flip()
         )
 
     @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=0 if device.type == "cuda" else None, seed=0)
@@ -115,16 +111,12 @@ def dali(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.
         graph(), names, reader_name="reader", auto_reset=True, last_batch_policy=LastBatchPolicy.DROP
     )
 
-    def batches() -> Iterator[Any]:
-        for epoch in repeat(loader):
-            for (views,) in epoch:
-                yield list(views.values())
-
-    endless = batches()
-    return endless, endless.close  # type: ignore[attr-defined]
+    for epoch in repeat(loader):
+        for (views,) in epoch:
+            yield list(views.values())
 
 
-def ffcv(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.device) -> Pipeline:
+def ffcv(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.device) -> Batches:
     """FFCV's ``Loader`` on a .beton file with the field ``image``, one decode for each crop."""
     # Read when numba is imported. With TBB, which OpenCV brings in, the process can hang at exit.
     os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
@@ -154,17 +146,13 @@ def ffcv(data: Path, kind: str, *, batch_size: int, workers: int, device: torch.
         pipelines=pipelines,
     )
 
-    def batches() -> Iterator[Any]:
-        for epoch in repeat(loader):
-            for views in epoch:
-                images = [images if device.type == "cuda" else images.permute(0, 3, 1, 2) for images in views]
-                if kind == "pirl":
-                    yield [images[0], shuffled_patches(images[1])]
-                else:
-                    yield [quarter_turns(images[0]) if kind == "rotation" else images[0]]
-
-    endless = batches()
-    return endless, endless.close  # type: ignore[attr-defined]
+    for epoch in repeat(loader):
+        for views in epoch:
+            images = [images if device.type == "cuda" else images.permute(0, 3, 1, 2) for images in views]
+            if kind == "pirl":
+                yield [images[0], shuffled_patches(images[1])]
+            else:
+                yield [quarter_turns(images[0]) if kind == "rotation" else images[0]]
 
 
 PIPELINES = {"torchvision": torchvision, "dali": dali, "ffcv": ffcv}
