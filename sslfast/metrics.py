@@ -244,6 +244,7 @@ class LoaderTimer:
             try:
                 batch = next(batches)
             except StopIteration:
+                self.is_waiting = False
                 return
             self.is_waiting = False
             self.total_waited += time.perf_counter() - start

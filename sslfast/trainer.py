@@ -1,7 +1,6 @@
 """The pretraining loop: next batch, views, loss, backward, optimizer step, after_step, metrics."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,12 +22,10 @@ from sslfast.checkpoint import (
     set_aside_newer,
 )
 from sslfast.config import save_json, to_dict
+from sslfast.data_pass import DataPass
 from sslfast.interrupt import Interrupts, RunInterruptedError
-from sslfast.loaders import build_loader
-from sslfast.loaders.batch import Batch, View
-from sslfast.loaders.data import open_data, reopen_data
+from sslfast.loaders.batch import Batch, View, ViewConfig
 from sslfast.loaders.views import ViewStage
-from sslfast.manifest import Manifest
 from sslfast.methods.base import Method
 from sslfast.metrics import check_tensorboard, read_log
 from sslfast.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
@@ -37,6 +34,7 @@ from sslfast.optim import build_optimizer, learning_rate, load_optimizer, set_le
 from sslfast.prefetch import Prefetcher
 from sslfast.recorder import Recorder
 from sslfast.resume import check_same_run, find_checkpoint
+from sslfast.run_data import RunData
 from sslfast.rundir import RunDirectory, versions
 from sslfast.train_config import TrainConfig
 
@@ -103,18 +101,9 @@ class Trainer:
             check_tensorboard()
         self.run = RunDirectory(output)
         views = config.method.views()
-        self.manifest = None if isinstance(data, int) else self._manifest(Path(data))
-        self.loader = build_loader(
-            config.loader,
-            views=views,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            manifest=self.manifest,
-            synthetic_rows=data if isinstance(data, int) else None,
-            device=self.device,
-            rank=group.rank,
-            world_size=group.world_size,
-        )
+        self.data = RunData(config, data, self.run, device=self.device)
+        self.manifest = self.data.manifest
+        self.loader = self.data.loader(views)
         self.steps_per_epoch = self.loader.steps_per_epoch
         if self.steps_per_epoch < 1:
             raise ValueError(
@@ -127,7 +116,7 @@ class Trainer:
                 f"{group.world_size} x {config.accumulate_steps} = {parts}"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.stage = ViewStage(views, seed=config.seed, dtype=self.dtype, channels_last=self.channels_last)
+        self.stage = self._stage(views)
         method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
         if config.sync_batchnorm:
             distributed.synchronize_batchnorm(method, self.device)
@@ -137,6 +126,10 @@ class Trainer:
         if config.compile != "off":
             self.method.compile(mode=config.compile)
         self.model = distributed.replicate(self.method, self.device)
+        self.data_pass: DataPass | None = None
+        if collected := config.method.collected_views():
+            loader, stage = self.data.loader(collected), self._stage(collected)
+            self.data_pass = DataPass(self.method, loader, stage, device=self.device, dtype=self.dtype)
         self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
         self.knn = OnlineKnn(
             self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
@@ -151,21 +144,8 @@ class Trainer:
         self.device_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.recorder: Recorder | None = None
 
-    def _manifest(self, folder: Path) -> Manifest:
-        """The rows of the run in the run directory, checked against the data; those of the data for a new run."""
-        if not self.is_main:
-            distributed.wait_for_all()  # the first rank has listed the images and left the list in the run directory
-        if self.run.manifest.exists():
-            manifest = reopen_data(folder, self.run.manifest)
-        else:
-            progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
-            manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
-        if distributed.world_size() > 1 and self.is_main:
-            self.run.create()
-            if not self.run.manifest.exists():
-                manifest.save(self.run.manifest)
-            distributed.wait_for_all()
-        return manifest
+    def _stage(self, views: Mapping[str, ViewConfig]) -> ViewStage:
+        return ViewStage(views, seed=self.config.seed, dtype=self.dtype, channels_last=self.channels_last)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """The algorithm. Nothing here waits for the device."""
@@ -226,11 +206,13 @@ class Trainer:
             self.run.check_unlocked()
             found = find_checkpoint(self.run, self.resume, report=self.report)
             if found is not None:
-                check_same_run(*found, config=self.config, manifest_digest=self._manifest_digest())
+                check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
 
     def close(self) -> None:
         """End loader processes and let go of the process group. :meth:`fit` ends with it."""
         self.loader.close()
+        if self.data_pass is not None:
+            self.data_pass.loader.close()
         self.model = self.method
 
     def _save_facts(self) -> None:
@@ -248,7 +230,7 @@ class Trainer:
         self.method.train()
         try:
             with Interrupts() as interrupts:
-                stop = self._train(self.recorder, interrupts)
+                stop = self._watched(self.recorder, interrupts)
                 if stop is not None and self.step < self.total_steps:
                     path = self._save(must=True)
                     raise RunInterruptedError(
@@ -269,30 +251,43 @@ class Trainer:
             bad_images=self._list_bad_images(),
         )
 
+    def _watched(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+        try:
+            return self._train(recorder, interrupts)
+        except RuntimeError:
+            # A signal to the whole process group ends loader workers too; the step did not begin.
+            if distributed.world_size() == 1 and interrupts.requested and recorder.timer.is_waiting:
+                return interrupts.requested
+            raise
+
     def _train(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
         """Steps to the end, or to the signal that it returns."""
         stop = self._stop_signal(interrupts)
         while self.step < self.total_steps and stop is None:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             if done == 0:
-                self.method.start_epoch(epoch)
+                stop = self._start_epoch(epoch, recorder, interrupts)
+                if stop is not None:
+                    break
             batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
             for _ in range(done, self.steps_per_epoch):
                 self._set_learning_rate()
                 self.nonfinite.begin()
-                try:
-                    self.train_step(batches)
-                except RuntimeError:
-                    # A signal to the whole process group ends loader workers too; the step did not begin.
-                    if distributed.world_size() == 1 and interrupts.requested and recorder.timer.is_waiting:
-                        return interrupts.requested
-                    raise
+                self.train_step(batches)
                 self.nonfinite.end()
                 self._after_step()
                 stop = self._stop_signal(interrupts)
                 if stop is not None:
                     break
         return stop
+
+    def _start_epoch(self, epoch: int, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+        if self.data_pass is not None:
+            stop = self.data_pass.run(epoch, watch=recorder.timer.waiting, stop=lambda: self._stop_signal(interrupts))
+            if stop is not None:
+                return stop
+        self.method.start_epoch(epoch)
+        return None
 
     @staticmethod
     def _stop_signal(interrupts: Interrupts) -> Signals | None:
@@ -378,7 +373,7 @@ class Trainer:
             "nonfinite": self.nonfinite.state_dict(),
             "config": to_dict(self.config),
             "precision": str(self.dtype),
-            "manifest_digest": self._manifest_digest(),
+            "manifest_digest": self.data.digest(),
         }
         try:
             save_checkpoint(self.run.checkpoints, state, self.step)
@@ -404,7 +399,7 @@ class Trainer:
         if chosen is None:
             return
         path, state = (chosen, load_checkpoint(chosen)) if found is None else found
-        check_same_run(path, state, config=self.config, manifest_digest=self._manifest_digest())
+        check_same_run(path, state, config=self.config, manifest_digest=self.data.digest())
         distributed.wait_for_all()  # everyone has read it
         if self.is_main:
             for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
@@ -419,9 +414,6 @@ class Trainer:
         self.report(f"resumed from {path}: step {self.step}/{self.total_steps}")
         if state["precision"] != str(self.dtype):
             self.report(f"precision was {state['precision']} so far and is {self.dtype} on this device")
-
-    def _manifest_digest(self) -> str:
-        return f"synthetic-{self.loader.num_rows}" if self.manifest is None else self.manifest.digest()
 
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint: the method's state and the optimizer's."""

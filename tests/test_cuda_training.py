@@ -163,6 +163,8 @@ def test_steps_wait_for_nothing(device: torch.device, name: str, changes: dict[s
     trainer = trainer_of(config, tmp_path / "run")
     batches = trainer.loader.epoch(0)
     trainer.method.train()
+    if trainer.data_pass is not None:
+        trainer.data_pass.run(0)
     trainer.method.start_epoch(0)
 
     def step() -> None:

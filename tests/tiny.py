@@ -36,6 +36,9 @@ class Tiny(Method):
         def views(self) -> dict[str, ViewConfig]:
             return {"image": ViewConfig(crop=CropConfig(size=8))}
 
+        def collected_views(self) -> dict[str, ViewConfig]:
+            return {}
+
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Tiny":
             return Tiny(self, num_rows, seed)
 

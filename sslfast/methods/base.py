@@ -21,6 +21,19 @@ class Method(nn.Module):
     trunk: nn.Module
     """What is pretrained for: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
 
+    def collects(self, epoch: int) -> bool:
+        """Whether :meth:`collect` gets all samples of this epoch before it begins."""
+        return False
+
+    def collect(self, views: Mapping[str, View], rows: Tensor) -> None:
+        """A batch of a pass over the data between two epochs: in evaluation mode, without gradients, weights fixed.
+
+        Args:
+            views: as the configuration's ``collected_views()`` names them.
+            rows: ``[B]`` int64, manifest row of each sample of this rank.
+        """
+        raise RuntimeError(f"{type(self).__name__} collects nothing")
+
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of every epoch, not when a run resumes in the middle of one."""
 
@@ -78,6 +91,10 @@ class BaseConfig:
     def views(self) -> dict[str, ViewConfig]:
         """The views that a step needs, in the order that numbers their random streams."""
         return {"image": self.image_view}
+
+    def collected_views(self) -> dict[str, ViewConfig]:
+        """The views that :meth:`Method.collect` gets; none for a method that collects nothing."""
+        return {}
 
     def preview_views(self) -> dict[str, ViewConfig]:
         """Views on the preview sheet."""

@@ -5,8 +5,8 @@ where φ whitens and normalises; then ``min_θ,W Σ_n -log softmax(W f_θ(x_n))_
 
 As here:
 
-- Features are those of each row's last visit, and the first epoch only collects them (``pseudo_labels.py``). The paper
-  makes a second pass over the data instead, with central crops.
+- Features are made by a pass over the data before the clustering (``pseudo_labels.py``), in evaluation mode. The
+  paper's crop is the centre of 224 px of an image of 256, here it is the whole central square.
 - Features wider than ``feature_columns`` are kept in a random orthonormal projection: distances stay within some
   percent (Johnson-Lindenstrauss) and the buffer at N x 256 numbers.
 - The paper draws samples uniformly over clusters. The loader's order is fixed, so each sample's loss is weighted by
@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.methods.kmeans import import_faiss, kmeans, whiten
-from sslfast.methods.pseudo_labels import UNLABELLED, VisitedFeatures, label_accuracy, pseudo_label_loss
+from sslfast.methods.pseudo_labels import (
+    UNLABELLED,
+    CollectedFeatures,
+    central_view,
+    label_accuracy,
+    pseudo_label_loss,
+)
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
 
@@ -60,6 +66,10 @@ class DeepCluster(Method):
         """Principal components kept, whitened and of length 1 before k-means; 0: the features as they are."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image."""
+
+        def collected_views(self) -> dict[str, ViewConfig]:
+            """What is clustered: the central square of each image."""
+            return {IMAGE: central_view(self.image_view)}
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
@@ -102,21 +112,30 @@ class DeepCluster(Method):
             self.head = nn.Linear(width, config.clusters)
             projection = torch.linalg.qr(torch.randn(width, columns))[0] if columns < width else None
         self.register_buffer("projection", projection, persistent=False)
-        self.features = VisitedFeatures(num_rows, columns)
+        self.features = CollectedFeatures(num_rows, columns)
         self.register_buffer("labels", torch.full((num_rows,), UNLABELLED))
         self.register_buffer("weights", torch.ones(config.clusters))
         self._restart_head(0)
 
+    def collects(self, epoch: int) -> bool:
+        """Every ``every_epochs`` epochs, from the first on."""
+        return epoch % self.config.every_epochs == 0
+
+    def collect(self, views: Mapping[str, View], rows: Tensor) -> None:
+        """Keeps the features of a batch, projected where they are wider than the buffer."""
+        features = self.trunk(views[IMAGE].pixels).float()
+        self.features.store_(rows, features if self.projection is None else features @ self.projection)
+
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
-        """Clusters the features and draws a new classifier, from the second epoch on. Waits for the device."""
+        """Clusters the features and draws a new classifier, where :meth:`collects` says so. Waits for the device."""
         config = self.config
-        if epoch == 0 or (epoch - 1) % config.every_epochs:
+        if not self.collects(epoch):
             return
         seen = self.features.seen.nonzero()[:, 0]
         if len(seen) < config.clusters:
             raise RuntimeError(
-                f"only {len(seen)} images were seen in the first epoch, fewer than method.clusters={config.clusters}: "
+                f"only {len(seen)} images could be read, fewer than method.clusters={config.clusters}: "
                 "lower it, or replace the images that cannot be read"
             )
         points = self.features.rows[seen].cpu()
@@ -137,7 +156,7 @@ class DeepCluster(Method):
         self.head.bias.zero_()
 
     def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch, 0 before the first clustering, and ``accuracy``, the share of clusters named right.
+        """``loss`` of one batch and ``accuracy``, the share of clusters named right.
 
         Args:
             views: "image".
@@ -145,18 +164,12 @@ class DeepCluster(Method):
             step: not used.
         """
         features = self.trunk(views[IMAGE].pixels)
-        kept = features.detach().float()
-        self.features.add(rows, kept if self.projection is None else kept @ self.projection)
         logits, labels = self.head(features), self.labels[rows]
         loss = pseudo_label_loss(logits, labels, self.weights[labels.clamp_min(0)])
         return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
 
-    def after_step(self) -> None:
-        """Keeps the features of the step just taken."""
-        self.features.store_()
-
     def embeddings(self) -> Tensor:
-        """Features of each row's last visit."""
+        """Features of each row, as the last pass made them."""
         return self.features.rows
 
     def replicated(self) -> list[Tensor]:

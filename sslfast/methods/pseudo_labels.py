@@ -1,23 +1,40 @@
 """What the methods that label the data set themselves share: features of all rows, the loss, shares of ranks.
 
-No second pass over the data is made: a row's features are those of its last visit, as in DeepCluster-v2 (Caron et al.
-2020). So the first epoch only collects: rows without a label weigh nothing, the loss and every gradient are
-0 (weight decay alone moves the weights), and the first labels come from the untrained trunk, as in the papers.
+Labels come from a pass over the data at fixed weights, as in the papers: the largest central square of each image, no
+augmentation. Features that the steps of an epoch leave, of augmented crops and ever newer weights (DeepCluster-v2,
+Caron et al. 2020), do not do in short runs: k-means then groups rows by the time of their visit and by their jitter.
+The pass sees the samples that its epoch trains on. A row that has never been in one has no label and weighs nothing.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslfast.distributed import gather_rows, mean_over_ranks, rank, world_size
+from sslfast.loaders.batch import AugmentConfig, CropConfig, ViewConfig
 
 UNLABELLED = -1
 
 
-class VisitedFeatures(nn.Module):
-    """Features that each row's last visit gave, on every rank.
+def central_view(view: ViewConfig) -> ViewConfig:
+    """The largest central square of each image at the size and in the units of ``view``, not augmented."""
+    augment = AugmentConfig(
+        flip_probability=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        mean=view.augment.mean,
+        std=view.augment.std,
+    )
+    crop = CropConfig(size=view.crop.size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    return replace(view, crop=crop, rotation=False, augment=augment)
 
-    Buffers: ``rows`` ``[N, D]`` and ``seen`` ``[N]`` bool, False until a row's first visit.
+
+class CollectedFeatures(nn.Module):
+    """Features of each row from the last pass that it was in, on every rank.
+
+    Buffers: ``rows`` ``[N, D]`` and ``seen`` ``[N]`` bool, False until a row's first pass.
     """
 
     rows: Tensor
@@ -27,23 +44,16 @@ class VisitedFeatures(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(num_rows, columns, dtype=dtype))
         self.register_buffer("seen", torch.zeros(num_rows, dtype=torch.bool))
-        self._pending: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, rows: Tensor, features: Tensor) -> None:
-        """Keep ``features`` ``[B, D]`` of ``rows`` ``[B]`` for :meth:`store_`."""
-        self._pending.append((rows, features.detach().float()))
 
     @torch.no_grad()
-    def store_(self) -> None:
-        """Write what was added on all ranks. Of a row that is there twice, in place of an image that cannot be read,
-        the last features stay: they differ, as the batches that BatchNorm saw do."""
-        for rows, features in self._pending:
-            everyone = gather_rows(rows)
-            places = torch.arange(len(everyone), device=everyone.device)
-            last = torch.where(everyone[:, None] == everyone, places, -1).amax(dim=1)
-            self.rows[everyone] = gather_rows(features)[last].to(self.rows.dtype)
-            self.seen[everyone] = True
-        self._pending = []
+    def store_(self, rows: Tensor, features: Tensor) -> None:
+        """Write ``features`` ``[B, D]`` of the ``rows`` ``[B]`` of every rank. Of a row that is there twice, in place
+        of an image that cannot be read, the last stay."""
+        everyone = gather_rows(rows)
+        places = torch.arange(len(everyone), device=everyone.device)
+        last = torch.where(everyone[:, None] == everyone, places, -1).amax(dim=1)
+        self.rows[everyone] = gather_rows(features.float())[last].to(self.rows.dtype)
+        self.seen[everyone] = True
 
 
 def pseudo_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ Objective, alternately (section 3), for each of H heads with its own weights: th
 smoothed by an entropy of weight 1/λ, so that ``Q = diag(α) P^λ diag(β)`` by Sinkhorn and Knopp (``sinkhorn.py``), and
 ``y_n = argmax_k Q_nk``; then the trunk and all heads minimise ``mean_h mean_n -log softmax(W_h f(x_n))_{y_n^h}``.
 
-As here: logits come from the features of each row's last visit and the heads as they are, so the memory is N x D for
-all heads and not N x K for each; the first epoch only collects features (``pseudo_labels.py``), and the first labels
-come from the untrained network, as in the paper. Labels change at the start of epochs; the paper's schedule of
-labellings, dense at the beginning, is rounded to them.
+As here: a pass over the data before a labelling keeps features (``pseudo_labels.py``), and the heads make logits of
+them as they are needed, so the memory is N x D for all heads and not N x K for each. The pass shows central squares in
+evaluation mode. The first labels come from the untrained network, as in the paper. Labels change at the start of
+epochs; the paper's schedule of labellings, dense at the beginning, is rounded to them.
 
 Under several processes every rank holds all features and labels, and works on its share of the rows.
 """
@@ -28,7 +28,8 @@ from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.methods.pseudo_labels import (
     UNLABELLED,
-    VisitedFeatures,
+    CollectedFeatures,
+    central_view,
     gather_shares,
     label_accuracy,
     pseudo_label_loss,
@@ -75,13 +76,15 @@ class SeLa(Method):
         """The image."""
 
         def labels_in(self, epoch: int) -> bool:
-            """Whether the rows are labelled before this epoch. Never before the first, always before the second."""
-            if epoch == 0:
-                return False
+            """Whether the rows are labelled before this epoch; always before the first."""
             if not self.labellings:
-                return (epoch - 1) % self.every_epochs == 0
-            spread = self.labelling_epochs - 1
-            return any(epoch == 1 + math.floor(spread * (k / self.labellings) ** 2) for k in range(self.labellings))
+                return epoch % self.every_epochs == 0
+            times = ((k / self.labellings) ** 2 for k in range(self.labellings))
+            return any(epoch == math.floor(self.labelling_epochs * time) for time in times)
+
+        def collected_views(self) -> dict[str, ViewConfig]:
+            """What is labelled: the central square of each image."""
+            return {IMAGE: central_view(self.image_view)}
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
@@ -90,9 +93,9 @@ class SeLa(Method):
             self.check_at_least(2, "clusters")
             self.check_at_least(0, "labellings")
             self.check_positive("sharpness", "tolerance")
-            if self.labellings and self.labelling_epochs < 2:
+            if self.labellings and self.labelling_epochs < 1:
                 raise ValueError(
-                    f"method.labelling_epochs must be the epochs of the run, 2 or more, where labellings="
+                    f"method.labelling_epochs must be the epochs of the run, 1 or more, where labellings="
                     f"{self.labellings}, got {self.labelling_epochs}"
                 )
 
@@ -117,8 +120,16 @@ class SeLa(Method):
         with seeded(seed + 1):
             self.head = nn.Linear(width, config.heads * config.clusters)  # head h has rows h K .. (h + 1) K
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
-        self.features = VisitedFeatures(num_rows, width, dtype=dtype)
+        self.features = CollectedFeatures(num_rows, width, dtype=dtype)
         self.register_buffer("labels", torch.full((config.heads, num_rows), UNLABELLED, dtype=torch.int32))
+
+    def collects(self, epoch: int) -> bool:
+        """Where the schedule labels."""
+        return self.config.labels_in(epoch)
+
+    def collect(self, views: Mapping[str, View], rows: Tensor) -> None:
+        """Keeps the features of a batch."""
+        self.features.store_(rows, self.trunk(views[IMAGE].pixels))
 
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
@@ -157,7 +168,7 @@ class SeLa(Method):
         ).labels
 
     def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch, 0 before the first labelling, and ``accuracy``, the share of labels named right.
+        """``loss`` of one batch and ``accuracy``, the share of labels named right.
 
         Args:
             views: "image".
@@ -165,18 +176,13 @@ class SeLa(Method):
             step: not used.
         """
         features = self.trunk(views[IMAGE].pixels)
-        self.features.add(rows, features)
         logits = self.head(features).view(len(rows) * self.config.heads, -1)  # [B H, K]
         labels = self.labels[:, rows].T.flatten().long()
         loss = pseudo_label_loss(logits, labels, torch.ones_like(labels, dtype=torch.float32))
         return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
 
-    def after_step(self) -> None:
-        """Keeps the features of the step just taken."""
-        self.features.store_()
-
     def embeddings(self) -> Tensor:
-        """Features of each row's last visit."""
+        """Features of each row, as the last pass made them."""
         return self.features.rows
 
     def replicated(self) -> list[Tensor]:

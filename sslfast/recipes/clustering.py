@@ -1,7 +1,5 @@
 """Recipes of the methods that label the data set themselves: DeepCluster, SeLa.
 
-The first epoch of a run collects features and has loss 0: there is nothing to predict yet.
-
 Sources: the papers; mmselfsup's ``configs/selfsup/deepcluster/r50_withoutsobel.py``, since DeepCluster was published
 for AlexNet and VGG alone; SeLa's ``main.py`` and ``scripts/resnet.sh``.
 """

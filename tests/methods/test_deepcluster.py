@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sslfast.distributed import leave
-from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
+from sslfast.loaders.batch import Batch, CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.loaders.sampling import crop_boxes
+from sslfast.loaders.views import ViewStage
 from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.kmeans import fill_empty, kmeans, means, whiten
-from sslfast.methods.pseudo_labels import VisitedFeatures, gather_shares, pseudo_label_loss, share
+from sslfast.methods.pseudo_labels import CollectedFeatures, central_view, gather_shares, pseudo_label_loss, share
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
@@ -47,24 +50,33 @@ def blobs(count: int, clusters: int, *, spread: float = 0.01) -> tuple[Tensor, T
 
 
 def clustered(method: DeepCluster) -> None:
-    """As after an epoch: features of all rows, then the labels of epoch 1."""
+    """As at the start of a run: features of all rows, then the labels of the first epoch."""
     points = torch.randn(method.features.rows.shape, generator=torch.Generator().manual_seed(1))
     method.features.rows.copy_(points)
     method.features.seen.fill_(True)
-    method.start_epoch(1)
+    method.start_epoch(0)
 
 
-def test_the_last_visit_of_a_row_stays() -> None:
-    features = VisitedFeatures(6, 2)
-    features.add(torch.tensor([4, 1, 4, 0]), torch.arange(8.0).view(4, 2))
-    features.add(torch.tensor([1, 4, 3, 3]), torch.arange(8.0, 16.0).view(4, 2))
-    features.store_()
+def test_the_last_features_of_a_row_stay() -> None:
+    features = CollectedFeatures(6, 2)
+    features.store_(torch.tensor([4, 1, 4, 0]), torch.arange(8.0).view(4, 2))
+    features.store_(torch.tensor([1, 4, 3, 3]), torch.arange(8.0, 16.0).view(4, 2))
     assert features.rows.tolist() == [[6, 7], [8, 9], [0, 0], [14, 15], [10, 11], [0, 0]]
     assert features.seen.tolist() == [True, True, False, True, True, False]
-    features.add(torch.tensor([5, 5]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    features.store_()
-    assert features.rows[5].tolist() == [3, 4]
-    assert features.rows[4].tolist() == [10, 11]  # written once
+
+
+def test_collected_view_is_the_plain_image() -> None:
+    """Of the same size and units, the same whatever the seed and epoch."""
+    augment = replace(deepcluster().method.image_view.augment, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    view = central_view(ViewConfig(crop=CropConfig(size=8), rotation=True, augment=augment))
+    crops = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (augment.mean, augment.std))
+    expected = (crops / 255 - mean) / std
+    for seed, epoch in ((0, 0), (7, 3)):
+        batch = Batch(rows=torch.tensor([0, 5, 9]), crops={"image": crops}, epoch=epoch)
+        torch.testing.assert_close(ViewStage({"image": view}, seed=seed)(batch)["image"].pixels, expected)
+    boxes = crop_boxes(np.zeros((1, 22)), np.array([[30, 20]]), view.crop)
+    assert boxes.tolist() == [[5, 0, 25, 20]]
 
 
 def test_loss_is_the_formula() -> None:
@@ -138,11 +150,9 @@ def test_whitening() -> None:
     assert flat.isfinite().all()
 
 
-def test_first_epoch_collects_and_later_ones_learn(tmp_path: Path) -> None:
+def test_a_run_labels_every_row(tmp_path: Path) -> None:
     trainer = train(config(), tmp_path)
-    first = losses(tmp_path)[0]  # steps 1 and 2
-    assert first == 0
-    assert losses(tmp_path)[-1] > 0
+    assert min(losses(tmp_path)) > 0
     method = trainer.method
     assert isinstance(method, DeepCluster)
     assert method.features.seen.all()
@@ -171,16 +181,14 @@ def test_a_step_weighs_samples_by_their_cluster() -> None:
 def test_classifier_starts_anew_with_every_clustering() -> None:
     method = build(config(every_epochs=2))
     assert isinstance(method, DeepCluster)
-    first = method.head.weight.detach().clone()
     clustered(method)
     second = method.head.weight.detach().clone()
-    method.start_epoch(2)
+    method.start_epoch(1)
     assert torch.equal(method.head.weight, second)
-    method.start_epoch(3)
+    method.start_epoch(2)
     third = method.head.weight.detach().clone()
-    assert not torch.equal(first, second)
     assert not torch.equal(second, third)
-    method.start_epoch(3)
+    method.start_epoch(2)
     assert torch.equal(method.head.weight, third)
     assert 0.005 < third.std() < 0.02
     assert (method.head.bias == 0).all()
@@ -210,30 +218,29 @@ def test_a_clustering_is_that_of_the_rows_seen_by_seed_and_epoch() -> None:
     assert isinstance(method, DeepCluster)
     method.features.rows.copy_(torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(1)))
     method.features.seen.fill_(True)
-    method.start_epoch(1)
+    method.start_epoch(0)
     method.features.seen[[0, 7]] = False
-    method.start_epoch(3)
+    method.start_epoch(4)
     points = method.features.rows[method.features.seen]
-    expected = kmeans(whiten(points, 8), 4, iterations=1, seed=5, epoch=3)
+    expected = kmeans(whiten(points, 8), 4, iterations=1, seed=5, epoch=4)
     assert torch.equal(method.labels[method.features.seen], expected)
     assert method.labels[[0, 7]].tolist() == [-1, -1]
-    assert torch.equal(method.head.weight, classifier(10))
+    assert torch.equal(method.head.weight, classifier(11))
 
 
-def test_features_are_those_of_the_last_visit() -> None:
-    method = build(config())
+def test_collects_features_of_a_batch() -> None:
+    method = build(config(every_epochs=3))
     assert isinstance(method, DeepCluster)
+    assert [epoch for epoch in range(8) if method.collects(epoch)] == [0, 3, 6]
     views, rows = first_batch(config())
-    method(views, rows, step=0)
-    assert not method.features.seen.any()
-    method.after_step()
+    method.collect(views, rows)
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
     with torch.no_grad():
         expected = method.trunk(views["image"].pixels) @ method.projection
     torch.testing.assert_close(method.features.rows[rows], expected)
     method.config.clusters = 9
-    with pytest.raises(RuntimeError, match=r"only 8 images were seen in the first epoch, fewer than method.clusters=9"):
-        method.start_epoch(1)
+    with pytest.raises(RuntimeError, match=r"only 8 images could be read, fewer than method.clusters=9"):
+        method.start_epoch(0)
 
 
 def test_learns_its_labels_and_gradients_reach_the_trunk() -> None:

@@ -96,7 +96,6 @@ def test_uniform_logits_perfect_prediction_and_heads() -> None:
     assert isinstance(method, SeLa)
     views, rows = first_batch(tiny_config)
     assert method(views, rows, step=0)["loss"] == 0  # no label yet
-    assert not any(kept.requires_grad for _, kept in method.features._pending)
     method.labels.copy_(torch.arange(3 * ROWS).view(3, ROWS) % 4)
     nn.init.zeros_(method.head.weight)
     nn.init.zeros_(method.head.bias)
@@ -114,7 +113,7 @@ def test_labels_are_the_transport_of_every_head() -> None:
     assert isinstance(method, SeLa)
     method.features.rows.copy_(torch.randn(ROWS, 24, generator=torch.Generator().manual_seed(1)))
     method.features.seen[: ROWS - 2] = True
-    method.start_epoch(1)
+    method.start_epoch(0)
     logits = (method.features.rows @ method.head.weight.T + method.head.bias).detach().view(ROWS, 2, 4)
     for head in range(2):
         expected = solve(25 * logits[: ROWS - 2, head].double().log_softmax(1), tolerance=1e-4, max_iterations=500)
@@ -136,28 +135,37 @@ def test_weights_are_drawn_from_the_seed() -> None:
 
 def test_schedule() -> None:
     every = SeLa.Config(every_epochs=3)
-    assert [epoch for epoch in range(10) if every.labels_in(epoch)] == [1, 4, 7]
+    assert [epoch for epoch in range(10) if every.labels_in(epoch)] == [0, 3, 6, 9]
     paper = sela().method
     assert isinstance(paper, SeLa.Config)
     assert (paper.heads, paper.clusters, paper.sharpness) == (10, 3000, 25.0)
     epochs = [epoch for epoch in range(sela().epochs) if paper.labels_in(epoch)]
     assert paper.labelling_epochs == sela().epochs == 400
-    assert epochs[:5] == [1, 2, 3, 4, 5]
+    assert epochs[:5] == [0, 1, 2, 3, 4]
     gaps = torch.tensor(epochs).diff()
-    assert gaps[:8].max() == 1
+    assert gaps[:7].max() == 1
     assert gaps[-10:].min() >= 3
     assert epochs[-1] <= 399
 
 
-def test_first_epoch_collects_and_later_ones_learn(tmp_path: Path) -> None:
+def test_collects_features_of_a_batch() -> None:
+    method = build(config(every_epochs=2))
+    assert isinstance(method, SeLa)
+    assert [method.collects(epoch) for epoch in range(4)] == [True, False, True, False]
+    views, rows = first_batch(config())
+    method.collect(views, rows)
+    torch.testing.assert_close(method.features.rows[rows], method.trunk(views["image"].pixels).detach())
+    assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
+
+
+def test_a_run_labels_every_row(tmp_path: Path) -> None:
     trainer = train(config(), tmp_path)
-    assert losses(tmp_path)[0] == 0
-    assert losses(tmp_path)[-1] > 0
+    assert min(losses(tmp_path)) > 0
     method = trainer.method
     assert isinstance(method, SeLa)
     assert method.features.seen.all()
     counts = torch.stack([labels.long().bincount(minlength=4) for labels in method.labels])
-    assert (counts - ROWS / 4).abs().max() <= 2
+    assert (counts - ROWS / 4).abs().max() <= 3  # the transport is equal, the largest of a row not quite
     assert not torch.equal(method.labels[0], method.labels[1])
 
 
@@ -167,7 +175,7 @@ def test_learns_its_labels_and_gradients_reach_the_trunk() -> None:
     assert isinstance(method, SeLa)
     method.features.rows.normal_(generator=torch.Generator().manual_seed(1))
     method.features.seen.fill_(True)
-    method.start_epoch(1)
+    method.start_epoch(0)
     views, rows = first_batch(tiny_config)
     method(views, rows, step=0)["loss"].backward()
     for name, parameter in method.trunk.named_parameters():
@@ -236,7 +244,7 @@ def test_sinkhorn_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
         ({"labellings": -1}, "method.labellings must be at least 0, got -1"),
         (
             {"labellings": 5},
-            "method.labelling_epochs must be the epochs of the run, 2 or more, where labellings=5, got 0",
+            "method.labelling_epochs must be the epochs of the run, 1 or more, where labellings=5, got 0",
         ),
     ],
 )
