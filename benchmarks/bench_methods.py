@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -97,7 +98,7 @@ def subset(data: Path, target: Path, per_class: int) -> Path:
             (target / split / folder.name).mkdir(parents=True, exist_ok=True)
             for image in sorted(folder.rglob("*.*"))[:most]:
                 link = target / split / folder.name / image.name
-                if not link.is_symlink():
+                with suppress(FileExistsError):  # of an earlier command, or of one beside it
                     link.symlink_to(image.resolve())
     return target
 
