@@ -31,11 +31,9 @@ from sslfast.evaluation.features import (
     RAW_PIXELS,
     TRAINED,
     UNTRAINED,
+    Encoder,
     TrunkEncoder,
-    extract_all,
     load_evaluation_set,
-    load_manifests,
-    load_run,
 )
 from sslfast.evaluation.knn import knn_result
 from sslfast.evaluation.linear import linear_result
@@ -182,39 +180,50 @@ def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
         save_json(file, evaluate(output, data, names))
 
 
-class Stage:
-    """A stage of a trunk as an encoder: the spatial mean of its maps."""
+class Stages:
+    """A trunk as an encoder with the spatial means of res3, res4 and res5 side by side: all from one pass."""
 
-    def __init__(self, encoder: TrunkEncoder, number: int) -> None:
-        self.encoder, self.number = encoder, number
+    def __init__(self, encoder: TrunkEncoder) -> None:
+        self.encoder = encoder
 
-    def to(self, device: torch.device) -> "Stage":
+    def to(self, device: torch.device) -> "Stages":
         self.encoder.to(device)
         return self
 
     def __call__(self, images: Tensor) -> Tensor:
-        maps = self.encoder.trunk.stages(self.encoder.prepare(images))[self.number]  # type: ignore[operator]
-        return maps.float().mean((2, 3))
+        maps: list[Tensor] = self.encoder.trunk.stages(self.encoder.prepare(images))  # type: ignore[operator]
+        return torch.cat([part.float().mean((2, 3)) for part in maps[-3:]], dim=1)
 
     def identity(self) -> dict[str, Any]:
-        return {**self.encoder.identity(), "stage": self.number}
+        return {**self.encoder.identity(), "stages": [*STAGES, "res5"]}
+
+    @staticmethod
+    def split(features: Tensor) -> tuple[Tensor, ...]:
+        """Those of res3, res4 and res5: each has twice the columns of the one before."""
+        first = features.shape[1] // 7
+        return features.split([first, 2 * first, 4 * first], dim=1)
 
 
 def evaluate(run: Path, data: Path, encoders: dict[str, str]) -> dict[str, Any]:
     """kNN and linear probe of a run's encoders (name there -> name in the table), and the probe on res3 and res4."""
-    evaluation = load_evaluation_set(run, data, baselines=set(encoders) != {TRAINED})
-    train, val = ({encoders[name]: part[name] for name in encoders} for part in (evaluation.train, evaluation.val))
-    evaluation = replace(evaluation, train=train, val=val)
-    loaded = load_run(run)
-    stages = {
-        f"{shown} {stage}": Stage(encoder, 2 + position)
-        for name, shown in encoders.items()
-        if isinstance(encoder := loaded.encoders[name], TrunkEncoder)
-        for position, stage in enumerate(STAGES)
+
+    def chosen(known: Mapping[str, Encoder]) -> dict[str, Encoder]:
+        found = {shown: known[name] for name, shown in encoders.items()}
+        return {name: Stages(e) if isinstance(e, TrunkEncoder) else e for name, e in found.items()}
+
+    evaluation = load_evaluation_set(run, data, encoders=chosen)
+    late: list[dict[str, Tensor]] = []
+    early: list[dict[str, Tensor]] = []
+    for part in (evaluation.train, evaluation.val):
+        stages = {name: Stages.split(values) for name, values in part.items() if name != RAW_PIXELS}
+        late.append({name: stages[name][-1] if name in stages else values for name, values in part.items()})
+        early.append({f"{name} {s}": stages[name][i] for name in stages for i, s in enumerate(STAGES)})
+    evaluation = replace(evaluation, train=late[0], val=late[1])
+    return {
+        "knn": knn_result(evaluation),
+        "linear": linear_result(evaluation),
+        "stages": linear_result(replace(evaluation, train=early[0], val=early[1]))["results"],
     }
-    found = [extract_all(stages, m, size=loaded.size) for m in load_manifests(data, on_bad_image="error")]
-    early = linear_result(replace(evaluation, train=found[0].values, val=found[1].values))
-    return {"knn": knn_result(evaluation), "linear": linear_result(evaluation), "stages": early["results"]}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ evaluation: the trained trunk of a run, the same trunk before training, and raw 
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -282,22 +282,22 @@ def load_evaluation_set(
     device: str = "auto",
     on_bad_image: OnBadImage = "error",
     cache: bool = True,
-    baselines: bool = True,
+    encoders: Callable[[Mapping[str, Encoder]], Mapping[str, Encoder]] = dict,
 ) -> EvaluationSet:
-    """Features of ``data/train`` and ``data/val`` for the trained encoder and, as ``baselines``, the untrained one and
-    raw pixels.
+    """Features of ``data/train`` and ``data/val`` for the trained encoder, the untrained one and raw pixels.
 
     Everything that can be wrong with the run or the folders is an error before the first image is decoded. ``cache``:
-    keep the features in :func:`cache_folder`, and take them from there where they are.
+    keep the features in :func:`cache_folder`, and take them from there where they are. ``encoders``: takes the three
+    and returns those that are wanted, or others made of them.
     """
     chosen = resolve_device(device)
     manifests = load_manifests(data, on_bad_image=on_bad_image)
     loaded = load_run(run)
-    encoders = loaded.encoders if baselines else {TRAINED: loaded.encoders[TRAINED]}
+    wanted = encoders(loaded.encoders)
     size = loaded.size if size is None else size
     found = [
         extract_all(
-            encoders,
+            wanted,
             manifest,
             size=size,
             batch_size=batch_size,
