@@ -28,6 +28,10 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         start = f"resumes {trainer.resume}"
     size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.run.free_bytes()
     steps = f"{config.epochs:,} epochs x {trainer.steps_per_epoch:,} steps of {config.batch_size:,}"
+    steps += f" = {trainer.total_steps:,} steps"
+    if trainer.data_pass is not None:
+        passes = sum(trainer.method.collects(epoch) for epoch in range(config.epochs))
+        steps += f", before {passes:,} of the epochs a pass over the data, forward alone"
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
@@ -35,7 +39,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("step", _step(trainer)),
-        ("steps", f"{steps} = {trainer.total_steps:,} steps"),
+        ("steps", steps),
         ("learning rate", _schedule(trainer)),
         ("output", f"{trainer.run.path} ({start})"),
         ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),

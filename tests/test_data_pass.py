@@ -1,6 +1,7 @@
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sslfast.interrupt import RunInterruptedError
 from sslfast.loaders.batch import View
 from sslfast.methods.base import Method
 from sslfast.recipes.clustering import deepcluster_small, sela_small
+from sslfast.summary import summary
 from sslfast.train_config import TrainConfig
 from sslfast.trainer import Trainer
 from tests.methods.harness import ROWS, final, losses, tiny, tiny_trunks, train
@@ -98,3 +100,10 @@ def test_a_stopped_pass_is_made_again(tmp_path: Path, name: str, epoch: int) -> 
     for part in ("method", "optimizer", "step", "metrics"):
         assert same(final(cut)[part], final(whole)[part]), part
     assert losses(cut) == losses(whole)
+
+
+def test_summary_counts_the_passes(tmp_path: Path) -> None:
+    trainer = trainer_of(replace(config(every_epochs=4), epochs=9), tmp_path)
+    assert dict(summary(trainer))["steps"] == (
+        "9 epochs x 3 steps of 8 = 27 steps, before 3 of the epochs a pass over the data, forward alone"
+    )
