@@ -5,6 +5,7 @@ import torch
 from sslfast.checkpoint import checkpoint_step, list_checkpoints
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
+from sslfast.models.decoder import trunk_stride
 from sslfast.optim import learning_rate
 from sslfast.trainer import Trainer
 
@@ -35,6 +36,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
+        ("res5", _res5(trainer)),
         ("data", data),
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
@@ -44,6 +46,19 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("output", f"{trainer.run.path} ({start})"),
         ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),
     ]
+
+
+def _res5(trainer: Trainer) -> str:
+    """Cells that the trunk's last stage has of each view."""
+    stride = trunk_stride(trainer.config.model)
+    words, fewest = [], stride
+    for name, view in trainer.config.method.views().items():
+        size = view.crop.size if view.jigsaw is None else view.jigsaw.patch_size
+        cells = -(-size // stride)
+        fewest = min(fewest, cells)
+        words.append(f"{cells} x {cells} of {name}{'' if view.jigsaw is None else ' patches'}, {size} px")
+    hint = "; 3 x 3 convolutions have one cell there: --model.stem small keeps four times the resolution"
+    return "; ".join(words) + (hint if fewest == 1 and trainer.config.model.stem == "imagenet" else "")
 
 
 def _schedule(trainer: Trainer) -> str:

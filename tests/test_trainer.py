@@ -23,6 +23,7 @@ from sslfast.interrupt import Interrupts, RunInterruptedError
 from sslfast.loaders import LoaderConfig
 from sslfast.metrics import DeviceMeans, LoaderTimer, LogFile, Progress, TensorBoardLog, read_log
 from sslfast.optim import OptimConfig, learning_rate
+from sslfast.recipes import RECIPES
 from sslfast.rundir import RunDirectory, git_state, versions
 from sslfast.summary import summary
 from sslfast.trainer import NonFiniteLossError, TrainConfig, Trainer
@@ -524,6 +525,21 @@ def test_summary_names_what_will_run(tmp_path: Path) -> None:
     assert "new run" in lines["output"]
     assert "GB free" in lines["disk"]
     assert not (tmp_path / "run").exists()
+
+
+def test_summary_names_the_cells_of_res5(tmp_path: Path) -> None:
+    def line(recipe: str, stem: str) -> str:
+        config = RECIPES[recipe]()
+        config = replace(config, model=replace(config.model, stem=stem, width=0.125), device="cpu", tensorboard=False)
+        trainer = Trainer(replace(config, loader=LoaderConfig(name="synthetic")), 1024, tmp_path / "run", report=quiet)
+        return dict(summary(trainer))["res5"]
+
+    hint = "; 3 x 3 convolutions have one cell there: --model.stem small keeps four times the resolution"
+    assert line("jigsaw-small", "small") == "2 x 2 of jigsaw patches, 16 px"
+    assert line("jigsaw-small", "imagenet") == "1 x 1 of jigsaw patches, 16 px" + hint
+    assert line("pirl-small", "imagenet") == "2 x 2 of image, 64 px; 1 x 1 of pretext patches, 16 px" + hint
+    assert line("rotation-small", "imagenet") == "2 x 2 of image, 64 px"
+    assert line("pirl-paper", "imagenet") == "7 x 7 of image, 224 px; 2 x 2 of pretext patches, 64 px"
 
 
 def test_summary_says_where_val_is_trained_on(tmp_path: Path) -> None:
