@@ -75,8 +75,9 @@ def test_collected_view_is_the_plain_image() -> None:
     for seed, epoch in ((0, 0), (7, 3)):
         batch = Batch(rows=torch.tensor([0, 5, 9]), crops={"image": crops}, epoch=epoch)
         torch.testing.assert_close(ViewStage({"image": view}, seed=seed)(batch)["image"].pixels, expected)
-    boxes = crop_boxes(np.zeros((1, 22)), np.array([[30, 20]]), view.crop)
-    assert boxes.tolist() == [[5, 0, 25, 20]]
+    for draw in (0.0, 0.3, 0.999):
+        boxes = crop_boxes(np.full((3, 22), draw), np.array([[30, 20], [16, 48], [20, 20]]), view.crop)
+        assert boxes.tolist() == [[5, 0, 25, 20], [0, 16, 16, 32], [0, 0, 20, 20]]
 
 
 def test_loss_is_the_formula() -> None:
