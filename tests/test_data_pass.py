@@ -1,6 +1,6 @@
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.interrupt import RunInterruptedError
-from sslfast.loaders.batch import View
+from sslfast.loaders.batch import Batch, View
 from sslfast.methods.base import Method
 from sslfast.recipes.clustering import deepcluster_small, sela_small
 from sslfast.summary import summary
@@ -102,8 +102,23 @@ def test_a_stopped_pass_is_made_again(tmp_path: Path, name: str, epoch: int) -> 
     assert losses(cut) == losses(whole)
 
 
+def test_a_signal_that_ends_the_loader_in_a_pass_is_a_stop(tmp_path: Path) -> None:
+    """Workers get the signals of the whole process group: the loader fails while the pass waits for it."""
+    trainer = trainer_of(config(), tmp_path)
+    assert trainer.data_pass is not None
+
+    def epoch(epoch: int) -> Iterator[Batch]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker is killed")
+        yield
+
+    trainer.data_pass.loader.epoch = epoch  # type: ignore[method-assign,assignment]
+    with pytest.raises(RunInterruptedError, match="stopped by SIGTERM after step 0/6"):
+        trainer.fit()
+
+
 def test_summary_counts_the_passes(tmp_path: Path) -> None:
-    trainer = trainer_of(replace(config(every_epochs=4), epochs=9), tmp_path)
+    trainer = trainer_of(replace(config(every_epochs=3), epochs=9), tmp_path)
     assert dict(summary(trainer))["steps"] == (
         "9 epochs x 3 steps of 8 = 27 steps, before 3 of the epochs a pass over the data, forward alone"
     )

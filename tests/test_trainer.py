@@ -606,6 +606,8 @@ def test_waiting_time_is_counted_and_errors_are_known_to_be_the_loaders() -> Non
     with pytest.raises(RuntimeError, match="worker died"):
         next(stream)
     assert timer.is_waiting
+    assert list(timer.waiting(iter(()))) == []
+    assert not timer.is_waiting  # what fails after the last batch is not the loader's
     steps, seconds, waited = timer.lap(7)
     assert steps == 2
     assert 0 <= waited <= seconds
