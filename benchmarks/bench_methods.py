@@ -53,6 +53,7 @@ STAGES = ("res3", "res4")
 METHODS = [name.removesuffix("-small") for name in RECIPES if name.endswith("-small")]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pirl-rotation": ("pirl", {"pretext": "rotation"}),
+    "super-resolution-perceptual": ("super-resolution", {"perceptual_weight": 1.0}),
     # For a few thousand images, of which each of 250 clusters would have 16.
     "deepcluster-50": ("deepcluster", {"clusters": 50, "pca_dimensions": 32, "every_epochs": 1}),
     # 16 patches side by side in place of 49 that overlap: a third of the time, for CPUs.

@@ -24,7 +24,7 @@ def result(encoder: str, knn: float, linear: float, **more: object) -> dict[str,
 
 def test_every_method_of_the_package_is_there() -> None:
     assert {"pirl", "npid", "moco-v1", "simclr", "cpc", "sela", "deepcluster", "inpainting"} < set(METHODS)
-    assert set(VARIANTS) == {"pirl-rotation", "cpc-4x4", "deepcluster-50"}
+    assert set(VARIANTS) == {"pirl-rotation", "cpc-4x4", "deepcluster-50", "super-resolution-perceptual"}
 
 
 def test_table_is_sorted_by_the_linear_probe_with_spread_over_seeds() -> None:
