@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.bench import bank_nce_dense_case, time_case
+from sslfast.bench.ops import bank_nce_dense_case, time_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [

@@ -25,8 +25,8 @@ from torch.nn.functional import normalize
 
 from benchmarks.line_chart import draw_panels
 from benchmarks.peers import PEERS, Peer
-from sslfast.bench import peak_extra_bytes
-from sslfast.distributed import wait_for
+from sslfast.bench.ops import peak_extra_bytes
+from sslfast.device import wait_for
 from sslfast.ops import bank_nce, build_info, negative_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

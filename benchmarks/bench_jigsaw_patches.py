@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.distributed import wait_for
+from sslfast.device import wait_for
 from sslfast.ops import jigsaw_patches, jigsaw_patches_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

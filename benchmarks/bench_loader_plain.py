@@ -29,13 +29,12 @@ import torch
 from PIL import Image
 
 from benchmarks.peers.plain_loaders import KINDS, PIPELINES
-from sslfast.bench_loader import measure_batches, measure_loader
-from sslfast.distributed import resolve_device
-from sslfast.figures.bars import draw_bars
+from sslfast.bench.loader import measure_batches, measure_loader
+from sslfast.data import available_cores, open_data
+from sslfast.device import resolve_device
 from sslfast.loaders import loader_status
-from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
-from sslfast.loaders.data import open_data
-from sslfast.manifest import available_cores
+from sslfast.report import draw_bars
+from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 
 BATCH = 32
 SIZES = ((500, 375), (375, 500), (500, 333), (333, 500), (640, 480))

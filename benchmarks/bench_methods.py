@@ -27,26 +27,23 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslfast.config import save_json
-from sslfast.evaluation.features import (
+from sslfast.evaluation import (
     RAW_PIXELS,
     TRAINED,
     UNTRAINED,
     Encoder,
     TrunkEncoder,
+    knn_result,
+    linear_result,
     load_evaluation_set,
 )
-from sslfast.evaluation.knn import knn_result
-from sslfast.evaluation.linear import linear_result
-from sslfast.figures.bars import draw_bars
-from sslfast.loaders.batch import View, ViewConfig
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.methods import BaseConfig, Method
+from sslfast.models import ResNetConfig, build_trunk, seeded
 from sslfast.optim import OptimConfig
-from sslfast.recipes import RECIPES
-from sslfast.recipes.pirl import pirl_small
-from sslfast.train_config import TrainConfig
-from sslfast.trainer import Trainer
+from sslfast.recipes import RECIPES, pirl_small
+from sslfast.report import draw_bars
+from sslfast.training import TrainConfig, Trainer
+from sslfast.views import View, ViewConfig
 
 SUPERVISED = "supervised"
 STAGES = ("res3", "res4")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sslfast.bench import negative_rows_case, time_case
+from sslfast.bench.ops import negative_rows_case, time_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -13,8 +13,8 @@ import torch
 import torchvision.transforms.v2 as tv
 from torch import Tensor
 
-from sslfast.bench import render_views_case, time_case
-from sslfast.distributed import wait_for
+from sslfast.bench.ops import render_views_case, time_case
+from sslfast.device import wait_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 16 if DEVICE.type == "cpu" else 256

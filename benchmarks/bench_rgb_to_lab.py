@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.distributed import wait_for
+from sslfast.device import wait_for
 from sslfast.ops import rgb_to_lab, rgb_to_lab_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks.peers.eager_trainer import eager_steps
-from sslfast.bench_step import measure_step
-from sslfast.distributed import resolve_device, wait_for
-from sslfast.manifest import Manifest
+from sslfast.bench.step import measure_step
+from sslfast.data import Manifest
+from sslfast.device import resolve_device, wait_for
 from sslfast.recipes import RECIPES
-from sslfast.train_config import TrainConfig
-from sslfast.trainer import Trainer
+from sslfast.training import TrainConfig, Trainer
 
 _WARM_UP = 2
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.adapters.nce_average import NCEAverage
+from sslfast.adapters import NCEAverage
 from sslfast.ops import build_info
 
 TEMPERATURE, MOMENTUM, VISSL_EPS = 0.07, 0.5, 2.0**-23

@@ -80,7 +80,7 @@ done
 step benchmarks "$python" -m pytest benchmarks --benchmark-enable --benchmark-json="$out/benchmarks.json"
 step crossover "$python" -m benchmarks.bench_crossover --device cuda --without compiled --batch 64 256 1024 \
   --rows 1e5 1281167 --rounds 5 --limit 0.5 -o "$out/crossover"
-step ops "$python" -m sslfast.bench ops --device cuda --json "$out/ops.json"
+step ops "$python" -m sslfast bench ops --device cuda --json "$out/ops.json"
 images=${SSLFAST_BENCH_IMAGES:-}
 step loaders "$python" -m benchmarks.bench_loader_plain ${images:+"$images"} --device cuda -o "$out/loaders"
 rm -rf "$out/loaders/images"

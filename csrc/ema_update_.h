@@ -97,11 +97,11 @@ inline void check_ema_pair(size_t i, const Tensor& target, const Tensor& source,
 
 // Memory of tensor i of a list. Columns of one matrix may interleave: of a tensor with gaps only the first element
 // counts.
-struct Place {
+struct ImageLocation {
   const char *begin, *end;
   size_t i;
 
-  Place(const Tensor& t, size_t i)
+  ImageLocation(const Tensor& t, size_t i)
       : begin(static_cast<const char*>(t.const_data_ptr())),
         end(begin + (is_dense(t) ? t.numel() : 1) * static_cast<int64_t>(t.element_size())),
         i(i) {}
@@ -110,21 +110,21 @@ struct Place {
 // Elements in two tensors would be updated, or read after an update, in an order that depends on threads. A source may
 // be its own target.
 inline void check_apart(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
-  std::vector<Place> places;
+  std::vector<ImageLocation> places;
   places.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
     if (targets[i].numel() != 0) places.emplace_back(targets[i], i);
   }
-  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.begin < b.begin; });
+  std::sort(places.begin(), places.end(), [](const ImageLocation& a, const ImageLocation& b) { return a.begin < b.begin; });
   for (size_t p = 1; p < places.size(); ++p) {
     SSLFAST_CHECK(places[p - 1].end <= places[p].begin, "ema_update_: targets[", places[p - 1].i, "] and targets[",
                   places[p].i, "] share memory; pass tied weights once");
   }
   for (size_t i = 0; i < sources.size(); ++i) {
     if (sources[i].numel() == 0) continue;
-    const Place source(sources[i], i);
+    const ImageLocation source(sources[i], i);
     auto target = std::partition_point(places.begin(), places.end(),
-                                       [&](const Place& place) { return place.end <= source.begin; });
+                                       [&](const ImageLocation& place) { return place.end <= source.begin; });
     for (; target != places.end() && target->begin < source.end; ++target) {
       const bool own = target->i == i && target->begin == source.begin &&
                        targets[i].element_size() == sources[i].element_size() && same_strides(targets[i], sources[i]);

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def load(path: Any) -> Any:
-    """The pretrained trunk behind a path, in eval mode: see :func:`sslfast.weights.load`."""
-    from sslfast.weights import load as load_trunk
+    """The pretrained trunk behind a path, in eval mode: see :func:`sslfast.weights.load_trunk`."""
+    from sslfast.weights import load_trunk
 
     return load_trunk(path)

@@ -2,6 +2,6 @@
 
 import sys
 
-from sslfast.cli import main
+from sslfast.cli.main import main
 
 sys.exit(main())

@@ -7,17 +7,17 @@ import signal
 import pytest
 import torch
 
-from sslfast.loaders import ffcv_library
+from sslfast.data import ffcv_library
 
 # FFCV is built against system libraries, which not every machine has. SSLFAST_REQUIRE_FFCV=1: it is an error then.
-FFCV_TESTS = ["loaders/test_ffcv.py", "loaders/test_prepare.py"]
+FFCV_TESTS = ["loaders/test_ffcv.py", "data/test_prepare.py"]
 FFCV_USABLE, FFCV_REASON, FFCV_REMEDY = ffcv_library.status()
 LEFT_OUT: list[tuple[list[str], str]] = []
 if not (FFCV_USABLE or os.environ.get("SSLFAST_REQUIRE_FFCV") == "1"):
     LEFT_OUT.append((FFCV_TESTS, f"{FFCV_REASON}; {FFCV_REMEDY}"))
 # The report is looked at in Chromium. SSLFAST_REQUIRE_BROWSER=1: it is an error where that is missing.
 if not (shutil.which("chromedriver") or os.environ.get("SSLFAST_REQUIRE_BROWSER") == "1"):
-    LEFT_OUT.append((["test_report_browser.py"], "no chromedriver; apt-get install -y chromium chromium-driver"))
+    LEFT_OUT.append((["report/test_browser.py"], "no chromedriver; apt-get install -y chromium chromium-driver"))
 collect_ignore = [name for names, _ in LEFT_OUT for name in names]
 
 

@@ -1,9 +1,11 @@
 """The rules that keep the project findable: an op is one row of files, imports point one way, files stay readable."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,26 +15,22 @@ PACKAGE = ROOT / "sslfast"
 SCHEMA = (ROOT / "csrc" / "library.cpp").read_text()
 OPS = re.findall(r'"(\w+)\(Tensor', SCHEMA)
 
-# From the bottom up. A module may import from lower layers and from its own.
-LAYERS: list[list[str]] = [
-    ["sslfast._C", "sslfast.__version__"],
-    ["sslfast.ops"],
-    ["sslfast.config", "sslfast.files", "sslfast.images", "sslfast.interrupt", "sslfast.jpeg_scan",
-     "sslfast.shards", "sslfast.listing"],
-    ["sslfast.models", "sslfast.bank", "sslfast.bank_shards", "sslfast.optim", "sslfast.distributed", "sslfast.meeting",
-     "sslfast.checkpoint", "sslfast.manifest",
-     "sslfast.metrics", "sslfast.rundir", "sslfast.weights", "sslfast.resume", "sslfast.loaders.batch",
-     "sslfast.adapters", "sslfast.permutations"],
-    ["sslfast.methods", "sslfast.loaders", "sslfast.evaluation"],
-    ["sslfast.train_config", "sslfast.data_pass", "sslfast.run_data", "sslfast.prefetch", "sslfast.nonfinite",
-     "sslfast.online_knn", "sslfast.recorder",
-     "sslfast.trainer", "sslfast.memory"],
-    ["sslfast.recipes"],
-    ["sslfast.summary", "sslfast.figures", "sslfast.bench", "sslfast.bench_loader", "sslfast.bench_step",
-     "sslfast.export", "sslfast.report", "sslfast.info",
-     "sslfast.demo", "sslfast.demo_data"],
-    ["sslfast.cli", "sslfast.commands", "sslfast.__main__"],
-]  # fmt: skip
+# From the bottom up. A package imports from lower floors and from itself, never from its own floor.
+FLOORS: list[set[str]] = [
+    {"ops"},
+    {"files", "device", "optim"},
+    {"config", "distributed", "data", "views"},
+    {"loaders", "models", "runs"},
+    {"methods", "weights", "adapters"},
+    {"evaluation"},
+    {"training", "report"},
+    {"recipes"},
+    {"bench"},
+    {"cli"},
+    {"__main__"},
+]
+FLAT = {"__init__", "__main__", "config", "files", "device"}
+ROOMS = 28
 TORCH_ONLY = {"sslfast", "torch"}
 
 
@@ -41,16 +39,15 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer(module: str) -> int:
-    """The layer of the longest entry that the module lies under."""
-    found = [
-        (len(entry), position)
-        for position, entries in enumerate(LAYERS)
-        for entry in entries
-        if module == entry or module.startswith(entry + ".")
-    ]
-    assert found, f"{module} has no layer: add it to LAYERS in tests/test_layout.py"
-    return max(found)[1]
+def room(module: str) -> str:
+    """The package, or the flat module, that a module of sslfast lies in."""
+    return module.split(".")[1]
+
+
+def floor(module: str) -> int:
+    found = [position for position, names in enumerate(FLOORS) if room(module) in names]
+    assert found, f"{module} has no floor: add {room(module)} to FLOORS in tests/test_layout.py"
+    return found[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -129,18 +126,90 @@ def test_no_op_without_a_schema() -> None:
         assert {path.stem for path in (ROOT / folder).glob(suffix)} == set(OPS)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
-def test_imports_point_one_way(path: Path) -> None:
-    module = module_name(path)
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py" and name != "sslfast"]
+
+
+def test_rooms() -> None:
+    """What a newcomer sees at the top is short, and every flat module is one of the few that are meant to be."""
+    assert {path.stem for path in PACKAGE.glob("*.py")} == FLAT
+    rooms = set(PACKAGES) | {f"sslfast.{name}" for name in FLAT}
+    assert len(rooms) <= ROOMS, sorted(rooms)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    path = MODULES[module]
     if module == "sslfast":
         top = {node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
-        assert {getattr(node, "module", None) for node in top} == {"typing"}, "sslfast/__init__.py imports nothing"
+        names = {getattr(node, "module", None) for node in top}
+        assert names <= {"typing", "collections.abc"}, "sslfast/__init__.py imports nothing heavy"
         return
-    own = layer(module)
     for name in imports(path):
-        if name == "sslfast" or not name.startswith("sslfast"):
+        if name in ("sslfast", "sslfast._C") or not name.startswith("sslfast.") or room(name) == room(module):
             continue
-        assert layer(name) <= own, f"{module} (layer {own}) imports {name} (layer {layer(name)})"
+        assert floor(name) < floor(module), f"{module} imports {name}, which is not on a lower floor"
+
+
+def test_imports_form_no_circle() -> None:
+    """File by file, imports inside functions included."""
+    waiting = {
+        module: {name for name in imports(path) if name in MODULES and name != "sslfast" and name != module}
+        for module, path in MODULES.items()
+        if module != "sslfast"
+    }
+    for name in PACKAGES:  # a package is what its modules are: who imports it waits for all that it exports
+        assert name in waiting
+    while waiting:
+        done = [module for module, needed in waiting.items() if not needed & waiting.keys()]
+        assert done, f"imports form a circle among {sorted(waiting)}"
+        for module in done:
+            del waiting[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_are_entered_by_their_door(module: str) -> None:
+    """What another package uses is in the ``__all__`` of the package that has it, as a name or as a whole module."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if module == "sslfast" or not isinstance(node, ast.ImportFrom) or not f"{node.module}".startswith("sslfast."):
+            continue
+        assert node.module is not None
+        names = {alias.name for alias in node.names}
+        package = next((name for name in reversed(PACKAGES) if f"{node.module}.".startswith(f"{name}.")), None)
+        if package is None or f"{module}.".startswith(f"{package}.") or room(module) == room(node.module):
+            continue
+        exported = set(importlib.import_module(package).__all__)
+        inner = node.module.removeprefix(package).lstrip(".").split(".")[0]
+        modules = {name for name in names if f"{node.module}.{name}" in MODULES}
+        assert inner in exported or names - modules <= exported, (
+            f"{module} imports {sorted(names - exported)} of {node.module}: export them in {package}/__init__.py"
+        )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_what_it_is_for(package: str) -> None:
+    module = importlib.import_module(package)
+    words = (module.__doc__ or "").strip()
+    assert re.match(r"[A-Z].*\.", words, re.S), f"{package}/__init__.py has no sentence on what it is for"
+    assert "mport" in words, f"{package}/__init__.py does not say what it may import"
+    assert sorted(set(module.__all__)) == sorted(module.__all__)
+    for name in module.__all__:
+        assert hasattr(module, name) or f"{package}.{name}" in MODULES, f"{package}.__all__ names {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_shadows_a_dependency(module: str) -> None:
+    """``sslfast/loaders/torch.py`` would make ``import torch`` in its folder a riddle. ``adapters`` are named after
+    what they stand in for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    taken = {re.split(r"[<>=~;\[ ]", name)[0].lower().replace("-", "_") for name in needed}
+    taken = (taken - {"pillow"}) | {"pil", "sklearn", "cv2"}  # its package is called PIL
+    own = {"sslfast.loaders.ffcv"}  # the loader of that library, found by its name
+    assert module.split(".")[-1] not in taken or module in own
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=module_name)
@@ -151,7 +220,7 @@ def test_ops_need_torch_alone(path: Path) -> None:
 
 def test_commands_start_without_the_compiler() -> None:
     code = (
-        "import sys, sslfast.commands, sslfast.evaluation.linear, sslfast.report.build; "
+        "import sys, sslfast.cli.commands, sslfast.evaluation.linear_probe, sslfast.report.build; "
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

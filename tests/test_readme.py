@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_exist(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    from sslfast.cli import main
+    from sslfast.cli.main import main
 
     assert main([*command[1:], "--help"]) == 0
     assert "usage" in capsys.readouterr().out.lower()

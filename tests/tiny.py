@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sslfast.distributed import gather_rows
-from sslfast.loaders import LoaderConfig
-from sslfast.loaders.batch import CropConfig, View, ViewConfig
+from sslfast.distributed.collectives import gather_rows
+from sslfast.loaders.registry import LoaderConfig
 from sslfast.methods.base import Method
 from sslfast.models.resnet import ResNetConfig
-from sslfast.trainer import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import CropConfig, View, ViewConfig
 
 
 class Tiny(Method):
@@ -36,7 +36,7 @@ class Tiny(Method):
         def views(self) -> dict[str, ViewConfig]:
             return {"image": ViewConfig(crop=CropConfig(size=8))}
 
-        def collected_views(self) -> dict[str, ViewConfig]:
+        def feature_views(self) -> dict[str, ViewConfig]:
             return {}
 
         def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Tiny":
@@ -123,7 +123,7 @@ def fork_server() -> ForkServerContext:
         "tests.test_checkpoint",
         "tests.test_resume",
         "tests.test_elastic",
-        "sslfast.commands",
+        "sslfast.cli.commands",
         "torchvision",
         "torch._dynamo",
     ]

@@ -1,1 +1,6 @@
-"""The faces of other projects' memory-bank modules, on the ops of sslfast. Needs torch and the compiled core alone."""
+"""Other projects' interfaces on our ops. Imports ``models`` and ``ops``, and no package but torch."""
+
+from sslfast.adapters.lightly_memory_bank import MemoryBankModule, NTXentLoss
+from sslfast.adapters.nce_average import NCEAverage
+
+__all__ = ["MemoryBankModule", "NCEAverage", "NTXentLoss"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from sslfast.bank import initial_rows
 from sslfast.distributed import gather_rows
+from sslfast.models import initial_rows
 from sslfast.ops import bank_enqueue_, bank_nce
 
 

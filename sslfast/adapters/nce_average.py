@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sslfast.bank import initial_rows
+from sslfast.models import initial_rows
 from sslfast.ops import bank_nce, bank_update_, estimate_z
 
 

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.distributed import gather_objects
+from sslfast.data import (
+    BadImageError,
+    Manifest,
+    OnBadImage,
+    OpenImage,
+    open_image,
+    quiet_pillow,
+    read_image_bytes,
+    require_strict_pillow,
+)
+from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, raise_together
 from sslfast.evaluation.cache import Cached, FeatureCache
-from sslfast.evaluation.processes import gather_uneven, is_main, own_rows, raise_together
-from sslfast.images import BadImageError, OpenImage, open_image, quiet_pillow, require_strict_pillow
-from sslfast.loaders.decode import OnBadImage, decode_crops
-from sslfast.manifest import Manifest
-from sslfast.shards import read_place
+from sslfast.loaders import decode_crops
 
 PREPROCESSING = "centre-256/224-antialias-1"
 """Name of :func:`eval_image`'s way; it changes when the pixels do, so that cached features are made again."""
@@ -88,7 +94,7 @@ class ImageReader:
 
     def _decode(self, row: int) -> Tensor | str:
         try:
-            return eval_image(open_image(read_place(self.manifest.place(row))), self.size)
+            return eval_image(open_image(read_image_bytes(self.manifest.location(row))), self.size)
         except BadImageError as error:
             return error.reason
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.loaders.decode import OnBadImage
-from sslfast.manifest import Manifest, some_paths
+from sslfast.data import Manifest, OnBadImage, some_paths
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
-"""Place of the subset draws in the Philox stream that also holds out images (step 0) and draws shots."""
+"""ImageLocation of the subset draws in the Philox stream that also holds out images (step 0) and draws shots."""
 
 
 def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> tuple[Manifest, Manifest]:

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.distributed import resolve_device
-from sslfast.evaluation.features import (
-    EvaluationSet,
-    evaluation_folder,
-    load_evaluation_set,
-    standard_error,
-    write_result,
-)
-from sslfast.evaluation.processes import evaluation_device, gather_uneven, own_rows
+from sslfast.data import OnBadImage
+from sslfast.device import resolve_device
+from sslfast.distributed import distributed_device, gather_uneven, own_rows
+from sslfast.evaluation.dataset import EvaluationSet, load_evaluation_set
+from sslfast.evaluation.results import evaluation_folder, standard_error, write_result
 from sslfast.evaluation.table import accuracy_table
-from sslfast.loaders.decode import OnBadImage
 
 MAX_ENTRIES = 2**24
 """Most similarities that exist at once (64 MiB of float32)."""
@@ -237,7 +232,7 @@ def evaluate_knn(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature=}")
     check_k(k, 2**62)
-    with evaluation_device(device) as chosen:
+    with distributed_device(device) as chosen:
         evaluation = load_evaluation_set(
             run,
             data,

@@ -14,27 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.distributed import mean_over_ranks, replicate, resolve_precision
+from sslfast.data import OnBadImage
+from sslfast.device import resolve_precision
+from sslfast.distributed import distributed_device, mean_over_ranks, replicate
+from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.features import (
-    TRAINED,
-    TrunkEncoder,
-    data_facts,
-    evaluation_folder,
-    load_run,
-    run_facts,
-    trunk_encoders,
-    write_result,
-)
 from sslfast.evaluation.folders import drawn_rows, listed_rows, load_manifests, take_rows
-from sslfast.evaluation.heads import check_finite, score_row
-from sslfast.evaluation.processes import evaluation_device
+from sslfast.evaluation.linear_sgd import check_finite, score_row
+from sslfast.evaluation.results import data_facts, evaluation_folder, run_facts, write_result
 from sslfast.evaluation.sgd import SEMISUP, Progress, TrainingImages, check_training, count_hits
 from sslfast.evaluation.table import layer_table
-from sslfast.loaders.decode import OnBadImage
-from sslfast.models.init import seeded
+from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
-from sslfast.rundir import versions
+from sslfast.runs import versions
 
 
 class FineTuned(nn.Module):
@@ -136,7 +128,7 @@ def evaluate_semisup(
     check_training(epochs, batch_size, seeds)
     part = f"{100 * fraction:g}%" if subset is None else Path(subset).stem
     path = evaluation_folder(run) / f"semisup-{part}.json" if output is None else output
-    with evaluation_device(device) as chosen:
+    with distributed_device(device) as chosen:
         train, val = load_manifests(data, on_bad_image=on_bad_image)
         parts = {
             seed: take_rows(

@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed import gather_objects, sum_over_ranks, wait_for_all, world_size
+from sslfast.data import Manifest, OnBadImage
+from sslfast.distributed import (
+    barrier,
+    gather_objects,
+    is_main,
+    own_rows,
+    raise_together,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.processes import is_main, own_rows, raise_together, rank
 from sslfast.files import replacing
 from sslfast.loaders import Loader, LoaderConfig, build_loader
-from sslfast.loaders.batch import AugmentConfig, CropConfig, ViewConfig
-from sslfast.loaders.decode import OnBadImage
-from sslfast.loaders.views import draw_view
-from sslfast.manifest import Manifest
 from sslfast.optim import OptimConfig, build_optimizer
+from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +163,10 @@ class TrainingImages:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``(uint8 [B, 3, S, S], labels [B])`` of this rank."""
         for batch in self.loader.epoch(epoch):
-            drawn = draw_view(batch.rows, self.view, seed=self.seed, position=0, epoch=epoch)
+            drawn = draw_view(batch.sample_ids, self.view, seed=self.seed, position=0, epoch=epoch)
             crops = batch.crops["image"]
             flip = drawn.pixel.flip.reshape(-1, 1, 1, 1).bool()
-            yield torch.where(flip, crops.flip(3), crops), self.labels[batch.rows]
+            yield torch.where(flip, crops.flip(3), crops), self.labels[batch.sample_ids]
 
     def close(self) -> None:
         self.loader.close()
@@ -208,7 +214,7 @@ class Progress:
             }
             with replacing(self.path) as temporary:
                 torch.save(state, temporary)
-        wait_for_all()
+        barrier()
 
     def remove(self) -> None:
         """The result is there: nothing to go on with."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.manifest import HASHED_BYTES, Manifest, content_hash
+from sslfast.data import HASHED_BYTES, Manifest, content_hash
 
 PARTS = ("Annotations", "ImageSets/Main", "JPEGImages")
 

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sslfast.loaders.batch import Batch, ViewConfig
-from sslfast.loaders.decode import OnBadImage
-from sslfast.loaders.sampling import EpochPlan, check_views
-from sslfast.manifest import Manifest
+from sslfast.data import Manifest, OnBadImage
+from sslfast.loaders.plan import EpochPlan
+from sslfast.views import Batch, ViewConfig, check_views
 
 
 class PlannedLoader:
@@ -98,7 +97,7 @@ class ImageLoader(PlannedLoader):
         batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
         seed: of the run.
         workers: what decodes; 0: the caller.
-        on_bad_image: what happens at an image that only decoding shows to be bad; see :mod:`sslfast.images`.
+        on_bad_image: what happens at an image that only decoding shows to be bad; see :mod:`sslfast.data.images`.
         rank, world_size: this process among all.
         device: where batches go.
         mixed_shards: how many tar shards an epoch mixes at a time; None: it mixes all rows.
@@ -161,10 +160,10 @@ class ImageLoader(PlannedLoader):
         if copies is None:
             return batch
         with torch.cuda.stream(copies):
-            batch.rows = batch.rows.to(self.device, non_blocking=True)
+            batch.sample_ids = batch.sample_ids.to(self.device, non_blocking=True)
             batch.crops = {name: crop.to(self.device, non_blocking=True) for name, crop in batch.crops.items()}
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(copies)
-        for tensor in (batch.rows, *batch.crops.values()):
+        for tensor in (batch.sample_ids, *batch.crops.values()):
             tensor.record_stream(current)
         return batch

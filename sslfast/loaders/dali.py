@@ -6,7 +6,7 @@ more where it decodes a large JPEG at 1/2 to 1/8, which DALI cannot.
 
 A file that DALI cannot decode ends its pipeline, so threads here read and judge every file before DALI sees it:
 
-- Every rule of :mod:`sslfast.images` that shows before the pixels are decoded, a JPEG's markers among them.
+- Every rule of :mod:`sslfast.data.images` that shows before the pixels are decoded, a JPEG's markers among them.
 - DALI decodes JPEGs that are whole, Huffman-coded, 8-bit, grayscale or YCbCr. Everything else (PNG, WebP, CMYK,
   16 bits, a JPEG without an end marker, ...) is decoded in these threads as by the ``torch`` loader, which also
   judges it.
@@ -29,22 +29,22 @@ from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from sslfast.images import (
+from sslfast.data import (
     ORIENTATION,
     BadImageError,
     ImageHeader,
     OpenImage,
     check_size,
     open_image,
+    read_image_bytes,
     require_strict_pillow,
+    scan_jpeg,
     silence_pillow,
 )
-from sslfast.jpeg_scan import scan_jpeg
 from sslfast.loaders.base import ImageLoader
-from sslfast.loaders.batch import Batch, ViewConfig
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
-from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedPlaces, decode_crops, stored_box
-from sslfast.shards import read_place
+from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedLocations, decode_crops, stored_box
+from sslfast.views import Batch, ViewConfig
 
 INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
 _PREFETCH = 2  # batches inside DALI: one being taken over, one being decoded meanwhile
@@ -76,14 +76,14 @@ class _ItemSource(BatchDecoder):
     """Rows that DALI failed on."""
 
     def prepare(self, epoch: int, rows: NDArray[np.int64]) -> _Items:
-        items = _Items(rows=torch.from_numpy(rows.copy()), crops={}, bad=[])
+        items = _Items(sample_ids=torch.from_numpy(rows.copy()), crops={}, bad=[])
         self._group(epoch, list(range(len(rows))), items)
         return items
 
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        data = read_place(self.places[row])
+        data = read_image_bytes(self.places[row])
         if row in self.refused:
             return open_image(data)
         # Most files need no more than this: opening them with Pillow would be half of the time spent on a file here,
@@ -125,7 +125,9 @@ class _Step:
         """Wait for the groups; BadImageError out of one of them."""
         if self.items is None:
             parts = [group.result() for group in self.groups]
-            items = _Items(torch.cat([part.rows for part in parts]), {}, [bad for part in parts for bad in part.bad])
+            items = _Items(
+                torch.cat([part.sample_ids for part in parts]), {}, [bad for part in parts for bad in part.bad]
+            )
             for index, part in enumerate(parts):
                 items.encoded.update({index * _GROUP + slot: image for slot, image in part.encoded.items()})
                 items.own.update({index * _GROUP + slot: crops for slot, crops in part.own.items()})
@@ -152,7 +154,7 @@ class DaliLoader(ImageLoader):
             raise ValueError(f"loader 'dali' cannot be used: {reason}; {remedy}")
         self._threads = max(1, self._workers)
         self._source = _ItemSource(
-            places=PackedPlaces(self._manifest),
+            places=PackedLocations(self._manifest),
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,
@@ -223,7 +225,7 @@ class DaliLoader(ImageLoader):
 
     def _batch(self, epoch: int, items: _Items, decoded: Sequence[Tensor]) -> Batch:
         crops = {
-            name: torch.empty(len(items.rows), 3, size, size, dtype=torch.uint8, device=self.device)
+            name: torch.empty(len(items.sample_ids), 3, size, size, dtype=torch.uint8, device=self.device)
             for name, size in self._sizes.items()
         }
         outs = list(crops.values())
@@ -233,7 +235,7 @@ class DaliLoader(ImageLoader):
             slots = _to_device(torch.tensor(list(items.own)), self.device)
             for out, own in zip(outs, zip(*items.own.values(), strict=True), strict=True):
                 out[slots] = _to_device(torch.stack(own), self.device)
-        return Batch(rows=_to_device(items.rows, self.device), crops=crops, epoch=epoch)
+        return Batch(sample_ids=_to_device(items.sample_ids, self.device), crops=crops, epoch=epoch)
 
     def _feed(self, *, wait: bool) -> None:
         """Hand over to DALI what has been read; with ``wait`` at least one step, or raise what is wrong with it."""
@@ -255,7 +257,9 @@ class DaliLoader(ImageLoader):
         """After DALI failed: find the images it fails on, have them decoded by the threads, begin anew."""
         steps, self._decoder = list(self._decoding), None
         suspects = {
-            int(items.rows[slot]): image for items in (s.join() for s in steps) for slot, image in items.encoded.items()
+            int(items.sample_ids[slot]): image
+            for items in (s.join() for s in steps)
+            for slot, image in items.encoded.items()
         }
         found = refused_images(list(suspects.values()), list(self._sizes.values()), device=self.device)
         if not found:
@@ -270,7 +274,7 @@ class DaliLoader(ImageLoader):
         self._decoding.clear()
         for step in reversed(steps):
             assert step.items is not None
-            if self._source.refused & {int(row) for row in step.items.rows}:
+            if self._source.refused & {int(row) for row in step.items.sample_ids}:
                 known = step.items.bad
                 step = self._read(epoch, step.rows)
                 for row, reason in known:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,30 +9,31 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslfast.images import (
+from sslfast.data import (
     ORIENTATION,
     BadImageError,
     ImageHeader,
+    ImageLocation,
+    Manifest,
+    OnBadImage,
     OpenImage,
     decode_pixels,
     open_image,
     quiet_pillow,
+    read_image_bytes,
 )
-from sslfast.loaders.batch import ViewConfig
-from sslfast.loaders.sampling import crop_boxes, crop_draws, replacement_rows
-from sslfast.manifest import Manifest
-from sslfast.shards import Place, read_place
+from sslfast.loaders.plan import replacement_rows
+from sslfast.views import ViewConfig, crop_boxes, crop_draws
 
-OnBadImage = Literal["error", "skip"]
 # Files held in memory at once: enough to draw boxes vectorised, little enough for folders of large photographs.
 _GROUP = 32
 
 
 @dataclass
 class DecodedBatch:
-    """``rows`` ``[B]`` int64 as really decoded, ``crops`` uint8 ``[B, 3, S, S]`` per view, and the bad rows met."""
+    """``sample_ids`` ``[B]`` int64 as decoded, ``crops`` uint8 ``[B, 3, S, S]`` per view, and the bad rows met."""
 
-    rows: Tensor
+    sample_ids: Tensor
     crops: dict[str, Tensor]
     bad: list[tuple[int, str]]
 
@@ -90,7 +90,7 @@ class BatchDecoder:
     pixels are. When all of ``REPLACEMENTS`` candidates are bad too, BadImageError in both modes.
     """
 
-    places: "PackedPlaces"
+    places: "PackedLocations"
     views: Mapping[str, ViewConfig]
     seed: int
     on_bad_image: OnBadImage
@@ -100,7 +100,7 @@ class BatchDecoder:
     def __call__(self, epoch: int, rows: NDArray[np.int64]) -> DecodedBatch:
         sizes = [view.crop.size for view in self.views.values()]
         batch = DecodedBatch(
-            rows=torch.from_numpy(rows.copy()),
+            sample_ids=torch.from_numpy(rows.copy()),
             crops={
                 name: torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
                 for name, size in zip(self.views, sizes, strict=True)
@@ -120,11 +120,11 @@ class BatchDecoder:
             failed: list[int] = []
             for slot in slots:
                 try:
-                    opened[slot] = self._open(int(batch.rows[slot]))
+                    opened[slot] = self._open(int(batch.sample_ids[slot]))
                 except BadImageError as error:
                     self._bad(batch, slot, error)
                     failed.append(slot)
-            boxes = self._boxes(epoch, batch.rows[list(opened)], list(opened.values()))
+            boxes = self._boxes(epoch, batch.sample_ids[list(opened)], list(opened.values()))
             for position, (slot, image) in enumerate(opened.items()):
                 try:
                     self._take(batch, slot, image, boxes[position])
@@ -132,7 +132,7 @@ class BatchDecoder:
                     self._bad(batch, slot, error)
                     failed.append(slot)
             for slot in failed:
-                row = int(batch.rows[slot])
+                row = int(batch.sample_ids[slot])
                 if slot not in candidates:
                     candidates[slot] = replacement_rows(row, len(self.places), seed=self.seed, epoch=epoch)[::-1]
                 if not candidates[slot]:
@@ -141,7 +141,7 @@ class BatchDecoder:
                         f"image tried is bad ({len(self.known_bad)} so far); list them with "
                         f"`sslfast data verify {self.places.root}` and repair the folder"
                     )
-                batch.rows[slot] = candidates[slot].pop()
+                batch.sample_ids[slot] = candidates[slot].pop()
             slots = failed
 
     def _take(self, batch: DecodedBatch, slot: int, image: ImageHeader, boxes: NDArray[np.int64]) -> None:
@@ -154,7 +154,7 @@ class BatchDecoder:
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        return open_image(read_place(self.places[row]))
+        return open_image(read_image_bytes(self.places[row]))
 
     def _boxes(self, epoch: int, rows: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""
@@ -166,7 +166,7 @@ class BatchDecoder:
         return np.stack(boxes, axis=1)
 
     def _bad(self, batch: DecodedBatch, slot: int, error: BadImageError) -> None:
-        row = int(batch.rows[slot])
+        row = int(batch.sample_ids[slot])
         if self.on_bad_image == "error":
             raise BadImageError(
                 f"cannot train on {self.places[row]} (row {row}): {error.reason}; repair or remove the file and start "
@@ -177,7 +177,7 @@ class BatchDecoder:
             batch.bad.append((row, error.reason))
 
 
-class PackedPlaces:
+class PackedLocations:
     """``places[row]`` is :meth:`Manifest.place` of a row, out of a few arrays."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -187,11 +187,11 @@ class PackedPlaces:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, row: int) -> Place:
+    def __getitem__(self, row: int) -> ImageLocation:
         path = self._paths[row]
         if self._shards is None:
-            return Place(f"{self.root}/{path}")
-        return self._shards.place(self.root, path, row, int(self._sizes[row]))
+            return ImageLocation(f"{self.root}/{path}")
+        return self._shards.location(self.root, path, row, int(self._sizes[row]))
 
 
 class PackedPaths:

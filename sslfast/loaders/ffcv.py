@@ -28,12 +28,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslfast.images import BadImageError
-from sslfast.loaders import ffcv_library
+from sslfast.data import JPG, BadImageError, Beton, ffcv_library
 from sslfast.loaders.base import ImageLoader
-from sslfast.loaders.batch import Batch, ViewConfig
-from sslfast.loaders.beton import JPG, Beton
-from sslfast.loaders.sampling import crop_boxes, crop_draws, replacement_rows
+from sslfast.loaders.plan import replacement_rows
+from sslfast.views import Batch, ViewConfig, crop_boxes, crop_draws
 
 _CHUNK = 8  # images of one task of a thread
 _AHEAD = 2  # steps under way beside the one that is waited for, at least
@@ -45,7 +43,7 @@ class FFCVLoader(ImageLoader):
     The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks, with
     any number of ranks. Crop boxes lie in the picture as stored. ``workers`` are decoding threads. CUDA: pinned memory
     and a copy on a side stream beside the running step. Arguments: see :class:`ImageLoader`; the manifest is that of
-    :func:`~sslfast.loaders.data.open_data` of a .beton file.
+    :func:`~sslfast.data.source.open_data` of a .beton file.
 
     Every row's checksum is compared when the row is first read; a JPEG that the decoder complains about is bad too.
     """
@@ -135,7 +133,7 @@ class FFCVLoader(ImageLoader):
             self._decoder.fill(step, slots)
         rows = torch.from_numpy(step.rows)
         rows = rows.pin_memory() if self.device.type == "cuda" else rows
-        return Batch(rows=rows, crops=step.crops, epoch=step.epoch)
+        return Batch(sample_ids=rows, crops=step.crops, epoch=step.epoch)
 
 
 @dataclass

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from sslfast.loaders.base import PlannedLoader
-from sslfast.loaders.batch import Batch
 from sslfast.ops.philox import Stream, random_uint32
+from sslfast.views import Batch
 
 CELLS = 8  # colour cells per side of an image
 
 
 class SyntheticLoader(PlannedLoader):
-    """The face of :class:`sslfast.loaders.torch.TorchLoader` over ``num_rows`` images that do not exist.
+    """The face of :class:`sslfast.loaders.pillow.PillowLoader` over ``num_rows`` images that do not exist.
 
     Image ``row`` is a grid of 8 x 8 random colours, a pure function of (seed, row): the same in every epoch and in
     every view, whatever the view's size. It is made on the device, so no copy and no decoding is timed.
 
     Args:
         num_rows: images in the pretended data set.
-        views, batch_size, seed, rank, world_size, device: as for TorchLoader.
+        views, batch_size, seed, rank, world_size, device: as for PillowLoader.
     """
 
     def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
@@ -32,7 +32,7 @@ class SyntheticLoader(PlannedLoader):
                 rows = rows.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
             cells = colour_cells(rows, seed=self.plan.seed)
             yield Batch(
-                rows=rows, crops={name: enlarge(cells, size) for name, size in self._sizes.items()}, epoch=epoch
+                sample_ids=rows, crops={name: enlarge(cells, size) for name, size in self._sizes.items()}, epoch=epoch
             )
 
 

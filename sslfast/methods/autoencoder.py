@@ -17,16 +17,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sslfast.loaders.batch import View
-from sslfast.methods.reconstruction import (
+from sslfast.methods.shared.reconstruction import (
     PixelSpace,
     Reconstruction,
     ReconstructionConfig,
     clean_pixels,
     distance,
 )
-from sslfast.models.resnet import ResNetConfig
+from sslfast.models import ResNetConfig
 from sslfast.ops.philox import Stream, random_uint32
+from sslfast.views import View
 
 
 class Autoencoder(Reconstruction):

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from sslfast.loaders.batch import View, ViewConfig
-from sslfast.models.resnet import ResNetConfig
+from sslfast.models import ResNetConfig
+from sslfast.views import View, ViewConfig
 
 
 class Method(nn.Module):
@@ -21,7 +21,7 @@ class Method(nn.Module):
     trunk: nn.Module
     """What is pretrained for: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
 
-    def collects(self, epoch: int) -> bool:
+    def needs_feature_pass(self, epoch: int) -> bool:
         """Whether :meth:`collect` gets all samples of this epoch before it begins."""
         return False
 
@@ -29,10 +29,10 @@ class Method(nn.Module):
         """A batch of a pass over the data between two epochs: in evaluation mode, without gradients, weights fixed.
 
         Args:
-            views: as the configuration's ``collected_views()`` names them.
+            views: as the configuration's ``feature_views()`` names them.
             rows: ``[B]`` int64, manifest row of each sample of this rank.
         """
-        raise RuntimeError(f"{type(self).__name__} collects nothing")
+        raise RuntimeError(f"{type(self).__name__} has no feature pass")
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of every epoch, not when a run resumes in the middle of one."""
@@ -92,8 +92,8 @@ class BaseConfig:
         """The views that a step needs, in the order that numbers their random streams."""
         return {"image": self.image_view}
 
-    def collected_views(self) -> dict[str, ViewConfig]:
-        """The views that :meth:`Method.collect` gets; none for a method that collects nothing."""
+    def feature_views(self) -> dict[str, ViewConfig]:
+        """The views that :meth:`Method.collect` gets; empty for a method without a feature pass."""
         return {}
 
     def preview_views(self) -> dict[str, ViewConfig]:

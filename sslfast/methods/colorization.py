@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from sslfast.distributed import mean_over_ranks
-from sslfast.loaders.batch import View
-from sslfast.methods.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
-from sslfast.models.decoder import trunk_stride
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods.shared.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
+from sslfast.models import ResNetConfig, trunk_stride
 from sslfast.ops import rgb_to_lab
+from sslfast.views import View
 
 GRID = 10
 """Distance of neighbouring bins in a and b."""

@@ -24,13 +24,10 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from sslfast.distributed import gather_rows_with_gradient, rank
-from sslfast.loaders.batch import AugmentConfig, CropConfig, View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.reconstruction import PixelSpace
-from sslfast.models.context import RowContext
-from sslfast.models.contrast import info_nce
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.methods.shared.reconstruction import PixelSpace
+from sslfast.models import ResNetConfig, RowContext, build_trunk, info_nce, seeded
+from sslfast.views import AugmentConfig, CropConfig, View, ViewConfig
 
 IMAGE = "image"
 

@@ -25,18 +25,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.kmeans import import_faiss, kmeans, whiten
-from sslfast.methods.pseudo_labels import (
+from sslfast.methods.shared.kmeans import import_faiss, kmeans, whiten
+from sslfast.methods.shared.pseudo_labels import (
     UNLABELLED,
     CollectedFeatures,
     central_view,
     label_accuracy,
     pseudo_label_loss,
 )
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk, seeded
+from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 
@@ -67,7 +66,7 @@ class DeepCluster(Method):
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image."""
 
-        def collected_views(self) -> dict[str, ViewConfig]:
+        def feature_views(self) -> dict[str, ViewConfig]:
             """What is clustered: the central square of each image."""
             return {IMAGE: central_view(self.image_view)}
 
@@ -117,7 +116,7 @@ class DeepCluster(Method):
         self.register_buffer("weights", torch.ones(config.clusters))
         self._restart_head(0)
 
-    def collects(self, epoch: int) -> bool:
+    def needs_feature_pass(self, epoch: int) -> bool:
         """Every ``every_epochs`` epochs, from the first on."""
         return epoch % self.config.every_epochs == 0
 
@@ -128,9 +127,12 @@ class DeepCluster(Method):
 
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
-        """Clusters the features and draws a new classifier, where :meth:`collects` says so. Waits for the device."""
+        """Clusters the features and draws a new classifier where :meth:`needs_feature_pass` says so.
+
+        Waits for the device.
+        """
         config = self.config
-        if not self.collects(epoch):
+        if not self.needs_feature_pass(epoch):
             return
         seen = self.features.seen.nonzero()[:, 0]
         if len(seen) < config.clusters:
@@ -138,7 +140,7 @@ class DeepCluster(Method):
                 f"only {len(seen)} images could be read, fewer than method.clusters={config.clusters}: "
                 "lower it, or replace the images that cannot be read"
             )
-        points = self.features.rows[seen].cpu()
+        points = self.features.vectors[seen].cpu()
         if config.pca_dimensions:
             points = whiten(points, min(config.pca_dimensions, points.shape[1]))
         labels = kmeans(points, config.clusters, iterations=config.iterations, seed=self.seed, epoch=epoch)
@@ -170,8 +172,8 @@ class DeepCluster(Method):
 
     def embeddings(self) -> Tensor:
         """Features of each row, as the last pass made them."""
-        return self.features.rows
+        return self.features.vectors
 
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
-        return [self.features.rows, self.features.seen, self.labels, self.weights]
+        return [self.features.vectors, self.features.seen, self.labels, self.weights]

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from sslfast.loaders.batch import View
-from sslfast.methods.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods.shared.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
+from sslfast.models import ResNetConfig
 from sslfast.ops.philox import Stream, random_integers
+from sslfast.views import View
 
 
 class Inpainting(Reconstruction):

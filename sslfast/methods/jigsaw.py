@@ -16,15 +16,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
-from sslfast.methods.reconstruction import PixelSpace
-from sslfast.models.heads import JigsawHead
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.methods.shared.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.methods.shared.permutations import MAX_CELLS, max_hamming_permutations
+from sslfast.methods.shared.reconstruction import PixelSpace
+from sslfast.models import JigsawHead, ResNetConfig, build_trunk, seeded
 from sslfast.ops.philox import Stream, random_integers
-from sslfast.permutations import MAX_CELLS, max_hamming_permutations
+from sslfast.views import CropConfig, JigsawConfig, View, ViewConfig
 
 JIGSAW = "jigsaw"
 

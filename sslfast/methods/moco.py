@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sslfast.bank import initial_rows
 from sslfast.distributed import gather_rows, rank, world_size
-from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.models.heads import MLPHead
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import MLPHead, ResNetConfig, build_trunk, initial_rows, seeded
 from sslfast.ops import bank_enqueue_, bank_nce_dense, ema_update_
 from sslfast.ops.philox import Stream, random_uint32
+from sslfast.views import View, ViewConfig
 
 QUERY, KEY = "query", "key"
 

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from sslfast.bank import MemoryBank
-from sslfast.distributed import keep_apart, mean_over_ranks
-from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.distributed import ignore_in_ddp, mean_over_ranks
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.models.heads import PatchHead
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import MemoryBank, PatchHead, ResNetConfig, build_trunk, seeded
 from sslfast.ops import estimate_z
+from sslfast.views import CropConfig, JigsawConfig, View, ViewConfig
 
 IMAGE, PRETEXT = "image", "pretext"
 
@@ -34,7 +31,7 @@ def _jigsaw_view() -> ViewConfig:
 class PIRL(Method):
     """The method as a module: ``method(views, rows, step=...)`` -> losses, then ``method.after_step()``.
 
-    State in buffers: ``bank.rows`` and ``z`` (NaN until the first batch has set it).
+    State in buffers: ``bank.vectors`` and ``z`` (NaN until the first batch has set it).
     """
 
     @dataclass(kw_only=True)
@@ -151,7 +148,7 @@ class PIRL(Method):
             num_rows, dimensions, momentum=config.bank_momentum, seed=seed, dtype=dtype, layout=config.bank_layout
         )
         if self.bank.is_sharded:
-            keep_apart(self, ["bank.rows"])
+            ignore_in_ddp(self, ["bank.vectors"])
         self.register_buffer("z", torch.full((), float("nan"), dtype=torch.float64))
         self._z_is_set = False
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -218,15 +215,15 @@ class PIRL(Method):
 
     def embeddings(self) -> Tensor:
         """The memory bank."""
-        return self.bank.whole_rows()
+        return self.bank.whole_vectors()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """``state_dict()`` with the whole bank, as every layout loads it."""
-        return {**self.state_dict(), "bank.rows": self.bank.whole_rows()}
+        return {**self.state_dict(), "bank.vectors": self.bank.whole_vectors()}
 
     def full_state_bytes(self) -> int:
         """Size of the tensors of :meth:`full_state_dict`."""
-        return super().full_state_bytes() - self.bank.rows.nbytes + self.bank.whole_bytes
+        return super().full_state_bytes() - self.bank.vectors.nbytes + self.bank.whole_bytes
 
     @contextmanager
     def _running_stats_kept(self) -> Iterator[None]:

@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.loaders.batch import View, ViewConfig
-from sslfast.loaders.color import uint32_below
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.methods.jigsaw import jigsaw_view
-from sslfast.methods.patches import gather_patches, mosaic, slots_of_cells
-from sslfast.methods.reconstruction import PixelSpace
-from sslfast.models.heads import PairHead
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
-from sslfast.ops.philox import Stream, random_uint32
+from sslfast.methods.shared.patches import gather_patches, mosaic, slots_of_cells
+from sslfast.methods.shared.reconstruction import PixelSpace
+from sslfast.models import PairHead, ResNetConfig, build_trunk, seeded
+from sslfast.ops.philox import Stream, random_uint32, uint32_below
+from sslfast.views import View, ViewConfig
 
 PATCHES = "patches"
 CELLS, CENTRE, NEIGHBOURS = 9, 4, 8

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk, seeded
 from sslfast.ops import rotate90
+from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 

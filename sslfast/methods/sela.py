@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.pseudo_labels import (
+from sslfast.methods.shared.pseudo_labels import (
     UNLABELLED,
     CollectedFeatures,
     central_view,
@@ -35,9 +34,9 @@ from sslfast.methods.pseudo_labels import (
     pseudo_label_loss,
     share,
 )
-from sslfast.methods.sinkhorn import sinkhorn
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.methods.shared.sinkhorn import sinkhorn
+from sslfast.models import ResNetConfig, build_trunk, seeded
+from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 _CACHE_BYTES = 1 << 30
@@ -82,7 +81,7 @@ class SeLa(Method):
             times = ((k / self.labellings) ** 2 for k in range(self.labellings))
             return any(epoch == math.floor(self.labelling_epochs * time) for time in times)
 
-        def collected_views(self) -> dict[str, ViewConfig]:
+        def feature_views(self) -> dict[str, ViewConfig]:
             """What is labelled: the central square of each image."""
             return {IMAGE: central_view(self.image_view)}
 
@@ -123,7 +122,7 @@ class SeLa(Method):
         self.features = CollectedFeatures(num_rows, width, dtype=dtype)
         self.register_buffer("labels", torch.full((config.heads, num_rows), UNLABELLED, dtype=torch.int32))
 
-    def collects(self, epoch: int) -> bool:
+    def needs_feature_pass(self, epoch: int) -> bool:
         """Where the schedule labels."""
         return self.config.labels_in(epoch)
 
@@ -153,7 +152,7 @@ class SeLa(Method):
         def scores(part: slice) -> Tensor:
             logits = cache.get(part.start)
             if logits is None:
-                logits = linear(self.features.rows[rows[part]].float(), weight, bias)
+                logits = linear(self.features.vectors[rows[part]].float(), weight, bias)
                 if caches:
                     cache[part.start] = logits
             return config.sharpness * logits.double()  # log-probabilities up to a number of each row
@@ -183,8 +182,8 @@ class SeLa(Method):
 
     def embeddings(self) -> Tensor:
         """Features of each row, as the last pass made them."""
-        return self.features.rows
+        return self.features.vectors
 
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
-        return [self.features.rows, self.features.seen, self.labels]
+        return [self.features.vectors, self.features.seen, self.labels]

@@ -16,12 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.distributed import gather_rows_with_gradient, rank
-from sslfast.loaders.batch import View, ViewConfig
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.models.contrast import info_nce
-from sslfast.models.heads import MLPHead
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import MLPHead, ResNetConfig, build_trunk, info_nce, seeded
+from sslfast.views import View, ViewConfig
 
 FIRST, SECOND = "first", "second"
 

@@ -21,10 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from sslfast.loaders.batch import View
-from sslfast.methods.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels, distance
-from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods.shared.reconstruction import (
+    PixelSpace,
+    Reconstruction,
+    ReconstructionConfig,
+    clean_pixels,
+    distance,
+)
+from sslfast.models import ResNetConfig, seeded
+from sslfast.views import View
 
 
 class SuperResolution(Reconstruction):

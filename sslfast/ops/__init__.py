@@ -1,5 +1,6 @@
 """The ops of sslfast. Importing this needs torch and the compiled core, nothing else."""
 
+from sslfast.ops import philox, pixels
 from sslfast.ops._library import build_info
 from sslfast.ops.bank_enqueue_ import bank_enqueue_, bank_enqueue_reference
 from sslfast.ops.bank_nce import bank_nce, bank_nce_reference, estimate_z
@@ -29,6 +30,8 @@ __all__ = [
     "jigsaw_patches_reference",
     "negative_rows",
     "negative_rows_reference",
+    "philox",
+    "pixels",
     "render_views",
     "render_views_reference",
     "rgb_to_lab",

@@ -63,7 +63,8 @@ def bank_nce(
         shard: ``(first, N)``: ``bank`` holds rows ``first ..`` of a bank of N rows; index and negatives stay rows of
             that whole bank, and those that lie elsewhere are skipped. A query whose positive lies elsewhere gets
             ``logsumexp(s_k)`` (``sum softplus(u_k)``) of the rows here as its loss, -inf (0) where there are none.
-            The parts of all shards merge: :mod:`sslfast.bank_shards`. With "shared" CUDA waits for the device, once.
+            The parts of all shards merge: see ``sslfast/models/sharded_bank.py``.
+            With "shared" CUDA waits for the device, once.
         return_lse: also return ``logsumexp(s_0 .. s_K)`` (detached), from which :func:`estimate_z` gets Z.
 
     Returns:

@@ -113,3 +113,8 @@ def random_integers(rows: Tensor, count: int, bound: int, *, seed: int, stream: 
 def _high_word(high: Tensor, bound: int, carry: Tensor) -> Tensor:
     """``(high * bound + carry) >> 32`` where the 64-bit sum may set the sign bit."""
     return ((high * bound + carry) >> 32) & _MASK
+
+
+def uint32_below(words: Tensor, bound: int) -> Tensor:
+    """int64 uniform on ``0 .. bound-1`` from uint32 ``words`` (``bound < 2**31``; bias below ``bound / 2**32``)."""
+    return (words * bound) >> 32

@@ -7,13 +7,11 @@ for AlexNet and VGG alone; SeLa's ``main.py`` and ``scripts/resnet.sh``.
 from collections.abc import Callable
 from dataclasses import replace
 
-from sslfast.loaders.batch import AugmentConfig, ViewConfig
-from sslfast.methods.deepcluster import DeepCluster
-from sslfast.methods.registry import MethodConfig
-from sslfast.methods.sela import SeLa
+from sslfast.methods import DeepCluster, MethodConfig, SeLa
 from sslfast.optim import OptimConfig
 from sslfast.recipes.pirl import pirl_small, small_method
-from sslfast.train_config import TrainConfig
+from sslfast.training import TrainConfig
+from sslfast.views import AugmentConfig, ViewConfig
 
 
 def deepcluster() -> TrainConfig:

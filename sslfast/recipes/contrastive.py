@@ -7,14 +7,12 @@ section 3.3). What a paper leaves open is taken from its authors' public code or
 
 from dataclasses import replace
 
-from sslfast.loaders.batch import AugmentConfig, CropConfig, ViewConfig
-from sslfast.methods.cpc import CPC
-from sslfast.methods.moco import MoCo
-from sslfast.methods.simclr import SimCLR
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods import CPC, MoCo, SimCLR
+from sslfast.models import ResNetConfig
 from sslfast.optim import OptimConfig
 from sslfast.recipes.pirl import pirl_small, small_method
-from sslfast.train_config import TrainConfig
+from sslfast.training import TrainConfig
+from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
 
 def moco_v1() -> TrainConfig:

@@ -9,15 +9,10 @@ epoch of warm-up and a cosine.
 from collections.abc import Callable
 from dataclasses import replace
 
-from sslfast.methods.autoencoder import Autoencoder
-from sslfast.methods.colorization import Colorization
-from sslfast.methods.inpainting import Inpainting
-from sslfast.methods.reconstruction import clean_view
-from sslfast.methods.registry import MethodConfig
-from sslfast.methods.super_resolution import SuperResolution
+from sslfast.methods import Autoencoder, Colorization, Inpainting, MethodConfig, SuperResolution, clean_view
 from sslfast.optim import OptimConfig
 from sslfast.recipes.pirl import pirl_small
-from sslfast.train_config import TrainConfig
+from sslfast.training import TrainConfig
 
 
 def _large(recipe: str, method: MethodConfig) -> TrainConfig:

@@ -7,11 +7,11 @@ recipe's docstring names it and its source.
 
 from dataclasses import replace
 
-from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
-from sslfast.methods.pirl import PIRL
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods import PIRL
+from sslfast.models import ResNetConfig
 from sslfast.optim import OptimConfig
-from sslfast.train_config import TrainConfig
+from sslfast.training import TrainConfig
+from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 
 
 def paper_method() -> PIRL.Config:

@@ -7,14 +7,11 @@ mmselfsup's ``configs/selfsup/relative_loc/r50.py``; the papers. All of these dr
 from collections.abc import Callable
 from dataclasses import replace
 
-from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
-from sslfast.methods.jigsaw import Jigsaw
-from sslfast.methods.registry import MethodConfig
-from sslfast.methods.relative_position import RelativePosition
-from sslfast.methods.rotation import Rotation
+from sslfast.methods import Jigsaw, MethodConfig, RelativePosition, Rotation
 from sslfast.optim import OptimConfig
 from sslfast.recipes.pirl import pirl_small
-from sslfast.train_config import TrainConfig
+from sslfast.training import TrainConfig
+from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 
 _PLAIN = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0)
 """Flips alone."""

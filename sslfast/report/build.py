@@ -19,18 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from sslfast.config import load_json
-from sslfast.evaluation.features import TRAINED, EvaluationSet, load_evaluation_set
-from sslfast.evaluation.knn import nearest_neighbours
-from sslfast.evaluation.linear import STRENGTHS, train_probe
-from sslfast.figures.neighbours import choose_queries
+from sslfast.data import ImageLocation, decode_full, quiet_pillow, read_image_bytes
+from sslfast.evaluation import STRENGTHS, TRAINED, EvaluationSet, load_evaluation_set, nearest_neighbours, train_probe
 from sslfast.files import replacing
-from sslfast.images import decode_full, quiet_pillow
-from sslfast.metrics import read_log
 from sslfast.report.charts import figure, line_chart, number, scatter_chart
+from sslfast.report.neighbours import choose_queries
 from sslfast.report.page import legend, page, table
 from sslfast.report.published import PUBLISHED
-from sslfast.rundir import RunDirectory
-from sslfast.shards import Place, read_place
+from sslfast.runs import RunDirectory, read_log
 
 _FIRST = ("loss", "time.samples_per_second", "time.loader_wait_share", "lr")
 _WORDS = {
@@ -331,15 +327,15 @@ def _published() -> str:
     return f'<div class="grid2">{chart}<p class="faint">{words}</p></div>'
 
 
-def _thumbnail(place: Place, side: int) -> Image.Image:
+def _thumbnail(place: ImageLocation, side: int) -> Image.Image:
     """The centre square of a picture."""
-    picture = Image.fromarray(decode_full(read_place(place))).convert("RGB")
+    picture = Image.fromarray(decode_full(read_image_bytes(place))).convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
 
 
-def _tile(place: Place, words: str, css: str) -> str:
+def _tile(place: ImageLocation, words: str, css: str) -> str:
     with quiet_pillow():
         picture = _thumbnail(place, 96)
     text = escape(words, quote=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sslfast.checkpoint import save_checkpoint
 from sslfast.config import save_json, to_dict
-from sslfast.loaders.batch import CropConfig, ViewConfig
 from sslfast.methods.pirl import PIRL
 from sslfast.models.resnet import ResNetConfig
-from sslfast.trainer import TrainConfig
+from sslfast.runs.checkpoint import save_checkpoint
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import CropConfig, ViewConfig
 
 COLOURS = {"blue": (30, 40, 200), "green": (30, 200, 60), "red": (210, 40, 30)}
 

@@ -5,19 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.checkpoint import save_checkpoint
+from sslfast.data.manifest import Manifest
 from sslfast.evaluation.cache import Cached, FeatureCache, weights_digest
+from sslfast.evaluation.dataset import load_evaluation_set
+from sslfast.evaluation.encoders import TrunkEncoder, extract_all, extract_layers, load_run
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.features import (
-    TrunkEncoder,
-    cache_folder,
-    extract_all,
-    extract_layers,
-    load_evaluation_set,
-    load_run,
-)
-from sslfast.manifest import Manifest
+from sslfast.evaluation.results import cache_folder
 from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.runs.checkpoint import save_checkpoint
 from tests.evaluation.runs import write_data, write_run
 from tests.pictures import write_folder
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sslfast.data.manifest import Manifest
 from sslfast.evaluation.folders import drawn_rows, listed_rows, take_rows
-from sslfast.manifest import Manifest
 from tests.pictures import write_folder
 
 

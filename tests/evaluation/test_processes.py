@@ -7,24 +7,18 @@ import pytest
 import torch
 
 from sslfast.config import load_json
-from sslfast.distributed import gather_objects
-from sslfast.evaluation.features import RawPixels, extract_all
+from sslfast.data.manifest import Manifest
+from sslfast.distributed.collectives import gather_objects, gather_uneven, own_rows, raise_together
+from sslfast.distributed.process_group import distributed_device, rank
+from sslfast.evaluation.encoders import RawPixels, extract_all
 from sslfast.evaluation.knn import evaluate_knn
-from sslfast.evaluation.linear import evaluate_linear
-from sslfast.evaluation.lowshot import evaluate_lowshot
-from sslfast.evaluation.processes import (
-    evaluation_device,
-    gather_uneven,
-    own_rows,
-    raise_together,
-    rank,
-)
+from sslfast.evaluation.linear_probe import evaluate_linear
 from sslfast.evaluation.semisup import evaluate_semisup
-from sslfast.manifest import Manifest
+from sslfast.evaluation.svm import evaluate_lowshot
+from tests.distributed.test_training import enter
+from tests.distributed.test_training import run as run_ranks
 from tests.evaluation.runs import write_data, write_run
 from tests.evaluation.voc_data import write_voc
-from tests.test_distributed import enter
-from tests.test_distributed import run as run_ranks
 
 GOYAL: dict[str, Any] = {"protocol": "goyal", "layers": ("res2",), "epochs": 1, "batch_size": 6}
 SHOTS: dict[str, Any] = {"layers": ("conv1",), "shots": (2,), "shot_layers": ("conv1",), "draws": 2, "costs": (1.0,)}
@@ -38,7 +32,7 @@ def evaluate_all(run: Path, data: Path, voc: Path, output: Path) -> None:
 
 def rank_evaluates(number: int, ranks: int, port: int, folder: Path) -> None:
     enter(number, ranks, port)
-    with evaluation_device("cpu"):
+    with distributed_device("cpu"):
         assert rank() == number
         assert [len(own) for own in gather_objects(own_rows(7))] == [3, 4]
         found = gather_uneven(torch.arange(number * 2 + 1) + 10 * number)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.evaluation import semisup
+from sslfast.evaluation.encoders import TrunkEncoder, load_run
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.features import TrunkEncoder, load_run
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.semisup import FineTuned, evaluate_semisup, fine_tune, render_table
 from sslfast.evaluation.sgd import Progress, TrainingImages, count_hits

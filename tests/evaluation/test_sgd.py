@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sslfast.data.manifest import Manifest
 from sslfast.evaluation.sgd import GOYAL, MOCO, SEMISUP, Hits, Progress, SGDProtocol, TrainingImages, check_training
-from sslfast.manifest import Manifest
 from tests.evaluation.runs import write_data
 
 

@@ -18,15 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from sslfast.checkpoint import checkpoint_path, load_checkpoint
-from sslfast.loaders import LoaderConfig, build_loader, choose_loader, loader_status
+from sslfast.data.manifest import Manifest
 from sslfast.loaders import dali as dali_loader
-from sslfast.loaders.batch import Batch, CropConfig, ViewConfig
 from sslfast.loaders.dali import DaliLoader
 from sslfast.loaders.dali_graph import build_graph
-from sslfast.loaders.torch import TorchLoader
-from sslfast.manifest import Manifest
-from sslfast.trainer import Trainer
+from sslfast.loaders.pillow import PillowLoader
+from sslfast.loaders.registry import LoaderConfig, build_loader, choose_loader, loader_status
+from sslfast.runs.checkpoint import checkpoint_path, load_checkpoint
+from sslfast.training.trainer import Trainer
+from sslfast.views.types import Batch, CropConfig, ViewConfig
 from tests.pictures import encoded, picture, write_folder
 from tests.tiny import Tiny, TinyConfig
 from tests.tiny import same as same_state
@@ -49,13 +49,13 @@ def loader(manifest: Manifest, **options) -> DaliLoader:
     return DaliLoader(manifest, VIEWS, **({"batch_size": 6, "seed": 11} | options))
 
 
-def reference(manifest: Manifest, **options) -> TorchLoader:
-    return TorchLoader(manifest, VIEWS, **({"batch_size": 6, "seed": 11} | options))
+def reference(manifest: Manifest, **options) -> PillowLoader:
+    return PillowLoader(manifest, VIEWS, **({"batch_size": 6, "seed": 11} | options))
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a.rows, b.rows)
+        torch.equal(a.sample_ids, b.sample_ids)
         and a.epoch == b.epoch
         and a.crops.keys() == b.crops.keys()
         and all(torch.equal(a.crops[name], b.crops[name]) for name in a.crops)
@@ -66,7 +66,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 def assert_close(ours: list[Batch], theirs: list[Batch]) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.sample_ids, b.sample_ids)
         assert a.epoch == b.epoch
         assert list(a.crops) == list(b.crops)
         for name, crops in a.crops.items():
@@ -141,7 +141,7 @@ def test_threads_restarts_and_abandoned_epochs_give_the_same_bits(manifest: Mani
 
 def test_a_restart_reads_no_earlier_sample(manifest: Manifest) -> None:
     first = next(reference(manifest).epoch(0))
-    for row in first.rows.tolist():
+    for row in first.sample_ids.tolist():
         manifest.path(row).unlink()
     assert len(list(loader(manifest).epoch(0, start_step=1))) == 3
 
@@ -150,7 +150,7 @@ def test_a_restart_reads_no_earlier_sample(manifest: Manifest) -> None:
 def test_ranks_put_together_are_the_single_process_batches(manifest: Manifest, world_size: int) -> None:
     ranks = [list(loader(manifest, rank=rank, world_size=world_size).epoch(5)) for rank in range(world_size)]
     for step, whole in enumerate(loader(manifest).epoch(5)):
-        assert torch.equal(torch.cat([rank[step].rows for rank in ranks]), whole.rows)
+        assert torch.equal(torch.cat([rank[step].sample_ids for rank in ranks]), whole.sample_ids)
         for name in VIEWS:
             assert torch.equal(torch.cat([rank[step].crops[name] for rank in ranks]), whole.crops[name])
 
@@ -185,7 +185,7 @@ def test_what_dali_does_not_decode_is_decoded_by_the_torch_loaders_rule(tmp_path
         ours, theirs = list(data.epoch(0)), list(reference(manifest, batch_size=batch_size).epoch(0))
         assert_close(ours, theirs)
         for a, b in zip(ours, theirs, strict=True):
-            slots = [slot for slot, row in enumerate(a.rows.tolist()) if row in exact]
+            slots = [slot for slot, row in enumerate(a.sample_ids.tolist()) if row in exact]
             assert all(torch.equal(a.crops[name][slots], b.crops[name][slots]) for name in VIEWS)
         data.close()
 
@@ -222,7 +222,7 @@ def test_bad_files_are_replaced_and_listed_as_by_the_torch_loader(manifest: Mani
     for epoch, found in batches.items():
         assert_close(found, list(theirs.epoch(epoch)))
     bad = {manifest.paths.index(name) for name in files} | {25}
-    assert not bad & {int(row) for found in batches.values() for batch in found for row in batch.rows}
+    assert not bad & {int(row) for found in batches.values() for batch in found for row in batch.sample_ids}
     assert ours.bad_images == theirs.bad_images
     assert [path for path, _ in ours.bad_images] == [manifest.paths[row] for row in sorted(bad)]
     # Nothing of it depends on what was found before.
@@ -257,7 +257,7 @@ def test_random_damage_is_treated_as_by_the_torch_loader(tmp_path: Path) -> None
     ours = loader(manifest, batch_size=16, workers=2, on_bad_image="skip")
     theirs = reference(manifest, batch_size=16, on_bad_image="skip")
     for a, b in zip(ours.epoch(0), theirs.epoch(0), strict=True):
-        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.sample_ids, b.sample_ids)
         for name in VIEWS:
             distance = (a.crops[name].float() - b.crops[name].float()).abs().mean(dim=(1, 2, 3))
             assert distance.max() < 1
@@ -269,11 +269,11 @@ def test_random_damage_is_treated_as_by_the_torch_loader(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", range(7))
 def test_error_mode_names_path_row_reason_and_remedy_when_its_batch_comes(manifest: Manifest, kind: int) -> None:
-    order = [int(row) for batch in reference(manifest).epoch(0) for row in batch.rows]
+    order = [int(row) for batch in reference(manifest).epoch(0) for row in batch.sample_ids]
     content = list(damage(manifest.path(0).read_bytes()).values())[kind]
     manifest.path(order[8]).write_bytes(content)
     steps = loader(manifest, workers=2).epoch(0)
-    assert next(steps).rows.tolist() == order[:6]
+    assert next(steps).sample_ids.tolist() == order[:6]
     where = re.escape(str(manifest.path(order[8])))
     with pytest.raises(ValueError, match=rf"^cannot train on {where} \(row {order[8]}\): .*--on-bad-image skip$"):
         next(steps)
@@ -281,7 +281,7 @@ def test_error_mode_names_path_row_reason_and_remedy_when_its_batch_comes(manife
 
 def test_a_loader_goes_on_after_an_error(manifest: Manifest) -> None:
     whole = list(loader(manifest).epoch(0))
-    path = manifest.path(int(whole[1].rows[0]))
+    path = manifest.path(int(whole[1].sample_ids[0]))
     content = path.read_bytes()
     path.write_bytes(without_segment(content, 0xDB))
     data = loader(manifest)
@@ -385,9 +385,9 @@ def test_ctrl_c_ends_at_once_without_a_word(manifest: Manifest, tmp_path: Path) 
     code = f"""
 import itertools
 from pathlib import Path
-from sslfast.loaders.batch import CropConfig, ViewConfig
+from sslfast.views import CropConfig, ViewConfig
 from sslfast.loaders.dali import DaliLoader
-from sslfast.manifest import Manifest
+from sslfast.data import Manifest
 data = DaliLoader(Manifest.load({str(tmp_path / "manifest.tsv")!r}), {{"image": ViewConfig(crop=CropConfig(size=24))}},
                   batch_size=6, seed=0, workers=2)
 try:

@@ -8,11 +8,12 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
-from sslfast.images import BadImageError, decode_full, open_image
-from sslfast.loaders.batch import CropConfig, ViewConfig
-from sslfast.loaders.decode import BatchDecoder, PackedPaths, PackedPlaces, decode_crops
-from sslfast.loaders.sampling import REPLACEMENTS, crop_boxes, crop_draws, replacement_rows
-from sslfast.manifest import Manifest
+from sslfast.data.images import BadImageError, decode_full, open_image
+from sslfast.data.manifest import Manifest
+from sslfast.loaders.decode import BatchDecoder, PackedLocations, PackedPaths, decode_crops
+from sslfast.loaders.plan import REPLACEMENTS, replacement_rows
+from sslfast.views.crops import crop_boxes, crop_draws
+from sslfast.views.types import CropConfig, ViewConfig
 from tests.pictures import encoded, picture, write_folder
 
 VIEWS = {
@@ -94,7 +95,7 @@ def decoder(root, names, *, on_bad_image="skip", seed=5) -> BatchDecoder:
         labels=np.full(len(names), -1),
         classes=[],
     )
-    return BatchDecoder(places=PackedPlaces(manifest), views=VIEWS, seed=seed, on_bad_image=on_bad_image)
+    return BatchDecoder(places=PackedLocations(manifest), views=VIEWS, seed=seed, on_bad_image=on_bad_image)
 
 
 def test_a_batch_is_its_rows_crops_at_their_boxes(tmp_path) -> None:
@@ -102,7 +103,7 @@ def test_a_batch_is_its_rows_crops_at_their_boxes(tmp_path) -> None:
     write_folder(tmp_path, names)
     rows = np.array([4, 0, 4, 2])
     batch = decoder(tmp_path, names)(7, rows)
-    assert batch.rows.tolist() == rows.tolist()
+    assert batch.sample_ids.tolist() == rows.tolist()
     assert {name: tuple(crop.shape) for name, crop in batch.crops.items()} == {
         "image": (4, 3, 32, 32),
         "jigsaw": (4, 3, 33, 33),
@@ -126,7 +127,7 @@ def test_groups_change_nothing(tmp_path, monkeypatch) -> None:
     whole = decoder(tmp_path, names)(1, np.arange(9))
     monkeypatch.setitem(BatchDecoder.__call__.__globals__, "_GROUP", 2)
     parts = decoder(tmp_path, names)(1, np.arange(9))
-    assert torch.equal(whole.rows, parts.rows)
+    assert torch.equal(whole.sample_ids, parts.sample_ids)
     assert all(torch.equal(whole.crops[name], parts.crops[name]) for name in VIEWS)
 
 
@@ -142,7 +143,7 @@ def test_a_bad_row_is_replaced_by_the_drawn_good_one_under_its_own_name(tmp_path
     bad = decoder(tmp_path, names)
     keeps = next(row for row in range(8) if row not in (3, first, second))
     batch = bad(2, np.array([keeps, 3]))
-    assert batch.rows.tolist() == [keeps, second]
+    assert batch.sample_ids.tolist() == [keeps, second]
     expected = good(2, np.array([keeps, second]))
     assert all(torch.equal(batch.crops[name], expected.crops[name]) for name in VIEWS)
     assert [row for row, _ in batch.bad] == [3, first]
@@ -150,7 +151,7 @@ def test_a_bad_row_is_replaced_by_the_drawn_good_one_under_its_own_name(tmp_path
     assert "not an image" in batch.bad[1][1]
     # Known now: the same batch, nothing reported a second time.
     again = bad(2, np.array([keeps, 3]))
-    assert (again.rows.tolist(), again.bad) == ([keeps, second], [])
+    assert (again.sample_ids.tolist(), again.bad) == ([keeps, second], [])
 
 
 def test_error_mode_names_path_row_reason_and_remedy(tmp_path) -> None:

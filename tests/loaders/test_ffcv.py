@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from sslfast.interrupt import RunInterruptedError
-from sslfast.loaders import LoaderConfig, build_loader, ffcv_library
-from sslfast.loaders.batch import Batch, CropConfig, ViewConfig
-from sslfast.loaders.beton import Beton
-from sslfast.loaders.data import open_data
+from sslfast.data import ffcv_library
+from sslfast.data.beton import Beton
+from sslfast.data.manifest import Manifest
+from sslfast.data.prepare import PrepareConfig, prepare_beton
+from sslfast.data.source import open_data
 from sslfast.loaders.ffcv import FFCVLoader
-from sslfast.loaders.prepare import PrepareConfig, prepare
-from sslfast.loaders.torch import TorchLoader
-from sslfast.manifest import Manifest
-from sslfast.trainer import Trainer
+from sslfast.loaders.pillow import PillowLoader
+from sslfast.loaders.registry import LoaderConfig, build_loader
+from sslfast.training.signals import RunInterruptedError
+from sslfast.training.trainer import Trainer
+from sslfast.views.types import Batch, CropConfig, ViewConfig
 from tests.pictures import encoded, picture, write_folder
 from tests.tiny import Tiny, TinyConfig
 from tests.tiny import same as same_state
@@ -38,7 +39,7 @@ NAMES = [f"class{i % 3}/{i:02}.jpg" for i in range(26)]
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    prepare(write_folder(tmp_path / "data", NAMES), tmp_path / "data.beton", workers=0)
+    prepare_beton(write_folder(tmp_path / "data", NAMES), tmp_path / "data.beton", workers=0)
     return open_data(tmp_path / "data.beton")
 
 
@@ -48,7 +49,7 @@ def loader(manifest: Manifest, **options) -> FFCVLoader:
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a.rows, b.rows) and all(torch.equal(a.crops[name], b.crops[name]) for name in VIEWS)
+        torch.equal(a.sample_ids, b.sample_ids) and all(torch.equal(a.crops[name], b.crops[name]) for name in VIEWS)
         for a, b in zip(first, second, strict=True)
     )
 
@@ -78,34 +79,34 @@ def test_batches_have_the_stated_form(manifest: Manifest) -> None:
     assert len(batches) == 4
     for batch in batches:
         assert batch.epoch == 3
-        assert (batch.rows.dtype, batch.rows.shape) == (torch.int64, (6,))
+        assert (batch.sample_ids.dtype, batch.sample_ids.shape) == (torch.int64, (6,))
         assert list(batch.crops) == ["image", "jigsaw"]
         assert (batch.crops["image"].dtype, batch.crops["image"].shape) == (torch.uint8, (6, 3, 24, 24))
         assert batch.crops["jigsaw"].shape == (6, 3, 30, 30)
         assert all(crop.is_contiguous() for crop in batch.crops.values())
-    assert len({int(row) for batch in batches for row in batch.rows}) == 24
+    assert len({int(row) for batch in batches for row in batch.sample_ids}) == 24
     assert data.bad_images == []
     data.close()
 
 
 def test_raw_pixels_give_the_torch_loaders_bits(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", NAMES)
-    prepare(root, tmp_path / "raw.beton", PrepareConfig(mode="raw"), workers=0)
+    prepare_beton(root, tmp_path / "raw.beton", PrepareConfig(mode="raw"), workers=0)
     ours = loader(open_data(tmp_path / "raw.beton"))
     # No box is twice as large as its crop, so the torch loader decodes at full size too.
-    assert same(list(ours.epoch(2)), list(TorchLoader(Manifest.scan(root), VIEWS, batch_size=6, seed=11).epoch(2)))
+    assert same(list(ours.epoch(2)), list(PillowLoader(Manifest.scan(root), VIEWS, batch_size=6, seed=11).epoch(2)))
 
 
 @pytest.mark.parametrize("size", [(48, 40), (700, 500)])
 def test_kept_jpegs_differ_from_the_torch_loader_by_the_fast_dct_alone(tmp_path: Path, size: tuple[int, int]) -> None:
     root = write_folder(tmp_path / "data", NAMES[:12], width=size[0], height=size[1])
-    prepare(root, tmp_path / "jpg.beton", workers=0)
+    prepare_beton(root, tmp_path / "jpg.beton", workers=0)
     ours, theirs = (
         FFCVLoader(open_data(tmp_path / "jpg.beton"), VIEWS, batch_size=12, seed=11),
-        TorchLoader(Manifest.scan(root), VIEWS, batch_size=12, seed=11),
+        PillowLoader(Manifest.scan(root), VIEWS, batch_size=12, seed=11),
     )
     (one,), (other,) = ours.epoch(0), theirs.epoch(0)
-    assert torch.equal(one.rows, other.rows)
+    assert torch.equal(one.sample_ids, other.sample_ids)
     for name in VIEWS:
         difference = (one.crops[name].int() - other.crops[name].int()).abs()
         assert difference.float().mean() < 1.5
@@ -132,7 +133,7 @@ def test_threads_restarts_and_abandoned_epochs_give_the_same_bits(manifest: Mani
 def test_a_restart_reads_no_earlier_sample(manifest: Manifest) -> None:
     data = loader(manifest)
     first = next(data.epoch(0))
-    for row in first.rows.tolist():
+    for row in first.sample_ids.tolist():
         damage(manifest, row)
     fresh = loader(manifest)
     assert len(list(fresh.epoch(0, start_step=1))) == 3
@@ -144,14 +145,14 @@ def test_a_restart_reads_no_earlier_sample(manifest: Manifest) -> None:
 def test_ranks_put_together_are_the_single_process_batches(manifest: Manifest, world_size: int) -> None:
     ranks = [list(loader(manifest, rank=rank, world_size=world_size).epoch(5)) for rank in range(world_size)]
     for step, whole in enumerate(loader(manifest).epoch(5)):
-        assert torch.equal(torch.cat([rank[step].rows for rank in ranks]), whole.rows)
+        assert torch.equal(torch.cat([rank[step].sample_ids for rank in ranks]), whole.sample_ids)
         for name in VIEWS:
             assert torch.equal(torch.cat([rank[step].crops[name] for rank in ranks]), whole.crops[name])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_inside_the_file_is_one_line_or_left_out(manifest: Manifest, workers: int) -> None:
-    good = {row: batch for batch in loader(manifest).epoch(0) for row in batch.rows.tolist()}
+    good = {row: batch for batch in loader(manifest).epoch(0) for row in batch.sample_ids.tolist()}
     for row in (2, 9):
         damage(manifest, row)
     strict = loader(manifest, workers=workers)
@@ -162,7 +163,7 @@ def test_damage_inside_the_file_is_one_line_or_left_out(manifest: Manifest, work
     data = loader(manifest, workers=workers, on_bad_image="skip")
     batches = [batch for epoch in (0, 1) for batch in data.epoch(epoch)]
     assert all(batch.crops["image"].shape == (6, 3, 24, 24) for batch in batches)
-    assert not {2, 9} & {int(row) for batch in batches for row in batch.rows}
+    assert not {2, 9} & {int(row) for batch in batches for row in batch.sample_ids}
     assert data.bad_images == [(manifest.paths[row], "damaged: wrong checksum") for row in (2, 9)]
     again = loader(manifest, on_bad_image="skip")
     assert same(batches, [batch for epoch in (0, 1) for batch in again.epoch(epoch)])
@@ -172,13 +173,13 @@ def test_damage_inside_the_file_is_one_line_or_left_out(manifest: Manifest, work
 
 def test_what_the_decoder_says_is_heeded(manifest: Manifest) -> None:
     data = loader(manifest, on_bad_image="skip")
-    row = int(next(data.epoch(0)).rows[0])
+    row = int(next(data.epoch(0)).sample_ids[0])
     assert manifest.archive is not None
     with open(manifest.archive, "r+b") as file:
         file.seek(int(data._decoder.beton.places[row]))
         file.write(b"no JPEG")
     data._decoder._is_checked[:] = True  # as if it had been damaged with the checksum
-    assert row not in next(data.epoch(0)).rows.tolist()
+    assert row not in next(data.epoch(0)).sample_ids.tolist()
     assert data.bad_images == [(manifest.paths[row], "damaged: the JPEG decoder complains")]
 
 
@@ -202,7 +203,7 @@ def test_a_replaced_file_does_not_reach_a_running_loader(manifest: Manifest, tmp
     data = loader(manifest)
     before = list(data.epoch(0))
     (tmp_path / "data" / "more.jpg").write_bytes(encoded(picture()))
-    prepare(tmp_path / "data", tmp_path / "data.beton", workers=0)
+    prepare_beton(tmp_path / "data", tmp_path / "data.beton", workers=0)
     assert same(list(data.epoch(0)), before)
     with pytest.raises(ValueError, match=r"data.beton is no longer the file that was opened before"):
         loader(manifest)
@@ -211,7 +212,7 @@ def test_a_replaced_file_does_not_reach_a_running_loader(manifest: Manifest, tmp
 def test_what_prepare_left_out_is_listed(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", ["a.jpg", "b.jpg", "c.jpg"])
     (root / "b.jpg").write_bytes(b"")
-    prepare(root, tmp_path / "out.beton", on_bad_image="skip", workers=0)
+    prepare_beton(root, tmp_path / "out.beton", on_bad_image="skip", workers=0)
     data = FFCVLoader(open_data(tmp_path / "out.beton"), VIEWS, batch_size=2, seed=0)
     assert data.bad_images == [("b.jpg", "empty file")]
 
@@ -279,8 +280,8 @@ def test_ctrl_c_ends_the_process_at_once(manifest: Manifest) -> None:
     code = f"""
 import itertools, sys
 from pathlib import Path
-from sslfast.loaders.batch import CropConfig, ViewConfig
-from sslfast.loaders.data import open_data
+from sslfast.views import CropConfig, ViewConfig
+from sslfast.data import open_data
 from sslfast.loaders.ffcv import FFCVLoader
 data = FFCVLoader(open_data(Path({str(manifest.archive)!r})), {{"image": ViewConfig(crop=CropConfig(size=24))}},
                   batch_size=6, seed=0, workers=2)
@@ -388,8 +389,8 @@ def test_boxes_are_those_of_the_sampling_rule(manifest: Manifest) -> None:
     """A view whose crop is its box shows the stored picture's own pixels."""
     data = FFCVLoader(manifest, {"whole": ViewConfig(crop=CropConfig(size=40, scale=(1, 1)))}, batch_size=26, seed=4)
     (batch,) = data.epoch(0)
-    boxes = data._decoder.boxes(0, batch.rows.numpy())[:, 0]
-    for slot, row in enumerate(batch.rows.tolist()):
+    boxes = data._decoder.boxes(0, batch.sample_ids.numpy())[:, 0]
+    for slot, row in enumerate(batch.sample_ids.tolist()):
         left, top, right, bottom = boxes[slot].tolist()
         if (right - left, bottom - top) == (40, 40):
             pixels, _ = data._decoder._pixels(row, 1)

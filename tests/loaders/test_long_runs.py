@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sslfast.loaders import Loader, LoaderConfig, build_loader, ffcv_library, loader_status
-from sslfast.loaders.batch import CropConfig, ViewConfig
-from sslfast.loaders.data import open_data
+from sslfast.data import ffcv_library
+from sslfast.data.source import open_data
+from sslfast.loaders.registry import Loader, LoaderConfig, build_loader, loader_status
+from sslfast.views.types import CropConfig, ViewConfig
 from tests.pictures import write_folder
 
 # 160 epochs of 3 steps of 4 images are 22 MiB of crops and 3.4 MB of files: what keeps either once a step shows.
@@ -42,9 +43,9 @@ def data(run: str, tmp_path: Path) -> Path:
     folder = write_folder(tmp_path / "data", names, width=70, height=60)
     if not run.startswith("ffcv"):
         return folder
-    from sslfast.loaders.prepare import prepare
+    from sslfast.data.prepare import prepare_beton
 
-    prepare(folder, tmp_path / "data.beton", workers=0)
+    prepare_beton(folder, tmp_path / "data.beton", workers=0)
     return tmp_path / "data.beton"
 
 
@@ -89,7 +90,7 @@ def test_memory_is_flat_over_epochs(run: str, loader: Loader) -> None:
     epochs = EPOCHS.get(run, 200)
     start = 0
     for epoch in range(epochs):
-        assert sum(len(batch.rows) for batch in loader.epoch(epoch)) == 12
+        assert sum(len(batch.sample_ids) for batch in loader.epoch(epoch)) == 12
         if epoch == epochs // 5:
             start, kept = resident(), held()
     assert resident() - start < GROWTH

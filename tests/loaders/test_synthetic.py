@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sslfast.loaders.batch import CropConfig, ViewConfig
-from sslfast.loaders.sampling import EpochPlan
+from sslfast.loaders.plan import EpochPlan
 from sslfast.loaders.synthetic import CELLS, SyntheticLoader, colour_cells, enlarge
 from sslfast.ops.philox import Stream, random_uint32
+from sslfast.views.types import CropConfig, ViewConfig
 
 VIEWS = {"image": ViewConfig(crop=CropConfig(size=21)), "jigsaw": ViewConfig(crop=CropConfig(size=5))}
 
@@ -17,15 +17,15 @@ def test_an_image_is_a_function_of_seed_and_row(device: torch.device) -> None:
     for epoch in (0, 1):
         for batch in data.epoch(epoch):
             assert batch.epoch == epoch
-            assert batch.rows.device.type == device.type
+            assert batch.sample_ids.device.type == device.type
             assert (batch.crops["image"].dtype, batch.crops["image"].shape) == (torch.uint8, (8, 3, 21, 21))
             assert batch.crops["jigsaw"].shape == (8, 3, 5, 5)
-            for row, image in zip(batch.rows.tolist(), batch.crops["image"], strict=True):
+            for row, image in zip(batch.sample_ids.tolist(), batch.crops["image"], strict=True):
                 assert torch.equal(images.setdefault(row, image), image)
     assert len(images) == 50
     assert len({image.cpu().numpy().tobytes() for image in images.values()}) == 50
     other = next(SyntheticLoader(50, VIEWS, batch_size=8, seed=5, device=device).epoch(0))
-    assert not torch.equal(other.crops["image"][0], images[int(other.rows[0])])
+    assert not torch.equal(other.crops["image"][0], images[int(other.sample_ids[0])])
 
 
 def test_order_restart_and_ranks_are_those_of_every_loader() -> None:
@@ -33,7 +33,7 @@ def test_order_restart_and_ranks_are_those_of_every_loader() -> None:
     data = SyntheticLoader(50, VIEWS, batch_size=8, seed=4)
     assert (data.num_rows, data.steps_per_epoch, data.bad_images) == (50, 6, [])
     whole = list(data.epoch(2))
-    assert [batch.rows.tolist() for batch in whole] == [plan.share(plan.order(2), s).tolist() for s in range(6)]
+    assert [batch.sample_ids.tolist() for batch in whole] == [plan.share(plan.order(2), s).tolist() for s in range(6)]
     tail = list(data.epoch(2, start_step=4))
     assert all(torch.equal(a.crops["image"], b.crops["image"]) for a, b in zip(whole[4:], tail, strict=True))
     ranks = [SyntheticLoader(50, VIEWS, batch_size=8, seed=4, rank=r, world_size=2).epoch(2) for r in (0, 1)]

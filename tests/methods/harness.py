@@ -18,19 +18,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.checkpoint import list_checkpoints, load_checkpoint
-from sslfast.distributed import leave
-from sslfast.interrupt import RunInterruptedError
-from sslfast.loaders import LoaderConfig, build_loader
-from sslfast.loaders.batch import View, ViewConfig
-from sslfast.loaders.views import ViewStage
+from sslfast.distributed.process_group import destroy_process_group
+from sslfast.loaders.registry import LoaderConfig, build_loader
 from sslfast.methods.base import Method
-from sslfast.metrics import read_log
 from sslfast.models import resnet
-from sslfast.optim import build_optimizer
-from sslfast.train_config import TrainConfig
-from sslfast.trainer import Trainer
-from tests.test_distributed import enter, run
+from sslfast.optim.optimizers import build_optimizer
+from sslfast.runs.checkpoint import list_checkpoints, load_checkpoint
+from sslfast.runs.log import read_log
+from sslfast.training.config import TrainConfig
+from sslfast.training.signals import RunInterruptedError
+from sslfast.training.trainer import Trainer
+from sslfast.views.stage import ViewStage
+from sslfast.views.types import View, ViewConfig
+from tests.distributed.test_training import enter, run
 from tests.tiny import same
 
 SIZE = 32
@@ -119,7 +119,7 @@ def first_batch(config: TrainConfig, *, rows: int = ROWS) -> tuple[dict[str, Vie
         config.loader, views=views, batch_size=config.batch_size, seed=config.seed, synthetic_rows=rows
     )
     batch = next(iter(loader.epoch(0)))
-    return ViewStage(views, seed=config.seed, channels_last=False)(batch), batch.rows
+    return ViewStage(views, seed=config.seed, channels_last=False)(batch), batch.sample_ids
 
 
 def train(config: TrainConfig, output: Path, *, data: Path | int = ROWS, stop_after: int | None = None) -> Trainer:
@@ -230,7 +230,7 @@ def _train_rank(rank: int, ranks: int, port: int, config: TrainConfig, output: P
     enter(rank, ranks, port)
     with tiny_trunks(normalised=normalised):
         Trainer(config, ROWS, output, report=lambda _line: None).fit()
-    leave()
+    destroy_process_group()
 
 
 def assert_two_processes_train_as_one(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.loaders.batch import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.autoencoder import Autoencoder, corrupt
-from sslfast.methods.reconstruction import clean_view
+from sslfast.methods.shared.reconstruction import clean_view
 from sslfast.models.decoder import Decoder, trunk_stride
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.generative import autoencoder, autoencoder_small
+from sslfast.views.types import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
 from tests.methods import harness
 
 ROWS = torch.arange(40) * 7

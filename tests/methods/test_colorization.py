@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sslfast.checkpoint import save_checkpoint
 from sslfast.config import save_json, to_dict
-from sslfast.evaluation.features import TRAINED, UNTRAINED, TrunkEncoder, load_run
-from sslfast.loaders.batch import View
+from sslfast.evaluation.encoders import TRAINED, UNTRAINED, TrunkEncoder, load_run
 from sslfast.methods.colorization import (
     SIGMA,
     Colorization,
@@ -22,10 +20,12 @@ from sslfast.methods.colorization import (
     rebalancing,
     soft_code,
 )
-from sslfast.methods.reconstruction import PixelSpace
+from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models.resnet import ResNetConfig
 from sslfast.ops import rgb_to_lab
 from sslfast.recipes.generative import colorization, colorization_small
+from sslfast.runs.checkpoint import save_checkpoint
+from sslfast.views.types import View
 from tests.methods import harness
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods import cpc
 from sslfast.methods.cpc import CPC
 from sslfast.models.context import RowContext
@@ -17,7 +16,8 @@ from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import cpc_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
 from tests.methods import harness
 from tests.tiny import same
 

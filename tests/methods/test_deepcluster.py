@@ -10,18 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.distributed import leave
-from sslfast.loaders.batch import Batch, CropConfig, JigsawConfig, View, ViewConfig
-from sslfast.loaders.sampling import crop_boxes
-from sslfast.loaders.views import ViewStage
+from sslfast.distributed.process_group import destroy_process_group
 from sslfast.methods.deepcluster import DeepCluster
-from sslfast.methods.kmeans import fill_empty, kmeans, means, whiten
-from sslfast.methods.pseudo_labels import CollectedFeatures, central_view, gather_shares, pseudo_label_loss, share
+from sslfast.methods.shared.kmeans import fill_empty, kmeans, means, whiten
+from sslfast.methods.shared.pseudo_labels import (
+    CollectedFeatures,
+    central_view,
+    gather_shares,
+    pseudo_label_loss,
+    share,
+)
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.crops import crop_boxes
+from sslfast.views.stage import ViewStage
+from sslfast.views.types import Batch, CropConfig, JigsawConfig, View, ViewConfig
+from tests.distributed.test_training import enter, run
 from tests.methods.harness import (
     ROWS,
     assert_resumes,
@@ -34,7 +41,6 @@ from tests.methods.harness import (
     tiny_trunks,
     train,
 )
-from tests.test_distributed import enter, run
 from tests.tiny import same
 
 
@@ -51,8 +57,8 @@ def blobs(count: int, clusters: int, *, spread: float = 0.01) -> tuple[Tensor, T
 
 def clustered(method: DeepCluster) -> None:
     """As at the start of a run: features of all rows, then the labels of the first epoch."""
-    points = torch.randn(method.features.rows.shape, generator=torch.Generator().manual_seed(1))
-    method.features.rows.copy_(points)
+    points = torch.randn(method.features.vectors.shape, generator=torch.Generator().manual_seed(1))
+    method.features.vectors.copy_(points)
     method.features.seen.fill_(True)
     method.start_epoch(0)
 
@@ -61,7 +67,7 @@ def test_the_last_features_of_a_row_stay() -> None:
     features = CollectedFeatures(6, 2)
     features.store_(torch.tensor([4, 1, 4, 0]), torch.arange(8.0).view(4, 2))
     features.store_(torch.tensor([1, 4, 3, 3]), torch.arange(8.0, 16.0).view(4, 2))
-    assert features.rows.tolist() == [[6, 7], [8, 9], [0, 0], [14, 15], [10, 11], [0, 0]]
+    assert features.vectors.tolist() == [[6, 7], [8, 9], [0, 0], [14, 15], [10, 11], [0, 0]]
     assert features.seen.tolist() == [True, True, False, True, True, False]
 
 
@@ -73,7 +79,7 @@ def test_collected_view_is_the_plain_image() -> None:
     mean, std = (torch.tensor(values)[:, None, None] for values in (augment.mean, augment.std))
     expected = (crops / 255 - mean) / std
     for seed, epoch in ((0, 0), (7, 3)):
-        batch = Batch(rows=torch.tensor([0, 5, 9]), crops={"image": crops}, epoch=epoch)
+        batch = Batch(sample_ids=torch.tensor([0, 5, 9]), crops={"image": crops}, epoch=epoch)
         torch.testing.assert_close(ViewStage({"image": view}, seed=seed)(batch)["image"].pixels, expected)
     for draw in (0.0, 0.3, 0.999):
         boxes = crop_boxes(np.full((3, 22), draw), np.array([[30, 20], [16, 48], [20, 20]]), view.crop)
@@ -217,12 +223,12 @@ def test_weights_and_projection_are_drawn_from_the_seed() -> None:
 def test_a_clustering_is_that_of_the_rows_seen_by_seed_and_epoch() -> None:
     method = build(replace(config(iterations=1, every_epochs=2), seed=5))
     assert isinstance(method, DeepCluster)
-    method.features.rows.copy_(torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(1)))
+    method.features.vectors.copy_(torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(1)))
     method.features.seen.fill_(True)
     method.start_epoch(0)
     method.features.seen[[0, 7]] = False
     method.start_epoch(4)
-    points = method.features.rows[method.features.seen]
+    points = method.features.vectors[method.features.seen]
     expected = kmeans(whiten(points, 8), 4, iterations=1, seed=5, epoch=4)
     assert torch.equal(method.labels[method.features.seen], expected)
     assert method.labels[[0, 7]].tolist() == [-1, -1]
@@ -232,13 +238,13 @@ def test_a_clustering_is_that_of_the_rows_seen_by_seed_and_epoch() -> None:
 def test_collects_features_of_a_batch() -> None:
     method = build(config(every_epochs=3))
     assert isinstance(method, DeepCluster)
-    assert [epoch for epoch in range(8) if method.collects(epoch)] == [0, 3, 6]
+    assert [epoch for epoch in range(8) if method.needs_feature_pass(epoch)] == [0, 3, 6]
     views, rows = first_batch(config())
     method.collect(views, rows)
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
     with torch.no_grad():
         expected = method.trunk(views["image"].pixels) @ method.projection
-    torch.testing.assert_close(method.features.rows[rows], expected)
+    torch.testing.assert_close(method.features.vectors[rows], expected)
     method.config.clusters = 9
     with pytest.raises(RuntimeError, match=r"only 8 images could be read, fewer than method.clusters=9"):
         method.start_epoch(0)
@@ -281,7 +287,7 @@ def test_labels_of_other_rows_do_not_matter() -> None:
     others = torch.ones(ROWS, dtype=torch.bool)
     others[rows] = False
     method.labels[others] = (method.labels[others] + 1) % 4
-    method.features.rows.normal_(generator=torch.Generator().manual_seed(9))
+    method.features.vectors.normal_(generator=torch.Generator().manual_seed(9))
     assert method(views, rows, step=7)["loss"] == loss
     views["image"] = View(pixels=views["image"].pixels.flip(0))
     assert method(views, rows.flip(0), step=0)["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
@@ -296,17 +302,17 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
-    from sslfast.distributed import join, process_group
+    from sslfast.distributed.process_group import init_process_group, process_group
 
     enter(rank, ranks, port)
-    join(process_group(), torch.device("cpu"))
+    init_process_group(process_group(), torch.device("cpu"))
     assert torch.equal(gather_shares(torch.arange(5)[share(5)], 5), torch.arange(5))
     assert torch.equal(gather_shares(torch.arange(1)[share(1)], 1), torch.arange(1))  # the last rank has none
     points = torch.load(folder / "points.pt", weights_only=True)
     white = whiten(points, 4)
     labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
     torch.save((white, labels), folder / f"{rank}.pt")
-    leave()
+    destroy_process_group()
 
 
 def test_kmeans_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.loaders.batch import View
 from sslfast.methods.inpainting import Inpainting, draw_holes, pixel_weights, punched
-from sslfast.methods.reconstruction import clean_view
+from sslfast.methods.shared.reconstruction import clean_view
 from sslfast.models.resnet import ResNetConfig
 from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.generative import inpainting, inpainting_small
+from sslfast.views.types import View
 from tests.methods import harness
 
 ROWS = torch.arange(2000) * 3

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.jigsaw import JIGSAW, Jigsaw, draw_classes
-from sslfast.methods.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
-from sslfast.methods.reconstruction import PixelSpace
+from sslfast.methods.shared.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.methods.shared.permutations import max_hamming_permutations
+from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models.heads import JigsawHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_integers
-from sslfast.permutations import max_hamming_permutations
 from sslfast.recipes.pretext import jigsaw, jigsaw_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
+from tests.distributed.test_training import run
 from tests.methods.harness import (
     _train_rank,
     assert_gradients_reach_the_trunk,
@@ -30,7 +31,6 @@ from tests.methods.harness import (
     tiny,
     tiny_trunks,
 )
-from tests.test_distributed import run
 from tests.tiny import same
 
 

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslfast.bank import initial_rows
-from sslfast.distributed import join, leave, process_group
-from sslfast.loaders.batch import JigsawConfig, ViewConfig
+from sslfast.distributed.process_group import destroy_process_group, init_process_group, process_group
 from sslfast.methods.moco import MoCo, batch_order, queue_loss
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
+from sslfast.models.memory_bank import initial_rows
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.ops.philox import Stream, random_uint32
-from sslfast.optim import OptimConfig
+from sslfast.optim.optimizers import OptimConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import moco_v1_small, moco_v2_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import JigsawConfig, ViewConfig
+from tests.distributed.test_training import enter, run
 from tests.methods import harness
-from tests.test_distributed import enter, run
 from tests.tiny import same
 
 QUEUE = 20  # not a multiple of the batch
@@ -168,7 +168,7 @@ def test_shuffled_order() -> None:
 
 def encode_on_two_ranks(rank: int, ranks: int, port: int) -> None:
     enter(rank, ranks, port)
-    join(process_group(), torch.device("cpu"))
+    init_process_group(process_group(), torch.device("cpu"))
     method = build(replace(config(), seed=5))
     everyone = torch.arange(6.0)[:, None] + torch.tensor([0.25, 0.5])
     own = slice(3 * rank, 3 * rank + 3)
@@ -186,7 +186,7 @@ def encode_on_two_ranks(rank: int, ranks: int, port: int) -> None:
     method.config.shuffle = False
     assert torch.equal(method._encode_keys(everyone[own], 7)[1], everyone)
     assert torch.equal(seen[1], everyone[own])
-    leave()
+    destroy_process_group()
 
 
 def test_ranks_encode_each_others_keys() -> None:

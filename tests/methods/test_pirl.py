@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.bank import MemoryBank, initial_rows
-from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
 from sslfast.methods.pirl import PIRL
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
+from sslfast.models.memory_bank import MemoryBank, initial_rows
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.ops import bank_nce_reference
 from sslfast.recipes import RECIPES
 from sslfast.recipes.pirl import pirl_paper, pirl_vissl
+from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
 from tests.tiny import same
 
 MODEL = ResNetConfig(name="resnet18")
@@ -53,7 +53,7 @@ def test_loss_is_the_formula(pretext: str, loss: str, negatives: str) -> None:
     g = normalize(method.pretext_head(transformed), dim=1)  # type: ignore[misc]
     f = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
     options = {"loss": loss, "negatives": negatives, "num_negatives": 64, "seed": 3, "step": 5}
-    both = bank_nce_reference(torch.stack((g, f)), method.bank.rows, rows, **options)
+    both = bank_nce_reference(torch.stack((g, f)), method.bank.vectors, rows, **options)
     expected = 0.3 * both[0].mean() + 0.7 * both[1].mean()
     torch.testing.assert_close(out["loss"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out["loss_pretext"], both[0].mean(), rtol=1e-5, atol=1e-5)
@@ -64,18 +64,18 @@ def test_loss_is_the_formula(pretext: str, loss: str, negatives: str) -> None:
 def test_bank_moves_toward_the_image_embedding_alone() -> None:
     method = build(bank_momentum=0.25)
     views, rows = batch(method)
-    before = method.bank.rows.clone()
+    before = method.bank.vectors.clone()
     with torch.no_grad():
         image = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
     method(views, rows, step=0)
-    torch.testing.assert_close(method.bank.rows, before)  # scoring leaves the bank alone
+    torch.testing.assert_close(method.bank.vectors, before)  # scoring leaves the bank alone
     method(views, rows + 1, step=0)  # a second micro-batch
     method.after_step()
     for moved in (rows, rows + 1):
-        torch.testing.assert_close(method.bank.rows[moved], normalize(0.25 * before[moved] + 0.75 * image, dim=1))
+        torch.testing.assert_close(method.bank.vectors[moved], normalize(0.25 * before[moved] + 0.75 * image, dim=1))
     others = torch.ones(ROWS, dtype=torch.bool)
     others[torch.cat((rows, rows + 1))] = False
-    assert torch.equal(method.bank.rows[others], before[others])
+    assert torch.equal(method.bank.vectors[others], before[others])
     with pytest.raises(RuntimeError, match="after_step was called before a forward pass"):
         method.after_step()
 
@@ -103,7 +103,7 @@ def test_gradients_reach_trunk_and_heads_and_never_the_bank() -> None:
     for name, parameter in method.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    assert not method.bank.rows.requires_grad
+    assert not method.bank.vectors.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_state_dict_holds_everything_and_initial_weights_depend_on_the_seed_alon
     state = torch.get_rng_state()
     second = build()
     assert torch.equal(torch.get_rng_state(), state)
-    assert {"bank.rows", "z", "image_head.weight", "trunk.conv1.weight"} <= first.state_dict().keys()
+    assert {"bank.vectors", "z", "image_head.weight", "trunk.conv1.weight"} <= first.state_dict().keys()
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b) or (a.isnan().all() and b.isnan().all()), name
 
@@ -219,7 +219,7 @@ def test_weights_and_bank_are_drawn_from_the_seed() -> None:
     assert same(method.trunk.state_dict(), build_trunk(MODEL, seed=3).state_dict())
     assert same(method.image_head.state_dict(), image_head.state_dict())
     assert same(method.pretext_head.state_dict(), pretext_head.state_dict())
-    assert torch.equal(method.bank.rows, initial_rows(ROWS, 128, seed=3))
+    assert torch.equal(method.bank.vectors, initial_rows(ROWS, 128, seed=3))
 
 
 def test_presets_are_the_published_numbers() -> None:
@@ -287,7 +287,7 @@ def test_bank_rows_are_unit_and_independent_of_the_size() -> None:
     assert rows.mean().abs() < 0.01
     assert not torch.equal(rows[:100], initial_rows(100, 16, seed=5))
     half = MemoryBank(100, 16, momentum=0.5, seed=4, dtype=torch.bfloat16)
-    torch.testing.assert_close(half.rows, rows[:100].bfloat16())
+    torch.testing.assert_close(half.vectors, rows[:100].bfloat16())
 
 
 def test_patch_head_depends_on_the_order_of_patches() -> None:

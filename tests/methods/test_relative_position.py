@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.loaders.batch import CropConfig, JigsawConfig, View, ViewConfig
-from sslfast.methods.patches import gather_patches
 from sslfast.methods.relative_position import (
     NOISE,
     PATCHES,
@@ -18,12 +16,15 @@ from sslfast.methods.relative_position import (
     draw,
     drop_colours,
 )
+from sslfast.methods.shared.patches import gather_patches
 from sslfast.models.heads import PairHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.pretext import relative_position, relative_position_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
+from tests.distributed.test_training import run
 from tests.methods.harness import (
     _train_rank,
     assert_gradients_reach_the_trunk,
@@ -37,7 +38,6 @@ from tests.methods.harness import (
     tiny_trunks,
 )
 from tests.methods.test_jigsaw import Cell, numbered
-from tests.test_distributed import run
 from tests.tiny import same
 
 

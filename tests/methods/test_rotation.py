@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
 from sslfast.methods.rotation import IMAGE, Rotation
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
 from sslfast.ops import rotate90
 from sslfast.recipes.pretext import rotation, rotation_small
+from sslfast.views.types import JigsawConfig, View, ViewConfig
 from tests.methods.harness import (
     assert_gradients_reach_the_trunk,
     assert_overfits,

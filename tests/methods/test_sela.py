@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed import leave
-from sslfast.loaders.batch import JigsawConfig, View, ViewConfig
-from sslfast.methods.pseudo_labels import gather_shares, share
+from sslfast.distributed.process_group import destroy_process_group
 from sslfast.methods.sela import SeLa
-from sslfast.methods.sinkhorn import Transport, sinkhorn
+from sslfast.methods.shared.pseudo_labels import gather_shares, share
+from sslfast.methods.shared.sinkhorn import Transport, sinkhorn
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
 from sslfast.recipes.clustering import sela, sela_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import JigsawConfig, View, ViewConfig
+from tests.distributed.test_training import enter, run
 from tests.methods.harness import (
     ROWS,
     assert_resumes,
@@ -27,7 +28,6 @@ from tests.methods.harness import (
     tiny_trunks,
     train,
 )
-from tests.test_distributed import enter, run
 from tests.tiny import same
 
 
@@ -111,10 +111,10 @@ def test_uniform_logits_perfect_prediction_and_heads() -> None:
 def test_labels_are_the_transport_of_every_head() -> None:
     method = build(config(heads=2, tolerance=1e-4))
     assert isinstance(method, SeLa)
-    method.features.rows.copy_(torch.randn(ROWS, 24, generator=torch.Generator().manual_seed(1)))
+    method.features.vectors.copy_(torch.randn(ROWS, 24, generator=torch.Generator().manual_seed(1)))
     method.features.seen[: ROWS - 2] = True
     method.start_epoch(0)
-    logits = (method.features.rows @ method.head.weight.T + method.head.bias).detach().view(ROWS, 2, 4)
+    logits = (method.features.vectors @ method.head.weight.T + method.head.bias).detach().view(ROWS, 2, 4)
     for head in range(2):
         expected = solve(25 * logits[: ROWS - 2, head].double().log_softmax(1), tolerance=1e-4, max_iterations=500)
         assert torch.equal(method.labels[head, : ROWS - 2].long(), expected.labels)
@@ -151,10 +151,10 @@ def test_schedule() -> None:
 def test_collects_features_of_a_batch() -> None:
     method = build(config(every_epochs=2))
     assert isinstance(method, SeLa)
-    assert [method.collects(epoch) for epoch in range(4)] == [True, False, True, False]
+    assert [method.needs_feature_pass(epoch) for epoch in range(4)] == [True, False, True, False]
     views, rows = first_batch(config())
     method.collect(views, rows)
-    torch.testing.assert_close(method.features.rows[rows], method.trunk(views["image"].pixels).detach())
+    torch.testing.assert_close(method.features.vectors[rows], method.trunk(views["image"].pixels).detach())
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
 
 
@@ -173,7 +173,7 @@ def test_learns_its_labels_and_gradients_reach_the_trunk() -> None:
     tiny_config = config()
     method = build(tiny_config)
     assert isinstance(method, SeLa)
-    method.features.rows.normal_(generator=torch.Generator().manual_seed(1))
+    method.features.vectors.normal_(generator=torch.Generator().manual_seed(1))
     method.features.seen.fill_(True)
     method.start_epoch(0)
     views, rows = first_batch(tiny_config)
@@ -192,7 +192,7 @@ def test_learns_its_labels_and_gradients_reach_the_trunk() -> None:
         values.append(loss.item())
     assert max(values[-3:]) < 0.3 * values[0]
     before = method(views, rows, step=0)["loss"]
-    method.features.rows.zero_()  # neither features nor labels of other rows are seen
+    method.features.vectors.zero_()  # neither features nor labels of other rows are seen
     others = torch.ones(ROWS, dtype=torch.bool)
     others[rows] = False
     method.labels[:, others] = 0
@@ -211,15 +211,15 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
-    from sslfast.distributed import join, process_group
+    from sslfast.distributed.process_group import init_process_group, process_group
 
     enter(rank, ranks, port)
-    join(process_group(), torch.device("cpu"))
+    init_process_group(process_group(), torch.device("cpu"))
     for count in (61, 1):
         own = scores(count, 5)[share(count)]
         found = solve(own, tolerance=1e-6, max_iterations=5000, block=9)
         torch.save((gather_shares(found.labels, count), found.columns), folder / f"{count}-{rank}.pt")
-    leave()
+    destroy_process_group()
 
 
 def test_sinkhorn_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:

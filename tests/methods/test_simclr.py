@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslfast.loaders.batch import JigsawConfig, ViewConfig
+from sslfast.distributed.sync_batchnorm import GlobalBatchNorm, globalize_batchnorm
 from sslfast.methods.simclr import SimCLR, nt_xent
 from sslfast.models import contrast
 from sslfast.models.contrast import info_nce
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
-from sslfast.models.norm import GlobalBatchNorm, globalise
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import simclr_small
-from sslfast.train_config import TrainConfig
+from sslfast.training.config import TrainConfig
+from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.methods import harness
 from tests.tiny import same
 
@@ -137,7 +137,7 @@ def test_gradients_reach_the_trunk() -> None:
 def test_global_batchnorm_is_batchnorm_in_one_process() -> None:
     plain, together = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
     together.load_state_dict(plain.state_dict())
-    globalise(together)
+    globalize_batchnorm(together)
     assert type(together[1]) is GlobalBatchNorm
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(together(images), plain(images))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.loaders.batch import View
-from sslfast.methods.reconstruction import PixelSpace
+from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.methods.super_resolution import RandomFeatures, SuperResolution, reduced
 from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes.generative import super_resolution, super_resolution_small
+from sslfast.views.types import View
 from tests.methods import harness
 
 

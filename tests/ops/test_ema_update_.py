@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslfast.bench import resnet50_shapes
+from sslfast.bench.ops import resnet50_shapes
 from sslfast.ops import ema_update_, ema_update_reference
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -253,12 +253,12 @@ def test_z_of_the_method(kind: str, z_from: str) -> None:
         d = replace(
             d,
             query=d.query.roll(step, dims=-1),
-            bank=method.bank.rows,
+            bank=method.bank.vectors,
             rows=negative_rows(d.index, num_negatives=20, num_rows=40, seed=5, step=step),
         )
         used = d.query[:1] if z_from == "pretext" else d.query
         if kind == "exact":
-            estimate = (used.double() @ method.bank.rows.double().T / 0.07).exp().sum(dim=-1).mean().item()
+            estimate = (used.double() @ method.bank.vectors.double().T / 0.07).exp().sum(dim=-1).mean().item()
         else:
             estimate = z_formula(replace(d, query=used), 0.07)
         expected = estimate if step == 0 or kind == "exact" else expected

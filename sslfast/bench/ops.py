@@ -1,0 +1,439 @@
+"""``sslfast bench ops``: every op beside the eager form that other trainers use, in one process, checked before timed.
+
+``benchmarks/bench_<op>.py`` measure the same functions with pytest-benchmark and more sizes.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from sslfast import ops
+from sslfast.device import wait_for
+from sslfast.ops import build_info
+
+
+def gather_infonce(query: Tensor, bank: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """The form of the public memory-bank implementations: gather ``[B, K+1, D]``, bmm, cross-entropy.
+
+    ``rows``: ``[B, K+1]`` int64, column 0 the positive. Returns the mean loss; autograd keeps the gathered tensor.
+    """
+    batch, count = rows.shape
+    gathered = torch.index_select(bank, 0, rows.reshape(-1)).reshape(batch, count, -1)
+    scores = torch.bmm(gathered, query[:, :, None]).squeeze(2) / temperature
+    return cross_entropy(scores, torch.zeros(batch, dtype=torch.long, device=query.device))
+
+
+def scatter_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: float) -> None:
+    """The usual bank update: gather, blend, normalise, copy back."""
+    rows = bank.index_select(0, index).mul_(momentum).add_(features, alpha=1 - momentum)
+    bank.index_copy_(0, index, rows.div_(rows.norm(dim=1, keepdim=True)))
+
+
+def slice_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
+    """MoCo's queue: the head is read on the host and the bank's rows must be a multiple of the batch."""
+    start = int(head)
+    bank[start : start + len(keys)] = keys
+    head.fill_((start + len(keys)) % len(bank))
+
+
+def loop_ema_(targets: list[Tensor], sources: list[Tensor], *, momentum: float) -> None:
+    """MoCo's momentum encoder: one tensor after the other."""
+    for target, source in zip(targets, sources, strict=True):
+        target.mul_(momentum).add_(source, alpha=1 - momentum)
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """Shapes of ResNet-50's 161 parameters (He et al. 2016, 25.6 million values), in the order of its layers."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            kernels = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            kernels += [(4 * width, inputs, 1, 1)] if block == 0 else []
+            for kernel in kernels:
+                shapes += [kernel, kernel[:1], kernel[:1]]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+@dataclass
+class Case:
+    """One op at one size: what each implementation does in one call, and the bytes that must move at least."""
+
+    op: str
+    size: str
+    implementations: dict[str, Callable[[], Any]]
+    floor_bytes: int
+    check: Callable[[], None]
+
+
+def bank_nce_case(
+    device: torch.device,
+    *,
+    batch: int = 256,
+    num_negatives: int = 4096,
+    dimensions: int = 128,
+    num_rows: int = 100_000,
+    views: int = 1,
+    dtype: torch.dtype = torch.float32,
+    loss: str = "infonce",
+) -> Case:
+    """Forward and backward of the loss, negatives drawn in every call."""
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device)
+    query = normalize(torch.randn(views, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
+    index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
+    stored = bank.to(dtype)
+    options: dict[str, Any] = {"num_negatives": num_negatives, "loss": loss}
+    if loss == "nce":
+        options["z"] = 2.2 * num_rows
+
+    def fused() -> Tensor:
+        query.grad = None
+        value = ops.bank_nce(query, stored, index, **options)
+        assert isinstance(value, Tensor)
+        value.mean().backward()
+        return value.mean().detach()
+
+    def gather(rows: Tensor | None = None) -> Tensor:
+        query.grad = None
+        if rows is None:
+            rows = torch.randint(num_rows, (batch, num_negatives), device=device)
+        rows = torch.cat((index[:, None], rows), dim=1)
+        value = torch.stack([gather_infonce(view, bank, rows, 0.07) for view in query]).mean()
+        value.backward()
+        return value.detach()
+
+    def check() -> None:
+        rows = ops.negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=0, step=0)
+        value, gradient = fused(), query.grad
+        if loss == "infonce":
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # a bf16 bank has 8 bits of mantissa
+            torch.testing.assert_close(value, gather(rows), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
+
+    peers: dict[str, Callable[[], Any]] = {"eager gather": gather} if loss == "infonce" else {}
+    size = f"B={batch} V={views} K={num_negatives} D={dimensions} N={num_rows} {str(dtype)[6:]} {loss}"
+    floor = batch * (num_negatives + 1) * dimensions * stored.element_size()
+    return Case("bank_nce", size, {**peers, "sslfast": fused}, floor, check)
+
+
+def bank_nce_dense_case(
+    device: torch.device,
+    *,
+    batch: int = 256,
+    num_rows: int = 100_000,
+    dimensions: int = 128,
+    num_negatives: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Forward and backward of InfoNCE against the whole bank, or against ``num_negatives`` rows for the whole batch."""
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device, dtype)
+    query = normalize(torch.randn(1, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
+    index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
+    rows = None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+
+    def fused() -> Tensor:
+        query.grad = None
+        value = ops.bank_nce_dense(query, bank, index, rows=rows)[0].mean()
+        value.backward()
+        return value.detach()
+
+    def eager() -> Tensor:
+        query.grad = None
+        chosen = bank if rows is None else torch.cat((bank[rows], bank[index]))
+        scores = (query[0].to(dtype) @ chosen.T).float() / 0.07
+        target = index if rows is None else len(rows) + torch.arange(batch, device=device)
+        if rows is not None:  # of the batch's own rows, each sample has one
+            others = ~torch.eye(batch, dtype=torch.bool, device=device)
+            scores[:, len(rows) :] = scores[:, len(rows) :].masked_fill(others, -torch.inf)
+        value = cross_entropy(scores, target)
+        value.backward()
+        return value.detach()
+
+    def check() -> None:
+        value, gradient = fused(), query.grad
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # a bf16 bank has 8 bits of mantissa
+        torch.testing.assert_close(value, eager(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
+
+    rest = "whole bank" if rows is None else f"K={len(rows)} shared"
+    size = f"B={batch} D={dimensions} N={num_rows} {str(dtype)[6:]} {rest}"
+    floor = (num_rows if rows is None else len(rows)) * dimensions * bank.element_size()
+    return Case("bank_nce_dense", size, {"eager [B, N] scores": eager, "sslfast": fused}, floor, check)
+
+
+def bank_update_case(device: torch.device, *, batch: int = 1024, num_rows: int = 100_000) -> Case:
+    """The momentum update of one batch."""
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(num_rows, 128, generator=generator), dim=1).to(device)
+    features = normalize(torch.randn(batch, 128, generator=generator), dim=1).to(device)
+    index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
+
+    def check() -> None:
+        ours, theirs = bank.clone(), bank.clone()
+        ops.bank_update_(ours, index, features, momentum=0.5)
+        scatter_update_(theirs, index, features, momentum=0.5)
+        torch.testing.assert_close(ours, theirs)
+
+    implementations = {
+        "eager gather": lambda: scatter_update_(bank, index, features, momentum=0.5),
+        "sslfast": lambda: ops.bank_update_(bank, index, features, momentum=0.5),
+    }
+    return Case("bank_update_", f"B={batch} D=128 N={num_rows} float32", implementations, 3 * batch * 512, check)
+
+
+def bank_enqueue_case(device: torch.device, *, batch: int = 256, num_rows: int = 65_536) -> Case:
+    """One batch of keys into MoCo's queue (batch 256, 65,536 keys, section 4.1)."""
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(num_rows, 128, generator=generator), dim=1).to(device)
+    keys = normalize(torch.randn(batch, 128, generator=generator), dim=1).to(device)
+    head = torch.zeros((), dtype=torch.int64, device=device)
+
+    def check() -> None:
+        ours, theirs = (bank.clone(), head.clone()), (bank.clone(), head.clone())
+        ops.bank_enqueue_(*ours, keys)
+        slice_enqueue_(*theirs, keys)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+    implementations = {
+        "eager slice": lambda: slice_enqueue_(bank, head, keys),
+        "sslfast": lambda: ops.bank_enqueue_(bank, head, keys),
+    }
+    return Case("bank_enqueue_", f"B={batch} D=128 N={num_rows} float32", implementations, 2 * batch * 512, check)
+
+
+def ema_update_case(device: torch.device, *, source_dtype: torch.dtype = torch.float32) -> Case:
+    """The momentum encoder of a ResNet-50: fp32 targets."""
+    generator = torch.Generator().manual_seed(0)
+    targets = [torch.randn(shape, generator=generator).to(device) for shape in resnet50_shapes()]
+    sources = [torch.randn(shape, generator=generator).to(device, source_dtype) for shape in resnet50_shapes()]
+    momentum = 0.999
+
+    def check() -> None:
+        ours, theirs = [t.clone() for t in targets], [t.clone() for t in targets]
+        ops.ema_update_(ours, sources, momentum=momentum)
+        loop_ema_(theirs, sources, momentum=momentum)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+
+    implementations: dict[str, Callable[[], Any]] = {
+        "eager loop": lambda: loop_ema_(targets, sources, momentum=momentum)
+    }
+    if source_dtype == torch.float32:  # one dtype for both lists
+        implementations["_foreach_lerp_"] = lambda: torch._foreach_lerp_(targets, sources, 1 - momentum)
+    implementations["sslfast"] = lambda: ops.ema_update_(targets, sources, momentum=momentum)
+    floor = sum(t.numel() * (8 + s.element_size()) for t, s in zip(targets, sources, strict=True))
+    size = f"ResNet-50, {len(targets)} tensors, {str(source_dtype)[6:]} to float32"
+    return Case("ema_update_", size, implementations, floor, check)
+
+
+def negative_rows_case(device: torch.device, *, batch: int = 256, num_negatives: int = 4096) -> Case:
+    """Drawing the rows alone; the eager form is torch.randint, which cannot exclude the sample or be replayed."""
+    index, rows = torch.arange(batch, device=device), 1_281_167
+    draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": rows, "seed": 0, "step": 0}
+
+    def check() -> None:
+        assert torch.equal(ops.negative_rows(index, **draw), ops.negative_rows_reference(index, **draw))
+
+    implementations = {
+        "eager randint": lambda: torch.randint(rows, (batch, num_negatives), device=device),
+        "sslfast": lambda: ops.negative_rows(index, **draw),
+    }
+    return Case("negative_rows", f"B={batch} K={num_negatives}", implementations, batch * num_negatives * 8, check)
+
+
+def pixel_cases(device: torch.device, *, batch: int = 64) -> list[Case]:
+    """rotate90 and jigsaw_patches on uint8 crops and rgb_to_lab on floats, beside the same in torch."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch, 3, 255, 255), generator=generator).to(device, torch.uint8)
+    turns = torch.randint(4, (batch,), generator=generator).to(device)
+    order = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
+    offsets = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
+    calls: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...], int]] = [
+        (ops.rotate90, ops.rotate90_reference, (images, turns), 2 * images.numel()),
+        (ops.jigsaw_patches, ops.jigsaw_patches_reference, (images, order, offsets), 2 * batch * 9 * 3 * 64 * 64),
+        (ops.rgb_to_lab, ops.rgb_to_lab_reference, (images / 255,), 8 * images.numel()),
+    ]
+    cases = []
+    for op, reference, given, floor in calls:
+        ours, eager = partial(op, *given), partial(reference, *given)
+
+        def check(ours: Callable[[], Tensor] = ours, eager: Callable[[], Tensor] = eager) -> None:
+            torch.testing.assert_close(ours(), eager(), rtol=0, atol=1e-3)
+
+        size = f"[{batch}, 3, 255, 255] {str(given[0].dtype)[6:]}"
+        cases.append(Case(op.__name__, size, {"eager": eager, "sslfast": ours}, floor, check))
+    return cases
+
+
+def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = True, blur: bool = False) -> Case:
+    """The view stage of PIRL's jigsaw view (255-pixel crops, nine patches of 64) or image view (224), all colour
+    operations on (blur, where asked for, of every picture), beside the same operations one after the other in torch."""
+    generator = torch.Generator().manual_seed(0)
+    side, pictures = (255, 9) if jigsaw else (224, 1)
+    crops = torch.randint(256, (batch, 3, side, side), generator=generator).to(device, torch.uint8)
+    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0, 0.1 * blur])
+    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25, 2.0 * blur])
+    drawn = low + torch.rand(batch, pictures, 13, generator=generator) * (high - low)
+    whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
+    parameters = torch.where(whole, drawn.floor(), drawn).to(device)
+    options: dict[str, Any] = {"photometric": False, "blur": blur}
+    if jigsaw:
+        options["permutation"] = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
+        options["offsets"] = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
+
+    def check() -> None:
+        ours = ops.render_views(crops, parameters, **options)
+        torch.testing.assert_close(ours, ops.render_views_reference(crops, parameters, **options), rtol=0, atol=1e-3)
+
+    implementations = {
+        "torch": lambda: ops.render_views_reference(crops, parameters, **options),
+        "sslfast": lambda: ops.render_views(crops, parameters, **options),
+    }
+    written = batch * 3 * (9 * 64 * 64 if jigsaw else 224 * 224)
+    size = f"{'jigsaw' if jigsaw else 'image'} view{' with blur' if blur else ''}, B={batch}, float32"
+    return Case("render_views", size, implementations, 5 * written, check)
+
+
+def op_cases(device: torch.device) -> list[Case]:
+    """What ``sslfast bench ops`` measures."""
+    return [
+        bank_nce_case(device),
+        bank_nce_case(device, views=2),
+        bank_nce_case(device, dtype=torch.bfloat16),
+        bank_nce_case(device, loss="nce"),
+        bank_nce_dense_case(device),
+        bank_nce_dense_case(device, num_negatives=4096),
+        negative_rows_case(device),
+        bank_update_case(device),
+        bank_enqueue_case(device),
+        ema_update_case(device),
+        ema_update_case(device, source_dtype=torch.bfloat16),
+        *pixel_cases(device),
+        render_views_case(device),
+        render_views_case(device, jigsaw=False),
+        render_views_case(device, jigsaw=False, blur=True),
+    ]
+
+
+def peak_extra_bytes(device: torch.device, function: Callable[[], Any]) -> int | None:
+    """Most memory that one call holds beyond what was held before it; None where it cannot be measured."""
+    if device.type == "cuda":
+        wait_for(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+        before = _status_kib("VmRSS")
+        function()
+        return max(0, _status_kib("VmHWM") - before) * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+
+def measure(case: Case, device: torch.device, *, rounds: int) -> list[dict[str, Any]]:
+    """Rows of the table: implementations take turns in every round, so that a noisy machine slows all of them alike."""
+    case.check()
+    memory = {name: peak_extra_bytes(device, function) for name, function in case.implementations.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in case.implementations}
+    for _ in range(rounds):
+        for name, function in case.implementations.items():
+            wait_for(device)
+            start = time.perf_counter()
+            function()
+            wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    slowest = statistics.median(next(iter(seconds.values())))
+    return [
+        {
+            "op": case.op,
+            "size": case.size,
+            "implementation": name,
+            "median_ms": round(statistics.median(times) * 1e3, 4),
+            "quantile20_ms": round(sorted(times)[int(0.2 * len(times))] * 1e3, 4),
+            "quantile80_ms": round(sorted(times)[int(0.8 * len(times))] * 1e3, 4),
+            "times_faster": round(slowest / statistics.median(times), 2),
+            "floor_gb_per_s": round(case.floor_bytes / statistics.median(times) / 1e9, 2),
+            "peak_extra_mib": None if memory[name] is None else round((memory[name] or 0) / 2**20, 2),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def time_case(benchmark: Any, case: Case, implementation: str, device: torch.device, *, rounds: int = 15) -> None:
+    """One implementation under pytest-benchmark: checked, grouped with its peers, memory and bandwidth noted."""
+    case.check()
+    benchmark.group = f"{case.op} {case.size}, {device}"
+    peak = peak_extra_bytes(device, case.implementations[implementation])
+
+    def run() -> None:
+        case.implementations[implementation]()
+        wait_for(device)
+
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=2)
+    if benchmark.stats:
+        benchmark.extra_info["peak_mib"] = None if peak is None else round(peak / 2**20, 2)
+        benchmark.extra_info["gb_per_s"] = round(case.floor_bytes / benchmark.stats.stats.median / 1e9, 2)
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The measurements as a table."""
+    head = f"{'op':15} {'size':50} {'implementation':15} {'median ms':>10} {'times':>7} {'GB/s':>7} {'MiB':>8}"
+    lines = [head]
+    for row in rows:
+        memory = "" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:8.1f}"
+        lines.append(
+            f"{row['op']:15} {row['size']:50} {row['implementation']:15} {row['median_ms']:10.3f} "
+            f"{row['times_faster']:7.2f} {row['floor_gb_per_s']:7.2f} {memory}"
+        )
+    lines.append(
+        "times: faster than the op's first line. GB/s: bytes that must move over time. MiB: peak extra memory."
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``sslfast bench ops [--json FILE]``."""
+    parser = argparse.ArgumentParser(prog="sslfast bench", description=__doc__)
+    parser.add_argument("what", choices=["ops"], help="what to measure")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each implementation")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if chosen.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {chosen.rounds}")
+    device = torch.device(chosen.device)
+    rows = [row for case in op_cases(device) for row in measure(case, device, rounds=chosen.rounds)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {build_info()['note']}")
+    print(render(rows))
+    if chosen.json is not None:
+        facts = {"device": name, "torch": str(torch.__version__), "platform": platform.platform(), "rows": rows}
+        chosen.json.write_text(json.dumps(facts, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

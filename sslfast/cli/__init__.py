@@ -1,0 +1,3 @@
+"""The command ``sslfast``. May import every package; nothing imports it."""
+
+__all__ = ["main"]

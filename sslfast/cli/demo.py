@@ -1,0 +1,138 @@
+"""``sslfast demo``: PIRL end to end on real photographs, on whatever machine this is.
+
+Makes the embedded data set, pretrains, evaluates beside two baselines, draws two pictures. Every part is found again
+when the command is run again, so a stopped demo goes on where it was.
+"""
+
+import io
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
+from sslfast.config import save_json
+from sslfast.data import PHOTOGRAPHS, make_demo_data
+from sslfast.evaluation import PROTOCOL as LINEAR
+from sslfast.evaluation import (
+    RAW_PIXELS,
+    TRAINED,
+    UNTRAINED,
+    EvaluationSet,
+    knn_result,
+    linear_result,
+    load_evaluation_set,
+)
+from sslfast.recipes import RECIPES
+from sslfast.report import report, write_neighbours, write_preview
+from sslfast.training import NonFiniteLossError, RunInterruptedError, Trainer
+
+K = (1, 5, 20)
+ENCODERS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained", TRAINED: "PIRL"}
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Pretrain PIRL on crops of 18 photographs, then ask: are crops of one photograph neighbours?"""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("runs/demo")
+    """Folder of the data, the runs and the pictures."""
+    seed: int = 0
+    """Seed of the run; each seed has a run directory of its own."""
+    epochs: int | None = None
+    """Passes over the data; default: the recipe's."""
+    train_per_photo: int = 30
+    """Training crops of each photograph."""
+    val_per_photo: int = 60
+    """Validation crops of each photograph."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``sslfast demo``; returns the exit code."""
+    try:
+        options = tyro.cli(Demo, args=argv, prog="sslfast demo")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        print(run_demo(options), flush=True)
+    except RunInterruptedError as stop:
+        _say(str(stop))
+        return EXIT_INTERRUPTED
+    except NonFiniteLossError as error:
+        _say(f"error: {error}")
+        return EXIT_NOT_FINITE
+    return 0
+
+
+def run_demo(options: Demo) -> str:
+    """Everything; returns the closing screen. Raises as :class:`sslfast.training.trainer.Trainer` does."""
+    started = time.perf_counter()
+    output, run = options.output, options.output / f"seed{options.seed}"
+    data = make_demo_data(output / "data", train_per_photo=options.train_per_photo, val_per_photo=options.val_per_photo)
+    config = replace(RECIPES["demo"](), seed=options.seed, device=options.device, knn_every_epochs=1)
+    if options.epochs is not None:
+        config = replace(config, epochs=options.epochs)
+    views = config.method.views()
+    preview = output / "preview.png"
+    write_preview(data / "train", views, preview, count=6, seed=options.seed)
+    _say(f"{len(PHOTOGRAPHS)} photographs, {options.train_per_photo} training crops of each, in {data}")
+    trainer = Trainer(config, data / "train", run, report=_say)
+    _say(f"PIRL, {config.model.name}, {config.epochs} epochs, {trainer.total_steps} steps of {config.batch_size}")
+    trainer.fit()
+    trained = time.perf_counter()
+    evaluation = load_evaluation_set(run, data, device=options.device)
+    knn = knn_result(evaluation, k=K, device=options.device, output=run / "evaluation" / "knn.json")
+    linear = linear_result(evaluation, device=options.device, output=run / "evaluation" / "linear.json")
+    neighbours = write_neighbours(
+        evaluation,
+        output / "neighbours.png",
+        encoders=list(ENCODERS)[::2],
+        queries=len(PHOTOGRAPHS),
+        title=f"crops of the right halves and their 6 most similar crops of the left halves, seed {options.seed}",
+    )
+    done = time.perf_counter()
+    facts = {"seconds": {"pretraining": round(trained - started, 1), "evaluation": round(done - trained, 1)}}
+    save_json(run / "evaluation" / "demo.json", {"knn": knn["results"], "linear": linear["results"], **facts})
+    page = report((run,), output=output / "report.html", data=data, device=options.device)
+    lines = [
+        _table(evaluation, knn, linear),
+        "",
+        f"  what the network saw          {preview}",
+        f"  queries and their neighbours  {neighbours}",
+        f"  curves, confusion, map        {page}",
+        f"  numbers, weights, logs        {run}",
+        f"  seconds                       {trained - started:.0f} pretraining, {done - trained:.0f} evaluation",
+    ]
+    return "\n".join(lines)
+
+
+def _table(evaluation: EvaluationSet, knn: dict[str, Any], linear: dict[str, Any]) -> str:
+    cells = {(row["encoder"], row["protocol"]): row for row in (*knn["results"], *linear["results"])}
+    columns = {**{f"{knn['protocol']}-k{k}": f"kNN, k = {k}" for k in K}, LINEAR: "linear probe"}
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("top-1 accuracy, %")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for encoder, words in ENCODERS.items():
+        rows = [cells[encoder, protocol] for protocol in columns]
+        table.add_row(words, *(f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}" for row in rows))
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    classes = len(evaluation.classes)
+    title = (
+        f"Which photograph is this crop of? {classes} photographs, chance {100 / classes:.1f} %, "
+        f"{len(evaluation.val_labels):,} crops of halves never seen"
+    )
+    return f"{title}\n{text.getvalue().rstrip()}"
+
+
+def _say(line: str) -> None:
+    print(f"sslfast demo: {line}", file=sys.stderr, flush=True)

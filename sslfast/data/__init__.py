@@ -1,0 +1,63 @@
+"""Where images come from: sources, the manifest that numbers them, decoding policy, verification and conversion.
+Imports ``sslfast.files`` and ``sslfast.ops``."""
+
+from sslfast.data.beton import JPG, Beton
+from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
+from sslfast.data.folder import HASHED_BYTES, content_hash
+from sslfast.data.images import (
+    ORIENTATION,
+    BadImageError,
+    ImageHeader,
+    OnBadImage,
+    OpenImage,
+    check_size,
+    decode_full,
+    decode_pixels,
+    open_image,
+    quiet_pillow,
+    read_bytes,
+    require_strict_pillow,
+    silence_pillow,
+)
+from sslfast.data.jpeg import scan_jpeg
+from sslfast.data.manifest import Manifest, some_paths
+from sslfast.data.pool import available_cores
+from sslfast.data.prepare import PrepareConfig, prepare_beton
+from sslfast.data.source import open_data, parse_data, reopen_data
+from sslfast.data.tar import ImageLocation, ShardError, read_image_bytes
+from sslfast.data.verify import verify_images
+
+__all__ = [
+    "HASHED_BYTES",
+    "JPG",
+    "ORIENTATION",
+    "PHOTOGRAPHS",
+    "BadImageError",
+    "Beton",
+    "ImageHeader",
+    "ImageLocation",
+    "Manifest",
+    "OnBadImage",
+    "OpenImage",
+    "PrepareConfig",
+    "ShardError",
+    "available_cores",
+    "check_size",
+    "content_hash",
+    "decode_full",
+    "decode_pixels",
+    "make_demo_data",
+    "open_data",
+    "open_image",
+    "parse_data",
+    "prepare_beton",
+    "quiet_pillow",
+    "read_bytes",
+    "read_image_bytes",
+    "reopen_data",
+    "require_strict_pillow",
+    "scan_jpeg",
+    "silence_pillow",
+    "some_paths",
+    "verify_images",
+]

@@ -1,0 +1,283 @@
+"""The .beton file: FFCV's format (version 2) with checksums and the manifest inside.
+
+Layout, little-endian::
+
+    header · fields image, label, row · [N] samples · pages of pixels
+    manifest · settings (JSON) · [N] CRC-32 · footer · [N] allocations
+
+FFCV's own reader takes the header, the fields, the samples and the allocations, and never looks at what lies between
+the last page and the allocations. Sample ``i`` is row ``i`` of the manifest. No sample lies across two pages.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslfast.data.manifest import Manifest
+
+VERSION = 2
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", (1024,))], align=True)
+FIELDS = {"image": 2, "label": 1, "row": 1}
+"""Name -> FFCV's number of the kind: 2 an RGB image, 1 an integer."""
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("", IMAGE), ("", "<i8"), ("", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FOOTER = np.dtype(
+    [
+        ("manifest", "<u8"),
+        ("settings", "<u8"),
+        ("sums", "<u8"),
+        ("texts_crc", "<u8"),
+        ("identity", "S16"),
+        ("magic", "S16"),
+    ]
+)
+MAGIC = b"sslfast beton 1"
+JPG, RAW = 0, 1
+"""Values of ``mode``: a JPEG, or ``[height, width, 3]`` uint8."""
+MAX_SIDE = 65535
+_SAMPLES = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+_PAGE = 1 << 23
+
+
+class Beton:
+    """A .beton file of ``sslfast data prepare``, open for reading.
+
+    Raises ValueError, in one line with the remedy, where it is missing, of another make, cut short or edited. The
+    pixels are not read here; every read of them compares the checksum.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise ValueError(f"{self.path} {reason}: make it with `sslfast data prepare`") from None
+        try:
+            self._read_tables()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_tables(self) -> None:
+        remedy = "make it again with `sslfast data prepare`"
+        header = self._read(HEADER, 0, 1, f"{self.path} is no .beton file: {remedy}")[0]
+        foreign = f"{self.path} was not written by `sslfast data prepare` (it has no manifest of rows): {remedy}"
+        if header["version"] != VERSION or header["num_fields"] != len(FIELDS):
+            raise ValueError(foreign)
+        if self._read(FIELD, HEADER.itemsize, len(FIELDS), foreign).tobytes() != _fields().tobytes():
+            raise ValueError(foreign)
+        cut = f"{self.path} was cut short or edited: {remedy}"
+        count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        if os.fstat(self.descriptor).st_size != table + count * ALLOCATION.itemsize:
+            raise ValueError(cut)
+        footer = self._read(FOOTER, table - FOOTER.itemsize, 1, cut)[0]
+        if footer["magic"] != MAGIC:
+            raise ValueError(foreign)
+        begin, middle, end = int(footer["manifest"]), int(footer["settings"]), int(footer["sums"])
+        if not _SAMPLES <= begin <= middle <= end <= table:
+            raise ValueError(cut)
+        texts = self._read(np.dtype("<u1"), begin, end - begin, cut).tobytes()
+        if zlib.crc32(texts) != footer["texts_crc"]:
+            raise ValueError(cut)
+        samples = self._read(SAMPLE, _SAMPLES, count, cut)
+        allocations = self._read(ALLOCATION, table, count, cut)
+        self.sums: NDArray[np.uint32] = self._read(np.dtype("<u4"), end, count, cut)
+        """``[N]`` CRC-32 of each sample's bytes."""
+        identity = _identity(samples, allocations, self.sums)
+        if footer["identity"] != identity.encode():
+            raise ValueError(cut)
+        images = samples["f0"]
+        self.modes: NDArray[np.uint8] = images["mode"].copy()
+        """``[N]`` ``JPG`` or ``RAW``."""
+        self.shapes: NDArray[np.int64] = np.stack((images["width"], images["height"]), axis=1).astype(np.int64)
+        """``[N, 2]`` width and height."""
+        self.places: NDArray[np.int64] = allocations["ptr"].astype(np.int64)
+        """``[N]`` where each sample's bytes begin."""
+        self.sizes: NDArray[np.int64] = allocations["size"].astype(np.int64)
+        """``[N]`` number of each sample's bytes."""
+        self.settings: dict[str, Any] = json.loads(texts[middle - begin :])
+        """What ``sslfast data prepare`` was told, and what it did."""
+        text = texts[: middle - begin].decode("utf-8", "surrogateescape")
+        self.manifest = Manifest.parse(text, f"inside {self.path}")
+        """The rows, with ``archive`` set to this file."""
+        self.manifest.archive, self.manifest.archive_id = self.path, identity
+        if len(self.manifest) != count:
+            raise ValueError(cut)
+
+    def _read(self, kind: np.dtype[Any], place: int, count: int, problem: str) -> NDArray[Any]:
+        wanted = count * kind.itemsize
+        data = bytearray(wanted)
+        done = 0
+        while done < wanted and place >= 0:
+            # One call of the system moves 2 GiB at most.
+            got = os.preadv(self.descriptor, [memoryview(data)[done:]], place + done)
+            if got == 0:
+                break
+            done += got
+        if done < wanted or place < 0:
+            raise ValueError(problem)
+        return np.frombuffer(data, dtype=kind)
+
+    def __enter__(self) -> "Beton":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        descriptor, self.descriptor = getattr(self, "descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class BetonWriter:
+    """Writes a .beton file whole or not at all: into ``OUT.part`` beside it, renamed by :meth:`commit`.
+
+    Leaving the ``with`` block without a commit deletes the part; what a killed process left is overwritten by the next
+    one. The part is locked, so two processes never write the same output.
+
+    Args:
+        path: the file to make or replace.
+        capacity: most samples that will come.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], capacity: int) -> None:
+        self.path = Path(path).absolute()
+        self.part = self.path.with_name(self.path.name + ".part")
+        self._page_size = _PAGE
+        self._place = -(-(_SAMPLES + capacity * SAMPLE.itemsize) // _PAGE) * _PAGE
+        self._images = np.zeros(capacity, dtype=IMAGE)
+        self._allocations = np.zeros(capacity, dtype=ALLOCATION)
+        self._sums = np.zeros(capacity, dtype="<u4")
+        self._count = 0
+        self._committed = False
+
+    def __enter__(self) -> "BetonWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.fdopen(_open_locked(self.part), "wb", buffering=1 << 20)
+        self._file.truncate(0)
+        self._file.seek(self._place)
+        return self
+
+    def add(self, mode: int, width: int, height: int, data: bytes, crc: int) -> None:
+        """Append the next sample."""
+        while len(data) > self._page_size:
+            self._page_size *= 2
+        if self._place // self._page_size != (self._place + len(data) - 1) // self._page_size:
+            self._place = -(-self._place // self._page_size) * self._page_size
+            self._file.seek(self._place)
+        self._file.write(data)
+        row = self._count
+        self._images[row] = (mode, width, height, self._place)
+        self._allocations[row] = (row, self._place, len(data))
+        self._sums[row] = crc
+        self._place += len(data)
+        self._count += 1
+
+    def commit(self, manifest: Manifest, settings: dict[str, Any]) -> None:
+        """Write the tables, make everything durable, and put the file in its place.
+
+        Args:
+            manifest: as many rows as samples were added.
+            settings: any JSON.
+        """
+        count = self._count
+        samples = np.zeros(count, dtype=SAMPLE)
+        samples["f0"], samples["f1"], samples["f2"] = self._images[:count], manifest.labels, np.arange(count)
+        allocations, sums = self._allocations[:count], self._sums[:count]
+        identity = _identity(samples, allocations, sums)
+        text, notes = manifest.dump().encode("utf-8", "surrogateescape"), json.dumps(settings).encode()
+        footer = np.zeros((), dtype=FOOTER)
+        footer["manifest"] = self._place
+        footer["settings"] = self._place + len(text)
+        footer["sums"] = self._place + len(text) + len(notes)
+        footer["texts_crc"] = zlib.crc32(text + notes)
+        footer["identity"], footer["magic"] = identity.encode(), MAGIC
+        for part in (text, notes, sums.tobytes(), footer.tobytes()):
+            self._file.write(part)
+        header = np.zeros((), dtype=HEADER)
+        header["version"], header["num_fields"], header["num_samples"] = VERSION, len(FIELDS), count
+        header["page_size"], header["alloc_table_ptr"] = self._page_size, self._file.tell()
+        self._file.write(allocations.tobytes())
+        self._file.seek(0)
+        for part in (header.tobytes(), _fields().tobytes(), samples.tobytes()):
+            self._file.write(part)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self.part, self.path)
+        self._committed = True
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # Deleted under the lock; after a commit the name may already be another process's.
+            if not self._committed:
+                self.part.unlink(missing_ok=True)
+        finally:
+            try:
+                self._file.close()
+            except OSError:
+                # A full disk fails again as the rest of the buffer is flushed; the first error is on its way.
+                if kind is None:
+                    raise
+
+
+def _open_locked(path: Path) -> int:
+    """Descriptor of the file at ``path``, made if need be, locked by this process until it is closed."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise ValueError(f"{path} is being written by another process: wait for it, or stop it") from None
+        try:
+            # Its former holder may have renamed or deleted the file between the two calls above.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _fields() -> NDArray[Any]:
+    fields = np.zeros(len(FIELDS), dtype=FIELD)
+    for field, (name, kind) in zip(fields, FIELDS.items(), strict=True):
+        field["type_id"] = kind
+        field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), dtype="<u1")
+    return fields
+
+
+def _identity(*tables: NDArray[Any]) -> str:
+    """16 hex digits that stand for all samples: their places, shapes and checksums."""
+    sha = hashlib.sha256()
+    for table in tables:
+        sha.update(table.tobytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,237 @@
+"""``sslfast data prepare``: the images of a folder in one .beton file, in the manifest's order."""
+
+import errno
+import io
+import shutil
+import zlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sslfast.data.beton import JPG, MAX_SIDE, RAW, BetonWriter
+from sslfast.data.ffcv_library import load_decoder
+from sslfast.data.folder import HASHED_BYTES, content_hash
+from sslfast.data.images import ORIENTATION, BadImageError, OpenImage, decode_pixels, open_image
+from sslfast.data.manifest import Manifest
+from sslfast.data.pool import map_processes
+from sslfast.data.source import open_data
+from sslfast.data.tar import ImageLocation, read_image_bytes
+
+Mode = Literal["jpg", "raw", "proportion"]
+_CHUNK = 4  # images that travel together from a process: raw ones are large
+_MOST_DIFFERENCE = 2.0
+"""Mean absolute difference of a stored JPEG between FFCV's decoder and ours. Rounding of the two stays below 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How images are stored."""
+
+    mode: Mode = "jpg"
+    """jpg: JPEG, the original bytes where that is faithful. raw: pixels, the fastest to read and 5 to 20 times larger.
+    proportion: the share ``jpg_share`` of the images as in jpg, spread evenly, the others as in raw."""
+    jpg_share: float = 0.5
+    """Share of JPEGs in mode proportion."""
+    max_resolution: int | None = None
+    """Images with a longer side are scaled down to this one."""
+    quality: int = 90
+    """JPEG quality of what cannot be kept as it is: other formats and colours than RGB or grayscale JPEG, EXIF-rotated
+    or scaled pictures, JPEGs that the decoder warns of."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("jpg", "raw", "proportion"):
+            raise ValueError(f"mode must be jpg, raw or proportion, got {self.mode!r}")
+        if not 0 <= self.jpg_share <= 1:
+            raise ValueError(f"jpg_share must be in [0, 1], got {self.jpg_share}")
+        if self.max_resolution is not None and not 8 <= self.max_resolution <= MAX_SIDE:
+            raise ValueError(f"max_resolution must be in [8, {MAX_SIDE}], got {self.max_resolution}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be in [1, 100], got {self.quality}")
+
+    def is_jpg(self, row: int) -> bool:
+        """Whether a row is stored as JPEG."""
+        share = {"jpg": 1.0, "raw": 0.0, "proportion": self.jpg_share}[self.mode]
+        return int((row + 1) * share) > int(row * share)
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What was written."""
+
+    path: Path
+    manifest: Manifest
+    """Of the stored rows; ``excluded`` lists what was left out."""
+    size: int
+    """Bytes of the file."""
+    counts: dict[str, int]
+    """What was done -> number of images."""
+
+
+@dataclass
+class _Task:
+    place: ImageLocation
+    sha1: str
+    config: PrepareConfig
+    as_jpg: bool
+
+
+@dataclass
+class _Stored:
+    mode: int
+    width: int
+    height: int
+    data: bytes
+    crc: int
+    done: str
+
+
+def prepare_beton(
+    source: Path,
+    output: Path,
+    config: PrepareConfig | None = None,
+    *,
+    on_bad_image: Literal["error", "skip"] = "error",
+    workers: int | None = None,
+    progress: bool = False,
+) -> Prepared:
+    """Store every image of ``source`` in ``output``, whole or not at all.
+
+    Every image is decoded by the policy of :mod:`sslfast.data.images`, so the manifest inside the file is verified.
+    A JPEG keeps its bytes where FFCV's decoder reads them without a warning and sees the picture that we see.
+
+    Args:
+        source: a folder of images, tar shards, or a manifest of ``sslfast data verify`` (.tsv).
+        output: the .beton file; an old one stays as it was until the new one is complete.
+        config: how images are stored.
+        on_bad_image: ``error``: ValueError at the first image that cannot be used; ``skip``: the manifest inside lists
+            it and gives it no row.
+        workers: processes; None: one per available core; 0 or 1: in this process.
+        progress: show progress bars on the terminal.
+
+    Raises:
+        ValueError: with the remedy; ``output`` is as it was.
+        ImportError: package ffcv is missing.
+    """
+    config = PrepareConfig() if config is None else config
+    output = Path(output)
+    if output.suffix != ".beton":
+        raise ValueError(f"the output must be named *.beton, got {output}")
+    if Path(source).suffix == ".beton" and not Path(source).is_dir():
+        raise ValueError(f"{source} is a .beton file already: name the folder that it was made of")
+    load_decoder()
+    manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)
+    _check_space(manifest, output, config)
+    tasks = [_Task(manifest.location(row), sha1, config, config.is_jpg(row)) for row, sha1 in enumerate(manifest.sha1)]
+    bad: list[tuple[str, str]] = []
+    counts: Counter[str] = Counter()
+    try:
+        with BetonWriter(output, len(manifest)) as writer:
+            stored = map_processes(_store, tasks, workers=workers, progress=progress, title="preparing", chunk=_CHUNK)
+            for path, found in zip(manifest.paths, stored, strict=True):
+                if isinstance(found, _Stored):
+                    writer.add(found.mode, found.width, found.height, found.data, found.crc)
+                    counts[found.done] += 1
+                elif on_bad_image == "skip":
+                    bad.append((path, found))
+                else:
+                    raise ValueError(
+                        f"{manifest.root}/{path} cannot be used: {found}; repair or remove the file, or pass "
+                        "--on-bad-image skip"
+                    )
+            usable = replace(manifest.without(bad), verified=True, shards=None)
+            if not len(usable):
+                raise ValueError(f"no usable image in {manifest.root}: all {len(usable.excluded)} are bad")
+            settings = {
+                "mode": config.mode,
+                "jpg_share": config.jpg_share,
+                "max_resolution": config.max_resolution,
+                "quality": config.quality,
+                "counts": dict(counts),
+            }
+            writer.commit(usable, settings)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"the disk is full: {output.parent.absolute()} has no room for {output.name}; free some, or lower "
+            "--max-resolution or --quality, or write to another disk"
+        ) from None
+    return Prepared(path=output, manifest=usable, size=output.stat().st_size, counts=dict(sorted(counts.items())))
+
+
+def _check_space(manifest: Manifest, output: Path, config: PrepareConfig) -> None:
+    """What is sure to be too little is found before the work."""
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if config.mode == "jpg" and config.max_resolution is None:
+        # Kept JPEGs take what they take; other formats may become smaller.
+        files = zip(manifest.paths, manifest.bytes, strict=True)
+        needed = sum(int(size) for path, size in files if path.lower().endswith((".jpg", ".jpeg")))
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise ValueError(
+                f"{output} needs {needed / 1e9:.2f} GB or more and {folder} has {free / 1e9:.2f} GB free: free some, "
+                "or write to another disk"
+            )
+
+
+def _store(task: _Task) -> _Stored | str:
+    """What is written for one image, or why it is bad. Runs in a process of its own."""
+    try:
+        data = read_image_bytes(task.place)
+        if content_hash(data[:HASHED_BYTES]) != task.sha1:
+            raise ValueError(f"{task.place} is not the file that the manifest speaks of: verify the folder again")
+        opened = open_image(data)
+        keepable = task.as_jpg and _is_plain_jpeg(opened)
+        orientation = opened.orientation
+        stored, _ = decode_pixels(opened)
+    except BadImageError as error:
+        return error.reason
+    pixels = np.broadcast_to(stored, (*stored.shape[:2], 3))
+    limit = min(task.config.max_resolution or MAX_SIDE, MAX_SIDE)
+    if keepable and max(pixels.shape) <= limit and _reads_alike(data, pixels):
+        return _stored(JPG, pixels, data, "original JPEG kept")
+    transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
+    if transpose:
+        pixels = pixels.transpose(1, 0, 2)
+    pixels = pixels[:: -1 if flip_vertical else 1, :: -1 if flip_horizontal else 1]
+    scaled = ""
+    if max(pixels.shape) > limit:
+        height, width = (max(1, round(side * limit / max(pixels.shape[:2]))) for side in pixels.shape[:2])
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        scaled = "scaled down and "
+    pixels = np.ascontiguousarray(pixels)
+    if not task.as_jpg:
+        return _stored(RAW, pixels, pixels.tobytes(), f"{scaled}stored raw")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=task.config.quality)
+    why = "" if scaled or not keepable else " (the decoder warns of the original)"
+    return _stored(JPG, pixels, buffer.getvalue(), f"{scaled}encoded as JPEG{why}")
+
+
+def _stored(mode: int, pixels: NDArray[np.uint8], data: bytes, done: str) -> _Stored:
+    height, width = pixels.shape[:2]
+    return _Stored(mode, width, height, data, zlib.crc32(data), done)
+
+
+def _is_plain_jpeg(opened: OpenImage) -> bool:
+    image = opened.image
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and opened.orientation == 1
+
+
+def _reads_alike(data: bytes, pixels: NDArray[np.uint8]) -> bool:
+    """Whether FFCV's decoder takes the JPEG without a warning and sees the same picture."""
+    height, width = pixels.shape[:2]
+    source = np.frombuffer(data, dtype=np.uint8)
+    decoded = np.zeros((height, width, 3), dtype=np.uint8)
+    if load_decoder()(source.ctypes.data, len(data), height, width, decoded.ctypes.data, 1):
+        return False
+    difference = np.maximum(decoded, pixels) - np.minimum(decoded, pixels)
+    return float(difference.mean()) <= _MOST_DIFFERENCE

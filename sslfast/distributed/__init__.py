@@ -1,0 +1,65 @@
+"""The process group and what crosses it: rendezvous, collectives, data parallelism, synchronised BatchNorm.
+Imports ``sslfast.device``."""
+
+from sslfast.distributed.collectives import (
+    barrier,
+    broadcast_object,
+    gather_objects,
+    gather_rows,
+    gather_rows_with_gradient,
+    gather_to_rank0,
+    gather_uneven,
+    is_main,
+    max_over_ranks,
+    mean_over_ranks,
+    own_rows,
+    raise_together,
+    reduce_scatter_rows,
+    shard_bounds,
+    sum_over_ranks,
+)
+from sslfast.distributed.data_parallel import check_replicas, ignore_in_ddp, no_sync, replicate
+from sslfast.distributed.process_group import (
+    ProcessGroup,
+    destroy_process_group,
+    distributed_device,
+    init_process_group,
+    is_restart,
+    process_group,
+    rank,
+    world_size,
+)
+from sslfast.distributed.sync_batchnorm import GlobalBatchNorm, convert_sync_batchnorm, globalize_batchnorm
+
+__all__ = [
+    "GlobalBatchNorm",
+    "ProcessGroup",
+    "barrier",
+    "broadcast_object",
+    "check_replicas",
+    "convert_sync_batchnorm",
+    "destroy_process_group",
+    "distributed_device",
+    "gather_objects",
+    "gather_rows",
+    "gather_rows_with_gradient",
+    "gather_to_rank0",
+    "gather_uneven",
+    "globalize_batchnorm",
+    "ignore_in_ddp",
+    "init_process_group",
+    "is_main",
+    "is_restart",
+    "max_over_ranks",
+    "mean_over_ranks",
+    "no_sync",
+    "own_rows",
+    "process_group",
+    "raise_together",
+    "rank",
+    "reduce_scatter_rows",
+    "replicate",
+    "shard_bounds",
+    "sum_over_ranks",
+    "world_size",
+]

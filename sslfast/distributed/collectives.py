@@ -1,0 +1,161 @@
+"""Who this process is among the processes of a run, what it computes on, and what the processes tell one another.
+
+Every exchange is the identity in a run of one process, so callers do not ask how many there are.
+"""
+
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sslfast.distributed.process_group import rank, world_size
+
+T = TypeVar("T")
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """``[B, ...]`` of every rank, one after the other in the order of ranks: ``[world_size * B, ...]``."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def gather_rows_with_gradient(x: Tensor) -> Tensor:
+    """:func:`gather_rows` whose backward sums every rank's gradient for this rank's rows.
+
+    With gradients averaged over ranks afterwards (:func:`replicate`), the mean of the ranks' losses is differentiated.
+    """
+    if world_size() == 1:
+        return x
+    return cast(Tensor, _GatherWithGradient.apply(x))
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor over ranks, the same bits on each."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def reduce_scatter_rows(x: Tensor) -> Tensor:
+    """``[world_size * B, ...]`` of every rank, summed over ranks, of which each rank gets its own ``[B, ...]``.
+
+    The way back from :func:`gather_rows`: rank r gets what all ranks hold for the rows that it gave.
+    """
+    if world_size() == 1:
+        return x
+    own = x.new_empty(len(x) // world_size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(own, x.contiguous())
+    return own
+
+
+def shard_bounds(num_rows: int, ranks: int) -> list[int]:
+    """Where the shards of ``num_rows`` rows begin, and ``num_rows``: rank r holds rows ``bounds[r]`` up to
+    ``bounds[r + 1]``. Sizes differ by one at most."""
+    return [num_rows * r // ranks for r in range(ranks + 1)]
+
+
+def gather_to_rank0(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18) -> Tensor | None:
+    """The whole of what is split over ranks by rows, on the host of the first rank; None on the others.
+
+    Sent ``chunk_rows`` rows at a time, one rank after the other, so the first rank's device holds one chunk more.
+    """
+    if rank():
+        for chunk in rows.split(chunk_rows):
+            dist.send(chunk.contiguous(), 0)
+        return None
+    whole = torch.empty(bounds[-1], *rows.shape[1:], dtype=rows.dtype)
+    whole[: len(rows)] = rows.cpu()
+    for source in range(1, len(bounds) - 1):
+        for start in range(bounds[source], bounds[source + 1], chunk_rows):
+            chunk = rows.new_empty(min(chunk_rows, bounds[source + 1] - start), *rows.shape[1:])
+            dist.recv(chunk, source)
+            whole[start : start + len(chunk)] = chunk.cpu()
+    return whole
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a floating tensor over ranks, the same bits on each."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """The largest value of each entry over ranks."""
+    if world_size() == 1:
+        return x
+    largest = x.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def broadcast_object(value: T) -> T:
+    """The first rank's value on every rank; others pass anything. Host objects only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks in their order, on every rank. Host objects only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Return when every rank has come here."""
+    max_over_ranks(torch.zeros(1))
+
+
+def is_main() -> bool:
+    """True in the process that writes files."""
+    return rank() == 0
+
+
+def own_rows(count: int) -> range:
+    """This rank's part of ``count`` rows: contiguous, in the order of ranks, sizes equal to within one."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def gather_uneven(x: Tensor) -> Tensor:
+    """``[n_r, ...]`` of every rank in their order, of as many rows as each has; on every rank."""
+    if world_size() == 1:
+        return x
+    counts = gather_objects(len(x))
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = gather_rows(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def raise_together(error: str | None) -> None:
+    """ValueError on every rank where one or more of them have an error: no rank waits for one that has stopped."""
+    for found in gather_objects(error):
+        if found is not None:
+            raise ValueError(found)

@@ -1,0 +1,116 @@
+"""Process group: what torchrun says of this process, and joining and leaving the group."""
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous as torchrun_store
+
+from sslfast.device import resolve_device
+from sslfast.distributed.rendezvous import rendezvous
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """ImageLocation of this process, as ``torchrun`` states it in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes logs and checkpoints."""
+        return self.rank == 0
+
+
+def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
+    """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (defaults 0, 1, 0).
+
+    Raises:
+        ValueError: a value is not a number in its range, or there are several processes that cannot find one another.
+    """
+    environment = os.environ if environment is None else environment
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    rank, local_rank = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
+    if world_size > 1 and not environment.get("MASTER_ADDR"):
+        raise ValueError(
+            f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set; start several processes with torchrun, "
+            "or unset WORLD_SIZE for one"
+        )
+    if rank >= max(world_size, 1):
+        raise ValueError(f"RANK must be below WORLD_SIZE={world_size}, got RANK={rank}")
+    return ProcessGroup(rank=rank, world_size=max(world_size, 1), local_rank=local_rank)
+
+
+_TIMEOUT = timedelta(minutes=30)  # the first rank may list and hash a large folder while the others wait
+
+
+def init_process_group(group: ProcessGroup, device: torch.device) -> None:
+    """Meet the other processes of a run; nothing to do for one process, or a second time.
+
+    Tensors travel by NCCL between CUDA devices and by gloo between CPUs; small host values always by gloo, so that
+    they never wait for a device.
+    """
+    if group.world_size == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    store, rank, world_size = next(torchrun_store("env://", timeout=_TIMEOUT))
+    store = rendezvous(store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+
+
+def destroy_process_group() -> None:
+    """Destroy the process group; does nothing in a single process. Delete DDP modules first."""
+    if dist.is_available() and dist.is_initialized():
+        # A group that dies with the last object that holds it can wait for a thread that waits for Python's lock.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Processes that have joined; 1 where none has."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """ImageLocation of this process among those that have joined; 0 where none has."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the processes again after one of them failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a whole number of at least 0, got {name}={text!r}; correct or unset it")
+    return int(text)
+
+
+@contextmanager
+def distributed_device(name: str) -> Iterator[torch.device]:
+    """The device of this process, with all processes of ``torchrun`` joined while the block runs."""
+    group = process_group()
+    device = resolve_device(name, local_rank=group.local_rank if group.world_size > 1 else None)
+    own = world_size() == 1
+    init_process_group(group, device)
+    try:
+        yield device
+    finally:
+        if own:
+            destroy_process_group()

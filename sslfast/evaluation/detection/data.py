@@ -1,0 +1,326 @@
+"""Pictures with boxes: Pascal VOC folders and COCO-format folders as one thing, and what a detector trains on.
+
+Boxes are left, top, right, bottom: edges in pixels from the upper left corner of the upright picture, so that a VOC box
+``xmin, ymin, xmax, ymax`` (pixels counted from 1, the last one inside) is ``xmin - 1, ymin - 1, xmax, ymax``.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from sslfast.data import HASHED_BYTES, BadImageError, content_hash, decode_full, quiet_pillow, read_bytes
+from sslfast.distributed import rank, world_size
+from sslfast.evaluation import annotation_path, read_annotation, split_ids, voc_root
+from sslfast.ops.philox import Stream, random_uint32, random_uniform
+
+ORDER, VIEW = Stream.DETECTION, Stream.DETECTION + 1
+IGNORED = -1
+"""Label of a box that is neither an object to find nor background."""
+
+Difficult = Literal["train", "ignore"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxedImage:
+    """A picture and what is in it."""
+
+    path: Path
+    names: tuple[str, ...]
+    """Class of each box."""
+    boxes: NDArray[np.float32]
+    """``[n, 4]`` left, top, right, bottom."""
+    difficult: NDArray[np.bool_]
+    """``[n]``: scoring neither asks for the object nor counts finding it as wrong."""
+    crowd: NDArray[np.bool_]
+    """``[n]``: a region of many objects (COCO); likewise, and never trained on."""
+
+
+@dataclass(kw_only=True)
+class BoxedImages:
+    """A split."""
+
+    name: str
+    images: list[BoxedImage]
+
+    def digest(self) -> str:
+        """SHA-256 over name, size, first 16 KiB and boxes of every picture."""
+        sha = hashlib.sha256()
+        for image in self.images:
+            try:
+                with open(image.path, "rb") as file:
+                    content = content_hash(file.read(HASHED_BYTES))
+                    size = os.fstat(file.fileno()).st_size
+            except OSError as error:
+                raise ValueError(f"{image.path} cannot be read ({error.strerror}); restore the images") from None
+            objects = [image.names, image.boxes.tolist(), image.difficult.tolist(), image.crowd.tolist()]
+            sha.update(f"{image.path.name}\t{size}\t{content}\t{json.dumps(objects)}\n".encode())
+        return sha.hexdigest()
+
+    def classes(self) -> list[str]:
+        """Sorted."""
+        return sorted({name for image in self.images for name in image.names})
+
+
+def load_splits(
+    folders: Sequence[Path], *, train_split: str | None = None, test_split: str | None = None
+) -> tuple[BoxedImages, BoxedImages]:
+    """The training pictures of all folders, and the test pictures of the first folder that has such a split.
+
+    Args:
+        folders: VOC folders, or COCO-format ones: ``annotations/instances_<split>.json`` with the pictures in
+            ``<split>/``, ``images/<split>/`` or ``images/``.
+        train_split: default ``trainval`` in VOC folders, and in COCO's the one that begins with ``train``.
+        test_split: default ``test``, in COCO's the one that begins with ``val``.
+
+    Raises:
+        ValueError: a folder or a part of it is missing, or the test pictures show what no training picture shows.
+    """
+    if not folders:
+        raise ValueError("no data was named; give VOC folders (VOC2007 VOC2012) or COCO-format ones")
+    formats = [(_CocoFolder if _is_coco(Path(folder)) else _VocFolder)(Path(folder)) for folder in folders]
+    train = [image for folder in formats for image in folder.read(train_split or folder.train())]
+    tested = next((folder for folder in formats if folder.has(test_split or folder.test())), formats[0])
+    found = tested.read(test_split or tested.test())
+    splits = BoxedImages(name="train", images=train), BoxedImages(name="test", images=found)
+    for split in splits:
+        if not any(image.names for image in split.images):
+            raise ValueError(f"{split.name}: {len(split.images)} pictures and no box in {folders[0]}; name another")
+    odd = set(splits[1].classes()) - set(splits[0].classes())
+    if odd:
+        raise ValueError(f"no training picture shows {', '.join(sorted(odd)[:5])}, which test pictures do")
+    return splits
+
+
+class _VocFolder:
+    def __init__(self, folder: Path) -> None:
+        self.root = voc_root(folder)
+
+    def train(self) -> str:
+        return "trainval"
+
+    def test(self) -> str:
+        return "test"
+
+    def has(self, split: str) -> bool:
+        return (self.root / "ImageSets" / "Main" / f"{split}.txt").is_file()
+
+    def read(self, split: str) -> list[BoxedImage]:
+        return [self._image(name) for name in split_ids(self.root, split)]
+
+    def _image(self, name: str) -> BoxedImage:
+        objects = read_annotation(annotation_path(self.root, name))
+        boxes = [(one.box[0] - 1, one.box[1] - 1, one.box[2], one.box[3]) for one in objects]
+        return BoxedImage(
+            path=self.root / "JPEGImages" / f"{name}.jpg",
+            names=tuple(one.name for one in objects),
+            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+            difficult=np.array([one.difficult for one in objects], dtype=bool),
+            crowd=np.zeros(len(objects), dtype=bool),
+        )
+
+
+class _CocoFolder:
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self.splits = sorted(p.stem.removeprefix("instances_") for p in _coco_files(folder))
+
+    def train(self) -> str:
+        return self._only("train")
+
+    def test(self) -> str:
+        return self._only("val")
+
+    def _only(self, start: str) -> str:
+        found = [split for split in self.splits if split.startswith(start)]
+        if len(found) > 1:
+            raise ValueError(f"{self.root}/annotations has several {start} splits ({', '.join(found)}); name one")
+        return found[0] if found else start
+
+    def has(self, split: str) -> bool:
+        return split in self.splits
+
+    def read(self, split: str) -> list[BoxedImage]:
+        if split not in self.splits:
+            raise ValueError(
+                f"{self.root}/annotations has no instances_{split}.json; there are {', '.join(self.splits)}"
+            )
+        path = self.root / "annotations" / f"instances_{split}.json"
+        places = (self.root / split, self.root / "images" / split, self.root / "images")
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise ValueError(f"{self.root} has the pictures of {split} in none of {', '.join(map(str, places))}")
+        try:
+            content = json.loads(path.read_text())
+            names = {category["id"]: category["name"] for category in content["categories"]}
+            found: dict[Any, list[tuple[str, list[float], bool, bool]]] = {one["id"]: [] for one in content["images"]}
+            for one in content["annotations"]:
+                left, top, width, height = one["bbox"]
+                if width > 0 and height > 0:  # published files hold a few boxes without an area
+                    box = [left, top, left + width, top + height]
+                    crowd, difficult = bool(one.get("iscrowd", 0)), bool(one.get("ignore", 0))
+                    found[one["image_id"]].append((names[one["category_id"]], box, difficult, crowd))
+            files = {one["id"]: one["file_name"] for one in content["images"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no file of COCO's format ({type(error).__name__}: {error}); restore it"
+            ) from None
+        return [
+            BoxedImage(
+                path=folder / files[image],
+                names=tuple(name for name, _, _, _ in objects),
+                boxes=np.array([box for _, box, _, _ in objects], dtype=np.float32).reshape(-1, 4),
+                difficult=np.array([difficult for _, _, difficult, _ in objects], dtype=bool),
+                crowd=np.array([crowd for _, _, _, crowd in objects], dtype=bool),
+            )
+            for image, objects in found.items()
+        ]
+
+
+def _is_coco(folder: Path) -> bool:
+    return bool(_coco_files(folder))
+
+
+def _coco_files(folder: Path) -> list[Path]:
+    return sorted((folder / "annotations").glob("instances_*.json"))
+
+
+def scaled_size(height: int, width: int, *, side: int, longest: int) -> tuple[int, int]:
+    """Height and width whose shorter is ``side``, or whose longer is ``longest`` where it would exceed that."""
+    scale = min(side / min(height, width), longest / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def load_picture(path: Path, *, side: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
+    """uint8 ``[3, h, w]`` of :func:`scaled_size`, antialiased bilinear, and height and width before.
+
+    Raises:
+        ValueError: the picture cannot be used.
+    """
+    try:
+        with quiet_pillow():
+            pixels = torch.from_numpy(decode_full(read_bytes(path))).permute(2, 0, 1)
+    except BadImageError as error:
+        raise ValueError(f"{path} cannot be used ({error.reason}); repair it") from None
+    height, width = pixels.shape[1:]
+    size = scaled_size(height, width, side=side, longest=longest)
+    return interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0], (height, width)
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """A picture as a detector trains on it."""
+
+    picture: Tensor
+    """uint8 ``[3, h, w]``"""
+    boxes: Tensor
+    """``[n, 4]`` float32 in its pixels."""
+    labels: Tensor
+    """``[n]`` int64 from 1 on, :data:`IGNORED` for what is not to be learned."""
+
+
+class TrainingBatches:
+    """Pictures by iteration: order, size and mirror are functions of (seed, iteration, row).
+
+    Pictures come in rounds, each in an order of its own; rows are positions among the pictures that show something to
+    learn. Under several processes each gets its part of every batch.
+
+    Args:
+        split: the pictures.
+        classes: names in label order; the first has label 1.
+        batch_size: pictures of all processes.
+        seed: of order, sizes and mirrors.
+        sides: the shorter side is one of these.
+        longest: most pixels of the longer side.
+        difficult: ``train``: objects like any other. ``ignore``: neither object nor background.
+        workers: decoding threads; 0: decode in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        split: BoxedImages,
+        classes: Sequence[str],
+        *,
+        batch_size: int,
+        seed: int,
+        sides: Sequence[int],
+        longest: int,
+        difficult: Difficult,
+        workers: int,
+    ) -> None:
+        if batch_size % world_size():
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the {world_size()} processes")
+        self.difficult = difficult
+        self.images = [image for image in split.images if self._learned(image).any()]
+        self.left_out = len(split.images) - len(self.images)
+        if not self.images:
+            raise ValueError(f"every object of {split.name} is marked difficult: train on them with --difficult train")
+        self.labels = {name: label for label, name in enumerate(classes, 1)}
+        self.batch_size, self.seed = batch_size, seed
+        self.sides, self.longest, self.workers = list(sides), longest, workers
+        self._order = lru_cache(maxsize=2)(self._round)
+
+    def _learned(self, image: BoxedImage) -> NDArray[np.bool_]:
+        return ~image.crowd if self.difficult == "train" else ~(image.crowd | image.difficult)
+
+    def _round(self, number: int) -> list[int]:
+        rows = torch.arange(len(self.images))
+        draws = random_uint32(rows, 1, seed=self.seed, stream=ORDER, step=number)[:, 0]
+        order: list[int] = draws.argsort(stable=True).tolist()
+        return order
+
+    def rows(self, iteration: int) -> list[int]:
+        """This rank's rows of an iteration."""
+        share = self.batch_size // world_size()
+        start = iteration * self.batch_size + rank() * share
+        pairs = (divmod(place, len(self.images)) for place in range(start, start + share))
+        return [self._order(number)[place] for number, place in pairs]
+
+    def sample(self, iteration: int, row: int) -> Sample:
+        """The picture of a row as an iteration sees it."""
+        image = self.images[row]
+        u = random_uniform(torch.tensor([row]), 2, seed=self.seed, stream=VIEW, step=iteration)[0].tolist()
+        side, mirrored = self.sides[int(u[0] * len(self.sides))], u[1] < 0.5
+        picture, (height, width) = load_picture(image.path, side=side, longest=self.longest)
+        new_height, new_width = picture.shape[1:]
+        boxes = torch.from_numpy(image.boxes) * torch.tensor([new_width / width, new_height / height] * 2)
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, new_width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, new_height)
+        if mirrored:
+            picture = picture.flip(2)
+            boxes = torch.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), 1)
+        labels = torch.tensor([self.labels[name] for name in image.names], dtype=torch.int64)
+        labels[torch.from_numpy(~self._learned(image))] = IGNORED
+        kept = ((boxes[:, 2:] > boxes[:, :2]).all(1)) & torch.from_numpy(~image.crowd)
+        return Sample(picture=picture, boxes=boxes[kept].float(), labels=labels[kept])
+
+    def __call__(self, start: int, stop: int) -> Iterator[tuple[int, list[int], list[Sample]]]:
+        """``(iteration, rows, samples)``; up to two iterations are decoded ahead."""
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            ahead: deque[tuple[int, list[int], list[Future[Sample]]]] = deque()
+            for iteration in range(start, stop):
+                rows = self.rows(iteration)
+                if not self.workers:
+                    yield iteration, rows, [self.sample(iteration, row) for row in rows]
+                    continue
+                ahead.append((iteration, rows, [pool.submit(self.sample, iteration, row) for row in rows]))
+                if len(ahead) > 2:
+                    yield _finish(ahead.popleft())
+            while ahead:
+                yield _finish(ahead.popleft())
+
+
+def _finish(item: tuple[int, list[int], list[Future[Sample]]]) -> tuple[int, list[int], list[Sample]]:
+    return item[0], item[1], [future.result() for future in item[2]]

@@ -1,0 +1,286 @@
+"""Faster R-CNN on a C4 trunk: conv1 to res4 as the backbone of stride 16, res5 as the head of every region.
+
+As detectron2's R50-C4 with ``Res5ROIHeads`` (Ren et al. 2015; He et al. 2016): one feature level, anchors of five sizes
+and three shapes, regions pooled to 14 x 14 by aligned RoIAlign, res5 with stride 2 to 7 x 7, averaged, then class and
+box. Built of torchvision's parts with detectron2's losses (L1 for boxes; proposals' losses over a fixed number of
+anchors). Three differences: batches are padded to multiples of 16 pixels, anchors are rounded to whole pixels, and a
+batch mixes upright and wide pictures.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, l1_loss
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import FrozenBatchNorm2d, RoIAlign
+
+from sslfast.evaluation import TrunkEncoder
+from sslfast.evaluation.detection.data import IGNORED, Sample
+from sslfast.models import ResNetConfig, seeded
+from sslfast.ops.philox import Stream, random_uint32
+
+STRIDE = 16
+POOLED = 14
+ANCHORS = (32, 64, 128, 256, 512)
+SHAPES = (0.5, 1.0, 2.0)
+_BLOCKS = 1 << 20
+"""Philox rows of an image: four numbers each, so an image may have 4 million anchors."""
+
+Target = dict[str, Tensor]
+
+
+def check_trunk(config: ResNetConfig) -> None:
+    """ValueError unless a trunk of this configuration has the stride and the normalisation of C4."""
+    if config.stem != "imagenet":
+        raise ValueError(
+            f"detect needs stride 16 at res4, and model.stem={config.stem} has 4; pretrain with --model.stem imagenet"
+        )
+    if config.norm != "batch":
+        raise ValueError(f"detect needs BatchNorm, and the run has model.norm={config.norm}")
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Every BatchNorm inside becomes a fixed scale and shift of the same values; names stay."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            freeze_norms(child)
+
+
+class FasterRCNN(nn.Module):
+    """A copy of a trunk under the heads of Faster R-CNN.
+
+    Args:
+        encoder: whose trunk and normalisation are taken; left as it was. On its device.
+        classes: without the background.
+        seed: of the new layers and of what is drawn in training.
+        frozen_norm: BatchNorm of the trunk is fixed (:func:`freeze_norms`).
+        freeze_at: stages that are not trained: 1 conv1, 2 also res2.
+        extra_norm: BatchNorm behind res5.
+        anchors: sides in pixels.
+        regions: sampled of each picture when training.
+    """
+
+    def __init__(
+        self,
+        encoder: TrunkEncoder,
+        *,
+        classes: int,
+        seed: int,
+        frozen_norm: bool,
+        freeze_at: int,
+        extra_norm: bool,
+        anchors: Sequence[int] = ANCHORS,
+        regions: int = 512,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.seed = encoder, seed
+        trunk: Any = copy.deepcopy(encoder.trunk)
+        if frozen_norm:
+            freeze_norms(trunk)
+        stages = [[trunk.conv1, trunk.bn1], [trunk.layer1], [trunk.layer2], [trunk.layer3], [trunk.layer4]]
+        for module in (module for stage in stages[:freeze_at] for module in stage):
+            module.requires_grad_(False)
+        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+        self.backbone = nn.Sequential()
+        for name in names:
+            self.backbone.add_module(name, getattr(trunk, name))
+        width = int(trunk.out_features)
+        channels = width // 2
+        shape = AnchorGenerator(sizes=(tuple(anchors),), aspect_ratios=(SHAPES,))
+        with seeded(seed):
+            self.rpn = _Proposals(
+                shape,
+                _ProposalHead(channels, shape.num_anchors_per_location()[0]),
+                fg_iou_thresh=0.7,
+                bg_iou_thresh=0.3,
+                batch_size_per_image=256,
+                positive_fraction=0.5,
+                pre_nms_top_n={"training": 12000, "testing": 6000},
+                post_nms_top_n={"training": 2000, "testing": 1000},
+                nms_thresh=0.7,
+            )
+            predictor = FastRCNNPredictor(width, classes + 1)
+            nn.init.normal_(predictor.cls_score.weight, std=0.01)
+            nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
+            nn.init.zeros_(predictor.cls_score.bias)
+            nn.init.zeros_(predictor.bbox_pred.bias)
+        self.roi_heads = _Regions(
+            RoIAlign(POOLED, spatial_scale=1 / STRIDE, sampling_ratio=0, aligned=True),
+            _Res5(trunk.layer4, nn.BatchNorm2d(width) if extra_norm else nn.Identity()),
+            predictor,
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=regions,
+            positive_fraction=0.25,
+            bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+        )
+        self.samplers = [
+            Sampler(256, 0.5, stream=Stream.DETECTION + 2),
+            Sampler(regions, 0.25, stream=Stream.DETECTION + 3),
+        ]
+        self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers
+
+    def batch(self, pictures: Sequence[Tensor]) -> ImageList:
+        """Network input of uint8 ``[3, h, w]`` pictures on the device; zeros beyond each."""
+        sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+        height, width = (-(-max(edges) // STRIDE) * STRIDE for edges in zip(*sizes, strict=True))
+        inputs = torch.zeros(len(pictures), 3, height, width, device=pictures[0].device)
+        for slot, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
+            inputs[slot, :, :h, :w] = self.encoder.prepare(picture[None])[0]
+        return ImageList(inputs.contiguous(memory_format=self.encoder.layout), sizes)
+
+    def forward(
+        self,
+        pictures: Sequence[Tensor],
+        targets: list[Target] | None = None,
+        *,
+        iteration: int = 0,
+        rows: Sequence[int] = (),
+    ) -> Any:
+        """Losses by name of pictures with targets; ``boxes``, ``scores``, ``labels`` of each picture without.
+
+        Args:
+            pictures: uint8 ``[3, h, w]``.
+            targets: of each ``boxes`` ``[n, 4]`` and ``labels`` ``[n]`` (:data:`IGNORED`: neither object nor
+                background).
+            iteration, rows: what the sampled anchors and regions are functions of, with the seed.
+        """
+        images = self.batch(pictures)
+        features = self.backbone(images.tensors).float()
+        for sampler in self.samplers:
+            sampler.at(self.seed, iteration, rows)
+        # Both heads ask for targets when they train; a forward without them is a detection.
+        proposals, losses = self.rpn(images, {"0": features}, targets)
+        found, more = self.roi_heads(features, proposals, images.image_sizes, targets)
+        return found if targets is None else {**losses, **more}
+
+
+def targets_of(samples: Sequence[Sample], device: torch.device) -> list[Target]:
+    """What :class:`FasterRCNN` takes."""
+    return [{"boxes": sample.boxes.to(device), "labels": sample.labels.to(device)} for sample in samples]
+
+
+class Sampler:
+    """Which anchors or regions of each image give the loss: at most ``count``, at most ``share`` of them objects.
+
+    A function of (seed, iteration, row of the image, position among its candidates). ``sampler(labels)`` maps labels
+    (from 1 on: object, 0: background, less: ignored) to two masks each.
+    """
+
+    def __init__(self, count: int, share: float, *, stream: int) -> None:
+        self.count, self.share, self.stream = count, share, stream
+        self.at(0, 0, ())
+
+    def at(self, seed: int, iteration: int, rows: Sequence[int]) -> None:
+        """Set what the next draw depends on."""
+        self.seed, self.iteration, self.rows = seed, iteration, rows
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [self._image(label, keys) for label, keys in zip(labels, self._keys(labels), strict=True)]
+        return [objects for objects, _ in pairs], [rest for _, rest in pairs]
+
+    def _keys(self, labels: list[Tensor]) -> list[Tensor]:
+        blocks = [-(-len(label) // 4) for label in labels]
+        device = labels[0].device
+        starts = [row * _BLOCKS + torch.arange(n, device=device) for row, n in zip(self.rows, blocks, strict=True)]
+        draws = random_uint32(torch.cat(starts), 4, seed=self.seed, stream=self.stream, step=self.iteration)
+        return [part.flatten()[: len(label)] for part, label in zip(draws.split(blocks), labels, strict=True)]
+
+    def _image(self, label: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        objects = _smallest(label >= 1, keys, int(self.count * self.share))
+        return objects, _smallest(label == 0, keys, self.count - int(objects.sum()))
+
+
+def _smallest(candidates: Tensor, keys: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` candidates of smallest keys."""
+    places = torch.where(candidates)[0]  # host sync: how many there are, as in all of torchvision's matching
+    chosen = torch.zeros_like(candidates)
+    chosen[places[keys[places].argsort(stable=True)[:count]]] = True
+    return chosen
+
+
+class _ProposalHead(RPNHead):
+    """torchvision's with float32 results: boxes are computed in their type, and bfloat16 knows no single pixels."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, deltas = super().forward(x)
+        return [score.float() for score in scores], [delta.float() for delta in deltas]
+
+
+class _Proposals(RegionProposalNetwork):
+    """torchvision's, with ignored boxes and detectron2's losses."""
+
+    fg_bg_sampler: Sampler
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        labels, matched = super().assign_targets_to_anchors(anchors, targets)
+        for label, boxes, target in zip(labels, matched, targets, strict=True):
+            ignored = target["boxes"][target["labels"] == IGNORED]
+            if len(ignored):
+                of_ignored = (boxes[:, None] == ignored).all(2).any(1)
+                label[of_ignored & (label == 1)] = -1.0
+        return labels, matched
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        objects, background = (torch.cat(masks) for masks in self.fg_bg_sampler(labels))
+        count = self.fg_bg_sampler.count * len(labels)
+        wanted, sampled = torch.cat(regression_targets), objects | background
+        scores = objectness.flatten()[sampled]
+        found = binary_cross_entropy_with_logits(scores, torch.cat(labels)[sampled], reduction="sum")
+        boxes = l1_loss(pred_bbox_deltas[objects], wanted[objects], reduction="sum")
+        return found / count, boxes / count
+
+
+class _Res5(nn.Module):
+    """``[R, C, 14, 14]`` -> ``[R, 2 C]``."""
+
+    def __init__(self, layer4: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer4, self.norm = layer4, norm
+
+    def forward(self, regions: Tensor) -> Tensor:
+        return cast(Tensor, self.norm(self.layer4(regions)).mean((2, 3)))
+
+
+class _Regions(RoIHeads):
+    """torchvision's for one feature level, with an L1 loss."""
+
+    def forward(
+        self,
+        features: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[Target] | None = None,
+    ) -> tuple[list[Target], dict[str, Tensor]]:
+        if targets is not None:
+            # The ignored boxes are among the candidates too; their label keeps them from being sampled.
+            proposals, _, labels, wanted = self.select_training_samples(proposals, targets)
+        scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals)))
+        scores, deltas = scores.float(), deltas.float()
+        if targets is None:
+            boxes, probabilities, names = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+            parts = zip(boxes, probabilities, names, strict=True)
+            return [{"boxes": box, "scores": score, "labels": name} for box, score, name in parts], {}
+        label = torch.cat(labels)
+        objects = torch.where(label > 0)[0]
+        own = deltas.view(len(label), -1, 4)[objects, label[objects]]
+        boxes_loss = l1_loss(own, torch.cat(wanted)[objects], reduction="sum") / max(1, len(label))
+        return [], {"loss_class": cross_entropy(scores, label), "loss_box": boxes_loss}

@@ -1,0 +1,262 @@
+"""Fine-tuning of a detector by a published protocol: its schedule, the loop, and detection on test pictures."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sslfast.distributed import (
+    convert_sync_batchnorm,
+    gather_objects,
+    is_main,
+    own_rows,
+    raise_together,
+    replicate,
+    world_size,
+)
+from sslfast.evaluation import Progress
+from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_picture
+from sslfast.evaluation.detection.model import FasterRCNN, targets_of
+from sslfast.evaluation.detection.scores import Detections
+from sslfast.optim import OptimConfig, build_optimizer, set_learning_rate
+
+CHECK_EVERY = 50
+"""Iterations between looks at whether the loss is finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionProtocol:
+    """Settings of a published protocol, for batches of 16 pictures."""
+
+    name: str
+    iterations: int
+    """Of two sets (VOC07+12)."""
+    drops: tuple[int, ...]
+    """Iterations that begin with a tenth of the rate before, of ``iterations``."""
+    single: tuple[int, tuple[int, ...]]
+    """``iterations`` and ``drops`` of one set (VOC07)."""
+    lr: float
+    warmup: int
+    """Iterations of linear warm-up."""
+    warmup_factor: float
+    """Share of the rate that the warm-up begins with."""
+    frozen_norm: bool
+    """BatchNorm of the trunk is a fixed scale and shift; otherwise it trains, over all processes."""
+    freeze_at: int
+    """Stages that stay as pretrained: 2 are conv1 and res2."""
+    extra_norm: bool
+    """BatchNorm behind res5."""
+    precise_norm: int
+    """Iterations, at most a tenth of the others, whose mean statistics BatchNorm has in the end."""
+    source: str
+
+    def schedule(self, *, sets: int, iterations: int | None, batch_size: int, lr: float | None) -> "Schedule":
+        """The published one of that many sets, scaled to ``iterations`` and ``batch_size``; ``lr`` is at 16."""
+        published, drops = (self.iterations, self.drops) if sets > 1 else self.single
+        count = published if iterations is None else iterations
+        scale = count / published
+        return Schedule(
+            iterations=count,
+            published_iterations=published,
+            drops=tuple(round(drop * scale) for drop in drops),
+            warmup=round(self.warmup * scale),
+            warmup_factor=self.warmup_factor,
+            lr=(self.lr if lr is None else lr) * batch_size / 16,
+            precise_norm=min(self.precise_norm, -(-count // 10)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Iterations and rates of one fine-tuning."""
+
+    iterations: int
+    published_iterations: int
+    drops: tuple[int, ...]
+    warmup: int
+    warmup_factor: float
+    lr: float
+    precise_norm: int
+
+    def learning_rate(self, iteration: int) -> float:
+        """Rate of an iteration (0-based): ``lr * 0.1 ** (drops so far)``, times ``f + (1 - f) * i / warmup`` before
+        ``warmup``."""
+        rate = self.lr * 0.1 ** sum(iteration >= drop for drop in self.drops)
+        if iteration < self.warmup:
+            rate *= self.warmup_factor + (1 - self.warmup_factor) * iteration / self.warmup
+        return rate
+
+
+PIRL = DetectionProtocol(
+    name="pirl",
+    iterations=25_000,
+    drops=(17_000,),
+    single=(12_500, (9_500,)),
+    lr=0.002,
+    warmup=1000,
+    warmup_factor=0.001,
+    frozen_norm=True,
+    freeze_at=2,
+    extra_norm=False,
+    precise_norm=0,
+    source="PIRL (arXiv 1912.01991) appendix B; settings of VISSL's voc0712/pirl_npid and voc07/pirl_npid",
+)
+PIRL_PAPER = replace(
+    PIRL,
+    name="pirl-paper",
+    lr=0.003,
+    warmup_factor=1 / 3,
+    source="PIRL (arXiv 1912.01991) appendix B: rate 0.003, warm-up from a third; the rest as in VISSL's settings",
+)
+MOCO = DetectionProtocol(
+    name="moco",
+    iterations=24_000,
+    drops=(18_000, 22_000),
+    single=(24_000, (18_000, 22_000)),
+    lr=0.02,
+    warmup=100,
+    warmup_factor=0.001,
+    frozen_norm=False,
+    freeze_at=0,
+    extra_norm=True,
+    precise_norm=200,
+    source="He et al., CVPR 2020 (MoCo), section 4.2; settings of moco's pascal_voc_R_50_C4_24k_moco",
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (PIRL, PIRL_PAPER, MOCO)}
+
+
+def fine_tune(
+    model: FasterRCNN,
+    batches: TrainingBatches,
+    schedule: Schedule,
+    *,
+    frozen_norm: bool,
+    device: torch.device,
+    precision: torch.dtype,
+    progress: Progress,
+    save_every: int,
+    words: str = "",
+) -> None:
+    """Train the detector; gradients are averaged over ranks. Goes on where ``progress`` says it stopped.
+
+    Args:
+        model: on ``device``.
+        batches: what it trains on.
+        schedule: how long and at which rates.
+        frozen_norm: there is no BatchNorm to synchronise and to measure in the end.
+        device: of the model.
+        precision: of the network; losses are float32.
+        progress: where the state is kept.
+        save_every: iterations between two states, each with a line on standard error.
+        words: what this training is, for that line.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
+    model.train()
+    if not frozen_norm and world_size() > 1:
+        convert_sync_batchnorm(model, device)
+    config = OptimConfig(lr_per_256_images=schedule.lr * 16, final_lr_per_256_images=0.0, decay_bias=True)
+    optimizer = build_optimizer(model, config, batch_size=16)
+    start = progress.load(model, optimizer)
+    replica = replicate(model, device)
+    for iteration, rows, samples in batches(start, schedule.iterations):
+        set_learning_rate(optimizer, schedule.learning_rate(iteration))
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            losses = replica(
+                [sample.picture.to(device) for sample in samples],
+                targets_of(samples, device),
+                iteration=iteration,
+                rows=rows,
+            )
+        loss = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        done = iteration + 1
+        if done % CHECK_EVERY == 0 or done % save_every == 0 or done == schedule.iterations:
+            value = float(loss.detach())  # host sync: once in many iterations
+            raise_together(_finite(value, losses, done))
+            if done % save_every == 0 or done == schedule.iterations:
+                progress.save(model, optimizer, done)
+                if is_main() and words:
+                    line = f"sslfast: {words}: iteration {done:,} of {schedule.iterations:,}, loss {value:.3f}"
+                    print(line, file=sys.stderr, flush=True)
+    if schedule.precise_norm:
+        measure_norms(model, batches, range(schedule.iterations, schedule.iterations + schedule.precise_norm), device)
+    model.eval()
+
+
+def _finite(value: float, losses: dict[str, torch.Tensor], done: int) -> str | None:
+    if np.isfinite(value):
+        return None
+    parts = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
+    return f"the loss is not finite after iteration {done} ({parts}): lower --lr"
+
+
+@torch.no_grad()
+def measure_norms(model: FasterRCNN, batches: TrainingBatches, iterations: range, device: torch.device) -> None:
+    """BatchNorm's running statistics become the means of those of these iterations, which train nothing."""
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to ask for plain means
+    for iteration, rows, samples in batches(iterations.start, iterations.stop):
+        pictures = [sample.picture.to(device) for sample in samples]
+        model(pictures, targets_of(samples, device), iteration=iteration, rows=rows)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def detect(
+    model: FasterRCNN,
+    split: BoxedImages,
+    *,
+    side: int,
+    longest: int,
+    device: torch.device,
+    precision: torch.dtype,
+    workers: int,
+) -> list[Detections]:
+    """What the detector finds on every picture, in pixels of the picture; ranks share the pictures, all get all.
+
+    Raises:
+        ValueError: on every rank where one meets a picture that cannot be used.
+    """
+    own, error = own_rows(len(split.images)), None
+    found: list[Detections] = []
+    try:
+        for picture, (height, width) in _pictures(split.images[own.start : own.stop], side, longest, workers):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                (one,) = model([picture.to(device)])
+            scale = np.array([width / picture.shape[2], height / picture.shape[1]] * 2, dtype=np.float32)
+            found.append(
+                Detections(
+                    boxes=one["boxes"].float().cpu().numpy() * scale,
+                    scores=one["scores"].cpu().numpy(),
+                    labels=one["labels"].cpu().numpy(),
+                )
+            )
+    except ValueError as problem:
+        error = str(problem)
+    raise_together(error)
+    return [one for part in gather_objects(found) for one in part]
+
+
+def _pictures(images: Sequence[BoxedImage], side: int, longest: int, workers: int) -> Iterator[tuple[Any, Any]]:
+    """:func:`load_picture` of each, some ahead of their turn."""
+    if not workers:
+        for image in images:
+            yield load_picture(image.path, side=side, longest=longest)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(images), 4 * workers):
+            some = images[start : start + 4 * workers]
+            yield from pool.map(lambda image: load_picture(image.path, side=side, longest=longest), some)

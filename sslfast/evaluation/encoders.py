@@ -1,0 +1,242 @@
+"""Frozen features for evaluations: encoders with one face, one deterministic preprocessing, one data layout.
+
+An encoder maps uint8 images ``[B, 3, S, S]`` to float32 features ``[B, D]``. Three stand side by side in every
+evaluation: the trained trunk of a run, the same trunk before training, and raw pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from sslfast.config import to_dict
+from sslfast.data import Manifest, OnBadImage
+from sslfast.evaluation.cache import FeatureCache, weights_digest
+from sslfast.evaluation.extract import Features, ImageReader, extract
+from sslfast.evaluation.pools import check_layers, pooled_layers
+from sslfast.methods import METHODS, lightness
+from sslfast.models import build_trunk
+from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
+from sslfast.weights import read_weights
+
+TRAINED, UNTRAINED, RAW_PIXELS = "trained", "untrained", "raw pixels"
+
+
+class Encoder(Protocol):
+    """What turns images into features."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, S, S]`` -> float32 ``[B, D]`` on the same device."""
+
+    def to(self, device: torch.device) -> "Encoder":
+        """The encoder on a device."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on besides the images, as JSON values."""
+
+
+class TrunkEncoder:
+    """A trunk in eval mode behind the input normalisation that it was trained with."""
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        colours: Literal["rgb", "lightness"] = "rgb",
+    ) -> None:
+        self.trunk = trunk.eval()
+        self.colours = colours
+        self.statistics = {"mean": list(mean), "std": list(std), "colours": colours}
+        self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+        self.std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self.layout = torch.contiguous_format
+
+    def to(self, device: torch.device) -> "TrunkEncoder":
+        self.trunk, self.mean, self.std = self.trunk.to(device), self.mean.to(device), self.std.to(device)
+        # As in training: channels_last suits tensor cores and costs a CPU half its speed.
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.trunk.to(memory_format=self.layout)  # type: ignore[call-overload]
+        return self
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Network input ``[B, 3, S, S]`` float32 of uint8 images."""
+        rgb = images.float() / 255
+        pixels = ((lightness(rgb) if self.colours == "lightness" else rgb) - self.mean) / self.std
+        return pixels.contiguous(memory_format=self.layout)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.trunk(self.prepare(images))).float()
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on besides the images, as JSON values."""
+        return {"encoder": type(self.trunk).__name__, "weights": weights_digest(self.trunk), **self.statistics}
+
+
+class RawPixels:
+    """The image itself: resized to ``side`` x ``side`` (antialiased bilinear), normalised as a network's input with
+    ImageNet's mean and deviation per channel, flattened to ``3 * side**2`` columns.
+
+    The mean is taken away because the cosine of all-positive vectors measures little but brightness: without it this
+    baseline is weaker.
+    """
+
+    def __init__(self, *, side: int = 16) -> None:
+        if side < 1:
+            raise ValueError(f"side must be at least 1 pixel, got {side=}")
+        self.side = side
+        self.mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+        self.std = torch.tensor(IMAGENET_STD)[:, None, None]
+
+    def to(self, device: torch.device) -> "RawPixels":
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        small = interpolate(images.float() / 255, size=(self.side, self.side), mode="bilinear", antialias=True)
+        return ((small - self.mean) / self.std).flatten(1)
+
+    def identity(self) -> dict[str, Any]:
+        """As for a trunk."""
+        return {"encoder": "raw pixels", "side": self.side}
+
+
+@dataclass(kw_only=True)
+class RunEncoders:
+    """A trained trunk and what it is compared with."""
+
+    encoders: dict[str, Encoder]
+    """``trained``, ``untrained``, ``raw pixels``."""
+    size: int
+    """Side of the images that the trunk was trained on."""
+    checkpoint: Path
+    """Where the trained weights come from."""
+    step: int | None
+    """Training steps behind them; None where the file does not say."""
+    facts: dict[str, Any]
+    """Recipe, model and seed, for the record; None where the file does not say."""
+
+
+def load_run(run: Path | str) -> RunEncoders:
+    """The encoder of a run directory's newest good checkpoint, or of any file that ``read_weights`` takes.
+
+    The untrained encoder is the same trunk at the start of the same run (same seed; 0 where the file names none), in
+    eval mode as it was built: its BatchNorm layers hold mean 0 and variance 1, so they pass their input on.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a run without a checkpoint.
+        ValueError: the configuration or the weights do not fit.
+    """
+    weights = read_weights(run)
+    known, seed = weights.facts, weights.facts.get("seed")
+    method = METHODS.get(str(known.get("method")))
+    look: dict[str, Any] = {
+        "mean": weights.mean,
+        "std": weights.std,
+        "colours": "rgb" if method is None else method.trunk_input,
+    }
+    encoders: dict[str, Encoder] = {
+        TRAINED: TrunkEncoder(weights.build(), **look),
+        UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **look),
+        RAW_PIXELS: RawPixels(),
+    }
+    facts = {"recipe": known.get("recipe"), "model": to_dict(weights.model), "seed": seed}
+    return RunEncoders(
+        encoders=encoders, size=weights.size, checkpoint=weights.path, step=known.get("step"), facts=facts
+    )
+
+
+def extract_features(
+    encoder: Encoder,
+    manifest: Manifest,
+    *,
+    size: int,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Tensor:
+    """Features of every row of a manifest: float32 ``[N, D]`` on the CPU; ValueError at an unusable image."""
+    found = extract_all(
+        {"": encoder}, manifest, size=size, batch_size=batch_size, device=device, workers=workers, on_bad_image="error"
+    )
+    return found.values[""]
+
+
+def extract_all(
+    encoders: Mapping[str, Encoder],
+    manifest: Manifest,
+    *,
+    size: int,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    cache: FeatureCache | None = None,
+) -> Features:
+    """Features of several encoders from one reading of the images.
+
+    Args:
+        encoders: by name.
+        manifest: the images.
+        size: side of the images that the encoders get.
+        batch_size: images per forward pass; changes no feature beyond float rounding.
+        device: where the encoders run, in float32.
+        workers: decoding threads; 0: decode in the caller's thread.
+        on_bad_image: ``error``: ValueError naming the file. ``skip``: leave it out of ``rows``.
+        cache: where features are kept; None: nowhere.
+    """
+    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image)
+    device = torch.device(device)
+    moved = {name: encoder.to(device) for name, encoder in encoders.items()}
+    return extract(
+        lambda names, images: {name: moved[name](images) for name in names},
+        {name: None if cache is None else encoder.identity() for name, encoder in moved.items()},
+        reader,
+        device=device,
+        cache=cache or FeatureCache(None),
+    )
+
+
+def extract_layers(
+    encoders: Mapping[str, TrunkEncoder],
+    layers: Sequence[str],
+    reader: ImageReader,
+    *,
+    device: torch.device,
+    cache: FeatureCache,
+) -> Features:
+    """Pooled layers (:mod:`sslfast.evaluation.pools`) of several trunks, named ``encoder/layer``, flattened."""
+    check_layers(layers)
+    moved = {name: encoder.to(device) for name, encoder in encoders.items()}
+
+    def compute(names: list[str], images: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, encoder in moved.items():
+            wanted = [layer for layer in layers if f"{name}/{layer}" in names]
+            if wanted:
+                pooled = pooled_layers(encoder.trunk, encoder.prepare(images), wanted)
+                found.update({f"{name}/{layer}": value for layer, value in pooled.items()})
+        return found
+
+    identities = {
+        f"{name}/{layer}": {**encoder.identity(), "layer": layer} for name, encoder in moved.items() for layer in layers
+    }
+    return extract(compute, identities, reader, device=device, cache=cache)
+
+
+def trunk_encoders(loaded: "RunEncoders", names: Sequence[str]) -> dict[str, TrunkEncoder]:
+    """The encoders of a run that have layers: ``trained`` and ``untrained``, as named."""
+    found: dict[str, TrunkEncoder] = {}
+    for name in names:
+        encoder = loaded.encoders.get(name)
+        if not isinstance(encoder, TrunkEncoder):
+            raise ValueError(f"encoders must be {TRAINED} and {UNTRAINED} or one of them, got {name!r}")
+        found[name] = encoder
+    if not found:
+        raise ValueError(f"encoders is empty; give {TRAINED}, {UNTRAINED} or both")
+    return found

@@ -1,0 +1,67 @@
+"""Result files: where they go, what they record, and how they are written."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sslfast.config import save_json
+from sslfast.data import Manifest
+from sslfast.distributed import is_main
+from sslfast.evaluation.encoders import TRAINED, RunEncoders
+
+
+def evaluation_folder(run: Path | str) -> Path:
+    """Where results go: ``evaluation`` in a run directory, ``FILE.evaluation`` beside a file of weights."""
+    path = Path(run)
+    return path.with_name(f"{path.name}.evaluation") if path.is_file() else path / "evaluation"
+
+
+def cache_folder(run: Path | str) -> Path:
+    """Where the features of a run or of a file of weights lie."""
+    return evaluation_folder(run) / "features"
+
+
+def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]:
+    """Which weights a result is about, for the record."""
+    return {
+        "run": str(Path(run)),
+        "checkpoint": loaded.checkpoint.name,
+        "step": loaded.step,
+        **loaded.facts,
+        "weights": loaded.encoders[TRAINED].identity()["weights"],
+        "size": size,
+    }
+
+
+def data_facts(data: Path | str, manifests: Sequence[Manifest], counts: Sequence[int]) -> dict[str, Any]:
+    """Which images a result is about: of ``train`` and ``val``, with the images used of each."""
+    return {
+        "root": str(Path(data)),
+        "classes": len(manifests[0].classes),
+        **{
+            split: {
+                "images": count,
+                "left_out": len(manifest.excluded) + len(manifest) - count,
+                "digest": manifest.digest(),
+            }
+            for split, manifest, count in zip(("train", "val"), manifests, counts, strict=True)
+        },
+    }
+
+
+def standard_error(share: float, count: int) -> float:
+    """Binomial standard error of a share of ``count`` independent trials: ``sqrt(p (1 - p) / n)``."""
+    return float((share * (1 - share) / count) ** 0.5)
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and the standard deviation of a sample (divisor n - 1; 0 for one value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON, whole or not at all; in the first of several processes."""
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, result)

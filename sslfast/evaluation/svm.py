@@ -1,0 +1,345 @@
+"""Linear SVMs on frozen features of Pascal VOC, with all images and with k of each class: protocols ``voc-svm-...``.
+
+Pooled maps (:mod:`sslfast.evaluation.pools`) of centre crops, each row divided by its norm; one SVM per class by
+liblinear (squared hinge, L2, dual, positives twice the weight, at most 2000 iterations). With all images the cost of
+each class is the one of best average precision in 3-fold cross-validation. With k images (k positives and
+``(C - 1) k`` negatives per class, several draws) there is nothing to validate on: as in the public code, the cost is
+the one of best mean AP over the draws on the test images, one for all classes, and ``map_of_costs`` has all of them.
+
+Source: Goyal et al., ICCV 2019, sections 5 and 6.1, and the settings of VISSL's VOC07 benchmarks: images that show a
+class only as difficult objects count as negatives when the SVM of all images is trained (``difficult="negative"``),
+and are left out of the low-shot draws and of every test.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslfast.data import OnBadImage
+from sslfast.distributed import distributed_device, gather_objects, own_rows
+from sslfast.evaluation.average_precision import average_precision
+from sslfast.evaluation.cache import FeatureCache
+from sslfast.evaluation.encoders import TRAINED, extract_layers, load_run, trunk_encoders
+from sslfast.evaluation.extract import ImageReader
+from sslfast.evaluation.folders import random_order
+from sslfast.evaluation.pools import check_layers
+from sslfast.evaluation.results import cache_folder, evaluation_folder, mean_and_spread, run_facts, write_result
+from sslfast.evaluation.table import precision_table
+from sslfast.evaluation.voc import VOCSplit, read_split, voc_manifest
+from sslfast.runs import versions
+
+PROTOCOL = "voc-svm"
+COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+FOLDS = 3
+FIRST_STEP = 2
+"""First place of the draws in the Philox stream that folders.py also draws from."""
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+Matrix = NDArray[np.float64]
+
+
+def normalise(features: NDArray[np.floating]) -> Matrix:
+    """``x / (|x| + 1e-5)`` of every row, float64."""
+    features = features.astype(np.float64)
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-5)
+
+
+def linear_svm(cost: float) -> Any:
+    """The classifier of the protocol, not fitted yet."""
+    try:
+        from sklearn.svm import LinearSVC
+    except ImportError:
+        raise ImportError("SVMs need scikit-learn: pip install 'sslfast[evaluation]'") from None
+    return LinearSVC(
+        C=cost,
+        class_weight={1: 2, -1: 1},
+        penalty="l2",
+        loss="squared_hinge",
+        dual=True,
+        tol=1e-4,
+        max_iter=2000,
+        random_state=0,
+    )
+
+
+def draw_shots(labels: NDArray[np.int8], k: int, *, seed: int, draw: int, position: int) -> NDArray[np.int64]:
+    """Rows of k positives and ``(C - 1) k`` negatives of a class (all, where there are fewer), sorted.
+
+    Draws of a smaller k are parts of those of a larger one.
+
+    Args:
+        labels: ``[N, C]`` in -1, 0 and 1.
+        k: positives.
+        seed, draw, position: of the run of draws, the draw and the class (column of ``labels``).
+    """
+    classes = labels.shape[1]
+    order = random_order(len(labels), seed=seed, step=FIRST_STEP + draw * classes + position).numpy()
+    column = labels[order, position]
+    return np.sort(np.concatenate((order[column == 1][:k], order[column == -1][: (classes - 1) * k])))
+
+
+def class_precision(scores: Matrix, column: NDArray[np.int8]) -> tuple[float, float]:
+    """Average precision (area, 11-point) of a class on the images that are not difficult for it."""
+    clear = column != 0
+    targets = column[clear] == 1
+    return (
+        average_precision(targets, scores[clear]),
+        average_precision(targets, scores[clear], kind="11-point"),
+    )
+
+
+def shared_map(function: Callable[[Item], Found], items: Sequence[Item], workers: int) -> list[Found]:
+    """``[function(item)]`` in order: each rank does its part in ``workers`` threads (liblinear runs beside Python)."""
+    own = own_rows(len(items))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(pool.map(function, items[own.start : own.stop]))
+    return [one for part in gather_objects(found) for one in part]
+
+
+def full_svm(
+    train: Matrix,
+    train_labels: NDArray[np.int8],
+    test: Matrix,
+    test_labels: NDArray[np.int8],
+    *,
+    classes: Sequence[str],
+    costs: Sequence[float] = COSTS,
+    difficult: Literal["negative", "ignore"] = "negative",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """SVMs on all images: ``mAP``, ``mAP_11_point`` and per class its AP and its cost.
+
+    Args:
+        train, test: ``[N, D]`` normalised features.
+        train_labels, test_labels: ``[N, C]`` in -1, 0 (difficult) and 1.
+        classes: C names.
+        costs: candidates.
+        difficult: what 0 is when training.
+        workers: threads.
+    """
+    from sklearn.model_selection import cross_val_score
+
+    def rows(position: int) -> tuple[Matrix, NDArray[np.int64]]:
+        column = train_labels[:, position]
+        kept = column != 0 if difficult == "ignore" else np.ones(len(column), dtype=bool)
+        return train[kept], np.where(column[kept] == 1, 1, -1)
+
+    def validate(task: tuple[int, float]) -> float:
+        features, targets = rows(task[0])
+        scores = cross_val_score(linear_svm(task[1]), features, targets, cv=FOLDS, scoring="average_precision")
+        return float(scores.mean())
+
+    tasks = [(position, cost) for position in range(len(classes)) for cost in costs]
+    validated = np.array(shared_map(validate, tasks, workers)).reshape(len(classes), len(costs))
+    chosen = [costs[best] for best in validated.argmax(1)]
+
+    def judge(position: int) -> tuple[float, float]:
+        svm = linear_svm(chosen[position]).fit(*rows(position))
+        return class_precision(svm.decision_function(test), test_labels[:, position])
+
+    found = shared_map(judge, range(len(classes)), workers)
+    return {
+        "mAP": float(np.mean([area for area, _ in found])),
+        "mAP_11_point": float(np.mean([points for _, points in found])),
+        "ap": {name: area for name, (area, _) in zip(classes, found, strict=True)},
+        "cost": dict(zip(classes, chosen, strict=True)),
+        "validation_ap": dict(zip(classes, validated.max(1).tolist(), strict=True)),
+    }
+
+
+def shot_svm(
+    train: Matrix,
+    train_labels: NDArray[np.int8],
+    test: Matrix,
+    test_labels: NDArray[np.int8],
+    *,
+    k: int,
+    draws: int,
+    costs: Sequence[float] = COSTS,
+    seed: int = 0,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """SVMs on k positives per class: mean and spread of mAP over draws, at the cost of best mean. See the module."""
+
+    def judge(task: tuple[int, int]) -> list[float]:
+        draw, position = task
+        rows = draw_shots(train_labels, k, seed=seed, draw=draw, position=position)
+        targets = train_labels[rows, position]
+        svms = (linear_svm(cost).fit(train[rows], targets) for cost in costs)
+        return [class_precision(svm.decision_function(test), test_labels[:, position])[0] for svm in svms]
+
+    classes = train_labels.shape[1]
+    tasks = [(draw, position) for draw in range(draws) for position in range(classes)]
+    # [draws, costs]
+    maps = np.array(shared_map(judge, tasks, workers)).reshape(draws, classes, len(costs)).mean(1)
+    best = int(maps.mean(0).argmax())
+    mean, spread = mean_and_spread(maps[:, best].tolist())
+    return {
+        "k": k,
+        "mAP": mean,
+        "mAP_spread": spread,
+        "mAP_of_draws": maps[:, best].tolist(),
+        "cost": costs[best],
+        "cost_chosen_on": "test",
+        "map_of_costs": {f"{cost:g}": float(value) for cost, value in zip(costs, maps.mean(0), strict=True)},
+    }
+
+
+def evaluate_lowshot(
+    run: Path,
+    data: Path,
+    *,
+    layers: tuple[str, ...] = ("conv1", "res2", "res3", "res4", "res5"),
+    shots: tuple[int, ...] = SHOTS,
+    shot_layers: tuple[str, ...] = ("res4", "res5"),
+    draws: int = 5,
+    seed: int = 0,
+    costs: tuple[float, ...] = COSTS,
+    difficult: Literal["negative", "ignore"] = "negative",
+    encoders: tuple[str, ...] = (TRAINED,),
+    train_split: str = "trainval",
+    test_split: str = "test",
+    size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    on_bad_image: OnBadImage = "error",
+    cache: bool = True,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Mean average precision of linear SVMs on a run's frozen features of Pascal VOC, with all and with few images.
+
+    Args:
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
+            results go to FILE.evaluation in place of RUN/evaluation.
+        data: VOC folder (Annotations, ImageSets/Main, JPEGImages), such as VOCdevkit/VOC2007.
+        layers: for SVMs on all images, of conv1 res2 res3 res4 res5 res5avg.
+        shots: numbers of positives per class for low-shot SVMs.
+        shot_layers: for low-shot SVMs.
+        draws: low-shot sets of each size; mean and spread are over these.
+        seed: of the draws.
+        costs: of the SVMs, to choose from.
+        difficult: what an image that shows a class only as difficult objects is to the SVM of all images: a negative,
+            as in the published numbers, or nothing. Tests and low-shot sets never have it.
+        encoders: trained, untrained or both.
+        train_split: of ImageSets/Main.
+        test_split: of ImageSets/Main.
+        size: side of the images in pixels (published: 224); default: that of the run.
+        batch_size: images per forward pass.
+        workers: decoding threads, and threads for SVMs; 0: one.
+        device: auto, cpu, cuda or cuda:N.
+        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+        cache: keep features in RUN/evaluation/features and take them from there; the folder may be deleted.
+        output: JSON file to write; default: RUN/evaluation/lowshot.json.
+
+    Under torchrun the processes share images and SVMs.
+    """
+    linear_svm(1.0)
+    check_layers(layers)
+    if shots:
+        check_layers(shot_layers)
+    if not costs or min(costs) <= 0:
+        raise ValueError(f"costs must be positive numbers, at least one, got {costs}")
+    if draws < 1 or seed < 0 or (shots and min(shots) < 1):
+        raise ValueError(f"draws and shots must be at least 1 and seed at least 0, got {draws=}, {shots=}, {seed=}")
+    splits = [read_split(data, name) for name in (train_split, test_split)]
+    check_splits(splits, shots)
+    loaded = load_run(run)
+    chosen = trunk_encoders(loaded, encoders)
+    size = loaded.size if size is None else size
+    results: list[dict[str, Any]] = []
+    with distributed_device(device) as on, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Liblinear failed to converge")
+        readers = [
+            ImageReader(voc_manifest(split.root, split.ids), size, batch_size, workers, on_bad_image)
+            for split in splits
+        ]
+        wanted = [*layers, *(layer for layer in shot_layers if shots and layer not in layers)]
+        store = FeatureCache(cache_folder(run) if cache else None)
+        found = [extract_layers(chosen, wanted, reader, device=on, cache=store) for reader in readers]
+        labels = [split.labels[some.rows.numpy()] for split, some in zip(splits, found, strict=True)]
+        for encoder in chosen:
+            for layer in wanted:
+                # Hundreds of megabytes each: let go of one before the next.
+                train, test = (normalise(some.values.pop(f"{encoder}/{layer}").numpy()) for some in found)
+                row = {"encoder": encoder, "layer": layer, "features": train.shape[1]}
+                if layer in layers:
+                    scores = full_svm(
+                        train,
+                        labels[0],
+                        test,
+                        labels[1],
+                        classes=splits[0].classes,
+                        costs=costs,
+                        difficult=difficult,
+                        workers=workers,
+                    )
+                    results.append({**row, "protocol": f"{PROTOCOL}-{layer}", **scores})
+                for k in shots if layer in shot_layers else ():
+                    few = shot_svm(
+                        train, labels[0], test, labels[1], k=k, draws=draws, costs=costs, seed=seed, workers=workers
+                    )
+                    results.append({**row, "protocol": f"{PROTOCOL}-k{k}-{layer}", **few})
+        result = {
+            "protocol": PROTOCOL,
+            "results": results,
+            **run_facts(run, loaded, size),
+            "costs": list(costs),
+            "folds": FOLDS,
+            "difficult": difficult,
+            "draws": draws,
+            "draw_seed": seed,
+            "ap": "area under the interpolated curve; mAP_11_point: mean at recall 0, 0.1 ... 1",
+            "source": "Goyal et al., ICCV 2019; settings of VISSL's voc07 SVM benchmarks",
+            "data": _data_facts(data, splits, readers, [len(some.rows) for some in found]),
+            "versions": versions(),
+        }
+        write_result(result, evaluation_folder(run) / "lowshot.json" if output is None else output)
+        return result
+
+
+def check_splits(splits: Sequence[VOCSplit], shots: Sequence[int]) -> None:
+    """ValueError where classes differ between the splits or one has too few images."""
+    train, test = splits
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"classes of {train.name} and {test.name} differ ({', '.join(odd[:5])}); give both the same")
+    if len(train.classes) < 2:
+        raise ValueError(f"{train.root} has one class, {train.classes[0]}; an evaluation needs at least 2")
+    for position, name in enumerate(train.classes):
+        shown, absent = ((train.labels[:, position] == value).sum() for value in (1, -1))
+        needed = max((FOLDS, *shots))
+        if shown < needed or absent < FOLDS:
+            raise ValueError(
+                f"{train.name} has {shown} images of {name} and {absent} without it; {needed} and {FOLDS} are needed: "
+                "lower --shots or give more images"
+            )
+        if not (test.labels[:, position] == 1).any():
+            raise ValueError(f"{test.name} has no image of {name}, so its average precision is not defined")
+
+
+def _data_facts(
+    data: Path, splits: Sequence[VOCSplit], readers: Sequence[ImageReader], counts: Sequence[int]
+) -> dict[str, Any]:
+    parts = {
+        key: {
+            "split": split.name,
+            "images": count,
+            "left_out": len(split.ids) - count,
+            "digest": reader.manifest.digest(),
+        }
+        for key, split, reader, count in zip(("train", "val"), splits, readers, counts, strict=True)
+    }
+    return {"root": str(data), "classes": len(splits[0].classes), **parts}
+
+
+def render_table(result: dict[str, Any]) -> str:
+    """The result as a small table for a terminal."""
+    return precision_table(result)

@@ -1,0 +1,118 @@
+"""Which rows a step sees, in which order, and which box of each image: pure functions of (seed, epoch, row).
+
+Every loader uses these, so a run can change its loader, its worker count or its number of ranks, or restart at any
+step, and see the same samples. Float arithmetic is float64 on the CPU.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sslfast.ops.philox import Stream, random_integers, random_uint32
+
+REPLACEMENTS = 32  # rows tried in place of a bad one: all bad with probability (bad share) ** 32
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """Order of an epoch and this rank's share of each step.
+
+    Step ``s`` of an epoch is ``order[s * batch_size : (s + 1) * batch_size]``, whatever the number of ranks; rank
+    ``r`` takes the ``r``-th of ``world_size`` equal contiguous parts of it. The rows left over after the last full
+    step are dropped; which rows they are changes every epoch.
+    """
+
+    num_rows: int
+    """Rows in the manifest."""
+    batch_size: int
+    """Global batch: the rows of one step over all ranks."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    shards: NDArray[np.int64] | None = None
+    """``[num_rows]`` shard of each row: the order mixes a few of them at a time (:func:`shard_order`)."""
+    mixed_shards: int = 16
+    """How many."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got batch_size={self.batch_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"the global batch_size={self.batch_size} must be a multiple of world_size={self.world_size}: "
+                f"use {self.batch_size // self.world_size * self.world_size or self.world_size} or another multiple"
+            )
+        if self.mixed_shards < 1:
+            raise ValueError(f"mixed_shards must be at least 1, got mixed_shards={self.mixed_shards}")
+        if self.num_rows < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is larger than the data set ({self.num_rows} images): "
+                "lower --batch-size or add images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_rows // self.batch_size
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """``[num_rows]`` the epoch's permutation of all rows; the same on every rank."""
+        if self.shards is None:
+            return epoch_order(self.num_rows, seed=self.seed, epoch=epoch)
+        return shard_order(self.shards, seed=self.seed, epoch=epoch, mixed_shards=self.mixed_shards)
+
+    def share(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        """``[batch_size / world_size]`` this rank's rows of a step."""
+        local = self.batch_size // self.world_size
+        start = step * self.batch_size + self.rank * local
+        return order[start : start + local]
+
+    def check_start(self, epoch: int, start_step: int) -> None:
+        """ValueError unless ``0 <= epoch < 2**32`` and ``0 <= start_step <= steps_per_epoch``."""
+        if not 0 <= epoch < 2**32:
+            raise ValueError(f"epoch must be in [0, 2**32), got {epoch=}")
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step must be in [0, {self.steps_per_epoch}], got {start_step=}")
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """``[num_rows]`` int64 permutation: argsort of one 63-bit Philox draw per row (ties, if ever, by row)."""
+    return np.argsort(_keys(num_rows, seed=seed, stream=Stream.EPOCH_ORDER, epoch=epoch), kind="stable")
+
+
+def shard_order(shards: NDArray[np.int64], *, seed: int, epoch: int, mixed_shards: int) -> NDArray[np.int64]:
+    """``[num_rows]`` int64 permutation that needs few shards at a time.
+
+    The shards are shuffled, ``mixed_shards`` after one another make a block, and the rows of a block come in the order
+    that :func:`epoch_order` gives them. One block of all shards is that order.
+
+    Args:
+        shards: ``[num_rows]`` shard of each row.
+        seed, epoch: of the draws.
+        mixed_shards: shards in a block; the last block may have fewer.
+    """
+    count = int(shards.max()) + 1
+    shuffled = np.argsort(_keys(count, seed=seed, stream=Stream.SHARD_ORDER, epoch=epoch), kind="stable")
+    block = np.empty(count, dtype=np.int64)
+    block[shuffled] = np.arange(count) // mixed_shards
+    return np.lexsort((_keys(len(shards), seed=seed, stream=Stream.EPOCH_ORDER, epoch=epoch), block[shards]))
+
+
+def _keys(count: int, *, seed: int, stream: Stream, epoch: int) -> NDArray[np.int64]:
+    keys = np.empty(count, dtype=np.int64)
+    for start in range(0, count, _CHUNK):
+        rows = torch.arange(start, min(start + _CHUNK, count), dtype=torch.int64)
+        bits = random_uint32(rows, 2, seed=seed, stream=stream, step=epoch)
+        keys[start : start + _CHUNK] = ((bits[:, 0] << 31) | (bits[:, 1] >> 1)).numpy()
+    return keys
+
+
+def replacement_rows(row: int, num_rows: int, *, seed: int, epoch: int) -> list[int]:
+    """The ``REPLACEMENTS`` rows to try in this order when ``row`` turns out bad in this epoch."""
+    rows = torch.tensor([row], dtype=torch.int64)
+    draws = random_integers(rows, REPLACEMENTS, num_rows, seed=seed, stream=Stream.REPLACEMENT, step=epoch)
+    return [int(candidate) for candidate in draws[0]]

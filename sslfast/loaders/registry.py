@@ -1,0 +1,169 @@
+"""Loader registry: which loaders exist, which can be used here, and the one that a configuration names."""
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+from sslfast.views import Batch, ViewConfig
+
+if TYPE_CHECKING:
+    from sslfast.data import Manifest
+    from sslfast.loaders.base import ImageLoader
+
+
+LOADERS = ("torch", "dali", "ffcv", "synthetic")
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+"""What pip calls a package that Python calls otherwise."""
+
+
+_MOST_WORKERS = 16
+
+
+@dataclass(kw_only=True)
+class LoaderConfig:
+    """Where batches come from."""
+
+    name: Literal["auto", "torch", "dali", "ffcv", "synthetic"] = "auto"
+    """auto: ffcv for a .beton file, torch for images and tar shards. dali: JPEGs decoded on the GPU, not measured there
+    yet. synthetic: made-up images, to time everything else."""
+    workers: int | None = None
+    """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared
+    by the ranks of this machine, at most 16."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
+    list it at the end."""
+    shuffle: Literal["full", "shards"] = "full"
+    """Order of an epoch. full: all rows. shards: tar shards are shuffled, then the rows of ``mixed_shards`` of them at
+    a time, so that disk caches need hold no more; less random where a shard holds few classes."""
+    mixed_shards: int = 16
+    """Tar shards that ``shuffle shards`` mixes at a time."""
+
+
+class Loader(Protocol):
+    """The face of every loader."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the manifest."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches in an epoch."""
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """Path and reason of every image left out so far."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of this rank from ``start_step`` on."""
+
+    def close(self) -> None:
+        """End worker processes."""
+
+
+def build_loader(
+    config: LoaderConfig,
+    *,
+    views: Mapping[str, ViewConfig],
+    batch_size: int,
+    seed: int,
+    manifest: "Manifest | None" = None,
+    synthetic_rows: int | None = None,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """The loader that ``config`` names.
+
+    Args:
+        config: which loader, and how.
+        views: view name -> recipe, in the order of the method's ``views()``.
+        batch_size: global batch over all ranks.
+        seed: of the run.
+        manifest: the images; ``synthetic`` takes its number of rows when ``synthetic_rows`` is not given.
+        synthetic_rows: size of the pretended data set of ``synthetic``.
+        device, rank, world_size: of this process.
+    """
+    name: str = config.name
+    if name == "auto":
+        name, _ = choose_loader(manifest, device)
+    if name not in LOADERS:
+        raise ValueError(f"loader must be one of auto, {', '.join(LOADERS)}, got {config.name!r}")
+    usable, reason, remedy = _status(name)
+    if not usable:
+        raise ValueError(f"loader {name!r} cannot be used: {reason}; {remedy}")
+    if name == "synthetic":
+        rows = len(manifest) if synthetic_rows is None and manifest is not None else synthetic_rows
+        if rows is None:
+            raise ValueError("no data: name a folder of images, or give the synthetic loader a number of rows")
+        if config.shuffle != "full":
+            raise ValueError("--loader.shuffle shards is for tar shards, and the synthetic loader reads none")
+        from sslfast.loaders.synthetic import SyntheticLoader
+
+        return SyntheticLoader(
+            rows, views, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device
+        )
+    if manifest is None:
+        raise ValueError(f"loader {name!r} reads images: name a folder, or use --loader.name synthetic")
+    workers = default_workers() if config.workers is None else config.workers
+    if manifest.archive is not None and name != "ffcv":
+        raise ValueError(f"loader {name!r} reads files and {manifest.archive} is a .beton file: use --loader.name ffcv")
+    readers = {"torch": "PillowLoader", "dali": "DaliLoader", "ffcv": "FFCVLoader"}
+    reader: type[ImageLoader] = getattr(_module(name), readers[name])
+    return reader(
+        manifest,
+        views,
+        batch_size=batch_size,
+        seed=seed,
+        workers=workers,
+        on_bad_image=config.on_bad_image,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        mixed_shards=config.mixed_shards if config.shuffle == "shards" else None,
+    )
+
+
+def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tuple[str, str]:
+    """The loader that ``auto`` stands for, and why, in a few words."""
+    if manifest is None:
+        return "synthetic", "there is no folder of images"
+    if manifest.archive is not None:
+        return "ffcv", "the data is a .beton file"
+    if str(device).startswith("cuda"):  # `torch` is the loader of that name here, once that has been imported
+        return "torch", "dali, which decodes JPEGs on the GPU, has not been measured there yet: --loader.name dali"
+    return "torch", "on a CPU DALI is no faster"
+
+
+def default_workers() -> int:
+    """This rank's share of the machine's cores (torchrun says how many ranks it started here), 1 to 16."""
+    from sslfast.data import available_cores
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(available_cores() // ranks, _MOST_WORKERS))
+
+
+def loader_status() -> dict[str, tuple[bool, str, str]]:
+    """Loader name -> (usable, what it runs on or why it cannot, what to do about it)."""
+    return {name: _status(name) for name in LOADERS}
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"sslfast.loaders.{'pillow' if name == 'torch' else name}")
+
+
+def _status(name: str) -> tuple[bool, str, str]:
+    try:
+        status: tuple[bool, str, str] = _module(name).status()
+    except ImportError as error:
+        package = error.name or name
+        remedy = f"pip install {DISTRIBUTIONS.get(package, package)}"
+        return False, f"Python package {package!r} is not installed", remedy
+    return status

@@ -1,0 +1,124 @@
+"""k-means over all rows, the assignment by faiss and shared by the ranks; a function of points, seed and epoch.
+
+faiss finds the nearest centroids, which is nearly all of the work; centroids and empty clusters are handled here, in a
+fixed order of float64 sums, so that every rank, and a run that goes on after an interruption, gets the same labels.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sslfast.distributed import broadcast_object, mean_over_ranks, world_size
+from sslfast.methods.shared.pseudo_labels import gather_shares, share
+from sslfast.ops.philox import Stream, random_uint32
+
+_BLOCK = 1 << 16  # rows whose float64 copies exist at a time
+
+
+def import_faiss() -> Any:
+    """The module; ImportError with the remedy where it is missing."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(f"k-means needs faiss, which does not import ({error}): pip install faiss-cpu") from error
+    return faiss
+
+
+def whiten(points: Tensor, dimensions: int) -> Tensor:
+    """Rows in their first principal components, each of variance 1, then of length 1 (Caron et al. 2018, section 3.3).
+
+    Directions with less than a millionth of the largest variance are left out. Covariance in float64, each rank's share
+    of the rows summed by itself.
+
+    Args:
+        points: ``[n, D]`` fp32 on the CPU, the same on every rank.
+        dimensions: d, components kept, at most D.
+
+    Returns:
+        ``[n, d]`` fp32.
+    """
+    own = points[share(len(points))]
+    columns = points.shape[1]
+    total, products = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
+    for block in own.split(_BLOCK):
+        total += block.double().sum(0)
+        products += block.double().T @ block.double()
+    scale = world_size() / len(points)
+    mean = mean_over_ranks(total) * scale
+    covariance = mean_over_ranks(products) * scale - mean.outer(mean)
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    kept = variances.flip(0)[:dimensions]
+    scales = torch.where(kept > 1e-6 * kept[0].clamp_min(1e-30), kept.clamp_min(1e-30).rsqrt(), 0.0)
+    transform = broadcast_object((directions.flip(1)[:, :dimensions] * scales).float())
+    shifted = mean.float() @ transform
+    return torch.cat([normalize(block @ transform - shifted, dim=1) for block in points.split(_BLOCK)])
+
+
+def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: int) -> Tensor:
+    """``[n]`` int64 labels of Lloyd's algorithm; every cluster has a row.
+
+    The first centroids are distinct rows drawn by (seed, epoch). An empty cluster takes half of the largest one
+    (:func:`fill_empty`), in every iteration and at the end.
+
+    Args:
+        points: ``[n, d]`` fp32 on the CPU, the same on every rank; each searches its share.
+        clusters: K, at most n.
+        iterations: updates of the centroids.
+        seed: ``0 <= seed < 2**63``.
+        epoch: of the run.
+
+    Raises:
+        ValueError: fewer points than clusters.
+        ImportError: faiss is missing.
+    """
+    if not 1 <= clusters <= len(points):
+        raise ValueError(f"clusters must be in [1, {len(points)}], the number of points, got {clusters}")
+    faiss = import_faiss()
+    bits = random_uint32(torch.arange(len(points)), 2, seed=seed, stream=Stream.CLUSTERS, step=epoch)
+    first = ((bits[:, 0] << 31) | (bits[:, 1] >> 1)).argsort(stable=True)[:clusters]
+    centroids = points[first]
+    own = share(len(points))
+    for iteration in range(iterations + 1):
+        index = faiss.IndexFlatL2(points.shape[1])
+        index.add(np.ascontiguousarray(centroids.numpy()))
+        nearest = torch.zeros(0, dtype=torch.int64)
+        if own.stop > own.start:
+            nearest = torch.from_numpy(index.search(np.ascontiguousarray(points[own].numpy()), 1)[1][:, 0])
+        labels = fill_empty(points, gather_shares(nearest, len(points)), clusters)
+        if iteration < iterations:
+            centroids = means(points, labels, clusters)
+    return labels
+
+
+def means(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """``[K, d]`` fp32 centroids of ``points`` ``[n, d]`` by ``labels`` ``[n]``; each rank sums its share in float64."""
+    own = share(len(points))
+    sums = torch.zeros(clusters, points.shape[1], dtype=torch.float64)
+    for block, label in zip(points[own].split(_BLOCK), labels[own].split(_BLOCK), strict=True):
+        sums.index_add_(0, label, block.double())
+    counts = labels.bincount(minlength=clusters).double()
+    return (mean_over_ranks(sums) * world_size() / counts[:, None]).float()
+
+
+def fill_empty(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """``labels`` with a row in every cluster: an empty one takes half of the largest.
+
+    The largest cluster (the first of equals) is cut at the median along the direction from its mean to its farthest
+    row. The papers' code moves a perturbed copy of some cluster's centroid instead, which may leave it empty.
+    """
+    counts = labels.bincount(minlength=clusters).numpy()
+    labels = labels.clone()
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(counts.argmax())
+        members = (labels == largest).nonzero()[:, 0]
+        centred = points[members] - points[members].mean(0)
+        direction = centred[int(centred.square().sum(1).numpy().argmax())]
+        order = (centred @ direction).argsort(stable=True)
+        moved = members[order[(len(members) + 1) // 2 :]]
+        labels[moved] = int(empty)
+        counts[empty] = len(moved)
+        counts[largest] -= len(moved)
+    return labels

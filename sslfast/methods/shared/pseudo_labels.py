@@ -1,0 +1,99 @@
+"""What the methods that label the data set themselves share: features of all rows, the loss, shares of ranks.
+
+Labels come from a pass over the data at fixed weights, as in the papers: the largest central square of each image, no
+augmentation. Features that the steps of an epoch leave, of augmented crops and ever newer weights (DeepCluster-v2,
+Caron et al. 2020), do not do in short runs: k-means then groups rows by the time of their visit and by their jitter.
+The pass sees the samples that its epoch trains on. A row that has never been in one has no label and weighs nothing.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sslfast.distributed import gather_rows, mean_over_ranks, rank, world_size
+from sslfast.views import AugmentConfig, CropConfig, ViewConfig
+
+UNLABELLED = -1
+
+
+def central_view(view: ViewConfig) -> ViewConfig:
+    """The largest central square of each image at the size and in the units of ``view``, not augmented."""
+    augment = AugmentConfig(
+        flip_probability=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        mean=view.augment.mean,
+        std=view.augment.std,
+    )
+    crop = CropConfig(size=view.crop.size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    return replace(view, crop=crop, rotation=False, augment=augment)
+
+
+class CollectedFeatures(nn.Module):
+    """Features of each row from the last pass that it was in, on every rank.
+
+    Buffers: ``vectors`` ``[N, D]`` and ``seen`` ``[N]`` bool, False until a row's first pass.
+    """
+
+    vectors: Tensor
+    seen: Tensor
+
+    def __init__(self, num_rows: int, columns: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(num_rows, columns, dtype=dtype))
+        self.register_buffer("seen", torch.zeros(num_rows, dtype=torch.bool))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "rows" in state_dict:  # the name in checkpoints written before vectors had theirs
+            state_dict[prefix + "vectors"] = state_dict.pop(prefix + "rows")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def store_(self, rows: Tensor, features: Tensor) -> None:
+        """Write ``features`` ``[B, D]`` of the ``rows`` ``[B]`` of every rank. Of a row that is there twice, in place
+        of an image that cannot be read, the last stay."""
+        everyone = gather_rows(rows)
+        places = torch.arange(len(everyone), device=everyone.device)
+        last = torch.where(everyone[:, None] == everyone, places, -1).amax(dim=1)
+        self.vectors[everyone] = gather_rows(features.float())[last].to(self.vectors.dtype)
+        self.seen[everyone] = True
+
+
+def pseudo_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_i w_i · -log softmax(logits_i)_{labels_i} / Σ_i w_i``, 0-d; rows labelled -1 have ``w_i = 0``.
+
+    The sum of weights is the mean over ranks, so that averaged gradients are those of the whole batch. 0 where no row
+    has a label.
+
+    Args:
+        logits: ``[B, K]``.
+        labels: ``[B]`` int64, -1 for none.
+        weights: ``[B]`` fp32.
+    """
+    weights = weights * (labels != UNLABELLED)
+    losses = cross_entropy(logits.float(), labels.clamp_min(0), reduction="none")
+    return (weights * losses).sum() / mean_over_ranks(weights.sum()).clamp_min(1e-12)
+
+
+def label_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of the labelled rows whose label has the largest score, 0-d; 0 where there is none."""
+    right = (logits.argmax(dim=-1) == labels).float().sum()
+    return right / (labels != UNLABELLED).sum().clamp_min(1)
+
+
+def share(count: int) -> slice:
+    """This rank's contiguous part of ``count`` things; parts differ in size where ``count`` is no multiple."""
+    largest = -(-count // world_size())
+    return slice(min(rank() * largest, count), min((rank() + 1) * largest, count))
+
+
+def gather_shares(own: Tensor, count: int) -> Tensor:
+    """``[count, ...]`` from every rank's :func:`share` of it."""
+    if world_size() == 1:
+        return own
+    padded = own.new_zeros((-(-count // world_size()), *own.shape[1:]))
+    padded[: len(own)] = own
+    return gather_rows(padded)[:count]

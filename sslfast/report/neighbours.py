@@ -1,0 +1,222 @@
+"""The nearest-neighbour sheet: one row per query, with the images that an encoder finds most similar.
+
+A green frame marks a neighbour of the query's class, a red frame one of another class; the number is the cosine
+similarity. Several encoders stand side by side for the same queries.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from sslfast.data import ImageLocation, OnBadImage, decode_full, quiet_pillow, read_image_bytes
+from sslfast.evaluation import EvaluationSet, load_evaluation_set, nearest_neighbours
+
+_TILE, _GAP, _FRAME = 96, 10, 4
+_MARGIN, _BLOCK_GAP = 28, 36
+_TITLE, _HEADING, _SMALL = 22, 16, 12
+_CAPTION = 20
+_PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
+_SAME, _OTHER = "#16a34a", "#dc2626"
+
+
+@dataclass(kw_only=True)
+class Neighbour:
+    """One image that an encoder found."""
+
+    place: ImageLocation
+    similarity: float
+    same_class: bool
+
+
+@dataclass(kw_only=True)
+class Query:
+    """One row of the sheet."""
+
+    place: ImageLocation
+    label: str
+    """Words under the picture, its class for example."""
+    neighbours: Mapping[str, Sequence[Neighbour]]
+    """Encoder name -> what it found, most similar first."""
+
+
+def write_neighbours(
+    evaluation: EvaluationSet,
+    output: Path | str,
+    *,
+    queries: int = 12,
+    k: int = 6,
+    encoders: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the sheet of a labelled data set as a picture file and return its path.
+
+    Queries are validation images spread evenly over the classes, the middle one of each class; neighbours come from
+    the training images.
+
+    Args:
+        evaluation: features, labels and paths.
+        output: file to write; its suffix says the format.
+        queries: rows, at most the number of classes.
+        k: neighbours of each query.
+        encoders: which, from left to right; None: all of them.
+        title: first line; None: says what the sheet shows.
+
+    Raises:
+        ValueError: no such encoder, ``queries`` or ``k`` out of range, a suffix that names no picture format.
+    """
+    output = Path(output)
+    names = list(evaluation.val) if encoders is None else list(encoders)
+    for name in names:
+        if name not in evaluation.val:
+            raise ValueError(f"no encoder {name!r} in this evaluation; there are {', '.join(evaluation.val)}")
+    if queries < 1:
+        raise ValueError(f"queries must be at least 1, got {queries=}")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
+    rows = choose_queries(evaluation.val_labels, queries)
+    found = {name: nearest_neighbours(evaluation.val[name][rows], evaluation.train[name], k) for name in names}
+    sheet = []
+    for i, row in enumerate(rows.tolist()):
+        label = int(evaluation.val_labels[row])
+        sheet.append(
+            Query(
+                place=evaluation.val_places[row],
+                label=evaluation.classes[label],
+                neighbours={
+                    name: [
+                        Neighbour(
+                            place=evaluation.train_places[neighbour],
+                            similarity=value,
+                            same_class=int(evaluation.train_labels[neighbour]) == label,
+                        )
+                        for value, neighbour in zip(values[i].tolist(), found_rows[i].tolist(), strict=True)
+                    ]
+                    for name, (values, found_rows) in found.items()
+                },
+            )
+        )
+    if title is None:
+        title = f"validation images and their {k} most similar training images"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    neighbour_sheet(sheet, title=title).save(output)
+    return output
+
+
+def run_neighbours(
+    run: Path,
+    data: Path,
+    *,
+    output: Path = Path("neighbours.png"),
+    queries: int = 12,
+    k: int = 6,
+    size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+    on_bad_image: OnBadImage = "error",
+) -> dict[str, Any]:
+    """Picture sheet of validation images and the training images most similar to them, for a run and its baselines.
+
+    Args:
+        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo).
+        data: folder with train/<class>/ and val/<class>/.
+        output: picture to write.
+        queries: validation images, at most the number of classes.
+        k: neighbours of each.
+        size: side of the images in pixels; default: that of the run.
+        batch_size: images per forward pass.
+        workers: decoding threads; 0: none besides the main one.
+        device: auto, cpu, cuda or cuda:N.
+        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+    """
+    evaluation = load_evaluation_set(
+        run, data, size=size, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
+    )
+    return {"output": str(write_neighbours(evaluation, output, queries=queries, k=k))}
+
+
+def choose_queries(labels: Tensor, count: int) -> Tensor:
+    """Rows of at most ``count`` queries: classes spread evenly over all, of each the row in its middle."""
+    classes = labels.unique()
+    count = min(count, len(classes))
+    chosen = classes[torch.arange(count) * len(classes) // count]
+    return torch.stack([rows[len(rows) // 2] for rows in ((labels == c).nonzero()[:, 0] for c in chosen)])
+
+
+def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
+    """Draw the sheet; every query has the same encoders, with equally many neighbours each."""
+    if not queries:
+        raise ValueError("a neighbour sheet needs at least one query")
+    names = list(queries[0].neighbours)
+    k = max((len(found) for found in queries[0].neighbours.values()), default=0)
+    cell = _TILE + 2 * _FRAME
+    block = k * cell + (k - 1) * _GAP
+    heading_top = _MARGIN + _TITLE + 34
+    tiles_top = heading_top + _HEADING + _SMALL + 26
+    step = cell + _CAPTION + _GAP
+    fonts = {size: ImageFont.load_default(size) for size in (_TITLE, _HEADING, _SMALL)}
+    legend = (("same class", _SAME), ("another class", _OTHER))
+    width = 2 * _MARGIN + cell + len(names) * (_BLOCK_GAP + block)
+    width = max(width, 2 * _MARGIN + round(fonts[_TITLE].getlength(title)))
+    sheet = Image.new("RGB", (width, tiles_top + len(queries) * step + _MARGIN - _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 6), title, font=fonts[_TITLE], fill=_INK)
+    x = _MARGIN
+    for words, colour in legend:
+        y = _MARGIN + _TITLE + 6
+        draw.rectangle((x, y + 1, x + 11, y + 12), outline=colour, width=3)
+        draw.text((x + 18, y), words, font=fonts[_SMALL], fill=_FAINT)
+        x += 18 + round(fonts[_SMALL].getlength(words)) + 22
+    starts = {name: _MARGIN + cell + _BLOCK_GAP + i * (block + _BLOCK_GAP) for i, name in enumerate(names)}
+    for heading, detail, x, length in (
+        ("query", "", _MARGIN, cell),
+        *((name, _share(name, queries), start, block) for name, start in starts.items()),
+    ):
+        draw.text((x, heading_top), heading, font=fonts[_HEADING], fill=_INK)
+        draw.text((x, heading_top + _HEADING + 5), detail, font=fonts[_SMALL], fill=_FAINT)
+        draw.rectangle((x, tiles_top - 11, x + length - 1, tiles_top - 9), fill=_INK)
+    with quiet_pillow():
+        for i, query in enumerate(queries):
+            y = tiles_top + i * step
+            sheet.paste(_framed(query.place, _PAPER), (_MARGIN, y))
+            _caption(draw, query.label, _MARGIN, y + cell, fonts[_SMALL])
+            for name, start in starts.items():
+                for j, neighbour in enumerate(query.neighbours[name]):
+                    x = start + j * (cell + _GAP)
+                    sheet.paste(_framed(neighbour.place, _SAME if neighbour.same_class else _OTHER), (x, y))
+                    _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, fonts[_SMALL])
+    return sheet
+
+
+def _share(name: str, queries: Sequence[Query]) -> str:
+    found = [neighbour.same_class for query in queries for neighbour in query.neighbours[name]]
+    return f"{sum(found)} of {len(found)} neighbours on this sheet are of the query's class"
+
+
+def _framed(place: ImageLocation, colour: str) -> Image.Image:
+    """The whole picture on a square mat inside a frame."""
+    picture = Image.fromarray(decode_full(read_image_bytes(place)))
+    scale = _TILE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    if size != picture.size:
+        # Larger: square pixels, so that what is there is what one sees.
+        picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    framed = Image.new("RGB", (_TILE + 2 * _FRAME, _TILE + 2 * _FRAME), colour)
+    framed.paste(_MAT, (_FRAME, _FRAME, _FRAME + _TILE, _FRAME + _TILE))
+    framed.paste(picture, (_FRAME + (_TILE - size[0]) // 2, _FRAME + (_TILE - size[1]) // 2))
+    return framed
+
+
+def _caption(
+    draw: ImageDraw.ImageDraw, text: str, x: int, y: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> None:
+    """Centred under a tile; the end of a text that is too long is cut."""
+    cell = _TILE + 2 * _FRAME
+    while text and font.getlength(text) > cell:
+        text = text[:-2] + "…" if len(text) > 2 else ""
+    draw.text((x + cell / 2, y + 4), text, font=font, fill=_FAINT, anchor="ma")

@@ -1,0 +1,97 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sslfast.config import differences, from_dict, to_dict
+from sslfast.runs.checkpoint import CorruptCheckpointError, list_checkpoints, load_checkpoint, load_latest
+from sslfast.runs.directory import RunDirectory
+
+KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manifest_digest")
+"""What a checkpoint of a run holds."""
+
+FREE_AT_RESUME = (
+    "recipe",
+    "device",
+    "compile",
+    "on_nonfinite",
+    "nonfinite_limit",
+    "log_every_steps",
+    "knn_every_epochs",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "keep_every_steps",
+    "tensorboard",
+    "progress",
+    "method.bank_layout",
+    "loader.workers",
+    "loader.on_bad_image",
+)
+"""Fields that may change at a resume: none of them changes what a step computes, but for rounding. Every other one may
+not; ``epochs`` neither, since the learning rate of the steps already done depends on it."""
+
+
+def find_checkpoint(
+    run: RunDirectory, resume: str, *, report: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """Path and state of the checkpoint to go on from; None for a new run.
+
+    Args:
+        run: directory that the run writes to.
+        resume: ``auto``, ``never``, or the path of a checkpoint or of a run directory.
+        report: takes a line for every damaged checkpoint that is passed over.
+
+    Raises:
+        ValueError, FileNotFoundError: ``run`` or ``resume`` does not allow it; names the remedy.
+    """
+    kept = list_checkpoints(run.checkpoints)
+    if resume == "never":
+        if kept or run.log.exists():
+            raise ValueError(
+                f"{run.path} already holds a run; choose another output directory, or go on with --resume auto"
+            )
+        return None
+    if resume == "auto":
+        return load_latest(run.checkpoints, report=report)
+    path = Path(resume)
+    if path.is_dir():
+        found = load_latest(RunDirectory(path).checkpoints, report=report)
+        if found is None:
+            raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
+    else:
+        found = path, load_checkpoint(path)
+    if kept and found[0].resolve().parent != run.checkpoints.resolve():
+        raise ValueError(f"{run.path} already holds another run; choose a new output directory to resume {path} in")
+    return found
+
+
+def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifest_digest: str) -> None:
+    """Whether a run of ``config``, a TrainConfig, on these images may go on from ``state``.
+
+    Fields that the checkpoint is older than had their defaults when it was written.
+
+    Raises:
+        ValueError: one line with every field that differs, its old and its new value.
+    """
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing); use another")
+    try:
+        before = to_dict(from_dict(type(config), state["config"]))
+    except ValueError as error:
+        raise ValueError(f"cannot resume {path}: {error}; choose another output directory") from None
+    changed = [
+        f"{name} was {old!r}, is {new!r}"
+        for name, old, new in differences(before, to_dict(config))
+        if name not in FREE_AT_RESUME
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume {path}: {'; '.join(changed)}. Give the old values, or choose another output directory"
+        )
+    if state["manifest_digest"] != manifest_digest:
+        raise ValueError(
+            f"cannot resume {path}: the images are not those it was trained on (files added, removed "
+            "or changed), so rows of the bank would be wrong. Put them back, or choose another output directory"
+        )

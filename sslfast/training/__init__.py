@@ -1,0 +1,18 @@
+"""The pretraining run: configuration, trainer, data, logging, signals, dry run. Imports ``evaluation`` and what
+lies below."""
+
+from sslfast.training.config import TrainConfig
+from sslfast.training.dry_run import check_memory, summary
+from sslfast.training.nonfinite import NonFiniteLossError
+from sslfast.training.signals import RunInterruptedError
+from sslfast.training.trainer import Trainer, TrainResult
+
+__all__ = [
+    "NonFiniteLossError",
+    "RunInterruptedError",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "check_memory",
+    "summary",
+]

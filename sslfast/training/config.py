@@ -1,0 +1,91 @@
+"""The configuration of a pretraining run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sslfast.loaders import LoaderConfig
+from sslfast.methods import PIRL, MethodConfig
+from sslfast.models import ResNetConfig
+from sslfast.optim import OptimConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything that decides a pretraining run, except the data folder and the run directory."""
+
+    recipe: str = "custom"
+    """Recipe that the values started from; kept for the record."""
+    method: MethodConfig = field(default_factory=PIRL.Config)
+    """The pretraining method."""
+    model: ResNetConfig = field(default_factory=ResNetConfig)
+    """The trunk."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How samples are read."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    epochs: int = 800
+    """Passes over the data; the cosine ends with the last one."""
+    batch_size: int = 1024
+    """Samples per step, over all processes and micro-batches."""
+    accumulate_steps: int = 1
+    """Micro-batches that a step's batch is taken in, one after the other, to fit a device's memory. Samples, crops,
+    learning rate and schedule are those of the whole batch; BatchNorm and losses that contrast the samples of a batch
+    see one micro-batch at a time."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the samples of all processes, as in SimCLR. The PIRL paper's runs normalise each device's own."""
+    seed: int = 0
+    """Every random draw is a function of this, the step or epoch, and the sample's row."""
+    device: str = "auto"
+    """auto (the first CUDA device if there is one, else the CPU), cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
+    AVX512-BF16 or AMX), else fp32."""
+    channels_last: bool | None = None
+    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
+    devices alone, since on CPUs the other one is the faster."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """Compile the method's forward and backward with torch.compile, in its mode default or reduce-overhead (CUDA
+    graphs). The first step takes minutes; losses round differently."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What happens where a loss is not finite. error: the run stops, naming the step and its samples. skip: that step
+    (a gradient counts too) is undone on the device, at the cost of a second copy of parameters, bank and momentum."""
+    nonfinite_limit: int = 10
+    """Most steps in a row that on_nonfinite=skip undoes; with more the run stops."""
+    log_every_steps: int = 10
+    """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
+    knn_every_epochs: int = 0
+    """Epochs between two measurements of knn_top1 (0: none): the leave-one-out accuracy of 20 nearest neighbours among
+    the rows of the memory bank, or features kept for clustering, with folders as classes. No image is read for it."""
+    checkpoint_every_steps: int = 1000
+    """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGINT."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files (needs the package tensorboard)."""
+    progress: Literal["auto", "bar", "plain", "off"] = "auto"
+    """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate_steps",
+            "nonfinite_limit",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.compile == "reduce-overhead" and self.accumulate_steps > 1:
+            raise ValueError(
+                "compile=reduce-overhead reuses the memory of one forward in the next and so needs accumulate_steps=1, "
+                f"got {self.accumulate_steps}; use compile=default"
+            )
+        for name in ("keep_every_steps", "knn_every_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")

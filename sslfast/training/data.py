@@ -1,0 +1,65 @@
+"""What a run reads: its rows, which every rank agrees on, and the loaders of them."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sslfast import distributed
+from sslfast.data import Manifest, open_data, reopen_data
+from sslfast.loaders import Loader, build_loader
+from sslfast.runs import RunDirectory
+from sslfast.training.config import TrainConfig
+from sslfast.views import ViewConfig
+
+
+class RunData:
+    """The data of a run.
+
+    Args:
+        config: of the run.
+        data: folder of images, manifest (.tsv), .beton file, or a number of made-up images for the synthetic loader.
+        run: directory whose manifest, if it has one, is checked against the data. Several ranks agree on it through
+            this file, so the first one writes it.
+        device: of the batches.
+    """
+
+    def __init__(self, config: TrainConfig, data: Path | str | int, run: RunDirectory, *, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.synthetic_rows = data if isinstance(data, int) else None
+        self.manifest = None if isinstance(data, int) else self._manifest(Path(data), run)
+
+    def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
+        is_main = distributed.rank() == 0
+        if not is_main:
+            distributed.barrier()  # the first rank has listed the images and left the list in the run directory
+        if run.manifest.exists():
+            manifest = reopen_data(folder, run.manifest)
+        else:
+            progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
+            manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
+        if distributed.world_size() > 1 and is_main:
+            run.create()
+            if not run.manifest.exists():
+                manifest.save(run.manifest)
+            distributed.barrier()
+        return manifest
+
+    def loader(self, views: Mapping[str, ViewConfig]) -> Loader:
+        """The run's loader of these views. Loaders of one run have the same samples in the same epochs."""
+        return build_loader(
+            self.config.loader,
+            views=views,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            manifest=self.manifest,
+            synthetic_rows=self.synthetic_rows,
+            device=self.device,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+    def digest(self) -> str:
+        """Names the rows: that of the manifest, or the number of made-up ones."""
+        return f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()

@@ -1,0 +1,200 @@
+"""The screen before the first step: what will run where."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslfast.distributed import world_size
+from sslfast.loaders import choose_loader
+from sslfast.models import trunk_stride
+from sslfast.optim import learning_rate
+from sslfast.runs import checkpoint_step, list_checkpoints
+from sslfast.training.trainer import Trainer
+from sslfast.views import View, ViewConfig
+
+
+def summary(trainer: Trainer) -> list[tuple[str, str]]:
+    """What ``trainer.fit()`` would do, as (name, value) lines."""
+    config = trainer.config
+    parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
+    kept = list_checkpoints(trainer.run.checkpoints)
+    start = f"resumes after step {checkpoint_step(kept[-1])}" if kept and trainer.resume == "auto" else "new run"
+    name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
+    layout = "channels_last" if trainer.channels_last else "contiguous"
+    source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
+    data = f"{source}: {trainer.loader.num_rows:,} images"
+    if trainer.manifest is not None and {"train", "val"} <= set(trainer.manifest.classes):
+        data += f", those of val too; {source}/train has those of train alone"
+    loader: str = config.loader.name
+    if loader == "auto":
+        loader = "{} ({})".format(*choose_loader(trainer.manifest, trainer.device))
+    if trainer.resume not in ("auto", "never"):
+        start = f"resumes {trainer.resume}"
+    size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.run.free_bytes()
+    steps = f"{config.epochs:,} epochs x {trainer.steps_per_epoch:,} steps of {config.batch_size:,}"
+    steps += f" = {trainer.total_steps:,} steps"
+    if trainer.feature_pass is not None:
+        passes = sum(trainer.method.needs_feature_pass(epoch) for epoch in range(config.epochs))
+        steps += f", before {passes:,} of the epochs a pass over the data, forward alone"
+    return [
+        ("recipe", config.recipe),
+        ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
+        ("res5", _res5(trainer)),
+        ("data", data),
+        ("loader", loader),
+        ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
+        ("step", _step(trainer)),
+        ("steps", steps),
+        ("learning rate", _schedule(trainer)),
+        ("output", f"{trainer.run.path} ({start})"),
+        ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),
+    ]
+
+
+def _res5(trainer: Trainer) -> str:
+    """Cells that the trunk's last stage has of each view."""
+    stride = trunk_stride(trainer.config.model)
+    words, fewest = [], stride
+    for name, view in trainer.config.method.views().items():
+        size = view.crop.size if view.jigsaw is None else view.jigsaw.patch_size
+        cells = -(-size // stride)
+        fewest = min(fewest, cells)
+        words.append(f"{cells} x {cells} of {name}{'' if view.jigsaw is None else ' patches'}, {size} px")
+    hint = "; 3 x 3 convolutions have one cell there: --model.stem small keeps four times the resolution"
+    return "; ".join(words) + (hint if fewest == 1 and trainer.config.model.stem == "imagenet" else "")
+
+
+def _schedule(trainer: Trainer) -> str:
+    optim, scale = trainer.config.optim, trainer.config.batch_size / 256
+    peak, final = optim.lr_per_256_images * scale, optim.final_lr_per_256_images * scale
+    warmup, epochs = optim.warmup_epochs, trainer.config.epochs
+    if warmup >= epochs:
+        steps = {"batch_size": trainer.config.batch_size, "steps_per_epoch": trainer.steps_per_epoch}
+        last = learning_rate(trainer.total_steps - 1, optim, epochs=epochs, **steps)
+        return f"grows to {last:.4g}: the {warmup:g} epochs of warm-up (optim.warmup_epochs) last to the end"
+    words = f"{peak:.4g} after {warmup:g} epochs of warm-up" if warmup else f"{peak:.4g}"
+    if optim.schedule == "cosine":
+        return f"{words} to {final:.4g}, cosine, changes every {optim.lr_update}"
+    if optim.schedule == "constant":
+        return f"{words}, constant"
+    return f"{words}, times {optim.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in optim.milestones)}"
+
+
+def _step(trainer: Trainer) -> str:
+    """Who computes which part of a step, and with what."""
+    config, ranks = trainer.config, world_size()
+    samples = config.batch_size // ranks // config.accumulate_steps
+    words = [f"{ranks} process{'es' if ranks > 1 else ''} x {config.accumulate_steps} x {samples} samples"]
+    words.append(config.optim.name.upper())
+    if config.compile != "off":
+        words.append(f"compiled ({config.compile})")
+    if config.sync_batchnorm:
+        words.append("BatchNorm over all processes")
+    if config.on_nonfinite == "skip":
+        words.append(f"steps that are not finite are skipped, at most {config.nonfinite_limit} in a row")
+    return ", ".join(words)
+
+
+def estimate_memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes on one device by what they are for.
+
+    Parameters, gradients, momentum and the other state (bank, queues, BatchNorm) are counted; so are the views of a
+    micro-batch and, on CUDA, those of the next. Activations are what autograd keeps of one forward on the ``meta``
+    device, where nothing is computed; half of it under bf16. The key "activations" is absent where a method's forward
+    cannot run there. Not counted: workspaces of kernels, the allocator's slack and CUDA's own memory, together about a
+    fifth more. ``trainer`` cannot be used for training afterwards.
+    """
+    method, config = trainer.method, trainer.config
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    momenta = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    needs = {
+        "parameters": _bytes(list(method.parameters())),
+        "gradients": _bytes(parameters),
+        "momentum": _bytes(momenta),
+        "bank and other state": _bytes(list(method.buffers())),
+    }
+    if config.on_nonfinite == "skip":
+        needs["copy for on_nonfinite=skip"] = needs["parameters"] + needs["momentum"] + needs["bank and other state"]
+    samples = config.batch_size // world_size() // config.accumulate_steps
+    views = {name: _meta_view(view, samples, trainer.dtype) for name, view in trainer.stage.views.items()}
+    pixels = sum(view.pixels.nbytes for view in views.values())
+    needs["views"] = pixels * (2 if trainer.device.type == "cuda" else 1)
+    kept = _saved_bytes(trainer, views, samples)
+    if kept is not None:
+        needs["activations"] = kept * trainer.dtype.itemsize // torch.float32.itemsize
+    return needs
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device; of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(trainer: Trainer) -> str:
+    """The estimate as a line. Raises ValueError where the device has less memory than that."""
+    needs, there = estimate_memory(trainer), device_bytes(trainer.device)
+    total = sum(needs.values())
+    words = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in needs.items())
+    if "activations" not in needs:
+        words += ", activations not known"
+    line = f"about {total / 1e9:.2f} GB of {there / 1e9:.1f} GB ({words})"
+    if total > there:
+        raise ValueError(
+            f"a step needs {line} on {trainer.device}; raise accumulate_steps, lower batch_size, or use more processes"
+        )
+    return line
+
+
+def _saved_bytes(trainer: Trainer, views: dict[str, View], samples: int) -> int | None:
+    """Bytes of distinct storages, parameters and buffers apart, that autograd keeps of a forward."""
+    method = trainer.method.train()
+    state = {name: value.to("meta") for name, value in (*method.named_parameters(), *method.named_buffers())}
+    for name, parameter in method.named_parameters():
+        state[name].requires_grad_(parameter.requires_grad)
+    own = {_storage(value) for value in state.values()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            kept.setdefault(_storage(tensor), tensor)
+        return tensor
+
+    inputs = {
+        name: View(pixels=v.pixels.float(), permutation=v.permutation, quarter_turns=v.quarter_turns)
+        for name, v in views.items()
+    }
+    rows = torch.zeros(samples, dtype=torch.int64, device="meta")
+    step = torch.zeros((), dtype=torch.int64, device="meta")
+    try:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            torch.func.functional_call(method, state, (inputs, rows), {"step": step})
+    except Exception:  # whatever a method asks of a tensor that has no values
+        return None
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _meta_view(view: ViewConfig, samples: int, dtype: torch.dtype) -> View:
+    options: dict[str, Any] = {"device": "meta"}
+    size, jigsaw = view.crop.size, view.jigsaw
+    shape = [samples, 3, size, size]
+    if jigsaw is not None:
+        shape = [samples, jigsaw.grid**2, 3, jigsaw.patch_size, jigsaw.patch_size]
+    cells = torch.zeros(shape[:2], dtype=torch.int64, **options) if jigsaw is not None else None
+    turns = torch.zeros(samples, dtype=torch.int64, **options) if view.rotation else None
+    return View(pixels=torch.empty(shape, dtype=dtype, **options), permutation=cells, quarter_turns=turns)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,61 @@
+"""The pass over the data that some methods make before an epoch: forward alone, at fixed weights."""
+
+from collections.abc import Callable, Iterator
+from signal import Signals
+
+import torch
+
+from sslfast.loaders import Loader
+from sslfast.methods import Method
+from sslfast.views import Batch, ViewStage
+
+
+class FeaturePass:
+    """Shows a method the samples of an epoch before it begins, where the method asks for them.
+
+    The trunk is in evaluation mode, so that features depend on no other sample; the method is in training mode
+    afterwards. A pass depends on the weights and the epoch alone: one that was interrupted is made again in full.
+
+    Args:
+        method: :meth:`Method.needs_feature_pass` says whether, :meth:`Method.collect` takes every batch.
+        loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of
+            an epoch are those that it trains on.
+        stage: renders these views.
+        device: of the batches.
+        dtype: bf16: under autocast.
+    """
+
+    def __init__(
+        self, method: Method, loader: Loader, stage: ViewStage, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.method, self.loader, self.stage = method, loader, stage
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def run(
+        self,
+        epoch: int,
+        *,
+        watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+        stop: Callable[[], Signals | None] = lambda: None,
+    ) -> Signals | None:
+        """The pass before ``epoch``, if there is one, to its end or to the signal that it returns.
+
+        Args:
+            epoch: that is about to begin.
+            watch: the batches go through it.
+            stop: asked after every batch; on every rank the same answer.
+        """
+        if not self.method.needs_feature_pass(epoch):
+            return None
+        found = None
+        self.method.eval()
+        for batch in watch(self.loader.epoch(epoch)):
+            views = self.stage(batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                self.method.collect(views, batch.sample_ids)
+            found = stop()
+            if found is not None:
+                break
+        self.method.train()
+        return found

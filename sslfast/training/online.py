@@ -1,0 +1,61 @@
+"""Accuracy while a run is going on, of the embeddings that its method keeps anyway: no image is read for it."""
+
+import torch
+
+from sslfast.data import Manifest
+from sslfast.distributed import rank
+from sslfast.evaluation import bank_knn
+from sslfast.methods import Method
+
+K = 20
+QUERIES = 10_000
+"""Most images that ask; all of them are asked."""
+
+
+class OnlineKnn:
+    """``knn_top1`` at the end of every ``every_epochs``-th epoch: leave-one-out accuracy of ``method.embeddings()``.
+
+    Labels are the folders of the manifest. See :func:`sslfast.evaluation.knn.bank_knn` for what the number says.
+
+    Args:
+        method: keeps embeddings of all rows.
+        manifest: of the run; None for made-up images.
+        every_epochs: 0: never, and nothing is asked of the others.
+        steps_per_epoch: of the run.
+
+    Raises:
+        ValueError: the method keeps no embeddings, or the images have no labels, too few or all the same.
+    """
+
+    def __init__(self, method: Method, manifest: Manifest | None, *, every_epochs: int, steps_per_epoch: int) -> None:
+        self._method, self._every_steps = method, every_epochs * steps_per_epoch
+        if not every_epochs:
+            return
+        remedy = "set knn_every_epochs to 0"
+        if type(method).embeddings is Method.embeddings:
+            raise ValueError(
+                f"knn_every_epochs={every_epochs} needs a method with a bank or buffer of embeddings, "
+                f"and {type(method).__name__} has none; {remedy}"
+            )
+        labels = torch.empty(0, dtype=torch.int64) if manifest is None else torch.from_numpy(manifest.labels)
+        labelled = labels[labels >= 0]
+        classes = len(labelled.unique())
+        if len(labelled) <= K or classes < 2:
+            raise ValueError(
+                f"knn_every_epochs={every_epochs} needs more than {K} labelled images of 2 classes or more, there are "
+                f"{len(labelled)} of {classes}; put each image into the folder of its class, or {remedy}"
+            )
+        self._labels = labels
+
+    def is_due(self, step: int) -> bool:
+        """Whether the accuracy belongs into the record of ``step`` (steps done)."""
+        return self._every_steps > 0 and step % self._every_steps == 0
+
+    def read(self, step: int) -> dict[str, float]:
+        """``{"knn_top1": share}`` where it is due, on the first rank; every rank calls this. Waits for the device."""
+        if not self.is_due(step):
+            return {}
+        embeddings = self._method.embeddings()
+        if embeddings is None or rank():
+            return {}
+        return {"knn_top1": bank_knn(embeddings, self._labels, (K,), queries=QUERIES)[K].top1}

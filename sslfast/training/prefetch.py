@@ -1,0 +1,86 @@
+"""The views of the next samples, rendered beside the step that still runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sslfast.views import Batch, View, ViewStage
+
+Part = tuple[Tensor, Mapping[str, View]]
+"""Rows ``[b]`` and views of a micro-batch."""
+
+
+class Prefetcher:
+    """Takes a loader's batches apart into micro-batches and renders their views.
+
+    On CUDA everything up to the views is queued on a stream of its own, and :meth:`ahead`, called when a step has been
+    queued, begins the next micro-batch: the host waits for the loader, the copies and the view kernels run while the
+    device computes the step. On a CPU :meth:`ahead` does nothing. What comes out, its order and the place where an
+    error comes out are the same.
+
+    Args:
+        stage: batch -> views.
+        parts: micro-batches of a batch; divides its rows.
+        device: of the batches.
+    """
+
+    def __init__(self, stage: ViewStage, *, parts: int, device: torch.device) -> None:
+        self.stage, self.parts, self.device = stage, parts, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._source: Iterator[Batch] | None = None
+        self._split: Iterator[Batch] = iter(())
+        self._ready: Part | BaseException | None = None
+
+    def take(self, batches: Iterator[Batch]) -> Part:
+        """The next micro-batch, for use on the current stream. Raises what the iterator raises, also its end.
+
+        Another iterator than the last call's begins anew: what was ahead of the old one is dropped.
+        """
+        if batches is not self._source:
+            self._source, self._split, self._ready = batches, self._micro_batches(batches), None
+            if self._stream is not None:  # batches may be on their way already, by the current stream
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        ready, self._ready = self._ready, None
+        if isinstance(ready, BaseException):
+            raise ready
+        if ready is None:
+            ready = self._render()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)  # what is queued there now ends with these views
+            for tensor in _tensors(ready):
+                tensor.record_stream(current)  # made on the other stream: not to be reused before this one is done
+        return ready
+
+    def ahead(self, batches: Iterator[Batch]) -> None:
+        """Begin the next micro-batch now. Its errors wait for :meth:`take`; Ctrl-C does not."""
+        if self._stream is None or batches is not self._source or self._ready is not None:
+            return
+        try:
+            self._ready = self._render()
+        except Exception as error:
+            self._ready = error
+
+    def _render(self) -> Part:
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            batch = next(self._split)
+            return batch.sample_ids, self.stage(batch)
+
+    def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            size = len(batch.sample_ids) // self.parts
+            for start in range(0, size * self.parts, size):
+                chosen = slice(start, start + size)
+                crops = {name: crop[chosen] for name, crop in batch.crops.items()}
+                yield replace(batch, sample_ids=batch.sample_ids[chosen], crops=crops)
+
+
+def _tensors(part: Part) -> list[Tensor]:
+    rows, views = part
+    found = [rows]
+    for view in views.values():
+        found += [value for value in vars(view).values() if isinstance(value, Tensor)]
+    return found

@@ -1,0 +1,430 @@
+"""The pretraining loop: next batch, views, loss, backward, optimizer step, after_step, metrics."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+import torch
+
+from sslfast import distributed
+from sslfast.config import save_json, to_dict
+from sslfast.device import resolve_device, resolve_precision
+from sslfast.methods import Method
+from sslfast.optim import build_optimizer, learning_rate, load_optimizer, set_learning_rate
+from sslfast.runs import (
+    CheckpointWriteError,
+    RunDirectory,
+    check_same_run,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_log,
+    remove_leftovers,
+    save_checkpoint,
+    set_aside_newer,
+    versions,
+)
+from sslfast.training.config import TrainConfig
+from sslfast.training.data import RunData
+from sslfast.training.feature_pass import FeaturePass
+from sslfast.training.logging import Recorder, check_tensorboard
+from sslfast.training.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
+from sslfast.training.online import OnlineKnn
+from sslfast.training.prefetch import Prefetcher
+from sslfast.training.signals import Interrupts, RunInterruptedError
+from sslfast.views import Batch, View, ViewConfig, ViewStage
+
+
+@dataclass(kw_only=True)
+class TrainResult:
+    """What a finished run reports."""
+
+    step: int
+    """Steps done, over all starts of the run."""
+    metrics: dict[str, float]
+    """Last log record: loss, learning rate and the method's values."""
+    checkpoint: Path
+    """The final checkpoint."""
+    seconds: float
+    """Wall time of this process's part."""
+    samples_per_second: float
+    """Of this process's part, everything included."""
+    loader_wait_share: float
+    """Share of the wall time spent waiting for the loader."""
+    bad_images: int
+    """Files listed in ``bad_images.txt``."""
+
+
+class Trainer:
+    """One pretraining run: this process's part of it, on one device.
+
+    Under ``torchrun`` every rank makes one; they share the batch, gradients are averaged, every rank holds the whole
+    state of the method, and the first rank alone writes.
+
+    Everything that can be wrong with the configuration, the data, the device or the disk is a ValueError or
+    FileNotFoundError here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, but
+    for the list of images where several ranks must agree on it.
+
+    Args:
+        config: what to train and how.
+        data: folder of images, manifest (.tsv), .beton file, or a number of made-up images for the synthetic loader.
+        output: run directory; made if needed, and locked while training.
+        resume: ``auto`` (go on from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
+            ``output`` that holds a run), or the path of a checkpoint or of another run directory.
+        report: takes single lines for the user.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Path | str | int,
+        output: Path | str,
+        *,
+        resume: str | Path = "auto",
+        report: Callable[[str], None] = print,
+    ) -> None:
+        group = distributed.process_group()
+        self.is_main = group.is_main
+        self.config, self.resume = config, str(resume)
+        self.report = report if self.is_main else lambda _line: None
+        self.device = resolve_device(config.device, local_rank=group.local_rank if group.world_size > 1 else None)
+        distributed.init_process_group(group, self.device)
+        self.dtype = resolve_precision(config.precision, self.device)
+        self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
+        if config.tensorboard:
+            check_tensorboard()
+        self.run = RunDirectory(output)
+        views = config.method.views()
+        self.data = RunData(config, data, self.run, device=self.device)
+        self.manifest = self.data.manifest
+        self.loader = self.data.loader(views)
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"batch_size={config.batch_size} is more than the {self.loader.num_rows} images there are; lower it"
+            )
+        parts = group.world_size * config.accumulate_steps
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size={config.batch_size} must be a multiple of processes x accumulate_steps = "
+                f"{group.world_size} x {config.accumulate_steps} = {parts}"
+            )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.stage = self._stage(views)
+        method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
+        if config.sync_batchnorm:
+            distributed.convert_sync_batchnorm(method, self.device)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.method: Method = method.to(self.device)
+        self.method.to(memory_format=layout)  # type: ignore[call-overload]
+        if config.compile != "off":
+            self.method.compile(mode=config.compile)
+        self.model = distributed.replicate(self.method, self.device)
+        self.feature_pass: FeaturePass | None = None
+        if collected := config.method.feature_views():
+            loader, stage = self.data.loader(collected), self._stage(collected)
+            self.feature_pass = FeaturePass(self.method, loader, stage, device=self.device, dtype=self.dtype)
+        self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
+        self.knn = OnlineKnn(
+            self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
+        )
+        self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
+        skip = config.on_nonfinite == "skip"
+        self.means = FiniteMeans(self.device, leave_out=skip)
+        self.nonfinite = NonFinite(
+            skip=skip, limit=config.nonfinite_limit, method=self.method, optimizer=self.optimizer, device=self.device
+        )
+        self.step = 0
+        self.device_step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.recorder: Recorder | None = None
+
+    def _stage(self, views: Mapping[str, ViewConfig]) -> ViewStage:
+        return ViewStage(views, seed=self.config.seed, dtype=self.dtype, channels_last=self.channels_last)
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """The algorithm. Nothing here waits for the device."""
+        self.optimizer.zero_grad()
+        for part in range(1, self.config.accumulate_steps + 1):
+            rows, views = self.samples.take(batches)
+            with self._gradient_exchange(part == self.config.accumulate_steps):
+                values = self._forward(views, rows)
+                (values["loss"] / self.config.accumulate_steps).backward()
+            self.means.add(values, step=self.device_step)
+            self.nonfinite.watch(values["loss"], rows)
+            self.samples.ahead(batches)
+        self.optimizer.step()
+        self.method.after_step()
+        self.device_step += 1
+        self.step += 1
+
+    def _forward(self, views: Mapping[str, View], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            values: dict[str, torch.Tensor] = self.model(views, rows, step=self.device_step)
+        return values
+
+    def _gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        """Ranks average their gradients in the backward of the last micro-batch alone."""
+        return nullcontext() if is_last else distributed.no_sync(self.model)
+
+    def fit(self) -> TrainResult:
+        """Train to the end, from the start or from a checkpoint.
+
+        Raises:
+            ValueError, FileNotFoundError: before the first step, with the remedy.
+            NonFiniteLossError: names the step and the last good checkpoint.
+            RunInterruptedError: after SIGTERM or SIGINT, with a checkpoint saved.
+        """
+        # The first rank writes; the others read what it has read, and compute.
+        if self.is_main:
+            self.run.check_space(self.disk_bytes())
+            self.run.create()
+        try:
+            with self.run.locked(is_restart=distributed.is_restart()) if self.is_main else nullcontext():
+                self._resume()
+                if self.is_main:
+                    self._save_facts()
+                return self._fit()
+        finally:
+            self.close()
+
+    def check(self) -> None:
+        """What :meth:`fit` checks before its first step: disk space, lock and checkpoint. Writes nothing.
+
+        Raises:
+            ValueError, FileNotFoundError: with the remedy.
+        """
+        if self.is_main:
+            self.run.check_space(self.disk_bytes())
+            self.run.check_unlocked()
+            found = find_checkpoint(self.run, self.resume, report=self.report)
+            if found is not None:
+                check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
+
+    def close(self) -> None:
+        """End loader processes and let go of the process group. :meth:`fit` ends with it."""
+        self.loader.close()
+        if self.feature_pass is not None:
+            self.feature_pass.loader.close()
+        self.model = self.method
+
+    def _save_facts(self) -> None:
+        save_json(self.run.config, to_dict(self.config))
+        facts = {"device": str(self.device), "precision": str(self.dtype), "processes": distributed.world_size()}
+        self.run.add_versions({**versions(), **facts})
+        if self.manifest is not None and not self.run.manifest.exists():
+            self.manifest.save(self.run.manifest)
+
+    def _fit(self) -> TrainResult:
+        first_step, started = self.step, time.perf_counter()
+        self.recorder = Recorder(
+            self.config, self.run, first_step=first_step, total_steps=self.total_steps, is_main=self.is_main
+        )
+        self.method.train()
+        try:
+            with Interrupts() as interrupts:
+                stop = self._watched(self.recorder, interrupts)
+                if stop is not None and self.step < self.total_steps:
+                    path = self._save(must=True)
+                    raise RunInterruptedError(
+                        f"stopped by {stop.name} after step {self.step}/{self.total_steps}, "
+                        f"saved {path}; the same command goes on from there"
+                    )
+            checkpoint = self._finish(first_step)
+        finally:
+            self.recorder.close()
+        seconds = time.perf_counter() - started
+        return TrainResult(
+            step=self.step,
+            metrics={k: v for k, v in self.recorder.last.items() if isinstance(v, int | float)},
+            checkpoint=checkpoint,
+            seconds=seconds,
+            samples_per_second=(self.step - first_step) * self.config.batch_size / seconds,
+            loader_wait_share=self.recorder.timer.total_waited / seconds,
+            bad_images=self._list_bad_images(),
+        )
+
+    def _watched(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+        try:
+            return self._train(recorder, interrupts)
+        except RuntimeError:
+            # A signal to the whole process group ends loader workers too; the step did not begin.
+            if distributed.world_size() == 1 and interrupts.requested and recorder.timer.is_waiting:
+                return interrupts.requested
+            raise
+
+    def _train(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+        """Steps to the end, or to the signal that it returns."""
+        stop = self._stop_signal(interrupts)
+        while self.step < self.total_steps and stop is None:
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            if done == 0:
+                stop = self._start_epoch(epoch, recorder, interrupts)
+                if stop is not None:
+                    break
+            batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
+            for _ in range(done, self.steps_per_epoch):
+                self._set_learning_rate()
+                self.nonfinite.begin()
+                self.train_step(batches)
+                self.nonfinite.end()
+                self._after_step()
+                stop = self._stop_signal(interrupts)
+                if stop is not None:
+                    break
+        return stop
+
+    def _start_epoch(self, epoch: int, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+        if self.feature_pass is not None:
+            stop = self.feature_pass.run(
+                epoch, watch=recorder.timer.waiting, stop=lambda: self._stop_signal(interrupts)
+            )
+            if stop is not None:
+                return stop
+        self.method.start_epoch(epoch)
+        return None
+
+    @staticmethod
+    def _stop_signal(interrupts: Interrupts) -> Signals | None:
+        """The signal that any rank has got: all of them stop after the same step."""
+        own = torch.tensor(int(interrupts.requested or 0))  # on the host: waits for no device
+        number = int(distributed.max_over_ranks(own))
+        return Signals(number) if number else None
+
+    def _list_bad_images(self) -> int:
+        found = [pair for pairs in distributed.gather_objects(self.loader.bad_images) for pair in pairs]
+        return self.run.add_bad_images(found) if self.is_main else len(found)
+
+    def _finish(self, first_step: int) -> Path:
+        if first_step < self.total_steps:
+            return self._save(must=True)
+        # The run had ended before: nothing to write, its last record and checkpoint are the result.
+        records = read_log(self.run.log)
+        assert self.recorder is not None
+        self.recorder.last = records[-1] if records else {}
+        return checkpoint_path(self.run.checkpoints, self.step)
+
+    def _set_learning_rate(self) -> None:
+        config = self.config
+        self.lr = learning_rate(
+            self.step,
+            config.optim,
+            batch_size=config.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=config.epochs,
+        )
+        set_learning_rate(self.optimizer, self.lr)
+
+    def _after_step(self) -> None:
+        config = self.config
+        assert self.recorder is not None
+        self.recorder.step()
+        if self.step % config.log_every_steps == 0 or self.step == self.total_steps or self.knn.is_due(self.step):
+            values = {**self._read_means(), **self.knn.read(self.step)}
+            self.means.reset()
+            self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
+        if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:
+            self._save()
+
+    def _read_means(self) -> dict[str, float]:
+        """Means of the current interval; waits for the device.
+
+        Raises:
+            NonFiniteLossError: a loss of the interval was not finite, or too many in a row that were to be skipped.
+        """
+        means, bad_step = self.means.read()
+        skipped, too_many = self.nonfinite.read()
+        if bad_step is not None or too_many:
+            kept = list_checkpoints(self.run.checkpoints)
+            good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
+            what = f"the loss of step {(bad_step or 0) + 1} is not finite"
+            if too_many:
+                what = f"more than nonfinite_limit={self.config.nonfinite_limit} steps in a row, up to step {self.step}"
+                what += ", had a loss or gradient that is not finite"
+            paths = None if self.manifest is None else self.manifest.paths
+            raise NonFiniteLossError(
+                f"{what}{describe_rows(self.nonfinite.rows(), paths)}; {good}; "
+                "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
+            )
+        return {**means, "skipped_steps": skipped} if self.nonfinite.skip else means
+
+    def _save(self, *, must: bool = False) -> Path:
+        """Write a checkpoint and delete old ones. One that cannot be written ends the run only if it ``must`` be."""
+        # Reading the means keeps a step with a loss that is not finite out of every checkpoint.
+        self._read_means()
+        distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
+        self._list_bad_images()
+        path = checkpoint_path(self.run.checkpoints, self.step)
+        method = self.method.full_state_dict()
+        if not self.is_main:
+            return path
+        if self.recorder is not None:
+            self.recorder.sync()
+        state = {
+            "step": self.step,
+            "method": method,
+            "optimizer": self.optimizer.state_dict(),
+            "metrics": self.means.state_dict(),
+            "nonfinite": self.nonfinite.state_dict(),
+            "config": to_dict(self.config),
+            "precision": str(self.dtype),
+            "manifest_digest": self.data.digest(),
+        }
+        try:
+            save_checkpoint(self.run.checkpoints, state, self.step)
+        except CheckpointWriteError as error:
+            kept = list_checkpoints(self.run.checkpoints)
+            line = f"{error}; {f'the last good one is {kept[-1].name}' if kept else 'there is none before it'}"
+            if must:
+                raise CheckpointWriteError(line) from None
+            self.report(f"{line}; training goes on, the next one is due in {self.config.checkpoint_every_steps} steps")
+            return path
+        prune_checkpoints(
+            self.run.checkpoints, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps
+        )
+        return path
+
+    def _resume(self) -> None:
+        """Take up a checkpoint if ``self.resume`` and the run directory say so."""
+        found = None
+        if self.is_main:
+            remove_leftovers(self.run.checkpoints)
+            found = find_checkpoint(self.run, self.resume, report=self.report)
+        chosen = distributed.broadcast_object(None if found is None else found[0])
+        if chosen is None:
+            return
+        path, state = (chosen, load_checkpoint(chosen)) if found is None else found
+        check_same_run(path, state, config=self.config, manifest_digest=self.data.digest())
+        distributed.barrier()  # everyone has read it
+        if self.is_main:
+            for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
+                self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
+        self.method.load_state_dict(state["method"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.means.load_state_dict(state["metrics"])
+        if "nonfinite" in state:
+            self.nonfinite.load_state_dict(state["nonfinite"])
+        self.step = state["step"]
+        self.device_step.fill_(self.step)
+        self.report(f"resumed from {path}: step {self.step}/{self.total_steps}")
+        if state["precision"] != str(self.dtype):
+            self.report(f"precision was {state['precision']} so far and is {self.dtype} on this device")
+
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: the method's state and the optimizer's."""
+        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+        return self.method.full_state_bytes() + sum(tensor.nbytes for tensor in state)
+
+    def disk_bytes(self) -> int:
+        """Most disk space that the checkpoints of the whole run take at once."""
+        config = self.config
+        kept = min(config.keep_checkpoints, math.ceil(self.total_steps / config.checkpoint_every_steps)) + 1
+        for_good = self.total_steps // config.keep_every_steps if config.keep_every_steps else 0
+        return (kept + for_good) * self.checkpoint_bytes()

@@ -1,0 +1,33 @@
+"""Views: crop boxes, view parameters, and the stage that renders crops into network input. Imports
+``sslfast.ops``."""
+
+from sslfast.views.crops import crop_boxes, crop_draws
+from sslfast.views.parameters import draw_view
+from sslfast.views.stage import ViewStage
+from sslfast.views.types import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentConfig,
+    Batch,
+    CropConfig,
+    JigsawConfig,
+    View,
+    ViewConfig,
+    check_views,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "AugmentConfig",
+    "Batch",
+    "CropConfig",
+    "JigsawConfig",
+    "View",
+    "ViewConfig",
+    "ViewStage",
+    "check_views",
+    "crop_boxes",
+    "crop_draws",
+    "draw_view",
+]

@@ -1,0 +1,11 @@
+"""Trunk weights in and out: reading every supported layout, exporting to other libraries. Imports ``models`` and
+``runs``."""
+
+from sslfast.weights.export import export_trunk
+from sslfast.weights.load import load_trunk, read_weights
+
+__all__ = [
+    "export_trunk",
+    "load_trunk",
+    "read_weights",
+]

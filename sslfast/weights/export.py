@@ -1,0 +1,154 @@
+"""``sslfast export``: a run's trunk as a file that other libraries load."""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sslfast.config import save_json
+from sslfast.files import replacing
+from sslfast.models import ResNetConfig
+from sslfast.weights.load import Weights, import_safetensors, read_weights
+
+Format = Literal["torchvision", "timm", "detectron2", "safetensors", "onnx"]
+SUFFIX: dict[Format, str] = {
+    "torchvision": ".pth",
+    "timm": ".pth",
+    "detectron2": ".pkl",
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+}
+
+
+def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torchvision") -> Path:
+    """Write the trunk of a run (or of any file that :func:`sslfast.weights.read_weights` takes) for another library.
+
+    ``torchvision``, ``timm``: a state dict with torchvision's names, which timm shares, without ``fc``
+    (``load_state_dict(..., strict=False)``, or ``strict=True`` for ``timm.create_model(name, num_classes=0)``).
+    ``safetensors``: the same names. ``detectron2``: a pickle of numpy arrays with detectron2's names (``stem.conv1``,
+    ``res2.0.conv1.norm``, ``shortcut``), for R50 backbones with ``STRIDE_IN_1X1: False`` and ``FORMAT: RGB``.
+    ``onnx``: a graph from RGB images in 0..1, ``[batch, 3, height, width]`` of any size, to ``[batch, out_features]``,
+    normalisation included.
+
+    Beside the file lies ``<file>.json`` with mean, standard deviation, image size, model and origin. The file appears,
+    or replaces an old one, only when it is complete.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: a format that this trunk cannot have, or a suffix that is not the format's.
+        ImportError: a package that the format needs is missing.
+    """
+    output = Path(output)
+    if output.suffix != SUFFIX[format]:
+        raise ValueError(f"a {format} file ends in {SUFFIX[format]}, got {str(output)!r}")
+    weights = read_weights(run)
+    if format in ("torchvision", "timm", "detectron2"):
+        usual = ResNetConfig(name=weights.model.name)
+        for name, value in vars(weights.model).items():
+            if value != getattr(usual, name):
+                raise ValueError(
+                    f"{name}={value} is not of a network that {format} has; export as safetensors or onnx, "
+                    "or load the run with sslfast.load"
+                )
+    with replacing(output) as temporary:
+        _WRITERS[format](weights, temporary)
+        _write_card(weights, output, format)
+    return output
+
+
+def detectron2_name(name: str) -> str:
+    """detectron2's name of an entry of torchvision's state dict (its ResNet: ``stem``, ``res2`` to ``res5``)."""
+    first, _, rest = name.partition(".")
+    words = f"res{int(first[5:]) + 1}.{rest}" if first.startswith("layer") else f"stem.{name}"
+    for number in (1, 2, 3):
+        words = words.replace(f".bn{number}.", f".conv{number}.norm.")
+    return words.replace(".downsample.0.", ".shortcut.").replace(".downsample.1.", ".shortcut.norm.")
+
+
+def _write_torch(weights: Weights, path: Path) -> None:
+    torch.save(_checked(weights), path)
+
+
+def _write_safetensors(weights: Weights, path: Path) -> None:
+    import_safetensors().save_file(_checked(weights), path, metadata={"format": "pt"})
+
+
+def _write_detectron2(weights: Weights, path: Path) -> None:
+    arrays = {
+        detectron2_name(name): value.numpy()
+        for name, value in _checked(weights).items()
+        if not name.endswith("num_batches_tracked")
+    }
+    with path.open("wb") as file:
+        pickle.dump({"model": arrays, "__author__": "sslfast", "matching_heuristics": True}, file)
+
+
+class _FromPixels(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.trunk = weights.build()
+        self.register_buffer("mean", torch.tensor(weights.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(weights.std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.trunk((images - self.mean) / self.std)
+        return features
+
+
+def _write_onnx(weights: Weights, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"onnx files need the packages onnx and onnxscript ({error}): pip install onnx onnxscript"
+        ) from None
+    size, dim = weights.size, torch.export.Dim
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's exporter about torch's own code
+        torch.onnx.export(
+            _FromPixels(weights).eval(),
+            (torch.rand(2, 3, size, size),),
+            str(path),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes={"images": {0: dim("batch"), 2: dim.DYNAMIC, 3: dim.DYNAMIC}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _checked(weights: Weights) -> dict[str, Tensor]:
+    """The state dict, complete and of the model's shapes."""
+    return {name: value.contiguous() for name, value in weights.build().state_dict().items()}
+
+
+def _write_card(weights: Weights, output: Path, format: Format) -> None:
+    card = {
+        "format": format,
+        "model": weights.model.__dict__,
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+        "size": weights.size,
+        "facts": {**weights.facts, "source": Path(weights.source).name},
+    }
+    save_json(output.with_name(output.name + ".json"), card)
+
+
+_WRITERS: dict[Format, Callable[[Weights, Path], None]] = {
+    "torchvision": _write_torch,
+    "timm": _write_torch,
+    "detectron2": _write_detectron2,
+    "safetensors": _write_safetensors,
+    "onnx": _write_onnx,
+}

@@ -1,0 +1,214 @@
+"""Trunk weights from wherever they come: a run, a checkpoint of it, a file of ours, of VISSL, PyContrast or MoCo.
+
+``sslfast.load(path)`` is the short way to a network; :func:`read_weights` also says what the weights expect.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslfast.config import from_dict, load_json
+from sslfast.models import ResNetConfig, ResNetTrunk, build_trunk
+from sslfast.runs import RunDirectory, list_checkpoints, load_checkpoint, load_latest
+from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
+
+_TRUNK = "trunk."
+_HEAD = "fc."
+
+
+@dataclass(kw_only=True)
+class Weights:
+    """A trunk's weights and what belongs to them."""
+
+    model: ResNetConfig
+    """Which trunk they are of."""
+    state: dict[str, Tensor]
+    """Its state dict, torchvision's names without ``fc``."""
+    source: str
+    """Where they come from, for people."""
+    path: Path
+    """The file that they were read from."""
+    mean: Sequence[float] = IMAGENET_MEAN
+    """Of the input's normalisation: ``(x / 255 - mean) / std``."""
+    std: Sequence[float] = IMAGENET_STD
+    size: int = 224
+    """Side of the images that the trunk was trained on."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Recipe, method, step and seed where they are known."""
+
+    def build(self) -> ResNetTrunk:
+        """The trunk with these weights, in eval mode.
+
+        Raises:
+            ValueError: they do not fit the model.
+        """
+        trunk = build_trunk(self.model, seed=0)
+        try:
+            trunk.load_state_dict(self.state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{self.source} does not hold a {self.model.name}: {reason}") from None
+        return trunk.eval()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where another program's checkpoint keeps the trunk."""
+
+    name: str
+    keys: tuple[str, ...]
+    """Tables to go down, from the outermost."""
+    prefix: str
+    """In front of torchvision's names; entries without it belong to something else."""
+
+
+LAYOUTS = (
+    Layout("VISSL", ("classy_state_dict", "base_model", "model", "trunk"), "_feature_blocks."),
+    Layout("VISSL model zoo", ("model_state_dict",), "_feature_blocks."),
+    Layout("PyContrast", ("model",), "module.encoder."),
+    Layout("MoCo", ("state_dict",), "module.encoder_q."),
+    Layout("torchvision names", (), ""),
+)
+"""Key layouts, tried in order. Sources: VISSL extra_scripts/convert_vissl_to_torchvision.py; PyContrast
+learning/contrast_trainer.py and detection/convert_pretrained.py; MoCo main_moco.py."""
+
+
+def load_trunk(path: Path | str) -> ResNetTrunk:
+    """The pretrained trunk behind a path, in eval mode, on the CPU.
+
+    ``load(path)(images)``: float ``[B, 3, S, S]``, normalised as :func:`read_weights` says, to ``[B, out_features]``.
+
+    Args:
+        path: run directory (its newest good checkpoint), a checkpoint in a run directory, file of ``sslfast export``
+            (torchvision, timm or safetensors), or a checkpoint of VISSL, PyContrast or MoCo.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a run without a checkpoint.
+        ValueError: the file has none of these layouts, or is of a network that is not there.
+    """
+    return read_weights(path).build()
+
+
+def read_weights(path: Path | str) -> Weights:
+    """Weights with their model, normalisation and origin; paths and errors as :func:`load`."""
+    path = Path(path)
+    if path.is_dir():
+        return _of_run(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a run directory or a file of weights")
+    run = path.absolute().parent.parent
+    if path in list_checkpoints(path.parent) and RunDirectory(run).config.exists():
+        return _of_run(run, path)
+    card = path.with_name(path.name + ".json")
+    known = load_json(card) if card.exists() else {}
+    if path.suffix == ".safetensors":
+        state, layout = _read_safetensors(path), LAYOUTS[-1]
+    else:
+        layout, state = _find(path, _read_torch(path))
+    state = {name: value for name, value in state.items() if not name.startswith(_HEAD)}
+    options = {name: known[name] for name in ("mean", "std", "size", "facts") if name in known}
+    source = f"{path} ({layout.name})"
+    return Weights(model=_recognise(path, state), state=state, source=source, path=path, **options)
+
+
+def import_safetensors() -> Any:
+    """``safetensors.torch``, or one line that says how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"safetensors files need the package safetensors ({error}): pip install safetensors"
+        ) from None
+    return safetensors.torch
+
+
+def _of_run(path: Path, chosen: Path | None = None) -> Weights:
+    """Of a checkpoint of a run; None: the newest good one."""
+    directory = RunDirectory(path)
+    config = load_json(directory.config)
+    try:
+        model = from_dict(ResNetConfig, config["model"], where="model")
+        view = config["method"]["image_view"]
+        size, mean, std = int(view["crop"]["size"]), view["augment"]["mean"], view["augment"]["std"]
+        method = {"method": config["method"].get("name"), "recipe": config.get("recipe"), "seed": config["seed"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory.config} lacks {error}; it is not the configuration of a run") from None
+    found = load_latest(directory.checkpoints) if chosen is None else (chosen, load_checkpoint(chosen))
+    if found is None:
+        raise FileNotFoundError(f"{directory.path} holds no checkpoint yet; let the run reach its first one")
+    checkpoint, state = found
+    return Weights(
+        model=model,
+        state={name.removeprefix(_TRUNK): v for name, v in state["method"].items() if name.startswith(_TRUNK)},
+        source=str(checkpoint),
+        path=checkpoint,
+        mean=mean,
+        std=std,
+        size=size,
+        facts={**method, "step": int(state["step"])},
+    )
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles; what cannot be read is an error below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch's words advise to load it as code
+        raise ValueError(
+            f"{path} cannot be read as plain tensors: it is no file of torch.save, damaged, or holds other objects; "
+            "load it where its program is installed and save its state dict alone with torch.save"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    load_file = import_safetensors().load_file
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # its own class of errors is not public
+        raise ValueError(f"{path} is no safetensors file ({str(error)[:200]}); export it again") from None
+
+
+def _find(path: Path, content: Any) -> tuple[Layout, dict[str, Tensor]]:
+    for layout in LAYOUTS:
+        table = content
+        for key in layout.keys:
+            table = table.get(key) if isinstance(table, Mapping) else None
+        if not isinstance(table, Mapping):
+            continue
+        state = {
+            name.removeprefix(layout.prefix): value
+            for name, value in table.items()
+            if isinstance(name, str) and name.startswith(layout.prefix) and isinstance(value, Tensor)
+        }
+        if "conv1.weight" in state:
+            return layout, state
+    names = ", ".join(layout.name for layout in LAYOUTS)
+    raise ValueError(
+        f"{path} holds no ResNet in a known layout ({names}); save its state dict with torchvision's names"
+    )
+
+
+def _recognise(path: Path, state: Mapping[str, Tensor]) -> ResNetConfig:
+    """The ResNet with these layers; a wrong width or kernel shows when the weights are loaded."""
+    blocks = tuple(len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5))
+    names = {
+        ((2, 2, 2, 2), False): "resnet18",
+        ((3, 4, 6, 3), False): "resnet34",
+        ((3, 4, 6, 3), True): "resnet50",
+    }
+    kind = (blocks, "layer1.0.conv3.weight" in state)
+    if kind not in names:
+        raise ValueError(
+            f"{path} holds a ResNet with {blocks} blocks{' of three convolutions' if kind[1] else ''}; "
+            f"known: {', '.join(names.values())}"
+        )
+    stem = "small" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
+    norm = "batch" if "bn1.running_mean" in state else "layer"
+    width = state["layer1.0.conv1.weight"].shape[0] / 64
+    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width)  # type: ignore[arg-type]

@@ -1,0 +1,87 @@
+"""torchrun's agent starts all ranks again after one was killed, and the run goes on from its newest good checkpoint."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from sslfast.config import load_json
+from sslfast.distributed.process_group import destroy_process_group
+from sslfast.runs import directory as rundir
+from sslfast.runs.checkpoint import list_checkpoints, load_checkpoint
+from sslfast.runs.directory import RunDirectory
+from sslfast.runs.log import read_log
+from sslfast.training.trainer import Trainer
+from tests.tiny import Tiny, TinyConfig, fork_server, same
+
+ROWS = 17
+
+
+def rank(output: str, pids: str, pause: float) -> None:
+    """One rank of a run of 24 steps with a checkpoint after every fourth; writes down who it is."""
+    torch.set_num_threads(1)
+    rundir.git_state = lambda _folder: None
+    (Path(pids) / os.environ["RANK"]).write_text(str(os.getpid()))
+    after_step = Tiny.after_step
+
+    def slow(self: Tiny) -> None:
+        after_step(self)
+        time.sleep(pause)
+
+    Tiny.after_step = slow  # type: ignore[method-assign]
+    Trainer(TinyConfig(checkpoint_every_steps=4), ROWS, output, report=lambda _line: None).fit()
+    destroy_process_group()
+
+
+def launch(output: Path, pids: Path, pause: float) -> None:
+    """What ``torchrun --standalone --nproc-per-node 2 --max-restarts 3`` does, with processes of the fork server."""
+    pids.mkdir()
+    fork_server()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=3,
+        run_id=output.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        start_method="forkserver",
+        monitor_interval=0.05,
+    )
+    elastic_launch(config, rank)(str(output), str(pids), pause)
+
+
+def kill_in_step(output: Path, pids: Path, victims: list[int]) -> None:
+    """SIGKILL to each victim once there is a checkpoint that was not there when the one before it died."""
+    known: set[Path] = set()
+    for victim in victims:
+        while set(list_checkpoints(RunDirectory(output).checkpoints)) <= known:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        known = set(list_checkpoints(RunDirectory(output).checkpoints))
+        os.kill(int((pids / str(victim)).read_text()), signal.SIGKILL)
+
+
+def log_values(output: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
+
+
+def test_a_killed_rank_restarts_all_and_the_run_ends_bit_equal(tmp_path: Path) -> None:
+    """First the rank that does not write is killed, then the one that holds the directory."""
+    launch(tmp_path / "whole", tmp_path / "whole-pids", 0.0)
+    killed, pids = tmp_path / "killed", tmp_path / "pids"
+    killer = threading.Thread(target=kill_in_step, args=(killed, pids, [1, 0]), daemon=True)
+    killer.start()
+    launch(killed, pids, 0.05)
+    killer.join(1)
+    assert not killer.is_alive()
+    assert len(load_json(RunDirectory(killed).versions)["starts"]) == 3
+    last = [load_checkpoint(list_checkpoints(RunDirectory(p).checkpoints)[-1]) for p in (killed, tmp_path / "whole")]
+    assert last[0]["step"] == 24
+    assert same(last[0], last[1])
+    assert log_values(killed) == log_values(tmp_path / "whole")

@@ -1,0 +1,325 @@
+import copy
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sslfast.optim.optimizers import LARS, OptimConfig, build_optimizer, load_optimizer, parameter_groups
+from sslfast.optim.schedule import learning_rate, set_learning_rate
+from sslfast.recipes import RECIPES
+
+PAPER = {"batch_size": 1024, "steps_per_epoch": 10, "epochs": 100}
+
+
+def test_paper_schedule_by_epoch() -> None:
+    config = OptimConfig()
+    assert learning_rate(0, config, **PAPER) == pytest.approx(0.12)
+    assert learning_rate(9, config, **PAPER) == learning_rate(0, config, **PAPER)
+    assert learning_rate(10, config, **PAPER) < learning_rate(9, config, **PAPER)
+    assert learning_rate(500, config, **PAPER) == pytest.approx((0.12 + 1.2e-4) / 2)
+    last = 1.2e-4 + (0.12 - 1.2e-4) * 0.5 * (1 + math.cos(math.pi * 99 / 100))
+    assert learning_rate(999, config, **PAPER) == pytest.approx(last)
+
+
+def test_schedule_by_step_falls_at_every_step_to_the_final_rate() -> None:
+    rates = [learning_rate(s, OptimConfig(lr_update="step"), **PAPER) for s in range(1001)]
+    assert all(a > b for a, b in pairwise(rates))
+    assert rates[-1] == pytest.approx(1.2e-4)
+
+
+def test_rate_scales_with_the_batch() -> None:
+    config = OptimConfig()
+    assert learning_rate(0, config, **{**PAPER, "batch_size": 256}) == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("update", ["epoch", "step"])
+def test_warmup_rises_to_the_peak_and_never_starts_at_zero(update: str) -> None:
+    config = OptimConfig(warmup_epochs=5, lr_update=update)  # type: ignore[arg-type]
+    rates = [learning_rate(s, config, **PAPER) for s in range(1000)]
+    assert rates[0] == pytest.approx(0.12 / (5 if update == "epoch" else 50))
+    assert all(a <= b for a, b in pairwise(rates[:50]))
+    assert max(rates) == pytest.approx(0.12)
+    assert rates[50] == pytest.approx(0.12)
+    assert rates[999] < 0.001
+
+
+def test_warmup_as_long_as_the_run_stays_finite() -> None:
+    config = OptimConfig(warmup_epochs=100)
+    assert all(0 < learning_rate(s, config, **PAPER) <= 0.12 + 1e-12 for s in range(1001))
+
+
+def test_steps_at_their_milestones() -> None:
+    config = OptimConfig(schedule="steps", milestones=(30, 60.5, 300), gamma=0.1, warmup_epochs=2)
+    rates = [learning_rate(10 * epoch, config, **PAPER) for epoch in range(100)]
+    assert rates[:2] == [pytest.approx(0.06), pytest.approx(0.12)]
+    assert rates[29:31] == [pytest.approx(0.12), pytest.approx(0.012)]
+    assert rates[60:62] == [pytest.approx(0.012), pytest.approx(0.0012)]  # whole epochs: 60.5 comes with the next
+    assert rates[99] == pytest.approx(0.0012)  # 300 is behind the end
+    by_step = OptimConfig(schedule="steps", milestones=(60.5,), lr_update="step")
+    assert learning_rate(604, by_step, **PAPER) == pytest.approx(0.12)
+    assert learning_rate(605, by_step, **PAPER) == pytest.approx(0.012)
+
+
+def test_constant_rate_after_the_warmup() -> None:
+    config = OptimConfig(schedule="constant", warmup_epochs=2)
+    rates = [learning_rate(step, config, **PAPER) for step in range(1000)]
+    assert rates == [pytest.approx(0.06)] * 10 + [pytest.approx(0.12)] * 990
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs"),
+    [
+        ("npid", (120, 160)), ("moco-v1", (120, 160)), ("jigsaw", (30, 60, 90, 100)), ("rotation", (30, 60, 90, 100)),
+        ("relative-position", (30, 50)), ("sela", (150,)), ("deepcluster", ()),
+    ],
+)  # fmt: skip
+def test_recipes_fall_where_their_sources_do(recipe: str, epochs: tuple[int, ...]) -> None:
+    config = RECIPES[recipe]()
+    rates = [learning_rate(e, config.optim, batch_size=256, steps_per_epoch=1, epochs=200) for e in range(5, 200)]
+    falls = [e for e, (before, after) in enumerate(pairwise(rates), 6) if after < before]
+    assert falls == list(epochs)
+    assert rates[-1] == pytest.approx(rates[0] * 0.1 ** len(epochs))
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2), nn.LayerNorm(2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "decayed"),
+    [
+        ({}, ["0.weight", "3.weight"]),
+        ({"decay_bias": True}, ["0.weight", "0.bias", "3.weight", "3.bias"]),
+        ({"decay_norm": True}, ["0.weight", "1.weight", "1.bias", "3.weight", "4.weight", "4.bias"]),
+    ],
+)
+def test_weight_decay_rule(flags: dict[str, bool], decayed: list[str]) -> None:
+    net = network()
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = parameter_groups(net, OptimConfig(**flags))  # type: ignore[arg-type]
+    assert [names[id(p)] for p in groups[0]["params"]] == decayed  # type: ignore[attr-defined]
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (1e-4, 0.0)
+    rest = [n for n in names.values() if n not in decayed]
+    assert [names[id(p)] for p in groups[1]["params"]] == rest  # type: ignore[attr-defined]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    assert sum(len(g["params"]) for g in parameter_groups(net, OptimConfig())) == 6  # type: ignore[arg-type, misc]
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(net.requires_grad_(False), OptimConfig())
+
+
+def test_two_steps_match_the_formula() -> None:
+    """v = 0.9 v + (g + wd w), w = w - lr v."""
+    layer = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+        layer.bias.fill_(1.0)
+    config = OptimConfig(weight_decay=0.1)
+    optimizer = build_optimizer(layer, config, batch_size=256)
+    weight, bias, v_weight, v_bias = 2.0, 1.0, 0.0, 0.0
+    for lr in (0.5, 0.25):
+        set_learning_rate(optimizer, lr)
+        optimizer.zero_grad()
+        layer(torch.full((1, 1), 3.0, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        v_weight = 0.9 * v_weight + 3.0 + 0.1 * weight
+        v_bias = 0.9 * v_bias + 1.0
+        weight, bias = weight - lr * v_weight, bias - lr * v_bias
+    assert layer.weight.item() == pytest.approx(weight, rel=1e-12)
+    assert layer.bias.item() == pytest.approx(bias, rel=1e-12)
+
+
+def test_adamw_matches_the_paper() -> None:
+    """Algorithm 2 of Loshchilov & Hutter 2019 in plain float64; biases and norm layers without decay."""
+    torch.manual_seed(3)
+    net = network().double()
+    config = OptimConfig(name="adamw", lr_per_256_images=0.1, weight_decay=0.02, betas=(0.8, 0.9))
+    optimizer = build_optimizer(net, config, batch_size=256)
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    means = {name: torch.zeros_like(p) for name, p in weights.items()}
+    squares = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for step, lr in enumerate((0.1, 0.05, 0.025), 1):
+        set_learning_rate(optimizer, lr)
+        gradients(net, step)
+        for name, p in net.named_parameters():
+            assert p.grad is not None
+            means[name] = 0.8 * means[name] + 0.2 * p.grad
+            squares[name] = 0.9 * squares[name] + 0.1 * p.grad**2
+            unbiased = means[name] / (1 - 0.8**step) / ((squares[name] / (1 - 0.9**step)).sqrt() + 1e-8)
+            decay = 0.02 if name in ("0.weight", "3.weight") else 0.0
+            weights[name] = weights[name] - lr * (unbiased + decay * weights[name])
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+def test_adamw_state_that_exists_from_the_start_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = network().double()
+    plain = copy.deepcopy(net)
+    config = OptimConfig(name="adamw", weight_decay=0.1)
+    optimizer = build_optimizer(net, config, batch_size=256)
+    usual = torch.optim.AdamW(parameter_groups(plain, config), lr=0.03)
+    for module, chosen in ((net, optimizer), (plain, usual)):
+        for number in range(3):
+            gradients(module, number)
+            chosen.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    states = [list(chosen.state_dict()["state"].values()) for chosen in (optimizer, usual)]
+    for ours, theirs in zip(*states, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all((ours[k].dtype, ours[k].device) == (theirs[k].dtype, theirs[k].device) for k in ours)
+
+
+def lars_pair(lr: float | torch.Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    net = network().double()
+    groups = parameter_groups(net, OptimConfig(name="lars", weight_decay=0.02))
+    optimizer = LARS([{**groups[0], "adapt": True}, {**groups[1], "adapt": False}], lr=lr, trust_coefficient=0.01)
+    return net, optimizer
+
+
+def gradients(net: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def test_lars_matches_the_paper() -> None:
+    """Algorithm 1 of You et al. 2017, in plain float64; biases and norm layers with trust 1 and no decay."""
+    net, optimizer = lars_pair(0.5)
+    names = {name: p.detach().clone() for name, p in net.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in names.items()}
+    for step, lr in enumerate((0.5, 0.25, 0.125)):
+        set_learning_rate(optimizer, lr)
+        gradients(net, step)
+        for name, p in net.named_parameters():
+            w, g = names[name], p.grad
+            assert g is not None
+            trust, decay = 1.0, 0.0
+            if name in ("0.weight", "3.weight"):
+                decay = 0.02
+                trust = 0.01 * math.sqrt((w**2).sum()) / (math.sqrt((g**2).sum()) + decay * math.sqrt((w**2).sum()))
+            momenta[name] = 0.9 * momenta[name] + lr * trust * (g + decay * w)
+            names[name] = w - momenta[name]
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), names[name], rtol=1e-12, atol=0)
+
+
+def test_lars_where_norms_are_zero() -> None:
+    """Neither a weight nor a gradient of zeros divides by zero: trust is 1."""
+    weight = nn.Parameter(torch.zeros(2, 3))
+    still = nn.Parameter(torch.ones(2, 3))
+    absent = nn.Parameter(torch.ones(1))
+    optimizer = LARS([{"params": [weight, still, absent]}], lr=0.5, momentum=0.0)
+    weight.grad, still.grad = torch.ones(2, 3), torch.zeros(2, 3)
+    optimizer.step()
+    assert torch.equal(weight, torch.full((2, 3), -0.5))
+    assert torch.equal(still, torch.ones(2, 3))
+    assert torch.equal(absent, torch.ones(1))
+    with pytest.raises(ValueError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_lars_takes_its_rate_from_a_tensor() -> None:
+    """The address stays, which is what a captured graph needs."""
+    (net, optimizer), (other, plain) = lars_pair(torch.tensor(0.5, dtype=torch.float64)), lars_pair(0.5)
+    rate = optimizer.param_groups[0]["lr"]
+    for step, lr in enumerate((0.5, 0.125)):
+        for module, chosen in ((net, optimizer), (other, plain)):
+            set_learning_rate(chosen, lr)
+            gradients(module, step)
+            chosen.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+def test_lars_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, optimizer = lars_pair(0.5)
+    gradients(net, 0)
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("host sync in a step")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_state_goes_on_bit_equal(name: str) -> None:
+    config = OptimConfig(name=name)  # type: ignore[arg-type]
+
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            gradients(net, number)
+            optimizer.step()
+
+    torch.manual_seed(0)
+    net = network().double()
+    optimizer = build_optimizer(net, config, batch_size=256)
+    steps(net, optimizer, range(2))
+    other = network().double()
+    resumed = build_optimizer(other, config, batch_size=256)
+    other.load_state_dict(net.state_dict())
+    load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
+    for module, chosen in ((net, optimizer), (other, resumed)):
+        steps(module, chosen, range(2, 5))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_momentum_that_exists_from_the_start_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = network().double()
+    plain = copy.deepcopy(net)
+    optimizer = build_optimizer(net, OptimConfig(), batch_size=256)
+    usual = torch.optim.SGD(parameter_groups(plain, OptimConfig()), lr=0.03, momentum=0.9)
+    for module, chosen in ((net, optimizer), (plain, usual)):
+        for number in range(3):
+            gradients(module, number)
+            chosen.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+
+
+def test_kernels_are_the_devices_own_after_loading() -> None:
+    """A checkpoint of a CUDA run says fused; the CPU goes on with foreach."""
+    optimizer = build_optimizer(network(), OptimConfig(), batch_size=256)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group["fused"], group["foreach"] = True, None
+    load_optimizer(optimizer, state)
+    assert [(group["fused"], group["foreach"]) for group in optimizer.param_groups] == [(None, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr_per_256_images": 0.0}, "lr_per_256_images must be above 0, got 0.0"),
+        ({"lr_per_256_images": float("nan")}, "lr_per_256_images must be above 0, got nan"),
+        ({"final_lr_per_256_images": 1.0}, "final_lr_per_256_images must be in"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov needs"),
+        ({"trust_coefficient": 0.0}, "trust_coefficient must be above 0, got 0.0"),
+        ({"schedule": "steps"}, "milestones must be rising epochs above 0, at least one with optim.schedule=steps"),
+        ({"schedule": "steps", "milestones": (3.0, 2.0)}, r"milestones must be rising .*, got \(3.0, 2.0\)"),
+        ({"milestones": (0.0,)}, "milestones must be rising"),
+        ({"gamma": 0.0}, r"gamma must be in \(0, 1\], got 0.0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"name": "adamw", "nesterov": True}, "optim.nesterov must be False with optim.name=adamw"),
+        ({"name": "lars", "nesterov": True}, "optim.nesterov must be False with optim.name=lars"),
+        ({"name": "lars", "decay_norm": True}, "optim.decay_norm must be False with optim.name=lars"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
+    ],
+)
+def test_bad_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**values)
