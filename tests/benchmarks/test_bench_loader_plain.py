@@ -31,7 +31,7 @@ def usable() -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_pipelines_yield_normalised_floats(data: Path, kind: str, library: str) -> None:
     if library == "ffcv":
-        prepare(data, data.parent / f"{kind}.beton", PrepareConfig(), on_bad_image="error")
+        prepare_beton(data, data.parent / f"{kind}.beton", PrepareConfig(), on_bad_image="error")
         data = data.parent / f"{kind}.beton"
     batches = PIPELINES[PAIRS[library]](data, kind, batch_size=4, workers=1, device=CPU)
     try:
