@@ -19,18 +19,20 @@ from rich.table import Table
 from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.config import save_json
 from sslfast.data import PHOTOGRAPHS, make_demo_data
-from sslfast.evaluation import PROTOCOL as LINEAR
 from sslfast.evaluation import (
+    PROBE_PROTOCOL,
     RAW_PIXELS,
     TRAINED,
     UNTRAINED,
     EvaluationSet,
+    FeatureConfig,
+    KnnConfig,
     knn_result,
     linear_result,
     load_evaluation_set,
 )
 from sslfast.recipes import RECIPES
-from sslfast.report import report, write_neighbours, write_preview
+from sslfast.report import ReportConfig, report, write_neighbours, write_preview
 from sslfast.training import NonFiniteLossError, RunInterruptedError, Trainer
 
 K = (1, 5, 20)
@@ -88,8 +90,8 @@ def run_demo(options: Demo) -> str:
     _say(f"PIRL, {config.model.name}, {config.epochs} epochs, {trainer.total_steps} steps of {config.batch_size}")
     trainer.fit()
     trained = time.perf_counter()
-    evaluation = load_evaluation_set(run, data, device=options.device)
-    knn = knn_result(evaluation, k=K, device=options.device, output=run / "evaluation" / "knn.json")
+    evaluation = load_evaluation_set(run, data, FeatureConfig(device=options.device))
+    knn = knn_result(evaluation, KnnConfig(k=K, device=options.device), output=run / "evaluation" / "knn.json")
     linear = linear_result(evaluation, device=options.device, output=run / "evaluation" / "linear.json")
     neighbours = write_neighbours(
         evaluation,
@@ -101,7 +103,7 @@ def run_demo(options: Demo) -> str:
     done = time.perf_counter()
     facts = {"seconds": {"pretraining": round(trained - started, 1), "evaluation": round(done - trained, 1)}}
     save_json(run / "evaluation" / "demo.json", {"knn": knn["results"], "linear": linear["results"], **facts})
-    page = report((run,), output=output / "report.html", data=data, device=options.device)
+    page = report((run,), ReportConfig(device=options.device), output=output / "report.html", data=data)
     lines = [
         _table(evaluation, knn, linear),
         "",
@@ -116,7 +118,7 @@ def run_demo(options: Demo) -> str:
 
 def _table(evaluation: EvaluationSet, knn: dict[str, Any], linear: dict[str, Any]) -> str:
     cells = {(row["encoder"], row["protocol"]): row for row in (*knn["results"], *linear["results"])}
-    columns = {**{f"{knn['protocol']}-k{k}": f"kNN, k = {k}" for k in K}, LINEAR: "linear probe"}
+    columns = {**{f"{knn['protocol']}-k{k}": f"kNN, k = {k}" for k in K}, PROBE_PROTOCOL: "linear probe"}
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("top-1 accuracy, %")
     for heading in columns.values():

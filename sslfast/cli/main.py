@@ -1,11 +1,9 @@
 """The command ``sslfast``. This file imports nothing heavy: each command imports what it needs when it runs."""
 
-import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
 from sslfast.cli.exit_codes import EXIT_CODES
 
@@ -68,83 +66,53 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _evaluate_knn(arguments: list[str]) -> int:
-    from sslfast.evaluation import knn
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(knn.evaluate_knn, knn.render_table, arguments, "sslfast evaluate knn")
+    return run_function("sslfast.evaluation.knn:evaluate_knn", arguments, "sslfast evaluate knn")
 
 
 def _evaluate_linear(arguments: list[str]) -> int:
-    from sslfast.evaluation import linear_probe as linear
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(linear.evaluate_linear, linear.render_table, arguments, "sslfast evaluate linear")
+    return run_function("sslfast.evaluation.linear:evaluate_linear", arguments, "sslfast evaluate linear")
 
 
 def _evaluate_lowshot(arguments: list[str]) -> int:
-    from sslfast.evaluation import svm as lowshot
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(lowshot.evaluate_lowshot, lowshot.render_table, arguments, "sslfast evaluate lowshot")
+    return run_function("sslfast.evaluation.svm:evaluate_svm", arguments, "sslfast evaluate lowshot")
 
 
 def _evaluate_semisup(arguments: list[str]) -> int:
-    from sslfast.evaluation import semisup
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(semisup.evaluate_semisup, semisup.render_table, arguments, "sslfast evaluate semisup")
+    return run_function("sslfast.evaluation.semisup:evaluate_semisup", arguments, "sslfast evaluate semisup")
 
 
 def _evaluate_detect(arguments: list[str]) -> int:
-    from sslfast.evaluation.detection import evaluate as detect
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(detect.evaluate_detect, detect.render_table, arguments, "sslfast evaluate detect")
+    return run_function(
+        "sslfast.evaluation.detection.evaluate:evaluate_detection", arguments, "sslfast evaluate detect"
+    )
 
 
 def _report(arguments: list[str]) -> int:
-    from sslfast.report import report
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(report, str, arguments, "sslfast report")
+    return run_function("sslfast.report.build:report", arguments, "sslfast report")
 
 
 def _export(arguments: list[str]) -> int:
-    from sslfast.weights import export_trunk
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(export_trunk, str, arguments, "sslfast export")
+    return run_function("sslfast.weights.export:export_trunk", arguments, "sslfast export")
 
 
 def _neighbours(arguments: list[str]) -> int:
-    from sslfast.report import run_neighbours
+    from sslfast.cli.evaluate import run_function
 
-    return _evaluate(run_neighbours, lambda result: str(result["output"]), arguments, "sslfast neighbours")
-
-
-def _evaluate(
-    function: Callable[..., Any],
-    render: Callable[[Any], str],
-    arguments: list[str],
-    prog: str,
-) -> int:
-    """Run an evaluation whose options are the arguments of its function; it writes its own JSON file."""
-    import tyro
-
-    from sslfast.cli.commands import parse
-    from sslfast.distributed import process_group
-
-    arguments = ["--output" if argument == "-o" else argument for argument in arguments]
-    signature = inspect.signature(function, eval_str=True)
-    named = [  # in the help, RUN and not PATH
-        parameter.replace(annotation=Annotated[parameter.annotation, tyro.conf.arg(metavar=parameter.name.upper())])
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
-        else parameter
-        for parameter in signature.parameters.values()
-    ]
-    target = functools.wraps(function)(lambda *values, **options: function(*values, **options))
-    del target.__wrapped__  # tyro would read that one's annotations
-    target.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-    target.__annotations__ = {parameter.name: parameter.annotation for parameter in named}
-    result = parse(target, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
-    if isinstance(result, int):
-        return result
-    if process_group().is_main:
-        print(render(result))
-    return 0
+    return run_function("sslfast.report.neighbours:run_neighbours", arguments, "sslfast neighbours")
 
 
 def _data_verify(arguments: list[str]) -> int:

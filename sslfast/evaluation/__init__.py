@@ -1,45 +1,40 @@
-"""Evaluations of frozen or fine-tuned trunks, one file each. Imports ``weights``, ``methods`` and what lies below."""
+"""Evaluations of frozen or fine-tuned trunks: one module, one configuration and one function each.
 
-from sslfast.evaluation.dataset import EvaluationSet, load_evaluation_set
-from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, TrunkEncoder, load_run, trunk_encoders
-from sslfast.evaluation.knn import bank_knn, knn_result, nearest_neighbours
-from sslfast.evaluation.linear_probe import PROTOCOL, STRENGTHS, linear_result, train_probe
-from sslfast.evaluation.results import evaluation_folder, mean_and_spread, run_facts, write_result
-from sslfast.evaluation.sgd import Progress, check_training
-from sslfast.evaluation.table import detection_table
-from sslfast.evaluation.voc import annotation_path, read_annotation, split_ids, voc_root
+``evaluate_<name>(run, data, config)`` returns the result as JSON values and writes it to ``RUN/evaluation``. Detection
+is in the package ``detection``, which needs torchvision's detection models. Imports ``weights``, ``methods`` and what
+lies below.
+"""
+
+from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
+from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, TrunkEncoder
+from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_result, nearest_neighbours
+from sslfast.evaluation.linear import LinearConfig, evaluate_linear
+from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, train_probe
+from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
+from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 
 __all__ = [
-    "PROTOCOL",
+    "L2_STRENGTHS",
+    "PROBE_PROTOCOL",
     "RAW_PIXELS",
-    "STRENGTHS",
     "TRAINED",
     "UNTRAINED",
     "Encoder",
     "EvaluationSet",
-    "Progress",
+    "FeatureConfig",
+    "KnnConfig",
+    "LinearConfig",
+    "SemisupConfig",
+    "SvmConfig",
     "TrunkEncoder",
-    "annotation_path",
     "bank_knn",
-    "check_training",
-    "detection",
-    "detection_table",
-    "evaluation_folder",
-    "knn",
+    "evaluate_knn",
+    "evaluate_linear",
+    "evaluate_semisup",
+    "evaluate_svm",
     "knn_result",
-    "linear_probe",
     "linear_result",
     "load_evaluation_set",
-    "load_run",
-    "mean_and_spread",
     "nearest_neighbours",
-    "read_annotation",
-    "run_facts",
-    "semisup",
-    "split_ids",
-    "svm",
     "train_probe",
-    "trunk_encoders",
-    "voc_root",
-    "write_result",
 ]

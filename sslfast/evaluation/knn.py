@@ -5,7 +5,7 @@ the class with the largest sum wins. Nothing is trained, so the number depends o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.data import OnBadImage
+from sslfast.config import to_dict
 from sslfast.device import resolve_device
 from sslfast.distributed import distributed_device, gather_uneven, own_rows
-from sslfast.evaluation.dataset import EvaluationSet, load_evaluation_set
+from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
 from sslfast.evaluation.results import evaluation_folder, standard_error, write_result
 from sslfast.evaluation.table import accuracy_table
 
+K = (1, 5, 20)
+TEMPERATURE = 0.07
 MAX_ENTRIES = 2**24
 """Most similarities that exist at once (64 MiB of float32)."""
 QUERIES_AT_ONCE = 1024
 """Queries that share a block of similarities: enough for a matrix product at full speed."""
 SOURCE = "Wu et al., CVPR 2018, section 3.4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(FeatureConfig):
+    """Settings of :func:`evaluate_knn`."""
+
+    k: tuple[int, ...] = K
+    """Numbers of neighbours."""
+    temperature: float = TEMPERATURE
+    """τ of the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got temperature={self.temperature}")
+        check_k(self.k, 2**62)
 
 
 @dataclass(kw_only=True)
@@ -81,7 +99,7 @@ def nearest_neighbours(
     return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
 
 
-def class_scores(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float = 0.07) -> Tensor:
+def class_scores(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float = TEMPERATURE) -> Tensor:
     """Votes ``[Q, classes]`` float64: the sum of ``exp((s_i - s_1) / τ)`` over the neighbours of each class.
 
     Args:
@@ -110,8 +128,8 @@ def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
     *,
-    k: Sequence[int] = (1, 5, 20),
-    temperature: float = 0.07,
+    k: Sequence[int] = K,
+    temperature: float = TEMPERATURE,
     max_entries: int = MAX_ENTRIES,
 ) -> dict[int, Accuracy]:
     """Accuracy for every k from one search.
@@ -146,7 +164,7 @@ def bank_knn(
     bank_rows: Tensor,
     labels: Tensor,
     k: Sequence[int] = (20,),
-    tau: float = 0.07,
+    tau: float = TEMPERATURE,
     *,
     queries: int | None = None,
     max_entries: int = MAX_ENTRIES,
@@ -200,15 +218,8 @@ def check_k(k: Sequence[int], images: int) -> None:
 def evaluate_knn(
     run: Path,
     data: Path,
+    config: KnnConfig = KnnConfig(),
     *,
-    k: tuple[int, ...] = (1, 5, 20),
-    temperature: float = 0.07,
-    size: int | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
-    on_bad_image: OnBadImage = "error",
-    cache: bool = True,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Weighted kNN accuracy of a run's encoder, beside the untrained encoder and raw pixels.
@@ -217,57 +228,28 @@ def evaluate_knn(
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
         data: folder with train/<class>/ (the bank) and val/<class>/ (the queries).
-        k: numbers of neighbours.
-        temperature: τ of the weights.
-        size: side of the images in pixels; default: that of the run.
-        batch_size: images per forward pass.
-        workers: decoding threads; 0: none besides the main one.
-        device: auto, cpu, cuda or cuda:N.
-        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
-        cache: keep features in RUN/evaluation/features and take them from there; the folder may be deleted.
+        config: settings.
         output: JSON file to write; default: RUN/evaluation/knn.json.
 
     Under torchrun the processes share images and queries.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature=}")
-    check_k(k, 2**62)
-    with distributed_device(device) as chosen:
-        evaluation = load_evaluation_set(
-            run,
-            data,
-            size=size,
-            batch_size=batch_size,
-            workers=workers,
-            device=str(chosen),
-            on_bad_image=on_bad_image,
-            cache=cache,
-        )
-        return knn_result(
-            evaluation,
-            k=k,
-            temperature=temperature,
-            device=str(chosen),
-            output=evaluation_folder(run) / "knn.json" if output is None else output,
-        )
+    with distributed_device(config.device) as device:
+        config = replace(config, device=str(device))
+        evaluation = load_evaluation_set(run, data, config)
+        return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")
 
 
 def knn_result(
-    evaluation: EvaluationSet,
-    *,
-    k: tuple[int, ...] = (1, 5, 20),
-    temperature: float = 0.07,
-    device: str = "auto",
-    output: Path | None = None,
+    evaluation: EvaluationSet, config: KnnConfig = KnnConfig(), *, output: Path | None = None
 ) -> dict[str, Any]:
-    """The result of :func:`evaluate_knn` from features that are already there."""
-    chosen = resolve_device(device)
+    """The result of :func:`evaluate_knn` for features that are already computed; written where ``output`` is given."""
+    k, temperature, device = config.k, config.temperature, resolve_device(config.device)
     check_k(k, len(evaluation.train_labels))
-    train_labels, val_labels = evaluation.train_labels.to(chosen), evaluation.val_labels.to(chosen)
+    train_labels, val_labels = evaluation.train_labels.to(device), evaluation.val_labels.to(device)
     rows = []
     for name in evaluation.train:
         own = own_rows(len(val_labels))
-        bank, queries = evaluation.train[name].to(chosen), evaluation.val[name][own.start : own.stop].to(chosen)
+        bank, queries = evaluation.train[name].to(device), evaluation.val[name][own.start : own.stop].to(device)
         similarity, neighbours = map(gather_uneven, nearest_neighbours(queries, bank, max(k)))
         found = _vote(similarity, train_labels[neighbours], val_labels, train_labels, k=k, temperature=temperature)
         for some, value in found.items():
@@ -288,6 +270,7 @@ def knn_result(
         "source": SOURCE,
         "k": list(k),
         "temperature": temperature,
+        "config": to_dict(config),
         "results": rows,
         **evaluation.facts,
     }

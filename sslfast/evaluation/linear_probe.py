@@ -1,39 +1,33 @@
-"""Linear classifiers on frozen features: the quick probe is here, the papers' protocols are in ``heads.py``.
+"""A linear probe on frozen features, trained to the optimum by L-BFGS: protocol ``linear-frozen-avgpool-lbfgs``.
 
-The probe is trained to the optimum: protocol ``linear-frozen-avgpool-lbfgs``. Its features are the pooled output of the
-trunk in eval mode on centre crops, standardised per column with the training set's mean and deviation. One linear
-layer minimises
+Features are the pooled output of the trunk in eval mode on centre crops, standardised per column with the training
+set's mean and deviation. One linear layer minimises
 
     ``mean_i CE(W x_i + b, y_i) + λ/2 ‖W‖²``
 
 by full-batch L-BFGS in float64. λ is the one of ``strengths`` with the best accuracy on a fifth of the training
 images (of every class, drawn by Philox), the stronger at a tie; the layer is then trained again on all of them. The
-problem is convex, so no learning rate, schedule or augmentation hides in the number; numbers of protocols that train
-the layer by SGD on augmented images (MoCo's, Goyal et al.'s) are not comparable.
+problem is convex, so the result depends on no learning rate, schedule or augmentation. It is not comparable with
+protocols that train the layer by SGD on augmented images (:mod:`sslfast.evaluation.linear_sgd`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.data import OnBadImage
 from sslfast.device import resolve_device
-from sslfast.distributed import distributed_device
-from sslfast.evaluation.dataset import EvaluationSet, load_evaluation_set
-from sslfast.evaluation.encoders import TRAINED
-from sslfast.evaluation.linear_sgd import evaluate_heads, score_row
-from sslfast.evaluation.results import evaluation_folder, mean_and_spread, write_result
-from sslfast.evaluation.sgd import GOYAL, MOCO
-from sslfast.evaluation.table import accuracy_table, layer_table
+from sslfast.evaluation.config import check_positive
+from sslfast.evaluation.dataset import EvaluationSet
+from sslfast.evaluation.results import accuracy_row, mean_and_spread, write_result
 from sslfast.ops.philox import Stream, random_uint32
 
-PROTOCOL = "linear-frozen-avgpool-lbfgs"
-STRENGTHS = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
+PROBE_PROTOCOL = "linear-frozen-avgpool-lbfgs"
+L2_STRENGTHS = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 HELD_OUT = 5
 """One in this many training images of every class chooses λ."""
 
@@ -176,7 +170,7 @@ def train_probe(
     labels: Tensor,
     *,
     classes: int,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] = L2_STRENGTHS,
     seed: int = 0,
 ) -> Probe:
     """Choose λ on a held-out fifth, then train on everything.
@@ -191,8 +185,7 @@ def train_probe(
     Raises:
         ValueError: no or a non-positive strength, non-finite features, too few images to hold any out.
     """
-    if not strengths or min(strengths) <= 0:
-        raise ValueError(f"strengths must be positive numbers, at least one, got {tuple(strengths)}")
+    check_positive("strengths", strengths)
     if not bool(features.isfinite().all()):
         raise ValueError("features hold infinite values or NaN; the encoder's weights are broken")
     features = features.double()
@@ -219,103 +212,15 @@ def train_probe(
     return Probe(layer=layer, mean=mean, deviation=deviation, strength=best, held_out=held_out)
 
 
-def evaluate_linear(
-    run: Path,
-    data: Path,
-    *,
-    protocol: Literal["probe", "goyal", "moco"] = "probe",
-    layers: tuple[str, ...] = (),
-    encoders: tuple[str, ...] = (TRAINED,),
-    epochs: int | None = None,
-    strengths: tuple[float, ...] = STRENGTHS,
-    seeds: tuple[int, ...] = (0,),
-    size: int | None = None,
-    batch_size: int = 256,
-    precision: Literal["auto", "bf16", "fp32"] = "fp32",
-    workers: int = 0,
-    device: str = "auto",
-    on_bad_image: OnBadImage = "error",
-    cache: bool = True,
-    output: Path | None = None,
-) -> dict[str, Any]:
-    """Accuracy of linear classifiers on a run's frozen features.
-
-    Protocols, whose numbers are not comparable: probe: minutes; a convex problem on pooled features of centre crops,
-    solved to its optimum, beside the untrained encoder and raw pixels. goyal: that of the PIRL paper; classifiers on
-    pooled maps of conv1 to res5, SGD on augmented images, 28 epochs (ImageNet; Places205: --epochs 14, iNaturalist
-    2018: --epochs 84), each layer and the best. moco: one classifier on the pooled features, rate 30, 100 epochs.
-
-    Args:
-        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
-            results go to FILE.evaluation in place of RUN/evaluation.
-        data: folder with train/<class>/ and val/<class>/.
-        protocol: see above; it is in the name of every result.
-        layers: goyal: classifiers to train, of conv1 res2 res3 res4 res5 res5avg res5avg-plain (without BatchNorm);
-            default: all.
-        encoders: goyal, moco: trained, untrained or both.
-        epochs: goyal, moco: passes over the data; default: as published. The drops of the rate scale with it.
-        strengths: probe: L2 strengths to choose from on a held-out fifth of train.
-        seeds: probe: of the held-out draw; else of initial weights, order and crops. Several: mean and spread.
-        size: side of the images in pixels; default: that of the run.
-        batch_size: images per forward pass; goyal, moco: also per step, and the rate scales with it.
-        precision: goyal, moco: of the frozen trunk; classifiers are float32.
-        workers: decoding threads, and processes where images are augmented; 0: none besides the main one.
-        device: auto, cpu, cuda or cuda:N.
-        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
-        cache: probe: keep features in RUN/evaluation/features and take them from there; the folder may be deleted.
-        output: JSON file to write; default: RUN/evaluation/linear.json, linear-goyal.json or linear-moco.json.
-
-    Under torchrun the processes share the images. goyal and moco go on at the last whole epoch when they were stopped.
-    """
-    if not strengths or min(strengths) <= 0:
-        raise ValueError(f"strengths must be positive numbers, at least one, got {strengths}")
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"seeds must be whole numbers from 0 on, at least one, got {seeds}")
-    folder = evaluation_folder(run)
-    with distributed_device(device) as chosen:
-        if protocol != "probe":
-            settings = {"goyal": GOYAL, "moco": MOCO}[protocol]
-            return evaluate_heads(
-                run,
-                data,
-                settings,
-                layers=layers,
-                encoders=encoders,
-                epochs=epochs,
-                batch_size=batch_size,
-                seeds=seeds,
-                size=size,
-                precision=precision,
-                workers=workers,
-                device=chosen,
-                on_bad_image=on_bad_image,
-                output=folder / f"{settings.name}.json" if output is None else output,
-            )
-        if layers or epochs is not None:
-            raise ValueError("layers and epochs belong to --protocol goyal or moco; the probe has neither")
-        evaluation = load_evaluation_set(
-            run,
-            data,
-            size=size,
-            batch_size=batch_size,
-            workers=workers,
-            device=str(chosen),
-            on_bad_image=on_bad_image,
-            cache=cache,
-        )
-        path = folder / "linear.json" if output is None else output
-        return linear_result(evaluation, strengths=strengths, seeds=seeds, device=str(chosen), output=path)
-
-
 def linear_result(
     evaluation: EvaluationSet,
     *,
-    strengths: tuple[float, ...] = STRENGTHS,
-    seeds: tuple[int, ...] = (0,),
+    strengths: Sequence[float] = L2_STRENGTHS,
+    seeds: Sequence[int] = (0,),
     device: str = "auto",
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """The result of :func:`evaluate_linear`'s probe from features that are already there."""
+    """Accuracy of the probe on features that are already computed; written where ``output`` is given."""
     chosen = resolve_device(device)
     train_labels, val_labels = evaluation.train_labels.to(chosen), evaluation.val_labels.to(chosen)
     classes = len(evaluation.classes)
@@ -333,9 +238,9 @@ def linear_result(
         rows.append(
             {
                 "encoder": name,
-                "protocol": PROTOCOL,
+                "protocol": PROBE_PROTOCOL,
                 "features": features.shape[1],
-                **score_row(pairs, len(val_labels)),
+                **accuracy_row(pairs, len(val_labels)),
                 "validation_loss": mean_and_spread(losses)[0],
                 "strength": first.strength,
                 "strength_of_seeds": [probe.strength for probe in probes],
@@ -345,7 +250,7 @@ def linear_result(
             }
         )
     result = {
-        "protocol": PROTOCOL,
+        "protocol": PROBE_PROTOCOL,
         "strengths": list(strengths),
         "seeds": list(seeds),
         "results": rows,
@@ -354,8 +259,3 @@ def linear_result(
     if output is not None:
         write_result(result, output)
     return result
-
-
-def render_table(result: dict[str, Any]) -> str:
-    """The result as a small table for a terminal."""
-    return accuracy_table(result) if result["protocol"] == PROTOCOL else layer_table(result)

@@ -1,30 +1,23 @@
 """Linear classifiers on layers of frozen trunks, trained by SGD on augmented images: ``linear-goyal``, ``linear-moco``.
 
-Every batch passes each trunk once; the classifiers of all its layers train on it together. Each has a loss of its own
-and no weight in common with another, so together is the same as one after the other.
+Every batch passes through each trunk once, and the classifiers of all its layers train on it at the same time. They
+share no weights and each has its own loss, so the result is the same as training them one after the other.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.data import Manifest, OnBadImage
-from sslfast.device import resolve_precision
+from sslfast.data import Manifest
 from sslfast.distributed import gather_rows
-from sslfast.evaluation.encoders import TrunkEncoder, load_run, trunk_encoders
+from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.pools import pooled_layers
-from sslfast.evaluation.results import data_facts, mean_and_spread, run_facts, standard_error, write_result
-from sslfast.evaluation.sgd import Progress, SGDProtocol, TrainingImages, check_training, count_hits
+from sslfast.evaluation.sgd import ResumeState, SGDProtocol, TrainingImages, check_finite, count_hits
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
-from sslfast.runs import versions
 
 PLAIN = "-plain"
 """A layer's name with this has no BatchNorm before its classifier."""
@@ -94,12 +87,12 @@ def train_heads(
     epochs: int,
     batch_size: int,
     seed: int,
-    progress: Progress,
+    resume: ResumeState,
 ) -> Heads:
-    """Train all classifiers in one pass per epoch.
+    """Train all classifiers at the same time, one pass over the images per epoch.
 
-    Under several processes every rank makes the maps of its part of a batch, gathers those of all, and takes the same
-    step: BatchNorm sees the whole batch, and the result is that of one process.
+    With several processes each rank computes the maps of its part of a batch, gathers those of all ranks, and takes
+    the same step: BatchNorm sees the whole batch, and the result is that of one process.
 
     Raises:
         ValueError: a loss that is not finite, naming the classifier.
@@ -107,7 +100,7 @@ def train_heads(
     shapes = {name: value.shape[1:] for name, value in maps(_blank(size, maps.device)).items()}
     heads = Heads(shapes, classes=classes, seed=seed).to(maps.device).train()
     optimizer = protocol.optimizer(heads, batch_size=batch_size)
-    for epoch in range(progress.load(heads, optimizer), epochs):
+    for epoch in range(resume.load(heads, optimizer), epochs):
         set_learning_rate(optimizer, protocol.learning_rate(epoch, epochs=epochs, batch_size=batch_size))
         losses: dict[str, Tensor] = {}
         for crops, labels in images.epoch(epoch):
@@ -118,111 +111,8 @@ def train_heads(
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
         check_finite(losses, epoch)
-        progress.save(heads, optimizer, epoch + 1)
+        resume.save(heads, optimizer, epoch + 1)
     return heads.eval()
-
-
-def check_finite(losses: Mapping[str, Tensor], epoch: int) -> None:
-    """ValueError where the last loss of an epoch is not finite."""
-    for name, loss in losses.items():
-        if not bool(loss.isfinite()):  # host sync: once an epoch
-            raise ValueError(
-                f"the loss of {name} is {loss.item()} after epoch {epoch + 1}: the features are not finite, or far too "
-                "large for this protocol's learning rate; use --protocol probe"
-            )
-
-
-def evaluate_heads(
-    run: Path,
-    data: Path,
-    protocol: SGDProtocol,
-    *,
-    layers: Sequence[str],
-    encoders: Sequence[str],
-    epochs: int | None,
-    batch_size: int,
-    seeds: Sequence[int],
-    size: int | None,
-    precision: str,
-    workers: int,
-    device: torch.device,
-    on_bad_image: OnBadImage,
-    output: Path,
-) -> dict[str, Any]:
-    """Train and judge the classifiers of a protocol; see :func:`sslfast.evaluation.linear_probe.evaluate_linear`."""
-    epochs = protocol.epochs if epochs is None else epochs
-    check_training(epochs, batch_size, seeds)
-    layers = tuple(layers) or protocol.layers
-    unknown = [layer for layer in layers if layer not in protocol.layers]
-    if unknown:
-        raise ValueError(f"layers of {protocol.name} must be some of {', '.join(protocol.layers)}, got {unknown[0]!r}")
-    manifests = load_manifests(data, on_bad_image=on_bad_image)
-    loaded = load_run(run)
-    chosen = trunk_encoders(loaded, encoders)
-    size = loaded.size if size is None else size
-    reader = ImageReader(manifests[1], size, batch_size, workers, on_bad_image)
-    maps = FrozenMaps(chosen, layers, device=device, precision=resolve_precision(precision, device))
-    facts = {
-        **run_facts(run, loaded, size),
-        **protocol.facts(epochs, batch_size),
-        "precision": str(maps.precision).removeprefix("torch."),
-        "seeds": list(seeds),
-        "source": protocol.source,
-    }
-    name = protocol.full_name(epochs)
-    scores: dict[str, list[tuple[float, float]]] = {}
-    count = 0
-    for seed in seeds:
-        progress = Progress(
-            output.with_name(f"{output.stem}-seed{seed}.partial.pt"),
-            {**facts, "seeds": seed, "layers": layers, "encoders": encoders, "data": manifests[0].digest()},
-        )
-        images = TrainingImages(
-            manifests[0],
-            size=size,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            on_bad_image=on_bad_image,
-            device=device,
-        )
-        with closing(images):
-            heads = train_heads(
-                maps,
-                images,
-                protocol,
-                size=size,
-                classes=len(manifests[0].classes),
-                epochs=epochs,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
-            )
-        found, count = judge(maps, heads, reader, manifests[1])
-        for key, pair in found.items():
-            scores.setdefault(key, []).append(pair)
-    rows = [
-        {
-            "encoder": key.partition("/")[0],
-            "layer": key.partition("/")[2],
-            "protocol": f"{name}-{key.partition('/')[2]}",
-            **score_row(pairs, count),
-        }
-        for key, pairs in scores.items()
-    ]
-    best = {encoder: max((r for r in rows if r["encoder"] == encoder), key=lambda r: r["top1"]) for encoder in chosen}
-    result = {
-        "protocol": name,
-        "results": rows,
-        "best": [{**row, "protocol": f"{name}-best-of-{len(layers)}"} for row in best.values()],
-        **facts,
-        "data": data_facts(data, manifests, [len(manifests[0]), count]),
-        "versions": versions(),
-    }
-    write_result(result, output)
-    for seed in seeds:
-        Progress(output.with_name(f"{output.stem}-seed{seed}.partial.pt"), {}).remove()
-    return result
 
 
 def judge(
@@ -231,22 +121,6 @@ def judge(
     """Top-1 and top-5 of every classifier on centre crops, and the number of images."""
     labels = torch.from_numpy(manifest.labels)
     return count_hits(lambda images: heads(maps(images)), heads.names, reader, labels, maps.device)
-
-
-def score_row(pairs: Sequence[tuple[float, float]], count: int) -> dict[str, Any]:
-    """Mean top-1 and top-5 over seeds, their spread and the binomial standard error on ``count`` images."""
-    top1, spread1 = mean_and_spread([pair[0] for pair in pairs])
-    top5, spread5 = mean_and_spread([pair[1] for pair in pairs])
-    return {
-        "top1": top1,
-        "top1_standard_error": standard_error(top1, count),
-        "top1_spread": spread1,
-        "top5": top5,
-        "top5_standard_error": standard_error(top5, count),
-        "top5_spread": spread5,
-        "top1_of_seeds": [pair[0] for pair in pairs],
-        "top5_of_seeds": [pair[1] for pair in pairs],
-    }
 
 
 def _blank(size: int, device: torch.device) -> Tensor:

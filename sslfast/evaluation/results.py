@@ -1,4 +1,4 @@
-"""Result files: where they go, what they record, and how they are written."""
+"""Result files: their paths, what they record, and how they are written."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from sslfast.evaluation.encoders import TRAINED, RunEncoders
 
 
 def evaluation_folder(run: Path | str) -> Path:
-    """Where results go: ``evaluation`` in a run directory, ``FILE.evaluation`` beside a file of weights."""
+    """Folder of the results: ``evaluation`` in a run directory, ``FILE.evaluation`` beside a file of weights."""
     path = Path(run)
     return path.with_name(f"{path.name}.evaluation") if path.is_file() else path / "evaluation"
 
 
 def cache_folder(run: Path | str) -> Path:
-    """Where the features of a run or of a file of weights lie."""
+    """Folder of the cached features of a run or of a file of weights."""
     return evaluation_folder(run) / "features"
 
 
 def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]:
-    """Which weights a result is about, for the record."""
+    """The weights that a result is about: run, checkpoint, model, hash."""
     return {
         "run": str(Path(run)),
         "checkpoint": loaded.checkpoint.name,
@@ -35,7 +35,7 @@ def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]
 
 
 def data_facts(data: Path | str, manifests: Sequence[Manifest], counts: Sequence[int]) -> dict[str, Any]:
-    """Which images a result is about: of ``train`` and ``val``, with the images used of each."""
+    """The images that a result is about: of ``train`` and ``val`` the number used, the number left out, the hash."""
     return {
         "root": str(Path(data)),
         "classes": len(manifests[0].classes),
@@ -60,8 +60,24 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def accuracy_row(pairs: Sequence[tuple[float, float]], count: int) -> dict[str, Any]:
+    """Mean top-1 and top-5 over seeds, their spread and the binomial standard error on ``count`` images."""
+    top1, spread1 = mean_and_spread([pair[0] for pair in pairs])
+    top5, spread5 = mean_and_spread([pair[1] for pair in pairs])
+    return {
+        "top1": top1,
+        "top1_standard_error": standard_error(top1, count),
+        "top1_spread": spread1,
+        "top5": top5,
+        "top5_standard_error": standard_error(top5, count),
+        "top5_spread": spread5,
+        "top1_of_seeds": [pair[0] for pair in pairs],
+        "top5_of_seeds": [pair[1] for pair in pairs],
+    }
+
+
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON, whole or not at all; in the first of several processes."""
+    """Write a result as JSON, atomically, on the first rank."""
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_json(path, result)

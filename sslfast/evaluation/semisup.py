@@ -7,6 +7,7 @@ numbers (PIRL section 4.3) are top-5 on ImageNet with 1 % and 10 % of the labels
 
 import copy
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +15,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.data import OnBadImage
+from sslfast.config import to_dict
+from sslfast.data import Manifest
 from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, mean_over_ranks, replicate
+from sslfast.evaluation.config import ImageConfig, check_at_least, check_seeds
 from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import drawn_rows, listed_rows, load_manifests, take_rows
-from sslfast.evaluation.linear_sgd import check_finite, score_row
-from sslfast.evaluation.results import data_facts, evaluation_folder, run_facts, write_result
-from sslfast.evaluation.sgd import SEMISUP, Progress, TrainingImages, check_training, count_hits
+from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_folder, run_facts, write_result
+from sslfast.evaluation.sgd import SEMISUP, ResumeState, TrainingImages, check_finite, count_hits
 from sslfast.evaluation.table import layer_table
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
 from sslfast.runs import versions
 
 
+@dataclass(frozen=True, kw_only=True)
+class SemisupConfig(ImageConfig):
+    """Settings of :func:`evaluate_semisup`."""
+
+    fraction: float = 0.01
+    """Share of train that is used, the same of every class, drawn by seed; at least one image of each."""
+    subset: Path | None = None
+    """File that lists the images to use instead, one name a line (SimCLR's lists for ImageNet)."""
+    encoders: tuple[str, ...] = (TRAINED,)
+    """trained, untrained (supervised learning from scratch on the same images) or both."""
+    epochs: int = SEMISUP.epochs
+    """Passes over the subset; the learning rate's drop scales with it."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the drawn subset, the initial classifier, order and crops. Several: mean and standard deviation."""
+    batch_size: int = 256
+    """Images per step; the learning rate scales with it."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Of the network."""
+    workers: int = 0
+    """Decoding threads, and processes where images are augmented; 0: decode in the main thread."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, epochs=self.epochs)
+        check_seeds(self.seeds)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction}")
+
+
 class FineTuned(nn.Module):
-    """A copy of a trunk under a linear classifier.
+    """A linear classifier on a copy of a trunk.
 
     Args:
-        encoder: whose trunk and normalisation are taken; left as it was.
+        encoder: provides trunk and normalisation; not modified.
         classes: columns of the classifier.
         seed: of its initial weights, normal with deviation 0.01; biases are 0.
     """
@@ -62,12 +93,12 @@ def fine_tune(
     batch_size: int,
     device: torch.device,
     precision: torch.dtype,
-    progress: Progress,
+    resume: ResumeState,
 ) -> None:
     """Train all weights. Gradients are averaged over ranks; BatchNorm sees each rank's part of the batch."""
     model.train()
     optimizer = SEMISUP.optimizer(model, batch_size=batch_size)
-    start = progress.load(model, optimizer)
+    start = resume.load(model, optimizer)
     replica = replicate(model, device)
     for epoch in range(start, epochs):
         set_learning_rate(optimizer, SEMISUP.learning_rate(epoch, epochs=epochs, batch_size=batch_size))
@@ -80,7 +111,7 @@ def fine_tune(
             loss.backward()
             optimizer.step()
         check_finite({"the classifier": loss.detach()}, epoch)
-        progress.save(model, optimizer, epoch + 1)
+        resume.save(model, optimizer, epoch + 1)
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.copy_(mean_over_ranks(buffer))
@@ -88,21 +119,7 @@ def fine_tune(
 
 
 def evaluate_semisup(
-    run: Path,
-    data: Path,
-    *,
-    fraction: float = 0.01,
-    subset: Path | None = None,
-    encoders: tuple[str, ...] = (TRAINED,),
-    epochs: int = SEMISUP.epochs,
-    seeds: tuple[int, ...] = (0,),
-    size: int | None = None,
-    batch_size: int = 256,
-    precision: Literal["auto", "bf16", "fp32"] = "fp32",
-    workers: int = 0,
-    device: str = "auto",
-    on_bad_image: OnBadImage = "error",
-    output: Path | None = None,
+    run: Path, data: Path, config: SemisupConfig = SemisupConfig(), *, output: Path | None = None
 ) -> dict[str, Any]:
     """Accuracy of a run's encoder after fine-tuning on a part of the labels.
 
@@ -110,97 +127,88 @@ def evaluate_semisup(
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
         data: folder with train/<class>/ and val/<class>/.
-        fraction: share of train that is used, the same of every class, drawn by seed; at least one image of each.
-        subset: file that lists the images to use instead, one name a line (SimCLR's lists for ImageNet).
-        encoders: trained, untrained (supervised learning from scratch on the same images) or both.
-        epochs: passes over the part; the drop of the rate scales with it.
-        seeds: of the draw, initial classifier, order and crops. Several: mean and spread.
-        size: side of the images in pixels; default: that of the run.
-        batch_size: images per step; the rate scales with it.
-        precision: of the network.
-        workers: decoding threads, and processes where images are augmented; 0: none besides the main one.
-        device: auto, cpu, cuda or cuda:N.
-        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+        config: settings.
         output: JSON file to write; default: RUN/evaluation/semisup-1%.json (or the list's name).
 
-    Goes on at the last whole epoch when it was stopped.
+    A stopped evaluation resumes after the last complete epoch.
     """
-    check_training(epochs, batch_size, seeds)
-    part = f"{100 * fraction:g}%" if subset is None else Path(subset).stem
-    path = evaluation_folder(run) / f"semisup-{part}.json" if output is None else output
-    with distributed_device(device) as chosen:
-        train, val = load_manifests(data, on_bad_image=on_bad_image)
-        parts = {
-            seed: take_rows(
-                train, drawn_rows(train, fraction, seed=seed) if subset is None else listed_rows(train, subset)
-            )
-            for seed in seeds
-        }
+    part = f"{100 * config.fraction:g}%" if config.subset is None else config.subset.stem
+    path = output or evaluation_folder(run) / f"semisup-{part}.json"
+    with distributed_device(config.device) as device:
+        train, val = load_manifests(data, on_bad_image=config.on_bad_image)
+        subsets = {seed: _subset(train, config, seed) for seed in config.seeds}
         loaded = load_run(run)
-        bases = trunk_encoders(loaded, encoders)
-        size = loaded.size if size is None else size
-        reader = ImageReader(val, size, batch_size, workers, on_bad_image)
-        dtype = resolve_precision(precision, chosen)
+        encoders = trunk_encoders(loaded, config.encoders)
+        size = loaded.size if config.size is None else config.size
+        reader = ImageReader(val, size, config.batch_size, config.workers, config.on_bad_image)
+        precision = resolve_precision(config.precision, device)
         facts = {
             **run_facts(run, loaded, size),
-            **SEMISUP.facts(epochs, batch_size),
-            "precision": str(dtype).removeprefix("torch."),
+            **SEMISUP.facts(config.epochs, config.batch_size),
+            "precision": str(precision).removeprefix("torch."),
             "subset": {
-                "fraction": fraction if subset is None else None,
-                "file": None if subset is None else str(subset),
-                "images": [len(some) for some in parts.values()],
-                "digests": [some.digest() for some in parts.values()],
+                "fraction": config.fraction if config.subset is None else None,
+                "file": None if config.subset is None else str(config.subset),
+                "images": [len(subset) for subset in subsets.values()],
+                "digests": [subset.digest() for subset in subsets.values()],
             },
-            "seeds": list(seeds),
+            "seeds": list(config.seeds),
             "source": SEMISUP.source,
         }
         labels = torch.from_numpy(val.labels)
-        name = f"{SEMISUP.full_name(epochs)}-{part}"
+        name = f"{SEMISUP.full_name(config.epochs)}-{part}"
         rows, count, states = [], 0, []
-        for encoder_name, base in bases.items():
-            base.to(chosen)
+        for encoder_name, encoder in encoders.items():
+            encoder.to(device)
             pairs = []
-            for seed, some in parts.items():
-                progress = Progress(
+            for seed, subset in subsets.items():
+                resume = ResumeState(
                     path.with_name(f"{path.stem}-{encoder_name}-seed{seed}.partial.pt"),
-                    {**facts, "subset": some.digest(), "seeds": seed, "encoder": encoder_name},
+                    {**facts, "subset": subset.digest(), "seeds": seed, "encoder": encoder_name},
                 )
-                states.append(progress)
-                model = FineTuned(base, classes=len(train.classes), seed=seed).to(chosen)
+                states.append(resume)
+                model = FineTuned(encoder, classes=len(train.classes), seed=seed).to(device)
                 images = TrainingImages(
-                    some,
+                    subset,
                     size=size,
-                    batch_size=batch_size,
+                    batch_size=config.batch_size,
                     seed=seed,
-                    workers=workers,
-                    on_bad_image=on_bad_image,
-                    device=chosen,
+                    workers=config.workers,
+                    on_bad_image=config.on_bad_image,
+                    device=device,
                 )
                 with closing(images):
                     fine_tune(
                         model,
                         images,
-                        epochs=epochs,
-                        batch_size=batch_size,
-                        device=chosen,
-                        precision=dtype,
-                        progress=progress,
+                        epochs=config.epochs,
+                        batch_size=config.batch_size,
+                        device=device,
+                        precision=precision,
+                        resume=resume,
                     )
-                found, count = count_hits(lambda x, model=model: {"": model(x)}, [""], reader, labels, chosen)
+                found, count = count_hits(lambda x, model=model: {"": model(x)}, [""], reader, labels, device)
                 pairs.append(found[""])
-            rows.append({"encoder": encoder_name, "protocol": name, **score_row(pairs, count)})
+            rows.append({"encoder": encoder_name, "protocol": name, **accuracy_row(pairs, count)})
         result = {
             "protocol": name,
+            "config": to_dict(config),
             "results": rows,
             **facts,
-            "data": data_facts(data, (train, val), [len(parts[seeds[0]]), count]),
+            "data": data_facts(data, (train, val), [len(subsets[config.seeds[0]]), count]),
             "versions": versions(),
         }
         result["data"]["train"]["left_out"] = len(train.excluded)
         write_result(result, path)
-        for progress in states:
-            progress.remove()
+        for resume in states:
+            resume.remove()
         return result
+
+
+def _subset(train: Manifest, config: SemisupConfig, seed: int) -> Manifest:
+    if config.subset is not None:
+        return take_rows(train, listed_rows(train, config.subset))
+    return take_rows(train, drawn_rows(train, config.fraction, seed=seed))
 
 
 def render_table(result: dict[str, Any]) -> str:

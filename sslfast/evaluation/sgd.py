@@ -1,6 +1,6 @@
-"""What the protocols that train by SGD share: their published settings, the augmented images, a place to go on from."""
+"""What the protocols that train by SGD share: published settings, augmented images, resuming, counting hits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,16 +118,6 @@ SEMISUP = SGDProtocol(
 )
 
 
-def check_training(epochs: int, batch_size: int, seeds: Sequence[int]) -> None:
-    """ValueError for numbers that no training can have."""
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs=}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size=}")
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds must be different whole numbers from 0 on, at least one, got {tuple(seeds)}")
-
-
 class TrainingImages:
     """Random resized crops, mirrored or not, of labelled images: functions of (seed, epoch, row).
 
@@ -172,21 +162,26 @@ class TrainingImages:
         self.loader.close()
 
 
-class Progress:
-    """The state after an epoch in a file, so that a stopped training goes on at the next one."""
+class ResumeState:
+    """File with the state after an epoch (or iteration), from which a stopped training resumes.
+
+    Args:
+        path: the file; None: nothing is stored.
+        key: what identifies the training; the state of another key is ignored.
+    """
 
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
         self.path = path
         self.key = {name: str(value) for name, value in key.items()}
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore module and optimizer where the file is of this training; returns the epochs done.
+        """Restore module and optimizer if the file is of this training; returns the epochs done.
 
-        From the start on all ranks where one of them does not see the file.
+        Every rank starts at 0 if one of them does not see the file.
         """
         state = self._read()
         done = 0 if state is None else int(state["epochs_done"])
-        seen = gather_objects(done)  # by all, before any of them may turn back
+        seen = gather_objects(done)  # on every rank, before any of them returns
         if state is None or min(seen) < done:
             return 0
         module.load_state_dict(state["module"])
@@ -194,17 +189,17 @@ class Progress:
         return done
 
     def _read(self) -> dict[str, Any] | None:
-        """What the file holds if it is whole and of this training."""
+        """The state in the file if it is intact and of this training."""
         if self.path is None or not self.path.is_file():
             return None
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             return state if state["key"] == self.key else None
-        except Exception:  # whatever a damaged file makes of torch.load; the training starts anew
+        except Exception:  # whatever torch.load raises for a damaged file; the training starts from the beginning
             return None
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
-        """Write the state; the first rank alone does."""
+        """Write the state, on the first rank."""
         if self.path is not None and is_main():
             state = {
                 "key": self.key,
@@ -217,9 +212,19 @@ class Progress:
         barrier()
 
     def remove(self) -> None:
-        """The result is there: nothing to go on with."""
+        """Delete the file, once the result is written."""
         if self.path is not None and is_main():
             self.path.unlink(missing_ok=True)
+
+
+def check_finite(losses: Mapping[str, Tensor], epoch: int) -> None:
+    """ValueError where the last loss of an epoch is not finite."""
+    for name, loss in losses.items():
+        if not bool(loss.isfinite()):  # host sync: once an epoch
+            raise ValueError(
+                f"the loss of {name} is {loss.item()} after epoch {epoch + 1}: the features are not finite, or far too "
+                "large for this protocol's learning rate; use --protocol probe"
+            )
 
 
 class Hits:

@@ -14,16 +14,19 @@ and are left out of the low-shot draws and of every test.
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data import OnBadImage
+from sslfast.config import to_dict
 from sslfast.distributed import distributed_device, gather_objects, own_rows
 from sslfast.evaluation.average_precision import average_precision
 from sslfast.evaluation.cache import FeatureCache
+from sslfast.evaluation.config import check_at_least, check_positive
+from sslfast.evaluation.dataset import FeatureConfig
 from sslfast.evaluation.encoders import TRAINED, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import random_order
@@ -33,16 +36,58 @@ from sslfast.evaluation.table import precision_table
 from sslfast.evaluation.voc import VOCSplit, read_split, voc_manifest
 from sslfast.runs import versions
 
-PROTOCOL = "voc-svm"
+SVM_PROTOCOL = "voc-svm"
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 FOLDS = 3
 FIRST_STEP = 2
 """First place of the draws in the Philox stream that folders.py also draws from."""
 
+Difficult = Literal["negative", "ignore"]
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvmConfig(FeatureConfig):
+    """Settings of :func:`evaluate_svm`."""
+
+    layers: tuple[str, ...] = ("conv1", "res2", "res3", "res4", "res5")
+    """For SVMs on all images, of conv1 res2 res3 res4 res5 res5avg."""
+    shots: tuple[int, ...] = SHOTS
+    """Numbers of positives per class for low-shot SVMs."""
+    shot_layers: tuple[str, ...] = ("res4", "res5")
+    """For low-shot SVMs."""
+    draws: int = 5
+    """Low-shot sets of each size; mean and standard deviation are over these."""
+    seed: int = 0
+    """Of the draws."""
+    costs: tuple[float, ...] = COSTS
+    """Costs of the SVMs to choose from."""
+    difficult: Difficult = "negative"
+    """How the SVM on all images treats an image that shows a class only as difficult objects: as a negative, as in the
+    published numbers, or ignore it. Tests and low-shot sets always ignore it."""
+    encoders: tuple[str, ...] = (TRAINED,)
+    """trained, untrained or both."""
+    train_split: str = "trainval"
+    """Of ImageSets/Main."""
+    test_split: str = "test"
+    """Of ImageSets/Main."""
+    size: int | None = None
+    """Side of the images in pixels (published: 224); default: that of the run."""
+    workers: int = 0
+    """Decoding threads, and threads for SVMs; 0: one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self.layers)
+        if self.shots:
+            check_layers(self.shot_layers)
+        check_positive("costs", self.costs)
+        check_at_least(1, draws=self.draws, shots=min(self.shots, default=None))
+        check_at_least(0, seed=self.seed)
 
 
 def normalise(features: NDArray[np.floating]) -> Matrix:
@@ -111,7 +156,7 @@ def full_svm(
     *,
     classes: Sequence[str],
     costs: Sequence[float] = COSTS,
-    difficult: Literal["negative", "ignore"] = "negative",
+    difficult: Difficult = "negative",
     workers: int = 0,
 ) -> dict[str, Any]:
     """SVMs on all images: ``mAP``, ``mAP_11_point`` and per class its AP and its cost.
@@ -192,27 +237,8 @@ def shot_svm(
     }
 
 
-def evaluate_lowshot(
-    run: Path,
-    data: Path,
-    *,
-    layers: tuple[str, ...] = ("conv1", "res2", "res3", "res4", "res5"),
-    shots: tuple[int, ...] = SHOTS,
-    shot_layers: tuple[str, ...] = ("res4", "res5"),
-    draws: int = 5,
-    seed: int = 0,
-    costs: tuple[float, ...] = COSTS,
-    difficult: Literal["negative", "ignore"] = "negative",
-    encoders: tuple[str, ...] = (TRAINED,),
-    train_split: str = "trainval",
-    test_split: str = "test",
-    size: int | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
-    on_bad_image: OnBadImage = "error",
-    cache: bool = True,
-    output: Path | None = None,
+def evaluate_svm(
+    run: Path, data: Path, config: SvmConfig = SvmConfig(), *, output: Path | None = None
 ) -> dict[str, Any]:
     """Mean average precision of linear SVMs on a run's frozen features of Pascal VOC, with all and with few images.
 
@@ -220,89 +246,93 @@ def evaluate_lowshot(
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
         data: VOC folder (Annotations, ImageSets/Main, JPEGImages), such as VOCdevkit/VOC2007.
-        layers: for SVMs on all images, of conv1 res2 res3 res4 res5 res5avg.
-        shots: numbers of positives per class for low-shot SVMs.
-        shot_layers: for low-shot SVMs.
-        draws: low-shot sets of each size; mean and spread are over these.
-        seed: of the draws.
-        costs: of the SVMs, to choose from.
-        difficult: what an image that shows a class only as difficult objects is to the SVM of all images: a negative,
-            as in the published numbers, or nothing. Tests and low-shot sets never have it.
-        encoders: trained, untrained or both.
-        train_split: of ImageSets/Main.
-        test_split: of ImageSets/Main.
-        size: side of the images in pixels (published: 224); default: that of the run.
-        batch_size: images per forward pass.
-        workers: decoding threads, and threads for SVMs; 0: one.
-        device: auto, cpu, cuda or cuda:N.
-        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
-        cache: keep features in RUN/evaluation/features and take them from there; the folder may be deleted.
+        config: settings.
         output: JSON file to write; default: RUN/evaluation/lowshot.json.
 
     Under torchrun the processes share images and SVMs.
     """
-    linear_svm(1.0)
-    check_layers(layers)
-    if shots:
-        check_layers(shot_layers)
-    if not costs or min(costs) <= 0:
-        raise ValueError(f"costs must be positive numbers, at least one, got {costs}")
-    if draws < 1 or seed < 0 or (shots and min(shots) < 1):
-        raise ValueError(f"draws and shots must be at least 1 and seed at least 0, got {draws=}, {shots=}, {seed=}")
-    splits = [read_split(data, name) for name in (train_split, test_split)]
-    check_splits(splits, shots)
+    linear_svm(1.0)  # before any work: is scikit-learn installed?
+    splits = [read_split(data, name) for name in (config.train_split, config.test_split)]
+    check_splits(splits, config.shots)
     loaded = load_run(run)
-    chosen = trunk_encoders(loaded, encoders)
-    size = loaded.size if size is None else size
+    encoders = trunk_encoders(loaded, config.encoders)
+    size = loaded.size if config.size is None else config.size
     results: list[dict[str, Any]] = []
-    with distributed_device(device) as on, warnings.catch_warnings():
+    with distributed_device(config.device) as device, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
         readers = [
-            ImageReader(voc_manifest(split.root, split.ids), size, batch_size, workers, on_bad_image)
+            ImageReader(
+                voc_manifest(split.root, split.ids), size, config.batch_size, config.workers, config.on_bad_image
+            )
             for split in splits
         ]
-        wanted = [*layers, *(layer for layer in shot_layers if shots and layer not in layers)]
-        store = FeatureCache(cache_folder(run) if cache else None)
-        found = [extract_layers(chosen, wanted, reader, device=on, cache=store) for reader in readers]
-        labels = [split.labels[some.rows.numpy()] for split, some in zip(splits, found, strict=True)]
-        for encoder in chosen:
-            for layer in wanted:
-                # Hundreds of megabytes each: let go of one before the next.
-                train, test = (normalise(some.values.pop(f"{encoder}/{layer}").numpy()) for some in found)
-                row = {"encoder": encoder, "layer": layer, "features": train.shape[1]}
-                if layer in layers:
-                    scores = full_svm(
-                        train,
-                        labels[0],
-                        test,
-                        labels[1],
-                        classes=splits[0].classes,
-                        costs=costs,
-                        difficult=difficult,
-                        workers=workers,
-                    )
-                    results.append({**row, "protocol": f"{PROTOCOL}-{layer}", **scores})
-                for k in shots if layer in shot_layers else ():
-                    few = shot_svm(
-                        train, labels[0], test, labels[1], k=k, draws=draws, costs=costs, seed=seed, workers=workers
-                    )
-                    results.append({**row, "protocol": f"{PROTOCOL}-k{k}-{layer}", **few})
+        layers = list(dict.fromkeys((*config.layers, *(config.shot_layers if config.shots else ()))))
+        cache = FeatureCache(cache_folder(run) if config.cache else None)
+        found = [extract_layers(encoders, layers, reader, device=device, cache=cache) for reader in readers]
+        labels = [split.labels[features.rows.numpy()] for split, features in zip(splits, found, strict=True)]
+        for encoder in encoders:
+            for layer in layers:
+                # Hundreds of megabytes each: free one before the next is made.
+                train, test = (normalise(features.values.pop(f"{encoder}/{layer}").numpy()) for features in found)
+                results += _layer_rows(encoder, layer, train, labels[0], test, labels[1], splits[0].classes, config)
         result = {
-            "protocol": PROTOCOL,
+            "protocol": SVM_PROTOCOL,
+            "config": to_dict(config),
             "results": results,
             **run_facts(run, loaded, size),
-            "costs": list(costs),
+            "costs": list(config.costs),
             "folds": FOLDS,
-            "difficult": difficult,
-            "draws": draws,
-            "draw_seed": seed,
+            "difficult": config.difficult,
+            "draws": config.draws,
+            "draw_seed": config.seed,
             "ap": "area under the interpolated curve; mAP_11_point: mean at recall 0, 0.1 ... 1",
             "source": "Goyal et al., ICCV 2019; settings of VISSL's voc07 SVM benchmarks",
-            "data": _data_facts(data, splits, readers, [len(some.rows) for some in found]),
+            "data": _data_facts(data, splits, readers, [len(features.rows) for features in found]),
             "versions": versions(),
         }
-        write_result(result, evaluation_folder(run) / "lowshot.json" if output is None else output)
+        write_result(result, output or evaluation_folder(run) / "lowshot.json")
         return result
+
+
+def _layer_rows(
+    encoder: str,
+    layer: str,
+    train: Matrix,
+    train_labels: NDArray[np.int8],
+    test: Matrix,
+    test_labels: NDArray[np.int8],
+    classes: Sequence[str],
+    config: SvmConfig,
+) -> list[dict[str, Any]]:
+    """Results of one layer: with all images, and with k of each class."""
+    common = {"encoder": encoder, "layer": layer, "features": train.shape[1]}
+    rows = []
+    if layer in config.layers:
+        scores = full_svm(
+            train,
+            train_labels,
+            test,
+            test_labels,
+            classes=classes,
+            costs=config.costs,
+            difficult=config.difficult,
+            workers=config.workers,
+        )
+        rows.append({**common, "protocol": f"{SVM_PROTOCOL}-{layer}", **scores})
+    for k in config.shots if layer in config.shot_layers else ():
+        scores = shot_svm(
+            train,
+            train_labels,
+            test,
+            test_labels,
+            k=k,
+            draws=config.draws,
+            costs=config.costs,
+            seed=config.seed,
+            workers=config.workers,
+        )
+        rows.append({**common, "protocol": f"{SVM_PROTOCOL}-k{k}-{layer}", **scores})
+    return rows
 
 
 def check_splits(splits: Sequence[VOCSplit], shots: Sequence[int]) -> None:

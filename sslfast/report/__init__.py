@@ -2,11 +2,13 @@
 below."""
 
 from sslfast.report.bars import draw_bars
-from sslfast.report.build import report
-from sslfast.report.neighbours import run_neighbours, write_neighbours
+from sslfast.report.build import ReportConfig, report
+from sslfast.report.neighbours import NeighboursConfig, run_neighbours, write_neighbours
 from sslfast.report.preview import write_preview
 
 __all__ = [
+    "NeighboursConfig",
+    "ReportConfig",
     "draw_bars",
     "report",
     "run_neighbours",

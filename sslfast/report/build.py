@@ -1,14 +1,15 @@
-"""``sslfast report``: one self-contained page about one or several runs.
+"""``sslfast report``: one self-contained HTML page about one or several runs.
 
-From a run directory come its configuration, curves and evaluation results. With labelled images (``--data``) each run's
-encoder is asked, too: per-class accuracy and confusion of a linear probe, nearest neighbours, and a map of the
-embeddings (t-SNE of scikit-learn; van der Maaten & Hinton 2008) with the images behind the points.
+A run directory provides its configuration, curves and evaluation results. With labelled images (``--data``) the page
+also shows what each run's encoder makes of them: per-class accuracy and confusion matrix of a linear probe, nearest
+neighbours, and a map of the embeddings (t-SNE of scikit-learn; van der Maaten & Hinton 2008) with thumbnails.
 """
 
 import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from sslfast.config import load_json
 from sslfast.data import ImageLocation, decode_full, quiet_pillow, read_image_bytes
-from sslfast.evaluation import STRENGTHS, TRAINED, EvaluationSet, load_evaluation_set, nearest_neighbours, train_probe
+from sslfast.evaluation import (
+    L2_STRENGTHS,
+    TRAINED,
+    EvaluationSet,
+    FeatureConfig,
+    load_evaluation_set,
+    nearest_neighbours,
+    train_probe,
+)
 from sslfast.files import replacing
 from sslfast.report.charts import figure, line_chart, number, scatter_chart
 from sslfast.report.neighbours import choose_queries
@@ -38,13 +47,31 @@ _SCORES = {
     "top1": "top-1", "top5": "top-5", "mAP": "mAP", "mAP_11_point": "mAP (11 points)", "ap": "AP", "ap50": "AP50",
     "ap75": "AP75", "voc07_ap": "AP (VOC07)", "voc07_ap50": "AP50 (VOC07)", "voc07_ap75": "AP75 (VOC07)",
 }  # fmt: skip
-"""Entries of a result's rows that are shares, and their names."""
+"""Scores in the rows of a result that are shares, with their headings; a row without any shows all of its numbers."""
 _TILE = 48  # pixels of a picture in the map's sprite
 _MOST_CLASSES = 30  # rows of the per-class table; of more classes, the best and the worst
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(FeatureConfig):
+    """Settings of :func:`report`."""
+
+    points: int = 1000
+    """Validation images on the embedding map."""
+    queries: int = 10
+    """Rows of the nearest-neighbour section."""
+    neighbours: int = 8
+    """Images in each of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("points", "queries", "neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}")
+
+
 class Run:
-    """What a run directory holds for the report."""
+    """The files of a run directory that a report shows."""
 
     def __init__(self, path: Path) -> None:
         if path.is_file():
@@ -60,41 +87,27 @@ class Run:
 def report(
     runs: tuple[Path, ...],
     /,
+    config: ReportConfig = ReportConfig(),
     *,
     output: Path = Path("report.html"),
     data: Path | None = None,
-    points: int = 1000,
-    queries: int = 10,
-    neighbours: int = 8,
-    size: int | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
 ) -> Path:
-    """One HTML page about runs, for any browser, with nothing to fetch.
+    """One self-contained HTML page about one or more runs.
 
     Args:
         runs: run directories that sslfast pretrain wrote.
+        config: of the sections that need data.
         output: file to write.
-        data: folder with train/<class>/ and val/<class>/: adds accuracy by class, neighbours and the embedding map.
-        points: validation images on the map.
-        queries: rows of the neighbour sheet.
-        neighbours: images in each of them.
-        size: side of the images in pixels; default: that of each run.
-        batch_size: images per forward pass.
-        workers: decoding threads; 0: none besides the main one.
-        device: auto, cpu, cuda or cuda:N.
+        data: folder with train/<class>/ and val/<class>/: adds accuracy by class, nearest neighbours and the embedding
+            map.
 
     Raises:
-        ValueError, FileNotFoundError: no run, or something in one of them that is no run; with the remedy.
+        ValueError, FileNotFoundError: no run, or one of them is no run directory.
     """
     if not runs:
         raise ValueError("there is no run to report on; give at least one run directory")
     if output.suffix not in (".html", ".htm"):
         raise ValueError(f"output must end in .html, got {str(output)!r}")
-    for name, value in (("points", points), ("queries", queries), ("neighbours", neighbours)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
     found = [Run(Path(path)) for path in runs]
     _name_apart(found)
     sections = [
@@ -105,14 +118,12 @@ def report(
     for run in found:
         if data is None:
             break
-        evaluation = load_evaluation_set(
-            run.path, data, size=size, batch_size=batch_size, workers=workers, device=device
-        )
+        evaluation = load_evaluation_set(run.path, data, config)
         suffix = f", {run.name}" if len(found) > 1 else ""
         sections += [
             (f"Accuracy by class{suffix}", _by_class(evaluation)),
-            (f"Nearest neighbours{suffix}", _neighbour_rows(evaluation, queries=queries, k=neighbours)),
-            (f"Embedding map{suffix}", _embedding_map(evaluation, most=points)),
+            (f"Nearest neighbours{suffix}", _neighbour_rows(evaluation, queries=config.queries, k=config.neighbours)),
+            (f"Embedding map{suffix}", _embedding_map(evaluation, most=config.points)),
         ]
     sections += [
         ("Detections", "".join(_picture(path) for run in found for path in run.pictures)),
@@ -187,11 +198,12 @@ def _evaluations(runs: Sequence[Run]) -> str:
         for result in run.results:
             for row in result.get("results", []):
                 found = {words: row.get(name) for name, words in _SCORES.items()}
-                values = ", ".join(f"{words} {100 * v:.1f} %" for words, v in found.items() if isinstance(v, float))
+                values = [f"{words} {100 * v:.1f} %" for words, v in found.items() if isinstance(v, float)]
+                values = values or [f"{name} {number(v)}" for name, v in row.items() if isinstance(v, float)]
                 which = [str(row[name]) for name in ("encoder", "layer", "images") if name in row]
                 which += [f"{name}={row[name]}" for name in ("k", "fraction") if name in row]
                 protocol = str(row.get("protocol", result.get("protocol", "")))
-                rows.append([run.name, protocol, ", ".join(which), values])
+                rows.append([run.name, protocol, ", ".join(which), ", ".join(values)])
     if not rows:
         return "<p>None yet: <code>sslfast evaluate knn RUN DATA</code> makes one.</p>"
     return table(["run", "protocol", "what", "result"], rows)
@@ -200,7 +212,9 @@ def _evaluations(runs: Sequence[Run]) -> str:
 def _by_class(evaluation: EvaluationSet) -> str:
     """Accuracy of the linear probe for every class, its confusion matrix and the pairs most often confused."""
     classes = len(evaluation.classes)
-    probe = train_probe(evaluation.train[TRAINED], evaluation.train_labels, classes=classes, strengths=STRENGTHS[1:4])
+    probe = train_probe(
+        evaluation.train[TRAINED], evaluation.train_labels, classes=classes, strengths=L2_STRENGTHS[1:4]
+    )
     predicted = probe(evaluation.val[TRAINED]).argmax(1)
     confusion = confusion_matrix(predicted, evaluation.val_labels, classes)
     counts = confusion.sum(1)
@@ -257,11 +271,11 @@ def _neighbour_rows(evaluation: EvaluationSet, *, queries: int, k: int) -> str:
     parts = []
     for position, row in enumerate(rows.tolist()):
         label = int(evaluation.val_labels[row])
-        tiles = [_tile(evaluation.val_places[row], evaluation.classes[label], "")]
+        tiles = [_tile(evaluation.val_locations[row], evaluation.classes[label], "")]
         for value, neighbour in zip(similarity[position].tolist(), found[position].tolist(), strict=True):
             other = int(evaluation.train_labels[neighbour])
             words = f"{evaluation.classes[other]}, cosine {value:.3f}"
-            tiles.append(_tile(evaluation.train_places[neighbour], words, "same" if other == label else "other"))
+            tiles.append(_tile(evaluation.train_locations[neighbour], words, "same" if other == label else "other"))
         name = f'<span class="faint">{escape(evaluation.classes[label])}</span>'
         parts.append(f'<div class="tiles">{name}{"".join(tiles)}</div>')
     words = "A validation image, then the training images most similar to it: green, of its class; red, of another."
@@ -271,15 +285,16 @@ def _neighbour_rows(evaluation: EvaluationSet, *, queries: int, k: int) -> str:
 def _embedding_map(evaluation: EvaluationSet, *, most: int) -> str:
     total = len(evaluation.val_labels)
     rows = torch.arange(min(most, total)) * total // min(most, total)
-    places = embed_in_plane(evaluation.val[TRAINED][rows])
+    positions = embed_in_plane(evaluation.val[TRAINED][rows])
     columns = math.ceil(math.sqrt(len(rows)))
     sprite = Image.new("RGB", (columns * _TILE, -(-len(rows) // columns) * _TILE))
     points = []
     with quiet_pillow():
         for i, row in enumerate(rows.tolist()):
-            sprite.paste(_thumbnail(evaluation.val_places[row], _TILE), (i % columns * _TILE, i // columns * _TILE))
-            x, y = (round(v, 4) for v in places[i].tolist())
-            points.append([x, y, int(evaluation.val_labels[row]), Path(str(evaluation.val_places[row])).name])
+            location = evaluation.val_locations[row]
+            sprite.paste(_thumbnail(location, _TILE), (i % columns * _TILE, i // columns * _TILE))
+            x, y = (round(v, 4) for v in positions[i].tolist())
+            points.append([x, y, int(evaluation.val_labels[row]), Path(str(location)).name])
     data = {
         "points": points,
         "classes": evaluation.classes,
@@ -296,8 +311,8 @@ def _embedding_map(evaluation: EvaluationSet, *, most: int) -> str:
 
 
 def embed_in_plane(features: Tensor) -> Tensor:
-    """``[N, D]`` features to ``[N, 2]`` places in the unit square: t-SNE on cosine distances, started from principal
-    axes, the same for the same features. Fewer than 5 images lie on a circle."""
+    """``[N, D]`` features to ``[N, 2]`` coordinates in the unit square: t-SNE on cosine distances, initialised by PCA
+    and deterministic. Fewer than 5 images are set on a circle."""
     count = len(features)
     if count < 5:
         angle = torch.arange(count) * 2 * math.pi / max(count, 1)
@@ -306,8 +321,8 @@ def embed_in_plane(features: Tensor) -> Tensor:
 
     unit = torch.nn.functional.normalize(features.float(), dim=1).numpy()
     perplexity = min(30.0, (count - 1) / 4)
-    places = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(unit)
-    found = torch.from_numpy(np.ascontiguousarray(places)).double()
+    plane = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(unit)
+    found = torch.from_numpy(np.ascontiguousarray(plane)).double()
     low, high = found.amin(0), found.amax(0)
     return (found - low) / (high - low).clamp(min=1e-12)
 
@@ -327,17 +342,17 @@ def _published() -> str:
     return f'<div class="grid2">{chart}<p class="faint">{words}</p></div>'
 
 
-def _thumbnail(place: ImageLocation, side: int) -> Image.Image:
+def _thumbnail(location: ImageLocation, side: int) -> Image.Image:
     """The centre square of a picture."""
-    picture = Image.fromarray(decode_full(read_image_bytes(place))).convert("RGB")
+    picture = Image.fromarray(decode_full(read_image_bytes(location))).convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
 
 
-def _tile(place: ImageLocation, words: str, css: str) -> str:
+def _tile(location: ImageLocation, words: str, css: str) -> str:
     with quiet_pillow():
-        picture = _thumbnail(place, 96)
+        picture = _thumbnail(location, 96)
     text = escape(words, quote=True)
     return f'<img class="{css}" alt="{text}" title="{text}" src="{data_url(picture, "JPEG")}">'
 

@@ -1,20 +1,19 @@
 """The nearest-neighbour sheet: one row per query, with the images that an encoder finds most similar.
 
 A green frame marks a neighbour of the query's class, a red frame one of another class; the number is the cosine
-similarity. Several encoders stand side by side for the same queries.
+similarity. Several encoders are shown side by side for the same queries.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.data import ImageLocation, OnBadImage, decode_full, quiet_pillow, read_image_bytes
-from sslfast.evaluation import EvaluationSet, load_evaluation_set, nearest_neighbours
+from sslfast.data import ImageLocation, decode_full, quiet_pillow, read_image_bytes
+from sslfast.evaluation import EvaluationSet, FeatureConfig, load_evaluation_set, nearest_neighbours
 
 _TILE, _GAP, _FRAME = 96, 10, 4
 _MARGIN, _BLOCK_GAP = 28, 36
@@ -24,11 +23,21 @@ _PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
 _SAME, _OTHER = "#16a34a", "#dc2626"
 
 
+@dataclass(frozen=True, kw_only=True)
+class NeighboursConfig(FeatureConfig):
+    """Settings of :func:`run_neighbours`."""
+
+    queries: int = 12
+    """Validation images, at most the number of classes."""
+    k: int = 6
+    """Neighbours of each."""
+
+
 @dataclass(kw_only=True)
 class Neighbour:
     """One image that an encoder found."""
 
-    place: ImageLocation
+    location: ImageLocation
     similarity: float
     same_class: bool
 
@@ -37,9 +46,9 @@ class Neighbour:
 class Query:
     """One row of the sheet."""
 
-    place: ImageLocation
+    location: ImageLocation
     label: str
-    """Words under the picture, its class for example."""
+    """Caption of the image, for example its class."""
     neighbours: Mapping[str, Sequence[Neighbour]]
     """Encoder name -> what it found, most similar first."""
 
@@ -85,12 +94,12 @@ def write_neighbours(
         label = int(evaluation.val_labels[row])
         sheet.append(
             Query(
-                place=evaluation.val_places[row],
+                location=evaluation.val_locations[row],
                 label=evaluation.classes[label],
                 neighbours={
                     name: [
                         Neighbour(
-                            place=evaluation.train_places[neighbour],
+                            location=evaluation.train_locations[neighbour],
                             similarity=value,
                             same_class=int(evaluation.train_labels[neighbour]) == label,
                         )
@@ -110,34 +119,20 @@ def write_neighbours(
 def run_neighbours(
     run: Path,
     data: Path,
+    config: NeighboursConfig = NeighboursConfig(),
     *,
     output: Path = Path("neighbours.png"),
-    queries: int = 12,
-    k: int = 6,
-    size: int | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
-    on_bad_image: OnBadImage = "error",
-) -> dict[str, Any]:
-    """Picture sheet of validation images and the training images most similar to them, for a run and its baselines.
+) -> Path:
+    """Contact sheet of validation images and the training images most similar to them, for a run and its baselines.
 
     Args:
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo).
         data: folder with train/<class>/ and val/<class>/.
-        output: picture to write.
-        queries: validation images, at most the number of classes.
-        k: neighbours of each.
-        size: side of the images in pixels; default: that of the run.
-        batch_size: images per forward pass.
-        workers: decoding threads; 0: none besides the main one.
-        device: auto, cpu, cuda or cuda:N.
-        on_bad_image: error: stop at an image that cannot be used. skip: leave it out and count it.
+        config: settings.
+        output: image file to write.
     """
-    evaluation = load_evaluation_set(
-        run, data, size=size, batch_size=batch_size, workers=workers, device=device, on_bad_image=on_bad_image
-    )
-    return {"output": str(write_neighbours(evaluation, output, queries=queries, k=k))}
+    evaluation = load_evaluation_set(run, data, config)
+    return write_neighbours(evaluation, output, queries=config.queries, k=config.k)
 
 
 def choose_queries(labels: Tensor, count: int) -> Tensor:
@@ -183,12 +178,12 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
     with quiet_pillow():
         for i, query in enumerate(queries):
             y = tiles_top + i * step
-            sheet.paste(_framed(query.place, _PAPER), (_MARGIN, y))
+            sheet.paste(_framed(query.location, _PAPER), (_MARGIN, y))
             _caption(draw, query.label, _MARGIN, y + cell, fonts[_SMALL])
             for name, start in starts.items():
                 for j, neighbour in enumerate(query.neighbours[name]):
                     x = start + j * (cell + _GAP)
-                    sheet.paste(_framed(neighbour.place, _SAME if neighbour.same_class else _OTHER), (x, y))
+                    sheet.paste(_framed(neighbour.location, _SAME if neighbour.same_class else _OTHER), (x, y))
                     _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, fonts[_SMALL])
     return sheet
 
@@ -198,9 +193,9 @@ def _share(name: str, queries: Sequence[Query]) -> str:
     return f"{sum(found)} of {len(found)} neighbours on this sheet are of the query's class"
 
 
-def _framed(place: ImageLocation, colour: str) -> Image.Image:
+def _framed(location: ImageLocation, colour: str) -> Image.Image:
     """The whole picture on a square mat inside a frame."""
-    picture = Image.fromarray(decode_full(read_image_bytes(place)))
+    picture = Image.fromarray(decode_full(read_image_bytes(location)))
     scale = _TILE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     if size != picture.size:

@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -275,26 +274,3 @@ def test_help_names_the_places(command: str, capsys: pytest.CaptureFixture[str])
     usage = capsys.readouterr().out.split("\n\n")[0]
     assert usage.startswith(f"usage: sslfast {command} [-h] [OPTIONS] RUN ")
     assert "PATH" not in usage
-
-
-def test_evaluation_options_come_from_the_function(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def evaluate(run: Path, data: Path, *, neighbours: int = 20) -> dict[str, Any]:
-        """Accuracy of something.
-
-        Args:
-            run: run directory.
-            data: folder of images.
-            neighbours: how many vote.
-        """
-        return {"run": run, "accuracy": neighbours / 100}
-
-    def run(*arguments: str) -> int:
-        return cli._evaluate(evaluate, str, list(arguments), "sslfast evaluate knn")
-
-    assert run("RUN", "DATA", "--neighbours", "5") == 0
-    assert capsys.readouterr().out == f"{{'run': {Path('RUN')!r}, 'accuracy': 0.05}}\n"
-    assert run("--help") == 0
-    assert "how many vote" in capsys.readouterr().out
-    assert run("RUN") == 2

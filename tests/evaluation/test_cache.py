@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslfast.data.manifest import Manifest
 from sslfast.evaluation.cache import Cached, FeatureCache, weights_digest
-from sslfast.evaluation.dataset import load_evaluation_set
+from sslfast.evaluation.dataset import FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import TrunkEncoder, extract_all, extract_layers, load_run
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.results import cache_folder
@@ -105,20 +105,20 @@ def test_layers_are_cached_one_by_one(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_is_evaluated_anew(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)
-    first = load_evaluation_set(run, data, device="cpu")
+    first = load_evaluation_set(run, data, FeatureConfig(device="cpu"))
     folder = cache_folder(run)
     assert len(list(folder.iterdir())) == 6  # three encoders, train and val
     state = torch.load(run / "checkpoints" / "step_00000005.pt", weights_only=True)
     state["method"]["trunk.layer1.0.conv1.weight"] *= 1.5
     save_checkpoint(run / "checkpoints", state | {"step": 9}, 9)
-    second = load_evaluation_set(run, data, device="cpu")
+    second = load_evaluation_set(run, data, FeatureConfig(device="cpu"))
     assert len(list(folder.iterdir())) == 8
     assert not torch.equal(first.train["trained"], second.train["trained"])
     assert torch.equal(first.train["untrained"], second.train["untrained"])
     assert first.facts["weights"] != second.facts["weights"]
     for path in folder.iterdir():
         path.unlink()
-    load_evaluation_set(run, data, device="cpu", cache=False)
+    load_evaluation_set(run, data, FeatureConfig(device="cpu", cache=False))
     assert list(folder.iterdir()) == []
     assert load_run(run).encoders["trained"].identity()["weights"] == second.facts["weights"]
 

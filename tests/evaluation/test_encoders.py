@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sslfast.config import load_json, save_json
 from sslfast.data.manifest import Manifest
-from sslfast.evaluation.dataset import load_evaluation_set
+from sslfast.evaluation.dataset import FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import RawPixels, TrunkEncoder, extract_all, extract_features, load_run
 from sslfast.evaluation.extract import eval_box
 from sslfast.evaluation.folders import load_manifests
-from sslfast.evaluation.knn import evaluate_knn
+from sslfast.evaluation.knn import KnnConfig, evaluate_knn
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, standard_error
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from sslfast.runs.checkpoint import load_latest, save_checkpoint
@@ -138,7 +138,7 @@ def test_files_in_place_of_a_run(tmp_path: Path) -> None:
         assert evaluation_folder(path) == Path(f"{path}.evaluation")
     assert evaluation_folder(run) == run / "evaluation"
     data = write_data(tmp_path / "data", train=2, val=1)
-    result = evaluate_knn(tmp_path / "moco.pth.tar", data, k=(1,), size=24, device="cpu")
+    result = evaluate_knn(tmp_path / "moco.pth.tar", data, KnnConfig(k=(1,), size=24, device="cpu"))
     assert load_json(tmp_path / "moco.pth.tar.evaluation" / "knn.json") == result
     assert (result["step"], result["recipe"]) == (None, None)
 
@@ -191,10 +191,10 @@ def test_bad_images(tmp_path: Path) -> None:
     found = extract_all({"pixels": Pixels()}, manifest, size=24, batch_size=2, on_bad_image="skip")
     assert found.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert [path for path, _ in found.bad_images] == ["green/1.png"]
-    evaluation = load_evaluation_set(run, data, device="cpu", on_bad_image="skip")
+    evaluation = load_evaluation_set(run, data, FeatureConfig(device="cpu", on_bad_image="skip"))
     assert evaluation.train_labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     assert evaluation.facts["data"]["train"]["left_out"] == 1
-    assert len(evaluation.train_places) == len(evaluation.train["trained"]) == 8
+    assert len(evaluation.train_locations) == len(evaluation.train["trained"]) == 8
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sslfast.evaluation.knn import (
+    KnnConfig,
     accuracy,
     bank_knn,
     class_scores,
@@ -174,7 +175,7 @@ def test_errors() -> None:
 
 def test_evaluate_knn(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=6, val=3)
-    result = evaluate_knn(run, data, k=(1, 3), device="cpu")
+    result = evaluate_knn(run, data, KnnConfig(k=(1, 3), device="cpu"))
     assert json.loads((run / "evaluation" / "knn.json").read_text()) == result
     rows = {(row["encoder"], row["k"]): row for row in result["results"]}
     assert set(rows) == {(name, k) for name in ("trained", "untrained", "raw pixels") for k in (1, 3)}
@@ -194,7 +195,7 @@ def test_evaluate_knn(tmp_path: Path) -> None:
     assert "k3 top-1 %" in table
     other = tmp_path / "elsewhere" / "result.json"
     assert (
-        evaluate_knn(run, data, k=(1, 3), device="cpu", workers=2, batch_size=5, output=other)["results"]
+        evaluate_knn(run, data, KnnConfig(k=(1, 3), device="cpu", workers=2, batch_size=5), output=other)["results"]
         == (result["results"])
     )
     assert other.exists()
@@ -203,6 +204,6 @@ def test_evaluate_knn(tmp_path: Path) -> None:
 def test_evaluate_knn_errors(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)
     with pytest.raises(ValueError, match=r"k must be in \[1, 6\], the number of training images, got k=20; lower it"):
-        evaluate_knn(run, data, device="cpu")
+        evaluate_knn(run, data, KnnConfig(device="cpu"))
     with pytest.raises(ValueError, match="temperature must be positive"):
-        evaluate_knn(run, data, temperature=-1.0, device="cpu")
+        KnnConfig(temperature=-1.0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from sslfast.evaluation.linear_probe import evaluate_linear, fit_linear, held_out_mask, render_table, train_probe
+from sslfast.evaluation.linear import LinearConfig, evaluate_linear, render_table
+from sslfast.evaluation.linear_probe import fit_linear, held_out_mask, train_probe
 from sslfast.ops.philox import random_uniform
 from tests.evaluation.runs import write_data, write_run
 
@@ -97,7 +98,7 @@ def test_errors() -> None:
 
 def test_evaluate_linear(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=6, val=3)
-    result = evaluate_linear(run, data, device="cpu")
+    result = evaluate_linear(run, data, LinearConfig(device="cpu"))
     assert json.loads((run / "evaluation" / "linear.json").read_text()) == result
     rows = {row["encoder"]: row for row in result["results"]}
     assert set(rows) == {"trained", "untrained", "raw pixels"}
@@ -106,10 +107,10 @@ def test_evaluate_linear(tmp_path: Path) -> None:
     assert rows["raw pixels"]["top5"] == 1.0
     assert all(row["largest_gradient"] <= 1e-5 for row in rows.values())
     assert "linear-frozen-avgpool-lbfgs: 3 classes, 18 training and 9 validation images" in render_table(result)
-    both = evaluate_linear(run, data, seeds=(0, 5), device="cpu")["results"][0]
+    both = evaluate_linear(run, data, LinearConfig(seeds=(0, 5), device="cpu"))["results"][0]
     assert len(both["top1_of_seeds"]) == len(both["strength_of_seeds"]) == 2
     assert both["top1"] == pytest.approx(sum(both["top1_of_seeds"]) / 2)
     with pytest.raises(ValueError, match="strengths must be positive"):
-        evaluate_linear(run, data, strengths=(), device="cpu")
+        LinearConfig(strengths=())
     with pytest.raises(ValueError, match="seeds must be whole numbers"):
-        evaluate_linear(run, data, seeds=(), device="cpu")
+        LinearConfig(seeds=())

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 import sslfast.evaluation.linear_sgd as heads_module
+from sslfast.config import from_dict
 from sslfast.evaluation.encoders import TrunkEncoder
-from sslfast.evaluation.linear_probe import evaluate_linear, render_table
-from sslfast.evaluation.linear_sgd import FrozenMaps, Heads, check_finite
-from sslfast.evaluation.sgd import GOYAL
+from sslfast.evaluation.linear import LinearConfig, evaluate_linear, render_table
+from sslfast.evaluation.linear_sgd import FrozenMaps, Heads
+from sslfast.evaluation.sgd import GOYAL, check_finite
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from tests.evaluation.runs import write_data, write_run
 
@@ -43,7 +44,7 @@ def test_heads() -> None:
     assert torch.equal(again.weight, linear.weight)
 
 
-def test_trunk_stays_as_it_was() -> None:
+def test_trunk_is_not_modified() -> None:
     trunk = build_trunk(ResNetConfig(name="resnet18"), seed=0)
     before = {name: value.clone() for name, value in trunk.state_dict().items()}
     maps = FrozenMaps({"trained": TrunkEncoder(trunk)}, GOYAL.layers, device=CPU, precision=torch.float32)
@@ -55,8 +56,10 @@ def test_trunk_stays_as_it_was() -> None:
 
 
 def test_goyal(run: Path, data: Path) -> None:
-    options = {"protocol": "goyal", "epochs": 4, "batch_size": 8, "device": "cpu"}
-    result = evaluate_linear(run, data, encoders=("trained", "untrained"), **options)  # type: ignore[arg-type]
+    encoders = ("trained", "untrained")
+    config = LinearConfig(protocol="goyal", encoders=encoders, epochs=4, batch_size=8, device="cpu")
+    result = evaluate_linear(run, data, config)
+    assert from_dict(LinearConfig, result["config"]) == config
     assert json.loads((run / "evaluation" / "linear-goyal.json").read_text()) == result
     assert result["protocol"] == "linear-goyal-4ep"
     assert (result["epochs"], result["published_epochs"], result["drops"]) == (4, 28, [1, 2, 3])
@@ -75,11 +78,11 @@ def test_goyal(run: Path, data: Path) -> None:
 
 
 def test_seeds_give_mean_and_spread(run: Path, data: Path, tmp_path: Path) -> None:
-    options = {"protocol": "moco", "epochs": 2, "batch_size": 8, "device": "cpu"}
-
     def evaluate(*seeds: int) -> dict[str, object]:
         path = tmp_path / f"{seeds}.json"
-        return evaluate_linear(run, data, seeds=seeds, output=path, **options)["results"][0]  # type: ignore[arg-type, no-any-return]
+        config = LinearConfig(protocol="moco", seeds=seeds, epochs=2, batch_size=8, device="cpu")
+        row: dict[str, object] = evaluate_linear(run, data, config, output=path)["results"][0]
+        return row
 
     both, one, two = evaluate(0, 1), evaluate(0), evaluate(1)
     assert both["protocol"] == "linear-moco-2ep-res5avg-plain"
@@ -90,9 +93,9 @@ def test_seeds_give_mean_and_spread(run: Path, data: Path, tmp_path: Path) -> No
     assert one["top1_spread"] == 0.0
 
 
-def test_goes_on_where_it_stopped(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"protocol": "goyal", "layers": ("res3",), "epochs": 3, "batch_size": 8, "device": "cpu"}
-    whole = evaluate_linear(run, data, output=tmp_path / "whole.json", **options)  # type: ignore[arg-type]
+def test_stopped_evaluation_resumes(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LinearConfig(protocol="goyal", layers=("res3",), epochs=3, batch_size=8, device="cpu")
+    whole = evaluate_linear(run, data, config, output=tmp_path / "whole.json")
     begun: list[int] = []
 
     def stop(losses: dict[str, torch.Tensor], epoch: int) -> None:
@@ -102,9 +105,9 @@ def test_goes_on_where_it_stopped(run: Path, data: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(heads_module, "check_finite", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_linear(run, data, output=tmp_path / "parts.json", **options)  # type: ignore[arg-type]
+        evaluate_linear(run, data, config, output=tmp_path / "parts.json")
     assert (tmp_path / "parts-seed0.partial.pt").exists()
-    parts = evaluate_linear(run, data, output=tmp_path / "parts.json", **options)  # type: ignore[arg-type]
+    parts = evaluate_linear(run, data, config, output=tmp_path / "parts.json")
     assert begun == [0, 1, 1, 2]
     assert parts["results"] == whole["results"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "whole.json"]
@@ -112,16 +115,16 @@ def test_goes_on_where_it_stopped(run: Path, data: Path, tmp_path: Path, monkeyp
 
 def test_errors(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"layers of linear-goyal must be some of conv1, .*, got 'res6'"):
-        evaluate_linear(run, data, protocol="goyal", layers=("res6",), device="cpu")
+        evaluate_linear(run, data, LinearConfig(protocol="goyal", layers=("res6",), device="cpu"))
     with pytest.raises(ValueError, match="encoders must be trained and untrained or one of them, got 'raw pixels'"):
-        evaluate_linear(run, data, protocol="goyal", encoders=("raw pixels",), device="cpu")
+        evaluate_linear(run, data, LinearConfig(protocol="goyal", encoders=("raw pixels",), device="cpu"))
     with pytest.raises(ValueError, match="encoders is empty"):
-        evaluate_linear(run, data, protocol="moco", encoders=(), device="cpu")
+        evaluate_linear(run, data, LinearConfig(protocol="moco", encoders=(), device="cpu"))
     with pytest.raises(ValueError, match="belong to --protocol goyal or moco"):
-        evaluate_linear(run, data, epochs=3, device="cpu")
+        LinearConfig(epochs=3)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
-        evaluate_linear(run, data, protocol="goyal", epochs=0, device="cpu")
+        LinearConfig(protocol="goyal", epochs=0)
     with pytest.raises(ValueError, match=r"batch_size=256 is larger than the data set \(24 images\)"):
-        evaluate_linear(run, data, protocol="goyal", device="cpu")
+        evaluate_linear(run, data, LinearConfig(protocol="goyal", device="cpu"))
     with pytest.raises(ValueError, match="the loss of trained/res5 is nan after epoch 3"):
         check_finite({"trained/res5": torch.tensor(float("nan"))}, 2)

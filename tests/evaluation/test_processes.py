@@ -11,23 +11,24 @@ from sslfast.data.manifest import Manifest
 from sslfast.distributed.collectives import gather_objects, gather_uneven, own_rows, raise_together
 from sslfast.distributed.process_group import distributed_device, rank
 from sslfast.evaluation.encoders import RawPixels, extract_all
-from sslfast.evaluation.knn import evaluate_knn
-from sslfast.evaluation.linear_probe import evaluate_linear
-from sslfast.evaluation.semisup import evaluate_semisup
-from sslfast.evaluation.svm import evaluate_lowshot
+from sslfast.evaluation.knn import KnnConfig, evaluate_knn
+from sslfast.evaluation.linear import LinearConfig, evaluate_linear
+from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
+from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 from tests.distributed.test_training import enter
 from tests.distributed.test_training import run as run_ranks
 from tests.evaluation.runs import write_data, write_run
 from tests.evaluation.voc_data import write_voc
 
-GOYAL: dict[str, Any] = {"protocol": "goyal", "layers": ("res2",), "epochs": 1, "batch_size": 6}
-SHOTS: dict[str, Any] = {"layers": ("conv1",), "shots": (2,), "shot_layers": ("conv1",), "draws": 2, "costs": (1.0,)}
+GOYAL = LinearConfig(protocol="goyal", layers=("res2",), epochs=1, batch_size=6, device="cpu")
+SHOTS = SvmConfig(layers=("conv1",), shots=(2,), shot_layers=("conv1",), draws=2, costs=(1.0,), device="cpu")
 
 
 def evaluate_all(run: Path, data: Path, voc: Path, output: Path) -> None:
-    evaluate_knn(run, data, k=(1, 3), device="cpu", cache=False, batch_size=4, output=output / "knn.json")
-    evaluate_linear(run, data, device="cpu", output=output / "goyal.json", **GOYAL)
-    evaluate_lowshot(run, voc, device="cpu", output=output / "lowshot.json", **SHOTS)
+    knn = KnnConfig(k=(1, 3), device="cpu", cache=False, batch_size=4)
+    evaluate_knn(run, data, knn, output=output / "knn.json")
+    evaluate_linear(run, data, GOYAL, output=output / "goyal.json")
+    evaluate_svm(run, voc, SHOTS, output=output / "lowshot.json")
 
 
 def rank_evaluates(number: int, ranks: int, port: int, folder: Path) -> None:
@@ -40,8 +41,8 @@ def rank_evaluates(number: int, ranks: int, port: int, folder: Path) -> None:
         with pytest.raises(ValueError, match="of the second rank"):
             raise_together("of the second rank" if number == 1 else None)
         evaluate_all(folder / "run", folder / "data", folder / "voc", folder / "two")
-        options: dict[str, Any] = {"fraction": 0.5, "epochs": 1, "batch_size": 6}
-        evaluate_semisup(folder / "run", folder / "data", device="cpu", output=folder / "two" / "semi.json", **options)
+        semisup = SemisupConfig(fraction=0.5, epochs=1, batch_size=6, device="cpu")
+        evaluate_semisup(folder / "run", folder / "data", semisup, output=folder / "two" / "semi.json")
         victim = folder / "data" / "val" / "red" / "1.png"
         if number == 0:
             victim.write_bytes(victim.read_bytes()[:600])

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sslfast.config import from_dict
 from sslfast.evaluation import semisup
 from sslfast.evaluation.encoders import TrunkEncoder, load_run
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import load_manifests
-from sslfast.evaluation.semisup import FineTuned, evaluate_semisup, fine_tune, render_table
-from sslfast.evaluation.sgd import Progress, TrainingImages, count_hits
+from sslfast.evaluation.semisup import FineTuned, SemisupConfig, evaluate_semisup, fine_tune, render_table
+from sslfast.evaluation.sgd import ResumeState, TrainingImages, count_hits
 from sslfast.models.resnet import ResNetConfig, build_trunk
 from tests.evaluation.runs import write_data, write_run
 
@@ -46,7 +47,9 @@ def test_all_weights_train_and_the_encoder_stays() -> None:
 
 def test_semisup(run: Path, data: Path) -> None:
     before = load_run(run).encoders["trained"].identity()["weights"]
-    result = evaluate_semisup(run, data, fraction=0.25, epochs=3, batch_size=3, device="cpu", seeds=(0, 1))
+    config = SemisupConfig(fraction=0.25, epochs=3, batch_size=3, device="cpu", seeds=(0, 1))
+    result = evaluate_semisup(run, data, config)
+    assert from_dict(SemisupConfig, result["config"]) == config
     assert json.loads((run / "evaluation" / "semisup-25%.json").read_text()) == result
     assert result["protocol"] == "semisup-3ep-25%"
     assert (result["drops"], result["lr"], result["weight_decay"]) == ([1], 0.01 * 3 / 256, 0.0)
@@ -81,7 +84,7 @@ def test_fine_tuning_learns_colours(data: Path, monkeypatch: pytest.MonkeyPatch)
     model = FineTuned(TrunkEncoder(TinyTrunk()), classes=3, seed=0)
     images = TrainingImages(train, size=16, batch_size=8, seed=0, workers=0, on_bad_image="error", device=CPU)
     begun = {name: value.clone() for name, value in model.named_parameters()}
-    fine_tune(model, images, epochs=14, batch_size=8, device=CPU, precision=torch.float32, progress=Progress(None, {}))
+    fine_tune(model, images, epochs=14, batch_size=8, device=CPU, precision=torch.float32, resume=ResumeState(None, {}))
     assert not any(torch.equal(begun[name], value) for name, value in model.named_parameters())
     labels = torch.from_numpy(val.labels)
     found, count = count_hits(lambda x: {"": model(x)}, [""], ImageReader(val, 16), labels, CPU)
@@ -91,16 +94,15 @@ def test_fine_tuning_learns_colours(data: Path, monkeypatch: pytest.MonkeyPatch)
 def test_subset_file(run: Path, data: Path, tmp_path: Path) -> None:
     names = tmp_path / "few.txt"
     names.write_text("\n".join(f"{name}/{i}.png" for name in ("blue", "green", "red") for i in (1, 4)))
-    result = evaluate_semisup(
-        run, data, subset=names, epochs=1, batch_size=6, device="cpu", output=tmp_path / "out.json"
-    )
+    config = SemisupConfig(subset=names, epochs=1, batch_size=6, device="cpu")
+    result = evaluate_semisup(run, data, config, output=tmp_path / "out.json")
     assert result["protocol"] == "semisup-1ep-few"
     assert (result["subset"]["file"], result["subset"]["images"]) == (str(names), [6])
 
 
-def test_goes_on_where_it_stopped(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"fraction": 0.25, "epochs": 3, "batch_size": 6, "device": "cpu"}
-    whole = evaluate_semisup(run, data, output=tmp_path / "whole.json", **options)  # type: ignore[arg-type]
+def test_stopped_evaluation_resumes(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SemisupConfig(fraction=0.25, epochs=3, batch_size=6, device="cpu")
+    whole = evaluate_semisup(run, data, config, output=tmp_path / "whole.json")
     begun: list[int] = []
 
     def stop(losses: dict[str, torch.Tensor], epoch: int) -> None:
@@ -110,16 +112,16 @@ def test_goes_on_where_it_stopped(run: Path, data: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(semisup, "check_finite", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_semisup(run, data, output=tmp_path / "parts.json", **options)  # type: ignore[arg-type]
-    parts = evaluate_semisup(run, data, output=tmp_path / "parts.json", **options)  # type: ignore[arg-type]
+        evaluate_semisup(run, data, config, output=tmp_path / "parts.json")
+    parts = evaluate_semisup(run, data, config, output=tmp_path / "parts.json")
     assert begun == [0, 1, 1, 2]
     assert parts["results"] == whole["results"]
 
 
 def test_errors(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match="fraction must be above 0"):
-        evaluate_semisup(run, data, fraction=0.0, device="cpu")
+        SemisupConfig(fraction=0.0)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
-        evaluate_semisup(run, data, epochs=0, device="cpu")
+        SemisupConfig(epochs=0)
     with pytest.raises(ValueError, match=r"batch_size=256 is larger than the data set \(3 images\)"):
-        evaluate_semisup(run, data, device="cpu")
+        evaluate_semisup(run, data, SemisupConfig(device="cpu"))

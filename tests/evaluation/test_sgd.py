@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from sslfast.data.manifest import Manifest
-from sslfast.evaluation.sgd import GOYAL, MOCO, SEMISUP, Hits, Progress, SGDProtocol, TrainingImages, check_training
+from sslfast.evaluation.linear import LinearConfig
+from sslfast.evaluation.semisup import SemisupConfig
+from sslfast.evaluation.sgd import GOYAL, MOCO, SEMISUP, Hits, ResumeState, SGDProtocol, TrainingImages
 from tests.evaluation.runs import write_data
 
 
@@ -78,35 +80,35 @@ def test_hits() -> None:
     assert shares["b"][0] == 0.0
 
 
-def test_progress(tmp_path: Path) -> None:
+def test_resume_state(tmp_path: Path) -> None:
     module = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     path = tmp_path / "a" / "state.pt"
-    progress = Progress(path, {"epochs": 5, "layers": ("res5",)})
-    assert progress.load(module, optimizer) == 0
-    progress.save(module, optimizer, 3)
+    resume = ResumeState(path, {"epochs": 5, "layers": ("res5",)})
+    assert resume.load(module, optimizer) == 0
+    resume.save(module, optimizer, 3)
     other = nn.Linear(3, 2)
     restored = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
-    assert Progress(path, {"epochs": 5, "layers": ("res5",)}).load(other, restored) == 3
+    assert ResumeState(path, {"epochs": 5, "layers": ("res5",)}).load(other, restored) == 3
     assert torch.equal(other.weight, module.weight)
     assert torch.equal(
         restored.state[other.weight]["momentum_buffer"], optimizer.state[module.weight]["momentum_buffer"]
     )
-    assert Progress(path, {"epochs": 6, "layers": ("res5",)}).load(other, restored) == 0
+    assert ResumeState(path, {"epochs": 6, "layers": ("res5",)}).load(other, restored) == 0
     path.write_bytes(path.read_bytes()[:300])
-    assert progress.load(other, restored) == 0
-    progress.remove()
+    assert resume.load(other, restored) == 0
+    resume.remove()
     assert list(path.parent.iterdir()) == []
 
 
-def test_errors() -> None:
-    for arguments, words in (
-        ((0, 256, [0]), "epochs must be at least 1"),
-        ((1, 0, [0]), "batch_size must be at least 1"),
-        ((1, 1, []), "seeds must be different whole numbers"),
-        ((1, 1, [1, 1]), "seeds must be different whole numbers"),
+def test_checks_of_configurations() -> None:
+    for config, options, words in (
+        (SemisupConfig, {"epochs": 0}, "epochs must be at least 1"),
+        (SemisupConfig, {"batch_size": 0}, "batch_size must be at least 1"),
+        (LinearConfig, {"seeds": ()}, "seeds must be whole numbers from 0 on, at least one and all different"),
+        (LinearConfig, {"seeds": (1, 1)}, "seeds must be whole numbers from 0 on, at least one and all different"),
     ):
         with pytest.raises(ValueError, match=words):
-            check_training(*arguments)
+            config(**options)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,10 @@ import pytest
 import torch
 
 from sslfast.evaluation.svm import (
+    SvmConfig,
     class_precision,
     draw_shots,
-    evaluate_lowshot,
+    evaluate_svm,
     full_svm,
     linear_svm,
     normalise,
@@ -106,10 +108,12 @@ def test_draws() -> None:
     assert not np.array_equal(sets[8], draw_shots(labels, 8, seed=2, draw=2, position=3))
 
 
-def test_evaluate_lowshot(tmp_path: Path) -> None:
+def test_evaluate_svm(tmp_path: Path) -> None:
     run, voc = write_run(tmp_path / "run"), write_voc(tmp_path / "voc", trainval=30, test=15)
-    options = {"layers": ("conv1", "res5"), "shots": (1, 4), "shot_layers": ("res3",), "draws": 2, "costs": (1.0, 10.0)}
-    result = evaluate_lowshot(run, voc, device="cpu", **options)  # type: ignore[arg-type]
+    config = SvmConfig(
+        layers=("conv1", "res5"), shots=(1, 4), shot_layers=("res3",), draws=2, costs=(1.0, 10.0), device="cpu"
+    )
+    result = evaluate_svm(run, voc, config)
     assert json.loads((run / "evaluation" / "lowshot.json").read_text()) == result
     assert [row["protocol"] for row in result["results"]] == [
         "voc-svm-conv1", "voc-svm-res5", "voc-svm-k1-res3", "voc-svm-k4-res3",
@@ -125,7 +129,7 @@ def test_evaluate_lowshot(tmp_path: Path) -> None:
     table = render_table(result)
     for words in ("voc-svm: 3 classes, 30 training and 15 validation images", "conv1", "all", "±"):
         assert words in table, words
-    again = evaluate_lowshot(run, tmp_path / "voc", device="cpu", workers=2, **options)  # type: ignore[arg-type]
+    again = evaluate_svm(run, tmp_path / "voc", replace(config, workers=2))
     assert again["results"] == result["results"]
 
 
@@ -134,12 +138,14 @@ def test_errors(tmp_path: Path) -> None:
     for options, words in (
         ({"layers": ("res9",)}, "layers must be some of conv1, .*, got res9"),
         ({"costs": ()}, "costs must be positive numbers"),
-        ({"draws": 0}, "draws and shots must be at least 1"),
+        ({"draws": 0}, "draws must be at least 1, got draws=0"),
+        ({"shots": (2, 0)}, "shots must be at least 1, got shots=0"),
+        ({"seed": -1}, "seed must be at least 0, got seed=-1"),
         ({"shots": (8,)}, r"trainval has \d images of bird and \d+ without it; 8 and 3 are needed: lower --shots"),
         ({"train_split": "val"}, r"no <class>_val.txt"),
     ):
         with pytest.raises(ValueError, match=words):
-            evaluate_lowshot(run, voc, device="cpu", **options)  # type: ignore[arg-type]
+            evaluate_svm(run, voc, SvmConfig(device="cpu", **options))  # type: ignore[arg-type]
     (voc / "ImageSets" / "Main" / "dog_test.txt").unlink()
     with pytest.raises(ValueError, match=r"classes of trainval and test differ \(dog\)"):
-        evaluate_lowshot(run, voc, device="cpu", shots=())
+        evaluate_svm(run, voc, SvmConfig(device="cpu", shots=()))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sslfast.report.build import report
+from sslfast.report.build import ReportConfig, report
 from tests.report.test_build import make_run, write_folder
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -89,7 +89,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def opened(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Browser:
     folder = tmp_path_factory.mktemp("page")
     data = write_folder(folder / "data")
-    browser.open(report((make_run(folder / "run"),), output=folder / "r.html", data=data, points=15, queries=3))
+    browser.open(
+        report((make_run(folder / "run"),), ReportConfig(points=15, queries=3), output=folder / "r.html", data=data)
+    )
     assert browser.run("return document.documentElement.dataset.ready") == "yes"
     return browser
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sslfast.cli.main import main
 from sslfast.config import save_json, to_dict
-from sslfast.report.build import confusion_matrix, embed_in_plane, report
+from sslfast.report.build import ReportConfig, confusion_matrix, embed_in_plane, report
 from sslfast.report.charts import figure, json_text, line_chart, thin, ticks
 from sslfast.report.page import page, table
 from sslfast.report.published import PUBLISHED
@@ -78,7 +78,12 @@ def make_run(folder: Path, steps: int = 6) -> Path:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("report")
     runs = (make_run(folder / "a" / "run"), make_run(folder / "b" / "run", steps=3))
-    output = report(runs, output=folder / "out" / "r.html", data=write_folder(folder / "data"), points=9, queries=3)
+    output = report(
+        runs,
+        ReportConfig(points=9, queries=3),
+        output=folder / "out" / "r.html",
+        data=write_folder(folder / "data"),
+    )
     return output.read_text(encoding="utf-8"), folder
 
 
@@ -148,7 +153,7 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"output must end in \.html, got 'r\.pdf'"):
         report((run,), output=Path("r.pdf"))
     with pytest.raises(ValueError, match="points must be at least 1, got points=0"):
-        report((run,), points=0)
+        ReportConfig(points=0)
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "r.html")
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["r.html"]
@@ -163,14 +168,14 @@ def test_map_keeps_clusters_and_is_the_same_twice() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(3, 16).repeat_interleave(12, 0)
     features = centres + 0.05 * torch.randn(36, 16, generator=generator)
-    places = embed_in_plane(features)
-    assert torch.equal(places, embed_in_plane(features))
-    groups = places.reshape(3, 12, 2)
+    positions = embed_in_plane(features)
+    assert torch.equal(positions, embed_in_plane(features))
+    groups = positions.reshape(3, 12, 2)
     spread = (groups - groups.mean(1, keepdim=True)).norm(dim=2).max()
     apart = torch.pdist(groups.mean(1)).min()
     assert spread < apart
-    assert places.amin() == 0
-    assert places.amax() == 1
+    assert positions.amin() == 0
+    assert positions.amax() == 1
     assert embed_in_plane(features[:3]).shape == (3, 2)
 
 

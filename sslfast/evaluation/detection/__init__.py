@@ -1,6 +1,8 @@
-"""Object detection by Faster R-CNN R50-C4 on VOC and COCO-format data.
+"""Object detection by Faster R-CNN R50-C4 on Pascal VOC and COCO-format data.
 
-Imports what ``evaluation`` may, and torchvision.
+Imports what ``evaluation`` may, the other modules of ``evaluation``, and torchvision.
 """
 
-__all__ = ["data", "evaluate", "model", "scores", "train"]
+from sslfast.evaluation.detection.evaluate import DetectionConfig, evaluate_detection
+
+__all__ = ["DetectionConfig", "evaluate_detection"]

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from sslfast.data import HASHED_BYTES, BadImageError, content_hash, decode_full, quiet_pillow, read_bytes
 from sslfast.distributed import rank, world_size
-from sslfast.evaluation import annotation_path, read_annotation, split_ids, voc_root
+from sslfast.evaluation.voc import annotation_path, read_annotation, split_ids, voc_root
 from sslfast.ops.philox import Stream, random_uint32, random_uniform
 
 ORDER, VIEW = Stream.DETECTION, Stream.DETECTION + 1

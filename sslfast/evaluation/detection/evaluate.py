@@ -5,30 +5,20 @@ more behind res5, larger rate. Their numbers cannot be compared with one another
 is about two points of AP above the first. Published numbers are VOC 2007's (``voc07_ap`` ...) on test2007.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sslfast.config import from_dict
+from sslfast.config import from_dict, to_dict
 from sslfast.data import decode_full, quiet_pillow, read_bytes
 from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, is_main, world_size
-from sslfast.evaluation import (
-    TRAINED,
-    Progress,
-    check_training,
-    detection_table,
-    evaluation_folder,
-    load_run,
-    mean_and_spread,
-    run_facts,
-    trunk_encoders,
-    write_result,
-)
+from sslfast.evaluation.config import check_at_least, check_positive, check_seeds
 from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, Difficult, TrainingBatches, load_splits
 from sslfast.evaluation.detection.model import ANCHORS, FasterRCNN, check_trunk
 from sslfast.evaluation.detection.scores import (
@@ -38,7 +28,11 @@ from sslfast.evaluation.detection.scores import (
     require_pycocotools,
     voc07_scores,
 )
-from sslfast.evaluation.detection.train import PROTOCOLS, Schedule, detect, fine_tune
+from sslfast.evaluation.detection.train import PROTOCOLS, DetectionProtocol, Schedule, detect, fine_tune
+from sslfast.evaluation.encoders import TRAINED, load_run, trunk_encoders
+from sslfast.evaluation.results import evaluation_folder, mean_and_spread, run_facts, write_result
+from sslfast.evaluation.sgd import ResumeState
+from sslfast.evaluation.table import detection_table
 from sslfast.models import ResNetConfig
 from sslfast.runs import versions
 
@@ -47,30 +41,75 @@ SHOWN_SCORE = 0.5
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#dc2626")
 
 
-def evaluate_detect(
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig:
+    """Settings of :func:`evaluate_detection`."""
+
+    protocol: Literal["pirl", "pirl-paper", "moco"] = "pirl"
+    """pirl: frozen BatchNorm, settings of VISSL. pirl-paper: the learning rate and warm-up that the paper states. moco:
+    BatchNorm trains; not comparable with the others."""
+    iterations: int | None = None
+    """Default: as published, 25,000 (pirl; 12,500 for one set) or 24,000 (moco). The learning rate's drops and the
+    warm-up scale with it, and the protocol's name states it."""
+    batch_size: int = 16
+    """Images per iteration, over all processes; the learning rate scales with it."""
+    lr: float | None = None
+    """Learning rate at 16 images; default: the protocol's."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the new layers, order, sizes, flips and sampled regions. Several: mean and standard deviation."""
+    encoders: tuple[str, ...] = (TRAINED,)
+    """trained, untrained or both."""
+    difficult: Difficult = "train"
+    """Objects marked difficult, in training: train on them, as the published numbers do, or ignore what overlaps them.
+    Scoring always ignores them."""
+    train_split: str | None = None
+    """Default: trainval (COCO: train...)."""
+    test_split: str | None = None
+    """Default: test (COCO: val...)."""
+    train_sides: tuple[int, ...] = SIDES
+    """The shorter side of a training image, in pixels, is one of these."""
+    test_side: int = 800
+    """Shorter side of a test image, in pixels."""
+    longest_side: int = 1333
+    """Maximum of the longer side, in pixels."""
+    anchors: tuple[int, ...] = ANCHORS
+    """Their sides in pixels."""
+    regions: int = 512
+    """Regions sampled from each training image."""
+    examples: int = 8
+    """Test images in detect-examples.png; 0: none."""
+    save_every: int = 500
+    """Iterations between two saved states; a stopped evaluation resumes from the last one."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Of the network."""
+    workers: int = 4
+    """Decoding threads; 0: decode in the main thread."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds)
+        for name in ("train_sides", "anchors"):
+            check_positive(name, getattr(self, name))
+        for name in ("iterations", "batch_size", "test_side", "longest_side", "regions", "save_every"):
+            check_at_least(1, **{name: getattr(self, name)})
+        check_at_least(0, examples=self.examples, workers=self.workers)
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got lr={self.lr}")
+
+
+def print_line(line: str) -> None:
+    """Print one line on standard error."""
+    print(f"sslfast: {line}", file=sys.stderr, flush=True)
+
+
+def evaluate_detection(
     run: Path,
     data: tuple[Path, ...],
+    config: DetectionConfig = DetectionConfig(),
     *,
-    protocol: Literal["pirl", "pirl-paper", "moco"] = "pirl",
-    iterations: int | None = None,
-    batch_size: int = 16,
-    lr: float | None = None,
-    seeds: tuple[int, ...] = (0,),
-    encoders: tuple[str, ...] = (TRAINED,),
-    difficult: Difficult = "train",
-    train_split: str | None = None,
-    test_split: str | None = None,
-    train_sides: tuple[int, ...] = SIDES,
-    test_side: int = 800,
-    longest_side: int = 1333,
-    anchors: tuple[int, ...] = ANCHORS,
-    regions: int = 512,
-    examples: int = 8,
-    save_every: int = 500,
-    precision: Literal["auto", "bf16", "fp32"] = "fp32",
-    workers: int = 4,
-    device: str = "auto",
     output: Path | None = None,
+    report: Callable[[str], None] = print_line,
 ) -> dict[str, Any]:
     """Average precision of a Faster R-CNN that is fine-tuned on a run's encoder.
 
@@ -78,126 +117,101 @@ def evaluate_detect(
         run: run directory, or a file of weights (sslfast export, VISSL, PyContrast, MoCo). The trunk
             has the imagenet stem.
         data: VOC folders (VOC2007 VOC2012): trainval of all is trained on, test of the first that has it is scored. Or
-            COCO-format folders: annotations/instances_<split>.json with pictures in <split>/ or images/.
-        protocol: pirl: frozen BatchNorm, settings of VISSL. pirl-paper: the rate and warm-up that the paper states.
-            moco: BatchNorm trains. The last is not comparable with the others.
-        iterations: default: as published, 25,000 (pirl; 12,500 for one set) or 24,000 (moco). Drops of the rate and
-            the warm-up scale with it, and the protocol's name says so.
-        batch_size: pictures per iteration, of all processes; the rate scales with it.
-        lr: rate at 16 pictures; default: the protocol's.
-        seeds: of the new layers, order, sizes, mirrors and sampled regions. Several: mean and spread.
-        encoders: trained, untrained or both.
-        difficult: objects marked difficult, in training: train on them, as the published numbers do, or ignore what
-            overlaps them. Scoring always leaves them out.
-        train_split: default trainval (COCO: train...).
-        test_split: default test (COCO: val...).
-        train_sides: the shorter side of a training picture is one of these.
-        test_side: shorter side of a test picture.
-        longest_side: most pixels of the longer side.
-        anchors: their sides in pixels.
-        regions: sampled of each training picture.
-        examples: test pictures in detect-examples.png; 0: none.
-        save_every: iterations between saved states; a stopped evaluation goes on at the last one.
-        precision: of the network.
-        workers: decoding threads; 0: none besides the main one.
-        device: auto, cpu, cuda or cuda:N.
+            COCO-format folders: annotations/instances_<split>.json with images in <split>/ or images/.
+        config: settings.
         output: JSON file to write; default: RUN/evaluation/detect.json.
+        report: receives a line of text at every saved state, on the first rank.
 
-    Under torchrun the processes share batches and test pictures.
+    Under torchrun the processes share batches and test images.
     """
     require_pycocotools()
-    counts = (min(train_sides, default=0), test_side, longest_side, min(anchors, default=0), regions, save_every)
-    _check(iterations, batch_size, lr, seeds, counts)
-    path = evaluation_folder(run) / "detect.json" if output is None else output
-    chosen = PROTOCOLS[protocol]
-    with distributed_device(device) as on:
+    path = output or evaluation_folder(run) / "detect.json"
+    protocol = PROTOCOLS[config.protocol]
+    with distributed_device(config.device) as device:
         loaded = load_run(run)
         check_trunk(from_dict(ResNetConfig, loaded.facts["model"], where="model"))
-        bases = trunk_encoders(loaded, encoders)
-        train, test = load_splits(data, train_split=train_split, test_split=test_split)
+        encoders = trunk_encoders(loaded, config.encoders)
+        train, test = load_splits(data, train_split=config.train_split, test_split=config.test_split)
+        schedule = protocol.schedule(
+            sets=len(data), iterations=config.iterations, batch_size=config.batch_size, lr=config.lr
+        )
         classes = train.classes()
-        schedule = chosen.schedule(sets=len(data), iterations=iterations, batch_size=batch_size, lr=lr)
-        dtype = resolve_precision(precision, on)
-        name = protocol_name(protocol, data, schedule)
-        facts: dict[str, Any] = {
-            **run_facts(run, loaded, test_side),
-            "schedule": {**asdict(schedule), "drops": list(schedule.drops)},
-            "batch_size": batch_size,
-            "processes": world_size(),
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "batch_norm": "frozen" if chosen.frozen_norm else "trained over all processes",
-            "freeze_at": chosen.freeze_at,
-            "extra_norm": chosen.extra_norm,
-            "train_sides": list(train_sides),
-            "test_side": test_side,
-            "longest_side": longest_side,
-            "anchors": list(anchors),
-            "regions": regions,
-            "precision": str(dtype).removeprefix("torch."),
-            "difficult": {"training": difficult, "scoring": DIFFICULT_RULE},
-            "source": chosen.source,
+        name = protocol_name(config.protocol, data, schedule)
+        precision = resolve_precision(config.precision, device)
+        facts = {
+            **run_facts(run, loaded, config.test_side),
+            **_settings(config, protocol, schedule),
+            "precision": str(precision).removeprefix("torch."),
         }
         digests = {split.name: split.digest() for split in (train, test)}
         rows, states, left_out = [], [], 0
-        for encoder_name, base in bases.items():
-            base.to(on)
+        for encoder_name, encoder in encoders.items():
+            encoder.to(device)
             scores: list[dict[str, float]] = []
             by_class: list[dict[str, float]] = []
-            for seed in seeds:
-                progress = Progress(
+            for seed in config.seeds:
+                resume = ResumeState(
                     path.with_name(f"{path.stem}-{encoder_name}-seed{seed}.partial.pt"),
                     {**facts, "protocol": name, "data": digests, "seed": seed, "encoder": encoder_name},
                 )
-                states.append(progress)
+                states.append(resume)
                 batches = TrainingBatches(
                     train,
                     classes,
-                    batch_size=batch_size,
+                    batch_size=config.batch_size,
                     seed=seed,
-                    sides=train_sides,
-                    longest=longest_side,
-                    difficult=difficult,
-                    workers=workers,
+                    sides=config.train_sides,
+                    longest=config.longest_side,
+                    difficult=config.difficult,
+                    workers=config.workers,
                 )
                 left_out = batches.left_out
                 model = FasterRCNN(
-                    base,
+                    encoder,
                     classes=len(classes),
                     seed=seed,
-                    frozen_norm=chosen.frozen_norm,
-                    freeze_at=chosen.freeze_at,
-                    extra_norm=chosen.extra_norm,
-                    anchors=anchors,
-                    regions=regions,
-                ).to(on)
+                    frozen_norm=protocol.frozen_norm,
+                    freeze_at=protocol.freeze_at,
+                    extra_norm=protocol.extra_norm,
+                    anchors=config.anchors,
+                    regions=config.regions,
+                ).to(device)
                 fine_tune(
                     model,
                     batches,
                     schedule,
-                    frozen_norm=chosen.frozen_norm,
-                    device=on,
-                    precision=dtype,
-                    progress=progress,
-                    save_every=save_every,
-                    words=f"{name}, {encoder_name}, seed {seed}",
+                    frozen_norm=protocol.frozen_norm,
+                    device=device,
+                    precision=precision,
+                    resume=resume,
+                    save_every=config.save_every,
+                    report=report,
+                    title=f"{name}, {encoder_name}, seed {seed}",
                 )
                 found = detect(
-                    model, test, side=test_side, longest=longest_side, device=on, precision=dtype, workers=workers
+                    model,
+                    test,
+                    side=config.test_side,
+                    longest=config.longest_side,
+                    device=device,
+                    precision=precision,
+                    workers=config.workers,
                 )
                 areas, classwise = coco_scores(found, test.images, classes)
                 points = voc07_scores(found, test.images, classes)
                 scores.append({**areas, **{f"voc07_{key}": value for key, value in points.items()}})
                 by_class.append(classwise)
-                if examples and encoder_name == next(iter(bases)) and seed == seeds[0] and is_main():
-                    draw_examples(found, test, classes, examples).save(_made(path.with_name("detect-examples.png")))
+                if config.examples and len(states) == 1 and is_main():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draw_examples(found, test, classes, config.examples).save(path.with_name("detect-examples.png"))
             rows.append({"encoder": encoder_name, "protocol": name, **_score_row(scores, by_class)})
         result = {
             "protocol": name,
+            "config": to_dict(config),
             "results": rows,
             **facts,
             "scores": "ap: COCO's, by pycocotools; voc07_ap: mean at 11 recalls, as published numbers on test2007",
-            "seeds": list(seeds),
+            "seeds": list(config.seeds),
             "data": {
                 "root": [str(folder) for folder in data],
                 "classes": len(classes),
@@ -207,9 +221,30 @@ def evaluate_detect(
             "versions": {**versions(), "torchvision": version("torchvision"), "pycocotools": version("pycocotools")},
         }
         write_result(result, path)
-        for progress in states:
-            progress.remove()
+        for resume in states:
+            resume.remove()
         return result
+
+
+def _settings(config: DetectionConfig, protocol: DetectionProtocol, schedule: Schedule) -> dict[str, Any]:
+    """What the numbers depend on besides weights and data, for the record and to identify a stopped training."""
+    return {
+        "schedule": {**asdict(schedule), "drops": list(schedule.drops)},
+        "batch_size": config.batch_size,
+        "processes": world_size(),
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "batch_norm": "frozen" if protocol.frozen_norm else "trained over all processes",
+        "freeze_at": protocol.freeze_at,
+        "extra_norm": protocol.extra_norm,
+        "train_sides": list(config.train_sides),
+        "test_side": config.test_side,
+        "longest_side": config.longest_side,
+        "anchors": list(config.anchors),
+        "regions": config.regions,
+        "difficult": {"training": config.difficult, "scoring": DIFFICULT_RULE},
+        "source": protocol.source,
+    }
 
 
 def protocol_name(protocol: str, data: Sequence[Path], schedule: Schedule) -> str:
@@ -271,23 +306,3 @@ def _score_row(scores: Sequence[dict[str, float]], by_class: Sequence[dict[str, 
             row[f"{key}_spread"], row[f"{key}_of_seeds"] = spread, values
     row["ap50_of_classes"] = {name: mean_and_spread([one[name] for one in by_class])[0] for name in by_class[0]}
     return row
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _check(
-    iterations: int | None, batch_size: int, lr: float | None, seeds: Sequence[int], counts: Sequence[int]
-) -> None:
-    """ValueError for numbers that no detector can have."""
-    if iterations is not None and iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations=}")
-    check_training(1, batch_size, seeds)
-    if lr is not None and not lr > 0:
-        raise ValueError(f"lr must be above 0, got {lr=}")
-    if min(counts) < 1:
-        raise ValueError(
-            f"sides, anchors, regions and save_every must be numbers of at least 1, got {min(counts)} in one"
-        )

@@ -21,8 +21,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FrozenBatchNorm2d, RoIAlign
 
-from sslfast.evaluation import TrunkEncoder
 from sslfast.evaluation.detection.data import IGNORED, Sample
+from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.models import ResNetConfig, seeded
 from sslfast.ops.philox import Stream, random_uint32
 

@@ -1,7 +1,6 @@
 """Fine-tuning of a detector by a published protocol: its schedule, the loop, and detection on test pictures."""
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,14 +18,14 @@ from sslfast.distributed import (
     replicate,
     world_size,
 )
-from sslfast.evaluation import Progress
 from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_picture
 from sslfast.evaluation.detection.model import FasterRCNN, targets_of
 from sslfast.evaluation.detection.scores import Detections
+from sslfast.evaluation.sgd import ResumeState
 from sslfast.optim import OptimConfig, build_optimizer, set_learning_rate
 
 CHECK_EVERY = 50
-"""Iterations between looks at whether the loss is finite."""
+"""Iterations between two checks that the loss is finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +137,24 @@ def fine_tune(
     frozen_norm: bool,
     device: torch.device,
     precision: torch.dtype,
-    progress: Progress,
+    resume: ResumeState,
     save_every: int,
-    words: str = "",
+    report: Callable[[str], None] | None = None,
+    title: str = "detection",
 ) -> None:
-    """Train the detector; gradients are averaged over ranks. Goes on where ``progress`` says it stopped.
+    """Train the detector; gradients are averaged over ranks. Starts from the state in ``resume``, if there is one.
 
     Args:
         model: on ``device``.
         batches: what it trains on.
         schedule: how long and at which rates.
-        frozen_norm: there is no BatchNorm to synchronise and to measure in the end.
+        frozen_norm: BatchNorm is frozen: its statistics are neither synchronised nor measured at the end.
         device: of the model.
         precision: of the network; losses are float32.
-        progress: where the state is kept.
-        save_every: iterations between two states, each with a line on standard error.
-        words: what this training is, for that line.
+        resume: where the state is saved.
+        save_every: iterations between two saved states, each with a line to ``report``.
+        report: receives these lines, on the first rank; None: there are none.
+        title: what is being trained, the beginning of each line.
 
     Raises:
         ValueError: a loss that is not finite.
@@ -163,7 +164,7 @@ def fine_tune(
         convert_sync_batchnorm(model, device)
     config = OptimConfig(lr_per_256_images=schedule.lr * 16, final_lr_per_256_images=0.0, decay_bias=True)
     optimizer = build_optimizer(model, config, batch_size=16)
-    start = progress.load(model, optimizer)
+    start = resume.load(model, optimizer)
     replica = replicate(model, device)
     for iteration, rows, samples in batches(start, schedule.iterations):
         set_learning_rate(optimizer, schedule.learning_rate(iteration))
@@ -183,10 +184,9 @@ def fine_tune(
             value = float(loss.detach())  # host sync: once in many iterations
             raise_together(_finite(value, losses, done))
             if done % save_every == 0 or done == schedule.iterations:
-                progress.save(model, optimizer, done)
-                if is_main() and words:
-                    line = f"sslfast: {words}: iteration {done:,} of {schedule.iterations:,}, loss {value:.3f}"
-                    print(line, file=sys.stderr, flush=True)
+                resume.save(model, optimizer, done)
+                if is_main() and report is not None:
+                    report(f"{title}: iteration {done:,} of {schedule.iterations:,}, loss {value:.3f}")
     if schedule.precise_norm:
         measure_norms(model, batches, range(schedule.iterations, schedule.iterations + schedule.precise_norm), device)
     model.eval()

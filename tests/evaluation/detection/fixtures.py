@@ -13,7 +13,7 @@ from sslfast.evaluation.detection.data import TrainingBatches, load_splits
 from sslfast.evaluation.detection.model import FasterRCNN
 from sslfast.evaluation.detection.train import PROTOCOLS, fine_tune
 from sslfast.evaluation.encoders import load_run, trunk_encoders
-from sslfast.evaluation.sgd import Progress
+from sslfast.evaluation.sgd import ResumeState
 from sslfast.methods.pirl import PIRL
 from sslfast.models.resnet import ResNetConfig
 from sslfast.runs.checkpoint import save_checkpoint
@@ -132,7 +132,7 @@ def train_detector(
     *,
     moco: bool,
     iterations: int = 4,
-    progress: Progress | None = None,
+    resume: ResumeState | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> FasterRCNN:
     """A few iterations of a protocol with weights of ``dtype``; returns the detector."""
@@ -152,7 +152,7 @@ def train_detector(
         frozen_norm=protocol.frozen_norm,
         device=torch.device("cpu"),
         precision=torch.float32,
-        progress=progress or Progress(None, {}),
+        resume=resume or ResumeState(None, {}),
         save_every=2,
     )
     return model

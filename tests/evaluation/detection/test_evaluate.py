@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,13 @@ import torch
 from PIL import Image
 
 from sslfast.cli.main import main
-from sslfast.config import load_json
+from sslfast.config import from_dict, load_json
 from sslfast.evaluation.detection import train as detection_train
 from sslfast.evaluation.detection.data import load_splits
-from sslfast.evaluation.detection.evaluate import evaluate_detect, protocol_name, render_table
+from sslfast.evaluation.detection.evaluate import DetectionConfig, evaluate_detection, protocol_name, render_table
 from sslfast.evaluation.detection.train import PIRL
 from sslfast.evaluation.encoders import load_run
-from sslfast.evaluation.sgd import Progress
+from sslfast.evaluation.sgd import ResumeState
 from sslfast.models.resnet import ResNetConfig
 from tests.evaluation.detection.fixtures import (
     SMALL,
@@ -42,7 +43,9 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_learns_to_find_rectangles(run: Path, voc: Path) -> None:
     before = load_run(run).encoders["trained"].identity()["weights"]
-    result = evaluate_detect(run, (voc,), protocol="moco", iterations=40, difficult="ignore", examples=5, **SMALL)
+    config = DetectionConfig(protocol="moco", iterations=40, difficult="ignore", examples=5, **SMALL)
+    result = evaluate_detection(run, (voc,), config)
+    assert from_dict(DetectionConfig, result["config"]) == config
     (row,) = result["results"]
     assert row["ap50"] > 0.6
     assert row["voc07_ap50"] > 0.6
@@ -72,8 +75,12 @@ def test_seeds_encoders_and_formats(run: Path, voc: Path, tmp_path: Path) -> Non
     coco = write_boxed_coco(tmp_path / "coco", train=range(24), val=range(24, 36))
     options: dict[str, Any] = {**SMALL, "lr": 1e-6, "iterations": 1, "batch_size": 2, "examples": 0}
     encoders = ("trained", "untrained")
-    one = evaluate_detect(run, (voc,), encoders=encoders, seeds=(0, 1), output=tmp_path / "voc.json", **options)
-    two = evaluate_detect(run, (coco,), output=tmp_path / "coco.json", **options)
+    both = DetectionConfig(encoders=encoders, seeds=(0, 1), **options)
+    lines: list[str] = []
+    one = evaluate_detection(run, (voc,), both, output=tmp_path / "voc.json", report=lines.append)
+    assert len(lines) == 4
+    assert re.fullmatch(r"detect-pirl-voc07-1it, untrained, seed 1: iteration 1 of 1, loss \d+\.\d{3}", lines[-1])
+    two = evaluate_detection(run, (coco,), DetectionConfig(**options), output=tmp_path / "coco.json")
     assert (one["protocol"], two["protocol"]) == ("detect-pirl-voc07-1it", "detect-pirl-coco-1it")
     assert [row["encoder"] for row in one["results"]] == ["trained", "untrained"]
     for row in one["results"]:
@@ -90,7 +97,7 @@ def test_seeds_encoders_and_formats(run: Path, voc: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("moco", [False, True])
-def test_goes_on_where_it_stopped(
+def test_stopped_evaluation_resumes(
     run: Path, voc: Path, tmp_path: Path, moco: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_detector(run, voc, moco=moco).state_dict()
@@ -103,17 +110,18 @@ def test_goes_on_where_it_stopped(
         return judge(value, losses, done)
 
     monkeypatch.setattr(detection_train, "_finite", stop)
-    progress = Progress(tmp_path / "state.partial.pt", {"what": moco})
+    resume = ResumeState(tmp_path / "state.partial.pt", {"what": moco})
     with pytest.raises(KeyboardInterrupt):
-        train_detector(run, voc, moco=moco, progress=progress)
-    parts = train_detector(run, voc, moco=moco, progress=progress).state_dict()
+        train_detector(run, voc, moco=moco, resume=resume)
+    parts = train_detector(run, voc, moco=moco, resume=resume).state_dict()
     assert looks == [2, 4, 4]
     assert same(parts, whole)
 
 
 def test_a_loss_that_is_not_finite(run: Path, voc: Path) -> None:
+    config = DetectionConfig(protocol="moco", iterations=4, examples=0, save_every=1, **{**SMALL, "lr": 1e30})
     with pytest.raises(ValueError, match=r"the loss is not finite after iteration \d+ \(loss_.*\): lower --lr"):
-        evaluate_detect(run, (voc,), protocol="moco", iterations=4, examples=0, save_every=1, **{**SMALL, "lr": 1e30})
+        evaluate_detection(run, (voc,), config)
 
 
 def test_protocol_names(tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_command(run: Path, voc: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([str(tmp_path / "none")], "is no VOC folder: it needs Annotations, ImageSets/Main, JPEGImages"),
         ([str(voc), "--iterations", "0"], "iterations must be at least 1, got iterations=0"),
         ([str(voc), "--lr", "0"], "lr must be above 0"),
-        ([str(voc), "--regions", "0"], "regions and save_every must be numbers of at least 1, got 0 in one"),
+        ([str(voc), "--regions", "0"], "regions must be at least 1, got regions=0"),
         ([str(voc), "--encoders", "raw pixels"], "encoders must be trained and untrained"),
     ):
         assert main(["evaluate", "detect", str(run), *arguments, "--device", "cpu"]) == 2

@@ -1,7 +1,6 @@
 """Detectors trained by two processes over gloo: the weights and scores of one process."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from sslfast.config import load_json
 from sslfast.distributed.collectives import barrier, is_main
 from sslfast.distributed.process_group import distributed_device
-from sslfast.evaluation.detection.evaluate import evaluate_detect
+from sslfast.evaluation.detection.evaluate import DetectionConfig, evaluate_detection
 from tests.distributed.test_training import enter
 from tests.distributed.test_training import run as run_ranks
 from tests.evaluation.detection.fixtures import SMALL, train_detector, write_boxed_voc, write_narrow_run
@@ -23,8 +22,8 @@ def rank_trains(number: int, ranks: int, port: int, folder: Path) -> None:
             if is_main():
                 torch.save(model.state_dict(), folder / f"{moco}.pt")
             barrier()
-        options: dict[str, Any] = {**SMALL, "iterations": 1, "output": folder / "two.json"}
-        evaluate_detect(folder / "run", (folder / "VOC2007",), **options)
+        config = DetectionConfig(iterations=1, **SMALL)
+        evaluate_detection(folder / "run", (folder / "VOC2007",), config, output=folder / "two.json")
 
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
@@ -41,8 +40,8 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 two[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name} {text}"
             )
-    options: dict[str, Any] = {**SMALL, "iterations": 1, "output": tmp_path / "one.json"}
-    single, pair = evaluate_detect(run, (voc,), **options), load_json(tmp_path / "two.json")
+    single = evaluate_detection(run, (voc,), DetectionConfig(iterations=1, **SMALL), output=tmp_path / "one.json")
+    pair = load_json(tmp_path / "two.json")
     assert (single["processes"], pair["processes"]) == (1, 2)
     assert single["data"] == pair["data"]
     assert pair["results"][0]["ap50"] == pytest.approx(single["results"][0]["ap50"], abs=0.05)

@@ -1,0 +1,57 @@
+"""Commands that call one function: its parameters and the fields of its configuration are the command's options."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+from sslfast.cli.commands import parse
+from sslfast.distributed import process_group
+
+
+def run_function(target: str, arguments: list[str], prog: str) -> int:
+    """Call a function with what the arguments say and print its result on the first rank; returns the exit code.
+
+    The result is printed by ``render_table`` of the function's module, where there is one, else as ``str``.
+
+    Args:
+        target: ``package.module:function``. Parameters without a default are positional arguments of the command, a
+            parameter that is a dataclass contributes its fields as options, others are options. A parameter that is a
+            callable keeps its default.
+        arguments: of the command.
+        prog: the command, for its help.
+    """
+    module_name, _, name = target.partition(":")
+    module = importlib.import_module(module_name)
+    result = parse(as_command(getattr(module, name)), arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+    if isinstance(result, int):
+        return result
+    if process_group().is_main:
+        print(getattr(module, "render_table", str)(result))
+    return 0
+
+
+def as_command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with annotations for tyro."""
+    parameters = []
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if callable(parameter.default) and parameter.default is not parameter.empty:
+            continue
+        if dataclasses.is_dataclass(parameter.annotation):
+            option = tyro.conf.arg(name="")
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
+            option = tyro.conf.arg(metavar=name.upper())  # in the help, RUN and not PATH
+        elif name == "output":
+            option = tyro.conf.arg(aliases=["-o"])
+        else:
+            option = tyro.conf.arg()
+        parameters.append(parameter.replace(annotation=Annotated[parameter.annotation, option]))
+    command = functools.wraps(function)(lambda *values, **options: function(*values, **options))
+    del command.__wrapped__  # tyro would read the annotations of that one
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

@@ -1,0 +1,45 @@
+"""What the configurations of the evaluations share: how images are read, and checks of values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sslfast.data import OnBadImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How an evaluation reads its images, and the device that it runs on."""
+
+    size: int | None = None
+    """Side of the images in pixels; default: that of the run."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: int = 0
+    """Decoding threads; 0: decode in the main thread."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    on_bad_image: OnBadImage = "error"
+    """error: stop at an image that cannot be decoded. skip: leave it out and count it."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, size=self.size, batch_size=self.batch_size)
+        check_at_least(0, workers=self.workers)
+
+
+def check_at_least(minimum: int, **values: int | None) -> None:
+    """ValueError, naming it, where a value is smaller; None passes."""
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {name}={value}")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """ValueError unless there is a seed, all are different and none is negative."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be whole numbers from 0 on, at least one and all different, got {tuple(seeds)}")
+
+
+def check_positive(name: str, values: Sequence[float]) -> None:
+    """ValueError unless there is a value and all are above 0."""
+    if not values or not min(values) > 0:
+        raise ValueError(f"{name} must be positive numbers, at least one, got {tuple(values)}")
