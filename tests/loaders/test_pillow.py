@@ -253,11 +253,11 @@ def test_build_loader(manifest: Manifest) -> None:
     assert isinstance(made_up, SyntheticLoader)
     like = build_loader(LoaderConfig(name="synthetic"), manifest=manifest, views=VIEWS, batch_size=6, seed=11)
     assert (like.num_rows, like.steps_per_epoch) == (26, 4)
-    with pytest.raises(ValueError, match="loader 'torch' reads images: name a folder"):
-        build_loader(LoaderConfig(name="torch"), views=VIEWS, batch_size=6, seed=11)
+    with pytest.raises(ValueError, match="loader 'pillow' reads images: name a folder"):
+        build_loader(LoaderConfig(name="pillow"), views=VIEWS, batch_size=6, seed=11)
     with pytest.raises(ValueError, match="no data: name a folder"):
         build_loader(LoaderConfig(), views=VIEWS, batch_size=6, seed=11)
-    with pytest.raises(ValueError, match=r"loader must be one of auto, torch, .*synthetic, got 'tape'"):
+    with pytest.raises(ValueError, match=r"loader must be one of auto, pillow, .*synthetic, got 'tape'"):
         build_loader(LoaderConfig(name="tape"), manifest=manifest, views=VIEWS, batch_size=6, seed=11)  # type: ignore[arg-type]
 
 
@@ -265,11 +265,11 @@ def test_status_says_what_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     found = loader_status()
     assert set(found) == set(LOADERS)
     assert found["synthetic"] == (True, "built in", "")
-    usable, reason, remedy = found["torch"]
+    usable, reason, remedy = found["pillow"]
     assert (usable, remedy) == (True, "")
     assert reason.startswith("Pillow ")
     monkeypatch.setitem(sys.modules, "sslfast.loaders.pillow", None)
-    assert loader_status()["torch"][0] is False
+    assert loader_status()["pillow"][0] is False
 
 
 def test_default_workers_share_the_cores_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
