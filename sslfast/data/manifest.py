@@ -28,6 +28,7 @@ from sslfast.data.source import (
     ImageLocation,
     ImageSource,
     ListedImage,
+    SourceError,
     source_of,
     source_of_manifest,
 )
@@ -288,6 +289,8 @@ class Manifest:
                 ignored={note[1]: int(note[2]) for note in notes if note[0] == "ignored"},
                 verified="verified" in values,
             )
+        except SourceError as error:
+            raise ValueError(f"manifest {path} is {error}") from None
         except (KeyError, IndexError, ValueError):
             raise ValueError(f"manifest {path} is damaged: {remedy}") from None
         if manifest.digest() != values.get("digest"):

@@ -228,12 +228,13 @@ def source_of(path: Path) -> type[ImageSource]:
 
 
 def source_of_manifest(notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> type[ImageSource]:
-    """The kind of source that a manifest file was written for; ValueError where it is unknown here."""
+    """The kind of source that a manifest file was written for; SourceError where it is unknown here."""
     name = next((note[1] for note in notes if note[0] == "source"), None)
     for source in all_sources():
         if source.name == name if name is not None else source.wrote(notes, columns):
             return source
-    raise ValueError(f"source {name!r} is not known")
+    known = ", ".join(source.name for source in all_sources())
+    raise SourceError(f"of a source {name!r} that this version does not know: {known}")
 
 
 def is_file(path: Path, suffix: str) -> bool:
