@@ -38,7 +38,7 @@ from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 
 BATCH = 32
 SIZES = ((500, 375), (375, 500), (500, 333), (333, 500), (640, 480))
-PAIRS = {"torch": "torchvision", "dali": "dali", "ffcv": "ffcv"}
+PAIRS = {"pillow": "torchvision", "dali": "dali", "ffcv": "ffcv"}
 """Loader of sslfast -> plain pipeline that reads with the same library."""
 
 

@@ -34,13 +34,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     """The dataclass ``cls`` that :func:`to_dict` made ``data`` from.
 
-    Keys that ``data`` lacks take their defaults. ``where`` is put before field names in messages.
+    Keys that ``data`` lacks take their defaults. ``where`` is put before field names in messages. A dataclass with a
+    classmethod ``migrate(data: Mapping) -> dict`` is given what earlier versions wrote, renamed fields and values say,
+    before it is decoded.
 
     Raises:
         ValueError: unknown key, missing key without a default, or a value of another type: names field and remedy.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"config field {where or '(top)'}: expected a table of {cls.__name__} fields, got {data!r}")
+    migrate = getattr(cls, "migrate", None)
+    data = data if migrate is None else migrate(data)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     name = _class_name(cls)
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -31,6 +32,25 @@ class Circle:
 class Square:
     name: ClassVar[str] = "square"
     side: int = 2
+
+
+@dataclass(kw_only=True)
+class Renamed:
+    """Its field was called ``old``, and its value "slow" is "careful" now."""
+
+    new: str = "fast"
+
+    @classmethod
+    def migrate(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        values = {"new" if key == "old" else key: value for key, value in data.items()}
+        return values | ({"new": "careful"} if values.get("new") == "slow" else {})
+
+
+@dataclass(kw_only=True)
+class Holder:
+    one: Renamed = field(default_factory=Renamed)
+    maybe: Renamed | None = None
+    many: list[Renamed] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -130,6 +150,18 @@ def test_every_mistake_is_one_line_with_field_and_value(data: dict[str, Any], me
     with pytest.raises(ValueError, match=message) as caught:
         from_dict(Top, data)
     assert "\n" not in str(caught.value)
+
+
+def test_configurations_of_earlier_versions_are_migrated_at_any_depth() -> None:
+    data = {"one": {"old": "slow"}, "maybe": {"new": "slow"}, "many": [{"old": "x"}, {}]}
+    config = from_dict(Holder, data)
+    assert config == Holder(
+        one=Renamed(new="careful"), maybe=Renamed(new="careful"), many=[Renamed(new="x"), Renamed()]
+    )
+    assert data["one"] == {"old": "slow"}  # what was read stays as it was
+    assert from_dict(Holder, to_dict(config)) == config
+    with pytest.raises(ValueError, match=r"config field one\.odd is unknown"):
+        from_dict(Holder, {"one": {"odd": 1}})
 
 
 def test_missing_required_field() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from sslfast.data import Manifest, open_data
 from sslfast.device import resolve_device, resolve_precision, wait_for
-from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status
+from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status, loaders_for
 from sslfast.recipes import RECIPES
 from sslfast.views import Batch, ViewConfig, ViewStage
 
@@ -201,8 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(manifest) < chosen.batch_size:
         raise ValueError(f"--batch-size {chosen.batch_size} is more than the {len(manifest)} images; lower it")
     rows = []
-    readers = [name for name in LOADERS if name != "ffcv"] if manifest.archive is None else ["ffcv", "synthetic"]
-    for name in chosen.loader or readers:
+    for name in chosen.loader or loaders_for(manifest):
         usable, reason, remedy = loader_status()[name]
         if not usable:
             print(f"{name}: not usable: {reason}; {remedy}", flush=True)

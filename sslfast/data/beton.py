@@ -14,14 +14,18 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sslfast.data.images import OnBadImage
 from sslfast.data.manifest import Manifest
+from sslfast.data.source import Changes, ImageSource, is_file
 
 VERSION = 2
 HEADER = np.dtype(
@@ -56,6 +60,62 @@ JPG, RAW = 0, 1
 MAX_SIDE = 65535
 _SAMPLES = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 _PAGE = 1 << 23
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class BetonSource(ImageSource):
+    """A .beton file: stored pixels and JPEGs that only the ffcv loader reads. ``root`` is what it was made of."""
+
+    name: ClassVar[str] = "beton"
+    loader: ClassVar[str | None] = "ffcv"
+
+    archive: Path | None
+    """The file; None in the manifest of a run, which knows it by ``archive_id`` only."""
+    archive_id: str = ""
+    """Identity of the stored bytes."""
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return is_file(path, ".beton")
+
+    @classmethod
+    def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
+        """The manifest inside. What ``sslfast data prepare`` left out is not in the file, so it is no error."""
+        with Beton(path) as beton:
+            return beton.manifest
+
+    def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
+        if self.archive is None:
+            raise ValueError(f"this manifest belongs to a .beton file made of {self.root}: give that file")
+        with Beton(self.archive) as beton:
+            is_same = beton.manifest.source.identity() == self.archive_id
+        return Changes(changed=[] if is_same else [(self.archive.name, "written again")])
+
+    def identity(self) -> str:
+        return self.archive_id
+
+    def notes(self) -> Iterable[tuple[object, ...]]:
+        return []
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        root: Path,
+        paths: list[str],
+        sizes: NDArray[np.int64],
+        notes: Sequence[Sequence[str]],
+        columns: Mapping[str, Sequence[str]],
+    ) -> Self:
+        archive_id = next(note[1] for note in notes if note[0] == "archive")
+        return cls(root=root, paths=paths, archive=None, archive_id=archive_id)
+
+    @classmethod
+    def wrote(cls, notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> bool:
+        return any(note[0] == "archive" for note in notes)
+
+    def __str__(self) -> str:
+        return str(self.root if self.archive is None else self.archive)
 
 
 class Beton:
@@ -118,9 +178,10 @@ class Beton:
         self.settings: dict[str, Any] = json.loads(texts[middle - begin :])
         """What ``sslfast data prepare`` was told, and what it did."""
         text = texts[: middle - begin].decode("utf-8", "surrogateescape")
-        self.manifest = Manifest.parse(text, f"inside {self.path}")
-        """The rows, with ``archive`` set to this file."""
-        self.manifest.archive, self.manifest.archive_id = self.path, identity
+        made_of = Manifest.parse(text, f"inside {self.path}")
+        source = BetonSource(root=made_of.root, paths=made_of.paths, archive=self.path, archive_id=identity)
+        self.manifest = replace(made_of, source=source)
+        """The rows; the source is this file."""
         if len(self.manifest) != count:
             raise ValueError(cut)
 

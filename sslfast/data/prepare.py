@@ -1,4 +1,4 @@
-"""``sslfast data prepare``: the images of a folder in one .beton file, in the manifest's order."""
+"""``sslfast data prepare``: the images of a data set in one .beton file, in row order."""
 
 import errno
 import io
@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sslfast.data.beton import JPG, MAX_SIDE, RAW, BetonWriter
+from sslfast.data.beton import JPG, MAX_SIDE, RAW, BetonSource, BetonWriter
 from sslfast.data.ffcv_library import load_decoder
-from sslfast.data.folder import HASHED_BYTES, content_hash
-from sslfast.data.images import ORIENTATION, BadImageError, OpenImage, decode_pixels, open_image
+from sslfast.data.images import ORIENTATION, BadImageError, OnBadImage, OpenImage, decode_pixels, open_image
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data
 from sslfast.data.pool import map_processes
-from sslfast.data.source import open_data
-from sslfast.data.tar import ImageLocation, read_image_bytes
+from sslfast.data.source import HASHED_BYTES, ImageSource, content_hash
 
 Mode = Literal["jpg", "raw", "proportion"]
 _CHUNK = 4  # images that travel together from a process: raw ones are large
@@ -73,14 +73,6 @@ class Prepared:
 
 
 @dataclass
-class _Task:
-    place: ImageLocation
-    sha1: str
-    config: PrepareConfig
-    as_jpg: bool
-
-
-@dataclass
 class _Stored:
     mode: int
     width: int
@@ -95,7 +87,7 @@ def prepare_beton(
     output: Path,
     config: PrepareConfig | None = None,
     *,
-    on_bad_image: Literal["error", "skip"] = "error",
+    on_bad_image: OnBadImage = "error",
     workers: int | None = None,
     progress: bool = False,
 ) -> Prepared:
@@ -121,18 +113,18 @@ def prepare_beton(
     output = Path(output)
     if output.suffix != ".beton":
         raise ValueError(f"the output must be named *.beton, got {output}")
-    if Path(source).suffix == ".beton" and not Path(source).is_dir():
-        raise ValueError(f"{source} is a .beton file already: name the folder that it was made of")
     load_decoder()
     manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)
+    if isinstance(manifest.source, BetonSource):
+        raise ValueError(f"{source} is a .beton file already: name what it was made of ({manifest.root})")
     _check_space(manifest, output, config)
-    tasks = [_Task(manifest.location(row), sha1, config, config.is_jpg(row)) for row, sha1 in enumerate(manifest.sha1)]
+    work, tasks = partial(_store, manifest.source.packed(), config), list(enumerate(manifest.sha1))
     bad: list[tuple[str, str]] = []
     counts: Counter[str] = Counter()
     try:
         with BetonWriter(output, len(manifest)) as writer:
-            stored = map_processes(_store, tasks, workers=workers, progress=progress, title="preparing", chunk=_CHUNK)
-            for path, found in zip(manifest.paths, stored, strict=True):
+            stored = map_processes(work, tasks, workers=workers, progress=progress, title="preparing", chunk=_CHUNK)
+            for row, (path, found) in enumerate(zip(manifest.paths, stored, strict=True)):
                 if isinstance(found, _Stored):
                     writer.add(found.mode, found.width, found.height, found.data, found.crc)
                     counts[found.done] += 1
@@ -140,12 +132,14 @@ def prepare_beton(
                     bad.append((path, found))
                 else:
                     raise ValueError(
-                        f"{manifest.root}/{path} cannot be used: {found}; repair or remove the file, or pass "
+                        f"{manifest.source.where(row)} cannot be used: {found}; repair or remove the file, or pass "
                         "--on-bad-image skip"
                     )
-            usable = replace(manifest.without(bad), verified=True, shards=None)
+            usable = manifest.without(bad)
             if not len(usable):
-                raise ValueError(f"no usable image in {manifest.root}: all {len(usable.excluded)} are bad")
+                raise ValueError(f"no usable image in {manifest.source}: all {len(usable.excluded)} are bad")
+            stored_rows = BetonSource(root=manifest.root, paths=usable.paths, archive=output.absolute())
+            usable = replace(usable, source=stored_rows, verified=True)
             settings = {
                 "mode": config.mode,
                 "jpg_share": config.jpg_share,
@@ -181,20 +175,22 @@ def _check_space(manifest: Manifest, output: Path, config: PrepareConfig) -> Non
             )
 
 
-def _store(task: _Task) -> _Stored | str:
-    """What is written for one image, or why it is bad. Runs in a process of its own."""
+def _store(source: ImageSource, config: PrepareConfig, task: tuple[int, str]) -> _Stored | str:
+    """What is written for one row, given with its hash, or why it is bad. Runs in a worker process."""
+    row, sha1 = task
+    as_jpg = config.is_jpg(row)
     try:
-        data = read_image_bytes(task.place)
-        if content_hash(data[:HASHED_BYTES]) != task.sha1:
-            raise ValueError(f"{task.place} is not the file that the manifest speaks of: verify the folder again")
+        data = source.read(row)
+        if content_hash(data[:HASHED_BYTES]) != sha1:
+            raise ValueError(f"{source.where(row)}: content hash differs from the manifest: verify the data again")
         opened = open_image(data)
-        keepable = task.as_jpg and _is_plain_jpeg(opened)
+        keepable = as_jpg and _is_plain_jpeg(opened)
         orientation = opened.orientation
         stored, _ = decode_pixels(opened)
     except BadImageError as error:
         return error.reason
     pixels = np.broadcast_to(stored, (*stored.shape[:2], 3))
-    limit = min(task.config.max_resolution or MAX_SIDE, MAX_SIDE)
+    limit = min(config.max_resolution or MAX_SIDE, MAX_SIDE)
     if keepable and max(pixels.shape) <= limit and _reads_alike(data, pixels):
         return _stored(JPG, pixels, data, "original JPEG kept")
     transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
@@ -208,10 +204,10 @@ def _store(task: _Task) -> _Stored | str:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         scaled = "scaled down and "
     pixels = np.ascontiguousarray(pixels)
-    if not task.as_jpg:
+    if not as_jpg:
         return _stored(RAW, pixels, pixels.tobytes(), f"{scaled}stored raw")
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=task.config.quality)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=config.quality)
     why = "" if scaled or not keepable else " (the decoder warns of the original)"
     return _stored(JPG, pixels, buffer.getvalue(), f"{scaled}encoded as JPEG{why}")
 

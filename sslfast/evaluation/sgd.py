@@ -150,7 +150,7 @@ class TrainingImages:
         self.seed = seed
         self.labels = torch.from_numpy(manifest.labels).to(device)
         self.loader: Loader = build_loader(
-            LoaderConfig(name="torch", workers=workers, on_bad_image=on_bad_image),
+            LoaderConfig(name="pillow", workers=workers, on_bad_image=on_bad_image),
             views={"image": self.view},
             batch_size=batch_size,
             seed=seed,

@@ -1,6 +1,6 @@
 """The ``dali`` loader: nvJPEG (or libjpeg-turbo on the CPU) and resize in NVIDIA DALI, everything else as elsewhere.
 
-Rows, order, shares, crop boxes and replacements of bad images are those of the ``torch`` loader, bit for bit; pixels
+Rows, order, shares, crop boxes and replacements of bad images are those of the ``pillow`` loader, bit for bit; pixels
 differ from its by the decoder's and the filter's rounding (on the CPU at most 3 of 255, on average below 0.3), and by
 more where it decodes a large JPEG at 1/2 to 1/8, which DALI cannot.
 
@@ -8,7 +8,7 @@ A file that DALI cannot decode ends its pipeline, so threads here read and judge
 
 - Every rule of :mod:`sslfast.data.images` that shows before the pixels are decoded, a JPEG's markers among them.
 - DALI decodes JPEGs that are whole, Huffman-coded, 8-bit, grayscale or YCbCr. Everything else (PNG, WebP, CMYK,
-  16 bits, a JPEG without an end marker, ...) is decoded in these threads as by the ``torch`` loader, which also
+  16 bits, a JPEG without an end marker, ...) is decoded in these threads as by the ``pillow`` loader, which also
   judges it.
 - An image that DALI fails on nevertheless is found by trying the batch's images one by one, and from then on decoded
   by the threads, too; the run goes on with a new pipeline.
@@ -36,14 +36,13 @@ from sslfast.data import (
     OpenImage,
     check_size,
     open_image,
-    read_image_bytes,
     require_strict_pillow,
     scan_jpeg,
     silence_pillow,
 )
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
-from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedLocations, decode_crops, stored_box
+from sslfast.loaders.decode import BatchDecoder, DecodedBatch, decode_crops, stored_box
 from sslfast.views import Batch, ViewConfig
 
 INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
@@ -83,7 +82,7 @@ class _ItemSource(BatchDecoder):
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        data = read_image_bytes(self.places[row])
+        data = self.source.read(row)
         if row in self.refused:
             return open_image(data)
         # Most files need no more than this: opening them with Pillow would be half of the time spent on a file here,
@@ -154,7 +153,7 @@ class DaliLoader(ImageLoader):
             raise ValueError(f"loader 'dali' cannot be used: {reason}; {remedy}")
         self._threads = max(1, self._workers)
         self._source = _ItemSource(
-            places=PackedLocations(self._manifest),
+            source=self._manifest.source,
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,
@@ -265,7 +264,7 @@ class DaliLoader(ImageLoader):
         if not found:
             raise RuntimeError(
                 f"DALI failed on a batch, but on none of its images alone ({short_reason(error)}): usually memory ran "
-                "out; use a smaller batch, or --loader.name torch"
+                "out; use a smaller batch, or --loader.name pillow"
             ) from error
         rows = list(suspects)
         self._source.refused.update(rows[position] for position in found)

@@ -13,14 +13,12 @@ from sslfast.data import (
     ORIENTATION,
     BadImageError,
     ImageHeader,
-    ImageLocation,
-    Manifest,
+    ImageSource,
     OnBadImage,
     OpenImage,
     decode_pixels,
     open_image,
     quiet_pillow,
-    read_image_bytes,
 )
 from sslfast.loaders.plan import replacement_rows
 from sslfast.views import ViewConfig, crop_boxes, crop_draws
@@ -90,7 +88,8 @@ class BatchDecoder:
     pixels are. When all of ``REPLACEMENTS`` candidates are bad too, BadImageError in both modes.
     """
 
-    places: "PackedLocations"
+    source: ImageSource
+    """Where the files are: a packed copy where the decoder is sent to worker processes."""
     views: Mapping[str, ViewConfig]
     seed: int
     on_bad_image: OnBadImage
@@ -134,12 +133,12 @@ class BatchDecoder:
             for slot in failed:
                 row = int(batch.sample_ids[slot])
                 if slot not in candidates:
-                    candidates[slot] = replacement_rows(row, len(self.places), seed=self.seed, epoch=epoch)[::-1]
+                    candidates[slot] = replacement_rows(row, len(self.source), seed=self.seed, epoch=epoch)[::-1]
                 if not candidates[slot]:
                     raise BadImageError(
-                        f"no usable replacement found for {self.places[row]} ({self.known_bad[row]}): nearly every "
-                        f"image tried is bad ({len(self.known_bad)} so far); list them with "
-                        f"`sslfast data verify {self.places.root}` and repair the folder"
+                        f"no usable replacement found for {self.source.where(row)} ({self.known_bad[row]}): nearly "
+                        f"every image tried is bad ({len(self.known_bad)} so far); list them with "
+                        f"`sslfast data verify {self.source}` and repair them"
                     )
                 batch.sample_ids[slot] = candidates[slot].pop()
             slots = failed
@@ -154,7 +153,7 @@ class BatchDecoder:
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        return open_image(read_image_bytes(self.places[row]))
+        return open_image(self.source.read(row))
 
     def _boxes(self, epoch: int, rows: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""
@@ -169,45 +168,9 @@ class BatchDecoder:
         row = int(batch.sample_ids[slot])
         if self.on_bad_image == "error":
             raise BadImageError(
-                f"cannot train on {self.places[row]} (row {row}): {error.reason}; repair or remove the file and start "
-                "a new run, or pass --on-bad-image skip"
+                f"cannot train on {self.source.where(row)} (row {row}): {error.reason}; repair or remove the file and "
+                "start a new run, or pass --on-bad-image skip"
             )
         if row not in self.known_bad:
             self.known_bad[row] = error.reason
             batch.bad.append((row, error.reason))
-
-
-class PackedLocations:
-    """``places[row]`` is :meth:`Manifest.place` of a row, out of a few arrays."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.root = str(manifest.root)
-        self._paths, self._sizes, self._shards = PackedPaths(manifest.paths), manifest.bytes, manifest.shards
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, row: int) -> ImageLocation:
-        path = self._paths[row]
-        if self._shards is None:
-            return ImageLocation(f"{self.root}/{path}")
-        return self._shards.location(self.root, path, row, int(self._sizes[row]))
-
-
-class PackedPaths:
-    """A read-only list of strings in two arrays.
-
-    A million ``str`` objects would be copied page by page into every forked worker as their reference counts change.
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, row: int) -> str:
-        start = int(self._ends[row - 1]) if row else 0
-        return self._text[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")

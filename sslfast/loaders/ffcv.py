@@ -8,7 +8,7 @@ batch; and numba beside OpenCV's TBB can hang at exit. Neither ``ffcv`` nor numb
 running process is an error in one line, not SIGBUS.
 
 The threads need no interpreter lock where the time goes: read, decode and resize. A JPEG is decoded at 1/2, 1/4 or 1/8
-by the rule of the ``torch`` loader, and the resize is the same antialiased filter. So crops of raw pictures are that
+by the rule of the ``pillow`` loader, and the resize is the same antialiased filter. So crops of raw pictures are that
 loader's to the bit where it decodes at full size, and crops of kept JPEGs differ by the rounding of the fast DCT: 1.1
 grey levels on average over photographs (ImageNet's), at most 1.7 for 99 of 100 of them, single pixels by up to 17.
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslfast.data import JPG, BadImageError, Beton, ffcv_library
+from sslfast.data import JPG, BadImageError, Beton, BetonSource, ffcv_library
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.plan import replacement_rows
 from sslfast.views import Batch, ViewConfig, crop_boxes, crop_draws
@@ -43,22 +43,20 @@ class FFCVLoader(ImageLoader):
     The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks, with
     any number of ranks. Crop boxes lie in the picture as stored. ``workers`` are decoding threads. CUDA: pinned memory
     and a copy on a side stream beside the running step. Arguments: see :class:`ImageLoader`; the manifest is that of
-    :func:`~sslfast.data.source.open_data` of a .beton file.
+    :func:`~sslfast.data.opening.open_data` of a .beton file.
 
     Every row's checksum is compared when the row is first read; a JPEG that the decoder complains about is bad too.
     """
 
     def _open(self, views: dict[str, ViewConfig]) -> None:
-        archive = self._manifest.archive
-        if archive is None:
-            raise ValueError(
-                f"the ffcv loader reads .beton files: make one with `sslfast data prepare {self._manifest.root}`"
-            )
-        self._decoder = _Decoder(Beton(archive), views, self.plan.seed)
+        source = self._manifest.source
+        if not isinstance(source, BetonSource) or source.archive is None:
+            raise ValueError(f"the ffcv loader reads .beton files: make one with `sslfast data prepare {source}`")
+        self._decoder = _Decoder(Beton(source.archive), views, self.plan.seed)
         weakref.finalize(self, self._decoder.beton.close)
-        if self._decoder.beton.manifest.archive_id != self._manifest.archive_id:
+        if self._decoder.beton.manifest.source.identity() != source.identity():
             self._decoder.beton.close()
-            raise ValueError(f"{archive} is no longer the file that was opened before: start again")
+            raise ValueError(f"{source} is no longer the file that was opened before: start again")
         self._manifest = self._decoder.beton.manifest
         self._pool = _thread_pool(self._workers) if self._workers else None
         self._steps: deque[_Step] = deque()
@@ -115,7 +113,7 @@ class FFCVLoader(ImageLoader):
                 row = int(step.rows[slot])
                 if self._on_bad_image == "error":
                     raise ValueError(
-                        f"cannot train on row {row} of {self._manifest.archive} ({self._manifest.paths[row]}): "
+                        f"cannot train on row {row} of {self._manifest.source} ({self._manifest.paths[row]}): "
                         f"{reason}; make the file again with `sslfast data prepare`, or pass --on-bad-image skip"
                     )
                 self._bad.setdefault(row, reason)
@@ -123,7 +121,7 @@ class FFCVLoader(ImageLoader):
                     candidates[slot] = replacement_rows(row, self.num_rows, seed=self.plan.seed, epoch=step.epoch)[::-1]
                 if not candidates[slot]:
                     raise ValueError(
-                        f"no usable replacement found for row {row} of {self._manifest.archive} ({reason}): nearly "
+                        f"no usable replacement found for row {row} of {self._manifest.source} ({reason}): nearly "
                         f"every image tried is bad ({len(self._bad)} so far); make the file again with "
                         "`sslfast data prepare`"
                     )

@@ -1,14 +1,12 @@
-"""The ``torch`` loader: Pillow decoding in the worker processes of a torch DataLoader, a whole batch per item.
+"""The ``pillow`` loader: Pillow decoding in the worker processes of a torch DataLoader, a whole batch per item.
 
 Needs nothing but torch, numpy and Pillow, works on every device and is the specification of what loaders yield.
 """
 
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sslfast.data import BadImageError, ShardError, require_strict_pillow, silence_pillow
+from sslfast.data import BadImageError, SourceError, exit_with_parent, require_strict_pillow, silence_pillow
 from sslfast.loaders.base import ImageLoader
-from sslfast.loaders.decode import BatchDecoder, PackedLocations
+from sslfast.loaders.decode import BatchDecoder
 from sslfast.loaders.plan import EpochPlan
 from sslfast.views import Batch, ViewConfig
 
@@ -50,7 +48,7 @@ class _Batches(Dataset[dict[str, Any]]):
     def __getitem__(self, task: _Task) -> dict[str, Any]:
         try:
             batch = self.decoder(task.epoch, task.rows)
-        except (BadImageError, ShardError) as error:
+        except (BadImageError, SourceError) as error:
             # An exception would reach the main process as a traceback of the worker's.
             return {"error": str(error)}
         return {"rows": batch.sample_ids, "crops": batch.crops, "bad": batch.bad}
@@ -89,7 +87,7 @@ class PillowLoader(ImageLoader):
         if workers:
             _check_shared_memory(views, self.plan.batch_size // self.plan.world_size, workers)
         decoder = BatchDecoder(
-            places=PackedLocations(self._manifest),
+            source=self._manifest.source.packed(),
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,
@@ -181,7 +179,8 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    # torch's own check sees the fork server (Python 3.14's default), which lives as long as its workers do.
+    exit_with_parent()
     silence_pillow()
 
 
@@ -192,15 +191,6 @@ def _kill_workers(workers: list[BaseProcess]) -> None:
             worker.kill()
             worker.join()
     workers.clear()
-
-
-def _end_with_main_process() -> None:
-    """Where a fork server starts the workers (Python 3.14's default), torch's own watch sees the server, which lives
-    on for as long as its workers do: those of a killed main process would stay for good."""
-    main_process = multiprocessing.parent_process()
-    if main_process is not None:
-        main_process.join()
-        os._exit(1)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -35,7 +35,7 @@ class EpochPlan:
     shards: NDArray[np.int64] | None = None
     """``[num_rows]`` shard of each row: the order mixes a few of them at a time (:func:`shard_order`)."""
     mixed_shards: int = 16
-    """How many."""
+    """How many of them."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

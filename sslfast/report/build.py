@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from sslfast.config import load_json
-from sslfast.data import ImageLocation, decode_full, quiet_pillow, read_image_bytes
+from sslfast.data import ImageLocation, decode_full, quiet_pillow
 from sslfast.evaluation import STRENGTHS, TRAINED, EvaluationSet, load_evaluation_set, nearest_neighbours, train_probe
 from sslfast.files import replacing
 from sslfast.report.charts import figure, line_chart, number, scatter_chart
@@ -329,7 +329,7 @@ def _published() -> str:
 
 def _thumbnail(place: ImageLocation, side: int) -> Image.Image:
     """The centre square of a picture."""
-    picture = Image.fromarray(decode_full(read_image_bytes(place))).convert("RGB")
+    picture = Image.fromarray(decode_full(place.read())).convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))

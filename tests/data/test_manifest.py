@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sslfast.data.folder as listing_module
+import sslfast.data.listing as listing_module
 import sslfast.data.manifest as manifest_module
-from sslfast.data.folder import HASHED_BYTES
+import sslfast.data.pool as pool_module
 from sslfast.data.manifest import Manifest
+from sslfast.data.source import HASHED_BYTES
 from tests.pictures import encoded, picture, write_folder
 
 
@@ -273,7 +274,7 @@ def test_load_or_scan_writes_once_and_then_only_checks(tmp_path: Path) -> None:
 def test_the_scan_does_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path, [f"{i % 3}/{i:02}.jpg" for i in range(20)])
     whole = Manifest.scan(root)
-    monkeypatch.setattr(listing_module, "_CHUNK", 3)
+    monkeypatch.setattr(pool_module, "_CHUNK", 3)
     assert Manifest.scan(root).digest() == whole.digest()
 
 

@@ -20,12 +20,12 @@ from PIL import Image
 import sslfast.data.beton as beton_module
 import sslfast.data.prepare as prepare_module
 from sslfast.cli import main as cli
-from sslfast.data.beton import ALLOCATION, FOOTER, HEADER, JPG, RAW, Beton, BetonWriter
+from sslfast.data.beton import ALLOCATION, FOOTER, HEADER, JPG, RAW, Beton, BetonSource, BetonWriter
 from sslfast.data.ffcv_library import load_decoder
 from sslfast.data.images import decode_full, decode_pixels, open_image
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data, reopen_data
 from sslfast.data.prepare import PrepareConfig, prepare_beton
-from sslfast.data.source import open_data, reopen_data
 from sslfast.data.verify import verify_images
 from sslfast.report.preview import write_preview
 from tests.pictures import encoded, picture, write_folder
@@ -84,7 +84,7 @@ def test_jpegs_keep_their_bytes_and_rows_are_the_manifests(tmp_path: Path) -> No
     with Beton(tmp_path / "out.beton") as beton:
         assert (beton.manifest.digest(), beton.manifest.paths) == (manifest.digest(), sorted(NAMES))
         assert (beton.manifest.verified, beton.manifest.classes) == (True, ["class0", "class1", "class2"])
-        assert beton.manifest.source == tmp_path / "out.beton"
+        assert str(beton.manifest.source) == str(tmp_path / "out.beton")
         assert beton.settings["mode"] == "jpg"
         for row in range(11):
             assert stored(beton, row) == manifest.path(row).read_bytes()
@@ -232,7 +232,7 @@ def test_a_changed_file_is_an_error_in_both_modes(tmp_path: Path, monkeypatch: p
     manifest = Manifest.scan(root)
     (root / NAMES[3]).write_bytes(encoded(picture(key=77)))
     monkeypatch.setattr(prepare_module, "open_data", lambda *_, **__: manifest)
-    with pytest.raises(ValueError, match=rf"{NAMES[3]} is not the file that the manifest speaks of"):
+    with pytest.raises(ValueError, match=rf"{NAMES[3]}: content hash differs from the manifest: verify"):
         prepare_beton(root, tmp_path / "out.beton", on_bad_image="skip", workers=0)
     assert not (tmp_path / "out.beton").exists()
 
@@ -265,7 +265,7 @@ def test_a_killed_process_leaves_the_old_file_and_the_next_one_clears_up(tmp_pat
     code = (
         "import sys, time; from pathlib import Path; import sslfast.data.prepare as prepare\n"
         "store = prepare._store\n"
-        "def slow(task): time.sleep(0.02); return store(task)\n"
+        "def slow(*task): time.sleep(0.02); return store(*task)\n"
         "prepare._store = slow\n"
         f"prepare.prepare_beton(Path({str(root)!r}), Path({str(output)!r}), workers=2)"
     )
@@ -339,7 +339,7 @@ def test_a_run_goes_on_with_the_file_it_began_with(tmp_path: Path) -> None:
     prepare_beton(root, output, workers=0)
     manifest = open_data(output)
     manifest.save(run)
-    assert reopen_data(output, run).archive_id == manifest.archive_id
+    assert reopen_data(output, run).source.identity() == manifest.source.identity() != ""
     with pytest.raises(ValueError, match=r"started with a .beton file: give that one, not"):
         reopen_data(root, run)
     prepare_beton(root, output, PrepareConfig(mode="raw"), workers=0)
@@ -386,7 +386,7 @@ def test_tar_shards_become_a_file_with_their_rows_and_classes(tmp_path: Path) ->
     prepare_beton(tmp_path / "data", tmp_path / "x.beton", workers=2)
     manifest = open_data(tmp_path / "x.beton")
     assert manifest.paths == shards.paths
-    assert manifest.shards is None
+    assert isinstance(manifest.source, BetonSource)
     assert manifest.classes == ["6", "7", "8", "9", "10"]
     assert manifest.labels.tolist() == shards.labels.tolist() == [4, 3, 2, 1, 0] * 2
     with Beton(tmp_path / "x.beton") as beton:

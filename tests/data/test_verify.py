@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from sslfast.cli import main as cli
-from sslfast.data.folder import list_files
+from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data, reopen_data
 from sslfast.data.pool import map_processes
-from sslfast.data.source import open_data, reopen_data
 from sslfast.data.verify import check_images, verify_images
 from tests.pictures import encoded, picture, write_folder
 

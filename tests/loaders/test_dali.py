@@ -474,7 +474,7 @@ def test_build_loader_and_the_choice_of_auto(manifest: Manifest) -> None:
     assert same(list(built.epoch(0)), list(loader(manifest).epoch(0)))
     for device in ("cuda:1", torch.device("cpu")):
         name, why = choose_loader(manifest, device)
-        assert name == "torch"
+        assert name == "pillow"
         assert "dali" in why.lower()
     assert choose_loader(None, "cuda")[0] == "synthetic"
 

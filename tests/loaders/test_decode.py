@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
+from sslfast.data.folder import FolderSource
 from sslfast.data.images import BadImageError, decode_full, open_image
-from sslfast.data.manifest import Manifest
-from sslfast.loaders.decode import BatchDecoder, PackedLocations, PackedPaths, decode_crops
+from sslfast.data.source import PackedPaths
+from sslfast.loaders.decode import BatchDecoder, decode_crops
 from sslfast.loaders.plan import REPLACEMENTS, replacement_rows
 from sslfast.views.crops import crop_boxes, crop_draws
 from sslfast.views.types import CropConfig, ViewConfig
@@ -87,15 +88,8 @@ def test_large_jpegs_are_decoded_scaled_and_look_the_same(
 
 
 def decoder(root, names, *, on_bad_image="skip", seed=5) -> BatchDecoder:
-    manifest = Manifest(
-        root=root,
-        paths=names,
-        bytes=np.zeros(len(names), dtype=np.int64),
-        sha1=[""] * len(names),
-        labels=np.full(len(names), -1),
-        classes=[],
-    )
-    return BatchDecoder(places=PackedLocations(manifest), views=VIEWS, seed=seed, on_bad_image=on_bad_image)
+    source = FolderSource(root=root, paths=names).packed()
+    return BatchDecoder(source=source, views=VIEWS, seed=seed, on_bad_image=on_bad_image)
 
 
 def test_a_batch_is_its_rows_crops_at_their_boxes(tmp_path) -> None:
@@ -177,3 +171,4 @@ def test_packed_paths_are_a_list_of_strings() -> None:
     names = ["a/b.jpg", "ü/漢.png", "x\udcff.jpg", ""]
     packed = PackedPaths(names)
     assert [packed[row] for row in range(len(packed))] == names
+    assert packed[1:] == names[1:]

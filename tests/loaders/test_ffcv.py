@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from sslfast.data import ffcv_library
-from sslfast.data.beton import Beton
+from sslfast.data.beton import Beton, BetonSource
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data
 from sslfast.data.prepare import PrepareConfig, prepare_beton
-from sslfast.data.source import open_data
 from sslfast.loaders.ffcv import FFCVLoader
 from sslfast.loaders.pillow import PillowLoader
 from sslfast.loaders.registry import LoaderConfig, build_loader
@@ -43,6 +43,13 @@ def manifest(tmp_path: Path) -> Manifest:
     return open_data(tmp_path / "data.beton")
 
 
+def archive(manifest: Manifest) -> Path:
+    """The .beton file."""
+    assert isinstance(manifest.source, BetonSource)
+    assert manifest.source.archive is not None
+    return manifest.source.archive
+
+
 def loader(manifest: Manifest, **options) -> FFCVLoader:
     return FFCVLoader(manifest, VIEWS, **({"batch_size": 6, "seed": 11} | options))
 
@@ -62,10 +69,9 @@ def held() -> tuple[int, int]:
 
 def damage(manifest: Manifest, row: int) -> None:
     """Change one byte in the middle of a stored image, in place."""
-    assert manifest.archive is not None
-    with Beton(manifest.archive) as beton:
+    with Beton(archive(manifest)) as beton:
         place = int(beton.places[row] + beton.sizes[row] // 2)
-    with open(manifest.archive, "r+b") as file:
+    with open(archive(manifest), "r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
         file.seek(place)
@@ -174,8 +180,7 @@ def test_damage_inside_the_file_is_one_line_or_left_out(manifest: Manifest, work
 def test_what_the_decoder_says_is_heeded(manifest: Manifest) -> None:
     data = loader(manifest, on_bad_image="skip")
     row = int(next(data.epoch(0)).sample_ids[0])
-    assert manifest.archive is not None
-    with open(manifest.archive, "r+b") as file:
+    with open(archive(manifest), "r+b") as file:
         file.seek(int(data._decoder.beton.places[row]))
         file.write(b"no JPEG")
     data._decoder._is_checked[:] = True  # as if it had been damaged with the checksum
@@ -192,8 +197,7 @@ def test_only_damaged_images_end_in_one_error(manifest: Manifest) -> None:
 
 def test_a_file_that_is_cut_short_while_in_use_is_an_error_and_no_crash(manifest: Manifest) -> None:
     data = loader(manifest, workers=1)
-    assert manifest.archive is not None
-    os.truncate(manifest.archive, 1000)
+    os.truncate(archive(manifest), 1000)
     with pytest.raises(ValueError, match="the file was cut short while it was in use"):
         list(data.epoch(0))
     data.close()
@@ -283,7 +287,7 @@ from pathlib import Path
 from sslfast.views import CropConfig, ViewConfig
 from sslfast.data import open_data
 from sslfast.loaders.ffcv import FFCVLoader
-data = FFCVLoader(open_data(Path({str(manifest.archive)!r})), {{"image": ViewConfig(crop=CropConfig(size=24))}},
+data = FFCVLoader(open_data(Path({str(archive(manifest))!r})), {{"image": ViewConfig(crop=CropConfig(size=24))}},
                   batch_size=6, seed=0, workers=2)
 try:
     for epoch in itertools.count():
@@ -328,8 +332,8 @@ def test_build_loader_takes_it_for_beton_files(manifest: Manifest, tmp_path: Pat
     built = build_loader(LoaderConfig(workers=0), manifest=manifest, **options)  # type: ignore[arg-type]
     assert isinstance(built, FFCVLoader)
     assert same(list(built.epoch(0)), list(loader(manifest).epoch(0)))
-    with pytest.raises(ValueError, match=r"loader 'torch' reads files and .*data.beton is a .beton file"):
-        build_loader(LoaderConfig(name="torch"), manifest=manifest, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"loader 'pillow' reads files and .*data.beton is a .beton file"):
+        build_loader(LoaderConfig(name="pillow"), manifest=manifest, **options)  # type: ignore[arg-type]
     folder = Manifest.scan(tmp_path / "data")
     with pytest.raises(ValueError, match=r"reads .beton files: make one with `sslfast data prepare .*data`"):
         build_loader(LoaderConfig(name="ffcv"), manifest=folder, **options)  # type: ignore[arg-type]
@@ -364,8 +368,7 @@ def test_the_pins_are_the_same_everywhere() -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert manifest.archive is not None
-    data, config = manifest.archive, TinyConfig(epochs=3, batch_size=6, loader=LoaderConfig(workers=2))
+    data, config = archive(manifest), TinyConfig(epochs=3, batch_size=6, loader=LoaderConfig(workers=2))
     whole = Trainer(config, data, tmp_path / "whole", report=lambda _: None)
     whole.fit()
     steps = iter(range(12))

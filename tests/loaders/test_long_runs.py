@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sslfast.data import ffcv_library
-from sslfast.data.source import open_data
+from sslfast.data.opening import open_data
 from sslfast.loaders.registry import Loader, LoaderConfig, build_loader, loader_status
 from sslfast.views.types import CropConfig, ViewConfig
 from tests.pictures import write_folder
@@ -22,13 +22,13 @@ VIEWS = {
     "image": ViewConfig(crop=CropConfig(size=48)),
     "other": ViewConfig(crop=CropConfig(size=40, scale=(0.6, 1.0))),
 }
-EPOCHS = {"torch-2": 60}
+EPOCHS = {"pillow-2": 60}
 """200 of the others; processes take a while to begin an epoch."""
 GROWTH = 2 << 20
 """Most bytes of growth after the first fifth of the epochs; 0.6 MiB were seen."""
 USABLE = {name for name, (usable, _, _) in loader_status().items() if usable}
 RUNS = [
-    run for run in ("synthetic-0", "torch-0", "torch-2", "dali-2", "ffcv-0", "ffcv-2") if run.split("-")[0] in USABLE
+    run for run in ("synthetic-0", "pillow-0", "pillow-2", "dali-2", "ffcv-0", "ffcv-2") if run.split("-")[0] in USABLE
 ]
 
 
