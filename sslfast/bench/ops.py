@@ -145,22 +145,24 @@ def bank_nce_dense_case(
     bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device, dtype)
     query = normalize(torch.randn(1, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
     index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
-    rows = None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+    negatives = (
+        None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+    )
 
     def fused() -> Tensor:
         query.grad = None
-        value = ops.bank_nce_dense(query, bank, index, rows=rows)[0].mean()
+        value = ops.bank_nce_dense(query, bank, index, negatives=negatives)[0].mean()
         value.backward()
         return value.detach()
 
     def eager() -> Tensor:
         query.grad = None
-        chosen = bank if rows is None else torch.cat((bank[rows], bank[index]))
+        chosen = bank if negatives is None else torch.cat((bank[negatives], bank[index]))
         scores = (query[0].to(dtype) @ chosen.T).float() / 0.07
-        target = index if rows is None else len(rows) + torch.arange(batch, device=device)
-        if rows is not None:  # of the batch's own rows, each sample has one
+        target = index if negatives is None else len(negatives) + torch.arange(batch, device=device)
+        if negatives is not None:  # of the batch's own rows, each sample has one
             others = ~torch.eye(batch, dtype=torch.bool, device=device)
-            scores[:, len(rows) :] = scores[:, len(rows) :].masked_fill(others, -torch.inf)
+            scores[:, len(negatives) :] = scores[:, len(negatives) :].masked_fill(others, -torch.inf)
         value = cross_entropy(scores, target)
         value.backward()
         return value.detach()
@@ -171,9 +173,9 @@ def bank_nce_dense_case(
         torch.testing.assert_close(value, eager(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
 
-    rest = "whole bank" if rows is None else f"K={len(rows)} shared"
+    rest = "whole bank" if negatives is None else f"K={len(negatives)} shared"
     size = f"B={batch} D={dimensions} N={num_rows} {str(dtype)[6:]} {rest}"
-    floor = (num_rows if rows is None else len(rows)) * dimensions * bank.element_size()
+    floor = (num_rows if negatives is None else len(negatives)) * dimensions * bank.element_size()
     return Case("bank_nce_dense", size, {"eager [B, N] scores": eager, "sslfast": fused}, floor, check)
 
 

@@ -240,12 +240,12 @@ def bank_nce_check(call: Arguments, answer: Tensor, _before: Arguments) -> None:
 def bank_nce_dense_call(draw: Any) -> Arguments:
     call = bank_nce_call(draw)
     query, index = call["query"], call["index"]
-    rows = draw(st.sampled_from([None, integers(draw, len(call["bank"]), draw(st.integers(1, 5)))]))
+    negatives = draw(st.sampled_from([None, integers(draw, len(call["bank"]), draw(st.integers(1, 5)))]))
     return {
         "query": query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:]),
         "index": torch.where(integers(draw, 4, len(index)) == 0, -1, index),  # some positives lie in another shard
-        "rows": rows,
-        "exclude_self": call["exclude_self"] and rows is not None,
+        "negatives": negatives,
+        "exclude_self": call["exclude_self"] and negatives is not None,
         **{name: call[name] for name in ("bank", "temperature", "loss", "z")},
     }
 
