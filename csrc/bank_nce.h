@@ -100,7 +100,7 @@ inline void check_scoring(const char* op,
 inline void check_bank_nce(const Tensor& query,                       // [V, B, D] fp32 or fp64
                            const Tensor& bank,                        // [N, D]
                            const Tensor& index,                       // [B] int64
-                           const std::optional<Tensor>& rows,         // [B, K] int64; none: drawn
+                           const std::optional<Tensor>& negatives,    // [B, K] int64; none: drawn
                            const std::optional<Tensor>& step_tensor,  // [] int64
                            const std::optional<Tensor>& z_tensor,     // [] fp64
                            int64_t num_negatives, double temperature, bool exclude_self, int64_t seed,
@@ -108,15 +108,15 @@ inline void check_bank_nce(const Tensor& query,                       // [V, B, 
   constexpr const char* op = "bank_nce";
   check_scoring(op, query, bank, index, z_tensor, temperature);
   check_step(op, step_tensor, index);
-  if (rows) {
-    SSLFAST_CHECK(rows->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
-    SSLFAST_CHECK(rows->dim() == 2 && rows->size(0) == index.size(0), op,
+  if (negatives) {
+    SSLFAST_CHECK(negatives->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    SSLFAST_CHECK(negatives->dim() == 2 && negatives->size(0) == index.size(0), op,
                   ": negatives must have shape [K] or [B, K] "
                   "with B=",
-                  index.size(0), ", got ", shape_string(*rows));
-    SSLFAST_CHECK(rows->size(1) == num_negatives && num_negatives >= 1, op,
-                  ": negatives must name at least one row per sample, got shape ", shape_string(*rows));
-    check_same_device(op, "negatives", *rows, "query", query);
+                  index.size(0), ", got ", shape_string(*negatives));
+    SSLFAST_CHECK(negatives->size(1) == num_negatives && num_negatives >= 1, op,
+                  ": negatives must name at least one row per sample, got shape ", shape_string(*negatives));
+    check_same_device(op, "negatives", *negatives, "query", query);
   } else {
     check_sampling(op, num_negatives, shard.num_rows, seed, exclude_self);
   }

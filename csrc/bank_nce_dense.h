@@ -46,22 +46,22 @@ SSLFAST_HD DenseResult<A> finish_dense(const StreamState<A>& state, bool has_pos
   return {state.binary + term.softplus, lse, -term.sigmoid};
 }
 
-inline void check_bank_nce_dense(const Tensor& query,                    // [V, B, D] fp32 or fp64
-                                 const Tensor& bank,                     // [N, D]
-                                 const Tensor& index,                    // [B] int64, -1: no positive
-                                 const std::optional<Tensor>& rows,      // [K] int64; none: the whole bank
-                                 const std::optional<Tensor>& z_tensor,  // [] fp64
+inline void check_bank_nce_dense(const Tensor& query,                     // [V, B, D] fp32 or fp64
+                                 const Tensor& bank,                      // [N, D]
+                                 const Tensor& index,                     // [B] int64, -1: no positive
+                                 const std::optional<Tensor>& negatives,  // [K] int64; none: the whole bank
+                                 const std::optional<Tensor>& z_tensor,   // [] fp64
                                  double temperature, bool binary, bool exclude_self) {
   constexpr const char* op = "bank_nce_dense";
   check_scoring(op, query, bank, index, z_tensor, temperature);
   SSLFAST_CHECK(bank.size(0) >= 1, op, ": bank must hold at least one row");
-  if (rows) {
-    SSLFAST_CHECK(rows->scalar_type() == ScalarType::Long, op, ": rows must be int64; convert with .long()");
-    SSLFAST_CHECK(rows->dim() == 1, op, ": rows must have shape [K], got ", shape_string(*rows));
-    SSLFAST_CHECK(rows->size(0) >= 1, op, ": rows must name at least one row");
-    check_same_device(op, "rows", *rows, "query", query);
+  if (negatives) {
+    SSLFAST_CHECK(negatives->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    SSLFAST_CHECK(negatives->dim() == 1, op, ": negatives must have shape [K], got ", shape_string(*negatives));
+    SSLFAST_CHECK(negatives->size(0) >= 1, op, ": negatives must name at least one row");
+    check_same_device(op, "negatives", *negatives, "query", query);
   } else {
-    SSLFAST_CHECK(!exclude_self, op, ": exclude_self is for given rows; the whole bank holds each positive once");
+    SSLFAST_CHECK(!exclude_self, op, ": exclude_self is for given negatives; the whole bank holds each positive once");
     SSLFAST_CHECK(!binary || bank.size(0) >= 2, op, ": NCE against the whole bank needs at least 2 rows, got 1");
   }
 }

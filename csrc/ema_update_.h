@@ -115,7 +115,8 @@ inline void check_apart(const std::vector<Tensor>& targets, const std::vector<Te
   for (size_t i = 0; i < targets.size(); ++i) {
     if (targets[i].numel() != 0) places.emplace_back(targets[i], i);
   }
-  std::sort(places.begin(), places.end(), [](const ImageLocation& a, const ImageLocation& b) { return a.begin < b.begin; });
+  std::sort(places.begin(), places.end(),
+            [](const ImageLocation& a, const ImageLocation& b) { return a.begin < b.begin; });
   for (size_t p = 1; p < places.size(); ++p) {
     SSLFAST_CHECK(places[p - 1].end <= places[p].begin, "ema_update_: targets[", places[p - 1].i, "] and targets[",
                   places[p].i, "] share memory; pass tied weights once");

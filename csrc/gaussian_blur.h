@@ -5,11 +5,13 @@
 #include <cstdint>
 
 #include "common/philox.h"  // SSLFAST_HD
+#include "view_parameters.h"
 
 namespace sslfast {
 
-constexpr float kMaxBlurSigma = 5.0f;
-constexpr int kMaxBlurRadius = 15;
+constexpr float kMaxBlurSigma = view_parameter(kBlurSigma).highest;
+constexpr int kMaxBlurRadius = static_cast<int>(3.0f * kMaxBlurSigma);
+static_assert(static_cast<float>(kMaxBlurRadius) == 3.0f * kMaxBlurSigma, "blur_radius rounds up");
 
 // Taps reach ceil(3 sigma) pixels, as far as one reflection of the picture goes at most. 0: no blur.
 SSLFAST_HD int blur_radius(float sigma, int64_t side) {

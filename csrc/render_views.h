@@ -15,6 +15,7 @@
 #include "common/check.h"
 #include "common/philox.h"  // SSLFAST_HD
 #include "gaussian_blur.h"
+#include "view_parameters.h"
 
 namespace sslfast {
 
@@ -24,13 +25,12 @@ namespace sslfast {
 #define SSLFAST_UNROLL
 #endif
 
-constexpr int kViewParameters = 13;  // fp32 numbers of a picture, in the order of PictureOps::read
+enum Jitter : int { kJitterBrightness, kJitterContrast, kJitterSaturation, kJitterHue };
 
-enum Jitter : int { kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3 };
-
-// Everything that happens to one picture.
+// The operations on one picture.
 struct PictureOps {
   bool flip, photometric, grayscale;
+  bool recolours;    // apply_colour changes pixels
   int kinds[4];      // the jitters in the picture's order
   float factors[4];  // of each; hue: turns
   bool applies[4];   // whether it changes anything
@@ -42,11 +42,12 @@ struct PictureOps {
   // Loops of four with constant bounds and a list in an integer: on a GPU all of this stays in registers.
   SSLFAST_HD static PictureOps read(const float* p) {
     PictureOps ops{};
-    ops.flip = p[0] != 0;
-    ops.photometric = p[7] != 0;
-    ops.grayscale = p[11] != 0;
-    int code = static_cast<int>(p[2]);  // rank of the order among the 24, lexicographic
-    unsigned left = 0x3210;             // kinds not yet placed, four bits each
+    ops.flip = p[kFlip] != 0;
+    ops.photometric = p[kPhotometric] != 0;
+    ops.grayscale = p[kGrayscale] != 0;
+    ops.recolours = ops.grayscale;
+    int code = static_cast<int>(p[kJitterOrder]);  // rank of the order among the 24, lexicographic
+    unsigned left = 0x3210;                        // kinds not yet placed, four bits each
     ops.contrast = 4;
     SSLFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -54,26 +55,33 @@ struct PictureOps {
       const int kind = static_cast<int>(left >> shift & 15u);
       left = (left & ((1u << shift) - 1)) | (left >> (shift + 4) << shift);
       code %= block;
-      const float factor = kind == kBrightness ? p[3] : kind == kContrast ? p[4] : kind == kSaturation ? p[5] : p[6];
+      const float factor = kind == kJitterBrightness   ? p[kBrightness]
+                           : kind == kJitterContrast   ? p[kContrast]
+                           : kind == kJitterSaturation ? p[kSaturation]
+                                                       : p[kHue];
       ops.kinds[i] = kind;
       ops.factors[i] = factor;
-      ops.applies[i] = p[1] != 0 && factor != (kind == kHue ? 0.0f : 1.0f);
-      if (ops.applies[i] && kind == kContrast) ops.contrast = i;
+      ops.applies[i] = p[kJitter] != 0 && factor != (kind == kJitterHue ? 0.0f : 1.0f);
+      if (ops.applies[i] && kind == kJitterContrast) ops.contrast = i;
     }
-    ops.level_step = static_cast<float>(1 << (8 - static_cast<int>(p[8])));
-    ops.sharpness = p[9];
-    ops.threshold = p[10];
-    ops.sigma = p[12];
+    ops.level_step = static_cast<float>(1 << (8 - static_cast<int>(p[kPosterizeBits])));
+    ops.sharpness = p[kSharpness];
+    ops.threshold = p[kSolarizeThreshold];
+    ops.sigma = p[kBlurSigma];
     return ops;
   }
 };
 
+SSLFAST_HD bool parameter_in_range(int index, float value) {
+  const ViewParameterInfo info = view_parameter(index);
+  return value >= info.lowest && value <= info.highest;  // false for NaN
+}
+
 SSLFAST_HD bool parameters_in_range(const float* p) {
-  const bool code = p[2] >= 0 && p[2] < 24, bits = p[8] >= 0 && p[8] <= 8;
-  const bool sigma = p[12] >= 0 && p[12] <= kMaxBlurSigma;
-  bool finite = true;
-  for (int i = 0; i < kViewParameters; ++i) finite &= p[i] - p[i] == 0.0f;
-  return code && bits && sigma && finite;
+  bool in_range = true;
+  SSLFAST_UNROLL
+  for (int i = 0; i < kViewParameters; ++i) in_range &= parameter_in_range(i, p[i]);
+  return in_range;
 }
 
 SSLFAST_HD float luminance(float r, float g, float b) {
@@ -127,9 +135,9 @@ SSLFAST_HD float hue_sixths(float turns) {
 
 // `level`: (1 - factor) * mean luminance for contrast.
 SSLFAST_HD Rgb apply_jitter(Rgb x, int kind, float factor, float level) {
-  return kind == kHue          ? shift_hue(x, hue_sixths(factor))
-         : kind == kSaturation ? saturate_levels(x, factor)
-                               : scale_levels(x, factor, kind == kContrast ? level : 0.0f);
+  return kind == kJitterHue          ? shift_hue(x, hue_sixths(factor))
+         : kind == kJitterSaturation ? saturate_levels(x, factor)
+                                     : scale_levels(x, factor, kind == kJitterContrast ? level : 0.0f);
 }
 
 // floor(s + f (x - s)), s the rounded mean of the pixel (five times) and its neighbours; `sum` is 13 times that mean.
@@ -149,6 +157,13 @@ SSLFAST_HD Rgb apply_jitters(Rgb x, const PictureOps& ops, int steps, float leve
   for (int step = 0; step < 4; ++step) {
     if (step < steps && ops.applies[step]) x = apply_jitter(x, ops.kinds[step], ops.factors[step], level);
   }
+  return x;
+}
+
+// The per-pixel operations between the photometric set and the blur, in this order. An operation of its own goes before
+// grayscale: blur takes a gray picture to have three equal channels.
+SSLFAST_HD Rgb apply_colour(Rgb x, const PictureOps& ops) {
+  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
   return x;
 }
 
@@ -210,7 +225,7 @@ struct ViewShape {
 };
 
 inline ViewShape check_render_views(const Tensor& crops,                         // [B, 3, S, S] uint8
-                                    const Tensor& parameters,                    // [B, M, 13] fp32
+                                    const Tensor& parameters,                    // [B, M, kViewParameters] fp32
                                     const std::optional<Tensor>& quarter_turns,  // [B] int64
                                     const std::optional<Tensor>& permutation,    // [B, M] int64
                                     const std::optional<Tensor>& offsets,        // [B, M, 2] int64

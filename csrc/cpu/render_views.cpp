@@ -5,7 +5,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "common/simd.h"
@@ -18,7 +21,7 @@ constexpr int64_t kStrip = 512;  // pixels that stay in the L1 cache while every
 template <typename Out>
 struct Problem {
   const uint8_t* crops;        // [B, 3, S, S]
-  const float* parameters;     // [B, M, 13]
+  const float* parameters;     // [B, M, kViewParameters]
   const int64_t* turns;        // [B] or null
   const int64_t* permutation;  // [B, M] or null
   const int64_t* offsets;      // [B, M, 2] or null
@@ -75,17 +78,17 @@ SSLFAST_INLINE void jitter_strip(const PictureOps& ops, int steps, float level, 
   for (int step = 0; step < steps; ++step) {
     if (!ops.applies[step]) continue;
     switch (ops.kinds[step]) {
-      case kBrightness:
-        jitter_strip<kBrightness>(strip, count, ops.factors[step], 0.0f);
+      case kJitterBrightness:
+        jitter_strip<kJitterBrightness>(strip, count, ops.factors[step], 0.0f);
         break;
-      case kContrast:
-        jitter_strip<kContrast>(strip, count, ops.factors[step], level);
+      case kJitterContrast:
+        jitter_strip<kJitterContrast>(strip, count, ops.factors[step], level);
         break;
-      case kSaturation:
-        jitter_strip<kSaturation>(strip, count, ops.factors[step], 0.0f);
+      case kJitterSaturation:
+        jitter_strip<kJitterSaturation>(strip, count, ops.factors[step], 0.0f);
         break;
       default:
-        jitter_strip<kHue>(strip, count, ops.factors[step], 0.0f);
+        jitter_strip<kJitterHue>(strip, count, ops.factors[step], 0.0f);
         break;
     }
   }
@@ -118,9 +121,12 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t p
 template <typename Out>
 SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, Strip& s, int64_t picture, int64_t first,
                                  int64_t count, float* planes) {
-  if (ops.grayscale) {
+  if (ops.recolours) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) s.r[i] = s.g[i] = s.b[i] = luminance(s.r[i], s.g[i], s.b[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      const Rgb x = apply_colour({s.r[i], s.g[i], s.b[i]}, ops);
+      s.r[i] = x.r, s.g[i] = x.g, s.b[i] = x.b;
+    }
   }
   if (ops.sigma == 0) {
     write_strip(p, s, picture, first, count);
@@ -315,19 +321,26 @@ SSLFAST_INLINE void render_pictures(const Problem<Out>& p) {
 
 SSLFAST_MULTIVERSION(render_pictures_best, render_pictures, const Problem<T>&)
 
+std::string range_text(const ViewParameterInfo& info) {
+  if (info.lowest == -FLT_MAX && info.highest == FLT_MAX) return "finite";
+  std::ostringstream out;
+  out << "in [" << info.lowest << ", " << info.highest << "]";
+  return out.str();
+}
+
 void check_values(const ViewShape& shape, bool photometric, bool blur, const float* parameters,
                   const int64_t* permutation, const int64_t* offsets) {
   for (int64_t i = 0; i < shape.batch * shape.pictures(); ++i) {
-    SSLFAST_CHECK(
-        parameters_in_range(parameters + i * kViewParameters),
-        "render_views: parameters must be finite, with order codes in [0, 24), bits in [0, 8] and blur sigmas in "
-        "[0, ",
-        kMaxBlurSigma, "]; those of sample ", i / shape.pictures(), ", picture ", i % shape.pictures(), " are not");
-    SSLFAST_CHECK(photometric || parameters[i * kViewParameters + 7] == 0,
-                  "render_views: photometric is False, but the gate of sample ", i / shape.pictures(), ", picture ",
-                  i % shape.pictures(), " is open; pass photometric=True");
-    SSLFAST_CHECK(blur || parameters[i * kViewParameters + 12] == 0, "render_views: blur is False, but sample ",
-                  i / shape.pictures(), ", picture ", i % shape.pictures(), " has a sigma; pass blur=True");
+    const float* p = parameters + i * kViewParameters;
+    for (int index = 0; index < kViewParameters; ++index) {
+      const ViewParameterInfo info = view_parameter(index);
+      SSLFAST_CHECK(parameter_in_range(index, p[index]), "render_views: ", info.name, " must be ", range_text(info),
+                    ", got ", p[index], " at sample ", i / shape.pictures(), ", picture ", i % shape.pictures());
+    }
+    SSLFAST_CHECK(photometric || p[kPhotometric] == 0, "render_views: photometric is False, but the gate of sample ",
+                  i / shape.pictures(), ", picture ", i % shape.pictures(), " is open; pass photometric=True");
+    SSLFAST_CHECK(blur || p[kBlurSigma] == 0, "render_views: blur is False, but sample ", i / shape.pictures(),
+                  ", picture ", i % shape.pictures(), " has a sigma; pass blur=True");
     if (permutation == nullptr) continue;
     SSLFAST_CHECK(shape.has_cell(permutation[i]), "render_views: permutation must be in [0, ", shape.pictures(),
                   "), got ", permutation[i], " at sample ", i / shape.pictures(), ", slot ", i % shape.pictures());

@@ -28,7 +28,7 @@ struct Problem {
   const A* __restrict__ query;              // [V, B, D]
   const T* __restrict__ bank;               // [N, D]
   const int64_t* __restrict__ index;        // [B]
-  const int64_t* __restrict__ rows;         // [B, K] or null: drawn
+  const int64_t* __restrict__ negatives;    // [B, K] or null: drawn
   const int64_t* __restrict__ step_tensor;  // [] or null
   const double* __restrict__ z_tensor;      // [] or null
   NegativeSampler sampler;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
   if (self < 0 || self >= num_rows) __trap();
   NegativeSampler sampler = p.sampler;
   if (p.step_tensor != nullptr) sampler.step = *p.step_tensor;
-  const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
+  const int64_t* given = p.negatives == nullptr ? nullptr : p.negatives + b * p.num_negatives;
   const A offset = static_cast<A>(p.offset());
 
   A query[kViews][kColumns], sums[kViews][kColumns], maximum[kViews];
@@ -361,12 +361,12 @@ void launch_chunks(const Problem<T>& p, bool vector, cudaStream_t stream) {
 
 template <typename T>
 void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor& index,
-            const std::optional<Tensor>& rows, const Tensor& loss, const Tensor& lse, const Tensor& grad) {
+            const std::optional<Tensor>& negatives, const Tensor& loss, const Tensor& lse, const Tensor& grad) {
   using A = accumulate_t<T>;
   p.query = static_cast<const A*>(query.const_data_ptr());
   p.bank = static_cast<const T*>(bank.const_data_ptr());
   p.index = static_cast<const int64_t*>(index.const_data_ptr());
-  p.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  p.negatives = negatives ? static_cast<const int64_t*>(negatives->const_data_ptr()) : nullptr;
   p.views = query.size(0);
   p.batch = query.size(1);
   p.columns = query.size(2);
@@ -399,20 +399,20 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B, D]
                                                  const Tensor& bank_,   // [N, D]
                                                  const Tensor& index_,  // [B]
-                                                 std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
+                                                 std::optional<Tensor> negatives_, std::optional<Tensor> step_tensor,
                                                  int64_t step, std::optional<Tensor> z_tensor, double z,
                                                  int64_t num_negatives, double temperature, bool binary,
                                                  bool exclude_self, int64_t seed, int64_t first_row, int64_t num_rows) {
   const Shard shard = make_shard(bank_, first_row, num_rows);
-  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed,
-                 shard);
+  check_bank_nce(query_, bank_, index_, negatives_, step_tensor, z_tensor, num_negatives, temperature, exclude_self,
+                 seed, shard);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
-  std::optional<Tensor> rows;
-  if (rows_) rows = torch::stable::contiguous(*rows_);
+  std::optional<Tensor> negatives;
+  if (negatives_) negatives = torch::stable::contiguous(*negatives_);
   const int64_t views = query.size(0), batch = query.size(1);
   Tensor loss = torch::stable::new_empty(query, {views, batch});
   Tensor lse = torch::stable::new_empty(query, {views, batch});
@@ -429,7 +429,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
     problem.inverse_temperature = 1.0 / temperature;
     problem.z = z;
     problem.binary = binary;
-    launch<scalar_t>(problem, query, bank, index, rows, loss, lse, grad);
+    launch<scalar_t>(problem, query, bank, index, negatives, loss, lse, grad);
   });
   return {loss, lse, grad};
 }

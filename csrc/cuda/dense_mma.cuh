@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
             float& score = scores[m][n][2 * h + e];
             if (!whole) {
               const int64_t entry = first + n * 8 + 2 * member + e;
-              if (entry >= p.num_rows || (p.exclude_self && p.rows[entry] == left_out)) score = -INFINITY;
+              if (entry >= p.num_rows || (p.exclude_self && p.negatives[entry] == left_out)) score = -INFINITY;
             }
             highest = fmaxf(highest, score);
           }

@@ -22,11 +22,11 @@ struct DenseShape {
 template <typename T>
 struct DenseProblem {
   using A = accumulate_t<T>;
-  const A* __restrict__ query;          // [Q, D], Q = V * B
-  const T* __restrict__ bank;           // [N, D]
-  const int64_t* __restrict__ index;    // [B]
-  const int64_t* __restrict__ rows;     // [K] or null: the whole bank
-  const double* __restrict__ z_tensor;  // [] or null
+  const A* __restrict__ query;            // [Q, D], Q = V * B
+  const T* __restrict__ bank;             // [N, D]
+  const int64_t* __restrict__ index;      // [B]
+  const int64_t* __restrict__ negatives;  // [K] or null: the whole bank
+  const double* __restrict__ z_tensor;    // [] or null
   int64_t queries, batch, columns, bank_rows /* N */, num_rows /* N or K */, num_negatives;
   double inverse_temperature, z;
   bool binary, exclude_self;
@@ -51,8 +51,8 @@ struct DenseProblem {
   }
   // The bank row behind entry `entry` < num_rows of the stream.
   __device__ __forceinline__ int64_t bank_row(int64_t entry) const {
-    if (rows == nullptr) return entry;
-    const int64_t row = rows[entry];
+    if (negatives == nullptr) return entry;
+    const int64_t row = negatives[entry];
     if (row < 0 || row >= bank_rows) __trap();
     return row;
   }

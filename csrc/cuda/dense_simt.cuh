@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) kernel(const DenseProble
       }
     }
     const bool valid = first + lane < p.num_rows;
-    const int64_t id = valid && p.exclude_self ? p.rows[first + lane] : -2;
+    const int64_t id = valid && p.exclude_self ? p.negatives[first + lane] : -2;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const bool counts = valid && id != left_out[i];

@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const DenseProblem<T> p, c
 template <typename T>
 bool wgmma_takes(const DenseProblem<T>& p) {
 #if defined(SSLFAST_EMULATE_CUDA) || defined(SSLFAST_SM90A)
-  return compute_capability() == 90 && p.rows == nullptr && (p.columns == 64 || p.columns == 128) &&
+  return compute_capability() == 90 && p.negatives == nullptr && (p.columns == 64 || p.columns == 128) &&
          p.bank_rows < (int64_t(1) << 31);
 #else
   (void)p;

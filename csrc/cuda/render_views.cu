@@ -18,7 +18,7 @@ constexpr int64_t kStaticShared = 1024;
 template <typename Out>
 struct Problem {
   const uint8_t* __restrict__ crops;        // [B, 3, S, S]
-  const float* __restrict__ parameters;     // [B, M, 13]
+  const float* __restrict__ parameters;     // [B, M, kViewParameters]
   const int64_t* __restrict__ turns;        // [B] or null
   const int64_t* __restrict__ permutation;  // [B, M] or null
   const int64_t* __restrict__ offsets;      // [B, M, 2] or null
@@ -64,7 +64,7 @@ __device__ __forceinline__ void write_pixel(const Problem<Out>& p, Rgb x, int64_
 template <bool kBlur, typename Out>
 __device__ __forceinline__ void finish_pixel(const Problem<Out>& p, const PictureOps& ops, Rgb x, int64_t picture,
                                              int pixel, int pixels) {
-  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
+  x = apply_colour(x, ops);
   if (!kBlur || ops.sigma == 0) {
     write_pixel(p, x, picture, pixel, pixels);
     return;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> 
       sum += luminance(x.r, x.g, x.b);
     }
     sum = block_reduce(sum, sums, 0.0f, [](float a, int offset) { return a + __shfl_xor_sync(kFullMask, a, offset); });
-    level = (1.0f - p.parameters[picture * kViewParameters + 4]) * (sum / static_cast<float>(pixels));
+    level = (1.0f - p.parameters[picture * kViewParameters + kContrast]) * (sum / static_cast<float>(pixels));
   }
 
   uint8_t* levels = nullptr;
@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(kTile* kTileRows) blur_kernel(const Problem<Ou
   constexpr int kEach = kTile / kTileRows;
   const int64_t picture = blockIdx.x / (tiles * tiles);
   const float* parameters = p.parameters + picture * kViewParameters;
-  const float sigma = parameters[12];
+  const float sigma = parameters[kBlurSigma];
   if (sigma == 0) return;
-  const bool grayscale = parameters[11] != 0;
+  const bool grayscale = parameters[kGrayscale] != 0;
   const int tile = static_cast<int>(blockIdx.x % (tiles * tiles)), side = static_cast<int>(p.shape.side);
   const int top = tile / tiles * kTile, left = tile % tiles * kTile, pixels = side * side;
   const int radius = blur_radius(sigma, side), halo = kTile + 2 * radius;

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, normalize
 from sslfast import ops
 from sslfast.device import wait_for
 from sslfast.ops import build_info
+from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig, draw_view
 
 
 def gather_infonce(query: Tensor, bank: Tensor, rows: Tensor, temperature: float) -> Tensor:
@@ -144,22 +145,24 @@ def bank_nce_dense_case(
     bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device, dtype)
     query = normalize(torch.randn(1, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
     index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
-    rows = None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+    negatives = (
+        None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+    )
 
     def fused() -> Tensor:
         query.grad = None
-        value = ops.bank_nce_dense(query, bank, index, rows=rows)[0].mean()
+        value = ops.bank_nce_dense(query, bank, index, negatives=negatives)[0].mean()
         value.backward()
         return value.detach()
 
     def eager() -> Tensor:
         query.grad = None
-        chosen = bank if rows is None else torch.cat((bank[rows], bank[index]))
+        chosen = bank if negatives is None else torch.cat((bank[negatives], bank[index]))
         scores = (query[0].to(dtype) @ chosen.T).float() / 0.07
-        target = index if rows is None else len(rows) + torch.arange(batch, device=device)
-        if rows is not None:  # of the batch's own rows, each sample has one
+        target = index if negatives is None else len(negatives) + torch.arange(batch, device=device)
+        if negatives is not None:  # of the batch's own rows, each sample has one
             others = ~torch.eye(batch, dtype=torch.bool, device=device)
-            scores[:, len(rows) :] = scores[:, len(rows) :].masked_fill(others, -torch.inf)
+            scores[:, len(negatives) :] = scores[:, len(negatives) :].masked_fill(others, -torch.inf)
         value = cross_entropy(scores, target)
         value.backward()
         return value.detach()
@@ -170,9 +173,9 @@ def bank_nce_dense_case(
         torch.testing.assert_close(value, eager(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
 
-    rest = "whole bank" if rows is None else f"K={len(rows)} shared"
+    rest = "whole bank" if negatives is None else f"K={len(negatives)} shared"
     size = f"B={batch} D={dimensions} N={num_rows} {str(dtype)[6:]} {rest}"
-    floor = (num_rows if rows is None else len(rows)) * dimensions * bank.element_size()
+    floor = (num_rows if negatives is None else len(negatives)) * dimensions * bank.element_size()
     return Case("bank_nce_dense", size, {"eager [B, N] scores": eager, "sslfast": fused}, floor, check)
 
 
@@ -285,17 +288,18 @@ def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = T
     """The view stage of PIRL's jigsaw view (255-pixel crops, nine patches of 64) or image view (224), all colour
     operations on (blur, where asked for, of every picture), beside the same operations one after the other in torch."""
     generator = torch.Generator().manual_seed(0)
-    side, pictures = (255, 9) if jigsaw else (224, 1)
+    side = 255 if jigsaw else 224
     crops = torch.randint(256, (batch, 3, side, side), generator=generator).to(device, torch.uint8)
-    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0, 0.1 * blur])
-    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25, 2.0 * blur])
-    drawn = low + torch.rand(batch, pictures, 13, generator=generator) * (high - low)
-    whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
-    parameters = torch.where(whole, drawn.floor(), drawn).to(device)
+    view = ViewConfig(
+        crop=CropConfig(size=side),
+        jigsaw=JigsawConfig() if jigsaw else None,
+        augment=AugmentConfig(hue=0.4, blur_probability=float(blur)),
+    )
+    drawn = draw_view(torch.arange(batch, device=device), view, seed=0, position=0, epoch=0)
+    parameters = drawn.pixel
     options: dict[str, Any] = {"photometric": False, "blur": blur}
     if jigsaw:
-        options["permutation"] = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
-        options["offsets"] = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
+        options |= {"permutation": drawn.permutation, "offsets": drawn.offsets}
 
     def check() -> None:
         ours = ops.render_views(crops, parameters, **options)

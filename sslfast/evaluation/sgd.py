@@ -22,6 +22,7 @@ from sslfast.distributed import (
 from sslfast.evaluation.extract import ImageReader
 from sslfast.files import replacing
 from sslfast.loaders import Loader, LoaderConfig, build_loader
+from sslfast.ops import ViewParameter
 from sslfast.optim import OptimConfig, build_optimizer
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
@@ -165,7 +166,7 @@ class TrainingImages:
         for batch in self.loader.epoch(epoch):
             drawn = draw_view(batch.sample_ids, self.view, seed=self.seed, position=0, epoch=epoch)
             crops = batch.crops["image"]
-            flip = drawn.pixel.flip.reshape(-1, 1, 1, 1).bool()
+            flip = drawn.pixel[:, :, ViewParameter.FLIP, None, None] != 0  # [B, 1, 1, 1]
             yield torch.where(flip, crops.flip(3), crops), self.labels[batch.sample_ids]
 
     def close(self) -> None:

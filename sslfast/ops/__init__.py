@@ -12,8 +12,10 @@ from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 from sslfast.ops.render_views import render_views, render_views_reference
 from sslfast.ops.rgb_to_lab import rgb_to_lab, rgb_to_lab_reference
 from sslfast.ops.rotate90 import rotate90, rotate90_reference
+from sslfast.ops.view_parameters import ViewParameter, neutral_parameters
 
 __all__ = [
+    "ViewParameter",
     "bank_enqueue_",
     "bank_enqueue_reference",
     "bank_nce",
@@ -30,6 +32,7 @@ __all__ = [
     "jigsaw_patches_reference",
     "negative_rows",
     "negative_rows_reference",
+    "neutral_parameters",
     "philox",
     "pixels",
     "render_views",

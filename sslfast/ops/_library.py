@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 
-_OPTIONAL = {"negatives", "rows", "step", "z"}  # arguments of ops that None leaves out
+_OPTIONAL = {"negatives", "step", "z"}  # arguments of ops that None leaves out
 
 
 def build_info() -> dict[str, Any]:

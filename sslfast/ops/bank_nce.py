@@ -108,7 +108,14 @@ def bank_nce(
     def run(query: Tensor, loss: Literal["infonce", "nce"], z: float | Tensor) -> tuple[Tensor, Tensor]:
         if dense:
             return bank_nce_dense(
-                query, bank, positive, rows=rows, temperature=temperature, loss=loss, z=z, exclude_self=exclude_self
+                query,
+                bank,
+                positive,
+                negatives=rows,
+                temperature=temperature,
+                loss=loss,
+                z=z,
+                exclude_self=exclude_self,
             )
         z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
         losses, lse, _ = torch.ops.sslfast.bank_nce(
@@ -172,7 +179,7 @@ def bank_nce_reference(
         rows = negative_rows_reference(index, **draw, shared=True) if negatives == "shared" else None
         flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
         own = exclude_self and rows is not None
-        kwargs: dict[str, Any] = {"rows": rows, "temperature": temperature, "exclude_self": own}
+        kwargs: dict[str, Any] = {"negatives": rows, "temperature": temperature, "exclude_self": own}
         if z is None:
             _, lse = bank_nce_dense_reference(flat.detach(), bank, index, **kwargs)
             z = estimate_z(lse, num_negatives=num_rows - 1 if rows is None else len(rows), num_rows=num_rows)
@@ -302,13 +309,13 @@ def _(
     query: Tensor,
     bank: Tensor,
     index: Tensor,
-    rows: Tensor | None,
+    negatives: Tensor | None,
     step_tensor: Tensor | None,
     step: int,
     z_tensor: Tensor | None,
     *_args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = {"negatives": rows, "step": step_tensor, "z": z_tensor}
+    options = {"negatives": negatives, "step": step_tensor, "z": z_tensor}
     _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
     torch._check(bank.dim() == 2, lambda: f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
     torch._check(query.dim() == 3, lambda: f"bank_nce: query must have shape [V, B, D], got {list(query.shape)}")

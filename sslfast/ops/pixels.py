@@ -4,7 +4,7 @@ Everything works on float32 ``[N, 3, H, W]`` RGB pixels on the 0..255 scale, wit
 without a Python loop over images. Names ending in ``_`` write into their first argument and return it.
 
 Agreement with torchvision.transforms.v2.functional (float images) and with PIL, in levels of 255, is stated at each
-function and held by ``tests/loaders/test_color.py``.
+function and held by ``tests/views/test_augment.py``.
 """
 
 import math
@@ -12,16 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+from sslfast.ops.view_parameters import ViewParameter, neutral_parameters
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = tuple((a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3)
-"""All 24 orders of the four jitters in lexicographic order: what an order code stands for."""
-PARAMETERS = (
-    "flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "photometric", "posterize_bits",
-    "sharpness", "solarize_threshold", "grayscale", "blur_sigma",
-)  # fmt: skip
-"""What the numbers of a picture are, in order."""
-
-MAX_BLUR_SIGMA = 5.0
+"""All 24 orders of the four jitters, lexicographic; ``ViewParameter.JITTER_ORDER`` is an index into them."""
+MAX_BLUR_SIGMA = ViewParameter.BLUR_SIGMA.highest
 """Largest sigma of the Gaussian blur in pixels."""
 
 _LUMINANCE = (0.2989, 0.587, 0.114)
@@ -169,12 +165,13 @@ def jitter_(pixels: Tensor, parameters: Tensor) -> Tensor:
 
     Args:
         pixels: ``[N, 3, H, W]`` float.
-        parameters: ``[N, 13]`` float, as :data:`PARAMETERS` names them.
+        parameters: ``[N, len(ViewParameter)]`` float.
     """
-    order = torch.tensor(ORDERS, device=pixels.device)[parameters[:, 2].long()]  # [N, 4]
-    gate = parameters[:, 1] != 0
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=pixels.device)
-    values = torch.where(gate[:, None], parameters[:, 3:7], neutral)
+    order = torch.tensor(ORDERS, device=pixels.device)[parameters[:, ViewParameter.JITTER_ORDER].long()]  # [N, 4]
+    gate = parameters[:, ViewParameter.JITTER] != 0
+    four = slice(ViewParameter.BRIGHTNESS, ViewParameter.HUE + 1)
+    neutral = torch.tensor(neutral_parameters()[four], device=pixels.device)
+    values = torch.where(gate[:, None], parameters[:, four], neutral)
     for step in range(4):
         kind = order[:, step]
         factor = values.gather(1, kind[:, None])[:, 0]
@@ -188,9 +185,9 @@ def jitter_(pixels: Tensor, parameters: Tensor) -> Tensor:
 
 def photometric_(pixels: Tensor, parameters: Tensor) -> Tensor:
     """Round to levels, then posterize, sharpness, solarize, autocontrast, in VISSL's order."""
-    pixels = posterize_(pixels.round_(), parameters[:, 8])
-    pixels = sharpen_(pixels, parameters[:, 9])
-    return autocontrast_(solarize_(pixels, parameters[:, 10]))
+    pixels = posterize_(pixels.round_(), parameters[:, ViewParameter.POSTERIZE_BITS])
+    pixels = sharpen_(pixels, parameters[:, ViewParameter.SHARPNESS])
+    return autocontrast_(solarize_(pixels, parameters[:, ViewParameter.SOLARIZE_THRESHOLD]))
 
 
 def augment(
@@ -200,17 +197,21 @@ def augment(
 
     Args:
         pictures: ``[N, 3, H, W]`` uint8.
-        parameters: ``[N, 13]`` float, as :data:`PARAMETERS` names them.
+        parameters: ``[N, len(ViewParameter)]`` float.
         blur: False: every sigma is 0.
 
     Returns:
         ``[N, 3, H, W]`` float32.
     """
-    flipped = torch.where(_per_image(parameters[:, 0] != 0), pictures.flip(-1), pictures)
+
+    def gate(parameter: ViewParameter) -> Tensor:
+        return _per_image(parameters[:, parameter] != 0)
+
+    flipped = torch.where(gate(ViewParameter.FLIP), pictures.flip(-1), pictures)
     pixels = jitter_(flipped.to(torch.float32), parameters)
-    pixels = torch.where(_per_image(parameters[:, 7] != 0), photometric_(pixels.clone(), parameters), pixels)
-    pixels = torch.where(_per_image(parameters[:, 11] != 0), luminance(pixels), pixels)
+    pixels = torch.where(gate(ViewParameter.PHOTOMETRIC), photometric_(pixels.clone(), parameters), pixels)
+    pixels = torch.where(gate(ViewParameter.GRAYSCALE), luminance(pixels), pixels)
     if blur:
-        pixels = gaussian_blur(pixels, parameters[:, 12])
+        pixels = gaussian_blur(pixels, parameters[:, ViewParameter.BLUR_SIGMA])
     center, spread = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
     return (pixels - center * 255.0) / (spread * 255.0)

@@ -40,10 +40,8 @@ def render_views(
 
     Args:
         crops: ``[B, 3, S, S]`` uint8. Other than contiguous memory is copied first.
-        parameters: ``[B, M, 13]`` fp32, one row for each picture by slot: flip (0 or 1), jitter gate, order code 0..23
-            (rank of the four jitters' order), brightness, contrast, saturation (factors, 1 = unchanged), hue (turns),
-            photometric gate, posterize bits 0..8, sharpness, solarize threshold (256 = none), grayscale, blur sigma
-            0..5 in pixels (0 = none).
+        parameters: ``[B, M, len(ViewParameter)]`` fp32, for each picture by slot the numbers that
+            :class:`~sslfast.ops.view_parameters.ViewParameter` declares, with their ranges.
         quarter_turns: ``[B]`` int64, counter-clockwise, modulo 4; None: not turned.
         permutation: ``[B, grid**2]`` int64, cell that each slot shows; None: no jigsaw.
         offsets: ``[B, grid**2, 2]`` int64 (y, x) by cell; needed with ``permutation``.
