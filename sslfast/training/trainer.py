@@ -14,7 +14,7 @@ from sslfast import distributed
 from sslfast.config import save_json, to_dict
 from sslfast.device import resolve_device, resolve_precision
 from sslfast.methods import Method
-from sslfast.optim import build_optimizer, learning_rate, load_optimizer, set_learning_rate
+from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
 from sslfast.runs import (
     CheckpointWriteError,
     RunDirectory,
@@ -130,7 +130,10 @@ class Trainer:
         if collected := config.method.feature_views():
             loader, stage = self.data.loader(collected), self._stage(collected)
             self.feature_pass = FeaturePass(self.method, loader, stage, device=self.device, dtype=self.dtype)
-        self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
+        self.optimizer = build_optimizer(self.method, config.optim, lr=config.optim.peak_lr(config.batch_size))
+        self.learning_rate = config.optim.learning_rate(
+            batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs
+        )
         self.knn = OnlineKnn(
             self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
         )
@@ -312,14 +315,7 @@ class Trainer:
         return checkpoint_path(self.run.checkpoints, self.step)
 
     def _set_learning_rate(self) -> None:
-        config = self.config
-        self.lr = learning_rate(
-            self.step,
-            config.optim,
-            batch_size=config.batch_size,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=config.epochs,
-        )
+        self.lr = self.learning_rate(self.step)
         set_learning_rate(self.optimizer, self.lr)
 
     def _after_step(self) -> None:

@@ -15,7 +15,6 @@ from sslfast.device import resolve_device, resolve_precision
 from sslfast.distributed.process_group import process_group
 from sslfast.loaders.registry import LoaderConfig
 from sslfast.optim.optimizers import OptimConfig
-from sslfast.optim.schedule import learning_rate
 from sslfast.recipes import RECIPES
 from sslfast.runs.checkpoint import (
     CorruptCheckpointError,
@@ -123,8 +122,8 @@ def test_log_records(whole: Path) -> None:
     assert set(records[0]) == {"step", "epoch", "lr", "loss", "positive", "time"}
     assert set(records[0]["time"]) == {"unix_seconds", "samples_per_second", "loader_wait_share"}
     for record in records:
-        expected = learning_rate(record["step"] - 1, OptimConfig(), batch_size=4, steps_per_epoch=4, epochs=6)
-        assert record["lr"] == expected
+        schedule = OptimConfig().learning_rate(batch_size=4, steps_per_epoch=4, epochs=6)
+        assert record["lr"] == schedule(record["step"] - 1)
 
 
 def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path, whole: Path) -> None:
