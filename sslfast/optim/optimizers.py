@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sslfast.optim.lamb import LAMB
 from sslfast.optim.lars import LARS
 from sslfast.optim.schedule import LearningRate
 from sslfast.optim.state import zero_moments, zero_momentum
@@ -22,10 +23,11 @@ _NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 class OptimConfig:
     """Stochastic gradient descent with a cosine learning rate (PIRL section 4; VISSL's PIRL configuration)."""
 
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    name: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
     """sgd; lars: layer-wise rates for large batches (You et al. 2017); adamw (Loshchilov & Hutter
-    2019), which is Adam where weight_decay is 0. LARS needs larger rates: 0.3 per 256 images with 10 epochs of warm-up
-    and weight decay 1e-6 in SimCLR (Chen et al. 2020, section 2.2); AdamW smaller ones, about 1e-4."""
+    2019), which is Adam where weight_decay is 0; lamb: layer-wise rates with Adam's moments (You et al. 2020). LARS
+    needs larger rates: 0.3 per 256 images with 10 epochs of warm-up and weight decay 1e-6 in SimCLR (Chen et al. 2020,
+    section 2.2); AdamW smaller ones, about 1e-4."""
     trust_coefficient: float = 0.001
     """η of LARS: share of a layer's norm that a step of rate 1 moves it by."""
     lr_per_256_images: float = 0.03
@@ -46,11 +48,11 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's moving averages: of gradients and of their squares."""
+    """Decay rates of the moving averages of AdamW and LAMB: of gradients and of their squares."""
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 1e-4
-    """L2 penalty, added to the gradient; AdamW: decoupled, the share by which a step of rate 1 shrinks the weights."""
+    """L2 penalty, added to the gradient; AdamW, LAMB: decoupled, the share that a step of rate 1 takes off the weights."""
     decay_norm: bool = False
     """Also decay the weights and biases of normalisation layers."""
     decay_bias: bool = False
@@ -181,6 +183,11 @@ def _lars(groups: Groups, config: OptimConfig, lr: float) -> torch.optim.Optimiz
     return LARS(groups, lr=lr, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
 
 
+def _lamb(groups: Groups, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    decayed, others = groups
+    return LAMB([{**decayed, "adapt": True}, {**others, "adapt": False}], lr=lr, betas=config.betas)
+
+
 def _kernel(groups: Groups) -> dict[str, Any]:
     """Torch's optimizers: fused on CUDA (one kernel over all parameters), foreach elsewhere, with the same state."""
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])
@@ -191,6 +198,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(build=_sgd),
     "lars": OptimizerEntry(build=_lars, without=("nesterov", "decay_norm", "decay_bias")),
     "adamw": OptimizerEntry(build=_adamw, without=("nesterov",)),
+    "lamb": OptimizerEntry(build=_lamb, without=("nesterov", "decay_norm", "decay_bias")),
 }
 """Every value of ``OptimConfig.name``. To add an optimizer: its class in a module of its own, an entry here, and its
 name in :class:`OptimConfig`."""

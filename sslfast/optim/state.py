@@ -13,8 +13,8 @@ from torch import Tensor
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter a momentum of zeros; SGD's first step is then the same as without one."""
-    for parameter in _parameters(optimizer):
-        optimizer.state[parameter]["momentum_buffer"] = _zeros_like(parameter)
+    for parameter in parameters_of(optimizer):
+        optimizer.state[parameter]["momentum_buffer"] = zeros_like(parameter)
 
 
 def zero_moments(optimizer: torch.optim.Optimizer, *, step_on_device: bool) -> None:
@@ -24,11 +24,11 @@ def zero_moments(optimizer: torch.optim.Optimizer, *, step_on_device: bool) -> N
         optimizer: whose state it becomes.
         step_on_device: fused kernels keep the count on the device, others on the host.
     """
-    for parameter in _parameters(optimizer):
+    for parameter in parameters_of(optimizer):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device if step_on_device else "cpu"),
-            "exp_avg": _zeros_like(parameter),
-            "exp_avg_sq": _zeros_like(parameter),
+            "exp_avg": zeros_like(parameter),
+            "exp_avg_sq": zeros_like(parameter),
         }
 
 
@@ -46,9 +46,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _zeros_like(parameter: Tensor) -> Tensor:
+def zeros_like(parameter: Tensor) -> Tensor:
+    """Zeros in the parameter's shape, dtype, device and memory format."""
     return torch.zeros_like(parameter, memory_format=torch.preserve_format)
