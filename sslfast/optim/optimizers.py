@@ -52,7 +52,7 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 1e-4
-    """L2 penalty, added to the gradient; AdamW, LAMB: decoupled, the share that a step of rate 1 takes off the weights."""
+    """L2 penalty, added to the gradient; AdamW, LAMB: decoupled, the share of the weights that rate 1 subtracts."""
     decay_norm: bool = False
     """Also decay the weights and biases of normalisation layers."""
     decay_bias: bool = False

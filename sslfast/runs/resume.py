@@ -4,32 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sslfast.config import differences, from_dict, to_dict
+from sslfast.config import differences, from_dict, resumable_fields, to_dict
 from sslfast.runs.checkpoint import CorruptCheckpointError, list_checkpoints, load_checkpoint, load_latest
 from sslfast.runs.directory import RunDirectory
 
 KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manifest_digest")
 """What a checkpoint of a run holds."""
-
-FREE_AT_RESUME = (
-    "recipe",
-    "device",
-    "compile",
-    "on_nonfinite",
-    "nonfinite_limit",
-    "log_every_steps",
-    "knn_every_epochs",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "keep_every_steps",
-    "tensorboard",
-    "progress",
-    "method.bank_layout",
-    "loader.workers",
-    "loader.on_bad_image",
-)
-"""Fields that may change at a resume: none of them changes what a step computes, but for rounding. Every other one may
-not; ``epochs`` neither, since the learning rate of the steps already done depends on it."""
 
 
 def find_checkpoint(
@@ -67,9 +47,10 @@ def find_checkpoint(
 
 
 def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifest_digest: str) -> None:
-    """Whether a run of ``config``, a TrainConfig, on these images may go on from ``state``.
+    """Check that a run of ``config``, a TrainConfig, on these images may be resumed from ``state``.
 
-    Fields that the checkpoint is older than had their defaults when it was written.
+    Fields declared :func:`~sslfast.config.resumable` may differ. Fields that did not exist when the checkpoint was
+    written had their present defaults then.
 
     Raises:
         ValueError: one line with every field that differs, its old and its new value.
@@ -81,10 +62,9 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
         before = to_dict(from_dict(type(config), state["config"]))
     except ValueError as error:
         raise ValueError(f"cannot resume {path}: {error}; choose another output directory") from None
+    free = resumable_fields(config)
     changed = [
-        f"{name} was {old!r}, is {new!r}"
-        for name, old, new in differences(before, to_dict(config))
-        if name not in FREE_AT_RESUME
+        f"{name} was {old!r}, is {new!r}" for name, old, new in differences(before, to_dict(config)) if name not in free
     ]
     if changed:
         raise ValueError(
