@@ -65,6 +65,8 @@ class TrainConfig:
     """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
     tensorboard: bool = resumable(True)
     """Also write TensorBoard event files (needs the package tensorboard)."""
+    loggers: tuple[str, ...] = resumable(())
+    """Further logs besides log.jsonl: names of LOGGERS, or module:factory of a log of your own."""
     progress: Literal["auto", "bar", "plain", "off"] = resumable("auto")
     """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
 

@@ -33,7 +33,7 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
-from sslfast.training.logging import Recorder, check_tensorboard
+from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
@@ -97,8 +97,7 @@ class Trainer:
         distributed.init_process_group(group, self.device)
         self.dtype = resolve_precision(config.precision, self.device)
         self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
-        if config.tensorboard:
-            check_tensorboard()
+        find_loggers(config)  # a missing package is an error before the run starts
         self.run = RunDirectory(output)
         views = config.method.views()
         self.data = RunData(config, data, self.run, device=self.device)

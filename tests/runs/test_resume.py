@@ -302,7 +302,7 @@ def wait_for(child: Any, output: Path, *, count: int) -> None:
 
 
 def test_fields_that_may_change_at_a_resume() -> None:
-    """Everything else decides what a step computes; epochs too, since the rate of the steps already done depends on it."""
+    """Everything else decides what a step computes; epochs too: the rate of the steps already done depends on it."""
     assert resumable_fields(TrainConfig(method=PIRL.Config())) == {
         "recipe",
         "device",
@@ -315,6 +315,7 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "keep_checkpoints",
         "keep_every_steps",
         "tensorboard",
+        "loggers",
         "progress",
         "method.bank_layout",
         "loader.workers",
