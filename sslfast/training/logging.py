@@ -44,6 +44,7 @@ class LogContext:
 
 LOGGERS: dict[str, str] = {
     "tensorboard": "sslfast.training.tensorboard_log:TensorBoardLog",
+    "csv": "sslfast.training.csv_log:CSVLog",
 }
 """Logs that a run can write besides ``log.jsonl``: name -> ``module:factory``, a callable that takes a
 :class:`LogContext` and returns a :class:`Logger`. To add a log: its module and a line here; or, without a line here,
