@@ -10,7 +10,6 @@ from torch import Tensor
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
 from sslfast.models import trunk_stride
-from sslfast.runs import checkpoint_step, list_checkpoints
 from sslfast.training.trainer import Trainer
 from sslfast.views import View, ViewConfig
 
@@ -19,8 +18,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     """What ``trainer.fit()`` would do, as (name, value) lines."""
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
-    kept = list_checkpoints(trainer.run.checkpoints)
-    start = f"resumes after step {checkpoint_step(kept[-1])}" if kept and trainer.resume == "auto" else "new run"
+    kept = trainer.store.list()
+    start = f"resumes after step {kept[-1]}" if kept and trainer.resume == "auto" else "new run"
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
