@@ -81,6 +81,29 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
     return found
 
 
+def resumable(default: T) -> T:
+    """Field of a configuration that may change when a run is resumed: it does not change what a step computes, but for
+    rounding. Every other field is fixed for the life of a run.
+
+    Written in place of the default: ``workers: int = resumable(4)``. A subclass may give another default; the field
+    stays resumable.
+    """
+    return dataclasses.field(default=default, metadata={"resumable": True})
+
+
+def resumable_fields(config: Any, *, where: str = "") -> set[str]:
+    """Dotted names of all fields of a dataclass instance declared :func:`resumable`, those of nested ones included."""
+    found: set[str] = set()
+    declared = [vars(cls).get("__dataclass_fields__", {}) for cls in type(config).__mro__]
+    for field in dataclasses.fields(config):
+        path, value = f"{where}{field.name}", getattr(config, field.name)
+        if any(field.name in fields and fields[field.name].metadata.get("resumable") for fields in declared):
+            found.add(path)
+        elif dataclasses.is_dataclass(value):
+            found |= resumable_fields(value, where=f"{path}.")
+    return found
+
+
 def save_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write ``data`` as readable JSON; the file is replaced at once or not at all, also where the machine stops."""
     with replacing(path) as temporary:

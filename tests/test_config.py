@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslfast.config import differences, from_dict, load_json, nearest, save_json, to_dict
+from sslfast.config import differences, from_dict, load_json, nearest, resumable, resumable_fields, save_json, to_dict
 
 
 class Color(Enum):
@@ -207,3 +207,27 @@ def test_files(tmp_path: Path) -> None:
 def test_near_matches() -> None:
     assert nearest("prl-paper", ["pirl-paper", "npid"]) == "did you mean pirl-paper?"
     assert nearest("xyz", ["pirl-paper", "npid"]) == "known: pirl-paper, npid"
+
+
+@dataclass(kw_only=True)
+class Reader:
+    workers: int | None = resumable(None)
+    shuffle: bool = True
+
+
+@dataclass(kw_only=True)
+class Run:
+    reader: Reader = field(default_factory=Reader)
+    device: Literal["cpu", "cuda"] = resumable("cpu")
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class ShortRun(Run):
+    device: Literal["cpu", "cuda"] = "cuda"
+
+
+def test_resumable_fields_are_found_through_nesting_and_subclasses() -> None:
+    assert Run() == Run(device="cpu", reader=Reader(workers=None))
+    assert resumable_fields(Run()) == resumable_fields(ShortRun()) == {"device", "reader.workers"}
+    assert from_dict(ShortRun, to_dict(ShortRun())) == ShortRun()

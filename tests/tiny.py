@@ -120,9 +120,9 @@ def fork_server() -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     needed = [
-        "tests.test_checkpoint",
-        "tests.test_resume",
-        "tests.test_elastic",
+        "tests.runs.test_checkpoint",
+        "tests.runs.test_resume",
+        "tests.distributed.test_elastic",
         "sslfast.cli.commands",
         "torchvision",
         "torch._dynamo",

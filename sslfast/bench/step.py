@@ -256,7 +256,7 @@ def _supervised(trainer: Trainer, batch: Batch, *, rounds: int) -> tuple[float, 
     pixels = torch.randn(len(batch.sample_ids), 3, size, size, device=device, dtype=trainer.dtype)
     pixels = pixels.contiguous(memory_format=layout)
     labels = batch.sample_ids % _CLASSES
-    optimizer = build_optimizer(net, config.optim, batch_size=config.batch_size)
+    optimizer = build_optimizer(net, config.optim, lr=config.optim.peak_lr(config.batch_size))
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from sslfast.config import resumable
 from sslfast.views import Batch, ViewConfig
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class LoaderConfig:
     name: LoaderName = "auto"
     """auto: ffcv for a .beton file, pillow for image files. dali: JPEGs decoded on the GPU, not measured there yet.
     synthetic: synthetic images, to time everything else."""
-    workers: int | None = None
+    workers: int | None = resumable(None)
     """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared
     by the ranks of this machine, at most 16."""
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: Literal["error", "skip"] = resumable("error")
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
     list it at the end."""
     shuffle: Literal["full", "shards"] = "full"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sslfast.config import resumable
 from sslfast.distributed import ignore_in_ddp, mean_over_ranks
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.models import MemoryBank, PatchHead, ResNetConfig, build_trunk, seeded
@@ -74,7 +75,7 @@ class PIRL(Method):
         features on mixed statistics vary from seed to seed. Training uses each call's own batch either way."""
         bank_dtype: Literal["fp32", "bf16"] = "fp32"
         """Storage of the bank; sums are fp32 either way."""
-        bank_layout: Literal["replicated", "sharded"] = "replicated"
+        bank_layout: Literal["replicated", "sharded"] = resumable("replicated")
         """replicated: every process holds the whole bank. sharded: each holds its part of the rows, and losses are
         those of the whole bank; for banks that one device cannot hold (docs/scale.md)."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
