@@ -36,8 +36,9 @@ SHORT_OPTIONS = {
 @dataclass(kw_only=True)
 class Pretrain:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, a manifest of `sslfast data
-    verify` (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N made-up images."""
+    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, a list of `path,label` lines
+    (.csv), a manifest of `sslfast data verify` (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N
+    synthetic images."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
     """Run directory; default runs/RECIPE-FOLDER."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -56,7 +57,8 @@ class Verify:
     then known from the start. Exit code 0: all images can be used, 1: some cannot."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, or one .tar."""
+    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, or a list of `path,label`
+    lines (.csv)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv here."""
     workers: int | None = None
@@ -68,7 +70,7 @@ class Prepare:
     """Store the images of a folder in one file for the ffcv loader: row numbers, manifest and checksums inside."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar, or a manifest of `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
     """File to write. It appears, or replaces an old one, only when it is complete."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -81,7 +83,7 @@ class Prepare:
 @dataclass(kw_only=True)
 class Preview:
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar, or a manifest of `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("preview.png")
     """Picture to write."""
     count: int = 4

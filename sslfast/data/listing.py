@@ -1,4 +1,4 @@
-"""Files under a folder: which there are by their names, and size, hash and header check of each."""
+"""Files under a folder by their suffix, and size, hash and header check of a file."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ TAR = ".tar"
 
 @dataclass(kw_only=True)
 class Listing:
-    """The files under a folder, by what their names claim; relative posix paths, sorted."""
+    """The files under a folder by suffix; relative posix paths, sorted."""
 
     paths: list[str]
     """Images."""
@@ -27,7 +27,7 @@ class Listing:
 
 
 def list_files(root: Path) -> Listing:
-    """Every file under ``root``, sorted by its suffix; nothing is opened.
+    """Every file under ``root``; no file is opened.
 
     Hidden files and folders are left out; links are followed, except into a folder that contains them.
     """
@@ -39,7 +39,7 @@ def list_files(root: Path) -> Listing:
     def walk(folder: str, prefix: str, parents: frozenset[tuple[int, int]]) -> None:
         try:
             status = os.stat(folder)
-            # A link to a folder that contains it would never end.
+            # Following a link to a folder that contains it would never end.
             if (status.st_dev, status.st_ino) in parents:
                 return
             with os.scandir(folder) as scan:
@@ -70,7 +70,7 @@ def list_files(root: Path) -> Listing:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links that lead to each other
+    except OSError:  # links that point to each other
         return False
 
 

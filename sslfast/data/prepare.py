@@ -23,9 +23,9 @@ from sslfast.data.pool import map_processes
 from sslfast.data.source import HASHED_BYTES, ImageSource, content_hash
 
 Mode = Literal["jpg", "raw", "proportion"]
-_CHUNK = 4  # images that travel together from a process: raw ones are large
-_MOST_DIFFERENCE = 2.0
-"""Mean absolute difference of a stored JPEG between FFCV's decoder and ours. Rounding of the two stays below 1."""
+_CHUNK = 4  # images sent from a process at once: raw ones are large
+_MAX_DIFFERENCE = 2.0
+"""Largest mean absolute difference of a kept JPEG between FFCV's decoder and Pillow's. Rounding stays below 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class PrepareConfig:
     """How images are stored."""
 
     mode: Mode = "jpg"
-    """jpg: JPEG, the original bytes where that is faithful. raw: pixels, the fastest to read and 5 to 20 times larger.
-    proportion: the share ``jpg_share`` of the images as in jpg, spread evenly, the others as in raw."""
+    """jpg: JPEG, with the original bytes where both decoders agree on them. raw: pixels, the fastest to read and 5 to 20
+    times larger. proportion: the share ``jpg_share`` of the images as in jpg, spread evenly, the others as in raw."""
     jpg_share: float = 0.5
     """Share of JPEGs in mode proportion."""
     max_resolution: int | None = None
     """Images with a longer side are scaled down to this one."""
     quality: int = 90
-    """JPEG quality of what cannot be kept as it is: other formats and colours than RGB or grayscale JPEG, EXIF-rotated
-    or scaled pictures, JPEGs that the decoder warns of."""
+    """JPEG quality of images that are not kept as they are: formats and colours other than RGB or grayscale JPEG,
+    EXIF-rotated or scaled images, JPEGs that the decoder warns about."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("jpg", "raw", "proportion"):
@@ -69,7 +69,7 @@ class Prepared:
     size: int
     """Bytes of the file."""
     counts: dict[str, int]
-    """What was done -> number of images."""
+    """How images were stored -> number of images."""
 
 
 @dataclass
@@ -91,14 +91,14 @@ def prepare_beton(
     workers: int | None = None,
     progress: bool = False,
 ) -> Prepared:
-    """Store every image of ``source`` in ``output``, whole or not at all.
+    """Store every image of ``source`` in ``output``, atomically.
 
     Every image is decoded by the policy of :mod:`sslfast.data.images`, so the manifest inside the file is verified.
-    A JPEG keeps its bytes where FFCV's decoder reads them without a warning and sees the picture that we see.
+    A JPEG is kept as it is if FFCV's decoder reads it without a warning and its pixels agree with Pillow's.
 
     Args:
-        source: a folder of images, tar shards, or a manifest of ``sslfast data verify`` (.tsv).
-        output: the .beton file; an old one stays as it was until the new one is complete.
+        source: a source of image files (folder, tar shards, CSV list), or a manifest of ``sslfast data verify`` (.tsv).
+        output: the .beton file; an old one is unchanged until the new one is complete.
         config: how images are stored.
         on_bad_image: ``error``: ValueError at the first image that cannot be used; ``skip``: the manifest inside lists
             it and gives it no row.
@@ -106,7 +106,7 @@ def prepare_beton(
         progress: show progress bars on the terminal.
 
     Raises:
-        ValueError: with the remedy; ``output`` is as it was.
+        ValueError: with the remedy; ``output`` is unchanged.
         ImportError: package ffcv is missing.
     """
     config = PrepareConfig() if config is None else config
@@ -159,12 +159,12 @@ def prepare_beton(
 
 
 def _check_space(manifest: Manifest, output: Path, config: PrepareConfig) -> None:
-    """What is sure to be too little is found before the work."""
+    """ValueError before the work if there is certainly too little space."""
     folder = output.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if config.mode == "jpg" and config.max_resolution is None:
-        # Kept JPEGs take what they take; other formats may become smaller.
+        # Kept JPEGs keep their size; other formats may become smaller.
         files = zip(manifest.paths, manifest.bytes, strict=True)
         needed = sum(int(size) for path, size in files if path.lower().endswith((".jpg", ".jpeg")))
         free = shutil.disk_usage(folder).free
@@ -191,7 +191,7 @@ def _store(source: ImageSource, config: PrepareConfig, task: tuple[int, str]) ->
         return error.reason
     pixels = np.broadcast_to(stored, (*stored.shape[:2], 3))
     limit = min(config.max_resolution or MAX_SIDE, MAX_SIDE)
-    if keepable and max(pixels.shape) <= limit and _reads_alike(data, pixels):
+    if keepable and max(pixels.shape) <= limit and _decoders_agree(data, pixels):
         return _stored(JPG, pixels, data, "original JPEG kept")
     transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
     if transpose:
@@ -208,7 +208,7 @@ def _store(source: ImageSource, config: PrepareConfig, task: tuple[int, str]) ->
         return _stored(RAW, pixels, pixels.tobytes(), f"{scaled}stored raw")
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=config.quality)
-    why = "" if scaled or not keepable else " (the decoder warns of the original)"
+    why = "" if scaled or not keepable else " (the decoder warns about the original)"
     return _stored(JPG, pixels, buffer.getvalue(), f"{scaled}encoded as JPEG{why}")
 
 
@@ -222,12 +222,12 @@ def _is_plain_jpeg(opened: OpenImage) -> bool:
     return image.format == "JPEG" and image.mode in ("RGB", "L") and opened.orientation == 1
 
 
-def _reads_alike(data: bytes, pixels: NDArray[np.uint8]) -> bool:
-    """Whether FFCV's decoder takes the JPEG without a warning and sees the same picture."""
+def _decoders_agree(data: bytes, pixels: NDArray[np.uint8]) -> bool:
+    """Whether FFCV's decoder reads the JPEG without a warning and to the same pixels, up to rounding."""
     height, width = pixels.shape[:2]
     source = np.frombuffer(data, dtype=np.uint8)
     decoded = np.zeros((height, width, 3), dtype=np.uint8)
     if load_decoder()(source.ctypes.data, len(data), height, width, decoded.ctypes.data, 1):
         return False
     difference = np.maximum(decoded, pixels) - np.minimum(decoded, pixels)
-    return float(difference.mean()) <= _MOST_DIFFERENCE
+    return float(difference.mean()) <= _MAX_DIFFERENCE

@@ -93,8 +93,8 @@ class TarSource(ImageSource):
         )
 
     def read(self, row: int) -> bytes:
-        """One open, one look at the tar file's size, one read. Nothing stays open, so any number of shards, threads and
-        processes will do. ShardError: the tar file is gone, unreadable, or of another size than when it was indexed."""
+        """One open, one ``fstat``, one ``pread``. No file stays open, so the number of shards, threads and processes is
+        not limited. ShardError: the tar file is gone, unreadable, or its size is not what was indexed."""
         return self._read(row, int(self.sizes[row]))
 
     def _read(self, row: int, count: int) -> bytes:
@@ -121,7 +121,7 @@ class TarSource(ImageSource):
         return data
 
     def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
-        """By size and time of each tar file. Where only the time differs, contents are compared in any case."""
+        """By size and modification time of each tar file. Where only the time differs, contents are always compared."""
         listing = None if self.shards == [""] else list_files(existing_folder(self.root))
         changes = Changes()
         to_read: list[int] = []
@@ -208,14 +208,14 @@ class ListedShard:
 
 
 def list_shard(file: str) -> ListedShard:
-    """The images of one tar file, in its order, with their labels, after a look at the header of each.
+    """The images of one tar file, in its order, with their labels; the header of each image is checked.
 
-    A member whose suffix is an image's is an image. Its class is what the member with the same stem and the suffix
-    ``.cls`` says (a number or a name; a stem ends at the last dot or, as for WebDataset, at the first), else the
+    A member whose suffix is an image's is an image. Its class is the content of the member with the same stem and the
+    suffix ``.cls`` (a number or a name; a stem ends at the last dot or, as for WebDataset, at the first), else the
     first-level folder in its name, else none.
 
-    ShardError: no usable archive (see :func:`~sslfast.data.tar_walk.walk_tar`), two members of one name, or an empty
-    label.
+    ShardError: no usable archive (see :func:`~sslfast.data.tar_walk.walk_tar`), two members with the same name, or an
+    empty label.
     """
     members: dict[str, Member] = {}
     for member in walk_tar(file):
@@ -262,7 +262,7 @@ def _list_members(descriptor: int, file: str, members: dict[str, Member]) -> Lis
 
 
 def _check_member(descriptor: int, member: Member) -> str:
-    """Hash of a member's beginning; BadImageError where it or its header breaks a rule of the image policy."""
+    """Hash of a member's first bytes; BadImageError where it or its header breaks a rule of the image policy."""
     if member.problem:
         raise BadImageError(f"unreadable: {member.problem} of a tar file")
     head = os.pread(descriptor, min(member.size, HASHED_BYTES), member.offset)
@@ -273,7 +273,7 @@ def _check_member(descriptor: int, member: Member) -> str:
     except BadImageError:
         if member.size <= HASHED_BYTES:
             raise
-        # A header that is longer than that, or lies at the end.
+        # A header that is longer than that, or at the end of the file.
         open_header(BytesIO(os.pread(descriptor, member.size, member.offset)))
     return content_hash(head)
 
@@ -295,9 +295,9 @@ def _label_names(name: str) -> tuple[str, str]:
 
 
 def shard_index(names: Sequence[str], paths: Sequence[str]) -> NDArray[np.int64]:
-    """``[N]`` the shard whose name each path begins with; ValueError where there is none.
+    """``[N]`` index of the shard that each path begins with; ValueError where there is none.
 
-    Sorted paths of a shard follow one another.
+    Sorted paths of a shard are consecutive.
     """
     prefixes = {f"{name}/" if name else "": index for index, name in enumerate(names)}
     found = np.empty(len(paths), dtype=np.int64)

@@ -1,7 +1,7 @@
 """The headers of a tar file: name, offset and size of every member.
 
-Read are POSIX ustar and PAX and GNU tar files, with long names, uncompressed. The walk is stricter than ``tarfile``,
-which takes a damaged header for the end of the archive: here whatever would hide members is an error.
+Supported are uncompressed POSIX ustar, PAX and GNU tar files, with long names. The reader is stricter than ``tarfile``,
+which treats a damaged header as the end of the archive: here everything that could hide members is an error.
 """
 
 import os
@@ -25,22 +25,22 @@ class ShardError(SourceError):
 
 
 class Member(NamedTuple):
-    """A member of a tar file that is no folder."""
+    """A member of a tar file that is not a folder."""
 
     name: str
-    """Relative, without ``./``; bytes that are no UTF-8 as surrogate escapes."""
+    """Relative, without ``./``; bytes that are not UTF-8 as surrogate escapes."""
     offset: int
     """Where its bytes begin."""
     size: int
     problem: str
-    """Why its bytes are not a file's; empty for regular files."""
+    """Why it is not a regular file; empty for regular files."""
 
 
 def walk_tar(path: str) -> Iterator[Member]:
-    """Every member of a tar file but the folders, in the file's order, each with the place of its bytes.
+    """Every member of a tar file except folders, in the order of the file.
 
-    One pass over the headers; the bytes between them are not read. ShardError, naming the place, where the file is
-    empty, no tar file, cut short, or goes on behind its end.
+    One pass over the headers; the contents are not read. ShardError, naming the position, if the file is empty, not a
+    tar file, truncated, or has data after its end mark.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -58,7 +58,7 @@ class _Walk:
     def __init__(self, descriptor: int, path: str) -> None:
         self.descriptor, self.path = descriptor, path
         self.size = os.fstat(descriptor).st_size
-        self.place = 0
+        self.position = 0
 
     def members(self) -> Iterator[Member]:
         if self.size == 0:
@@ -66,7 +66,7 @@ class _Walk:
         long_name: bytes | None = None
         pax: dict[bytes, bytes] = {}
         while True:
-            start = self.place
+            start = self.position
             header = self._take(_BLOCK, "a header")
             if not any(header):
                 self._check_end()
@@ -93,7 +93,7 @@ class _Walk:
                 size = self._number(pax[b"size"], start, base=10)
             name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or long_name or _short_name(header)
             long_name, pax = None, {}
-            offset = self.place
+            offset = self.position
             shown = name.decode("utf-8", "surrogateescape")
             if kind not in _WITHOUT_DATA:
                 self._skip(size, f"member {shown!r}")
@@ -106,29 +106,29 @@ class _Walk:
             yield Member(_clean(shown), offset, size, problem)
 
     def _take(self, count: int, what: str) -> bytes:
-        data = os.pread(self.descriptor, count, self.place)
-        self.place += count
+        data = os.pread(self.descriptor, count, self.position)
+        self.position += count
         if len(data) < count:
             raise self._truncated(what)
         return data
 
     def _skip(self, count: int, what: str) -> None:
-        self.place += count
-        if self.place > self.size:
+        self.position += count
+        if self.position > self.size:
             raise self._truncated(what)
 
     def _check_end(self) -> None:
-        """Behind the block of zeros that ends an archive there are only more of them."""
-        while data := os.pread(self.descriptor, 1 << 20, self.place):
+        """After the block of zeros that ends an archive there are only zeros."""
+        while data := os.pread(self.descriptor, 1 << 20, self.position):
             if data.count(0) != len(data):
                 raise ShardError(
-                    f"shard {self.path} goes on behind its end mark at byte {self.place} (joined with cat?): write it "
-                    "again, or keep the parts apart"
+                    f"shard {self.path} has data after its end mark at byte {self.position} (joined with cat?): write "
+                    "it again, or keep the parts separate"
                 )
-            self.place += len(data)
+            self.position += len(data)
 
     def _check_sum(self, header: bytes, start: int) -> None:
-        """Unsigned sum of the header's bytes, its own field read as spaces; some old programs added signed ones."""
+        """The checksum: sum of the header's bytes with its own field as spaces, unsigned or (old programs) signed."""
         others = header[:148] + b" " * 8 + header[156:]
         signed = sum(others) - 256 * sum(byte >= 128 for byte in others)
         try:
@@ -138,13 +138,13 @@ class _Walk:
         if stored not in (sum(others), signed):
             if start == 0:
                 raise ShardError(
-                    f"{self.path} is no tar file, or a compressed one: shards are read at any place, so they must be "
-                    "plain .tar"
+                    f"{self.path} is not a tar file, or is compressed: shards are read at random offsets, so they must "
+                    "be plain .tar"
                 )
             raise self._damaged(start)
 
     def _number(self, text: bytes, start: int, *, base: int = 8) -> int:
-        """Digits, or (GNU, 8 GiB and more) big-endian behind a first byte of 0x80."""
+        """Digits, or (GNU, 8 GiB and more) a first byte of 0x80 and a big-endian number."""
         try:
             is_binary = base == 8 and text[0] == 0x80
             value = int.from_bytes(text[1:], "big") if is_binary else int(text.strip(b" \0") or b"0", base)
@@ -169,7 +169,8 @@ class _Walk:
 
     def _truncated(self, what: str) -> ShardError:
         return ShardError(
-            f"shard {self.path} was cut short: {what} needs {self.place:,} bytes, the file has {self.size:,}: {_REMEDY}"
+            f"shard {self.path} is truncated: {what} needs {self.position:,} bytes, the file has {self.size:,}: "
+            f"{_REMEDY}"
         )
 
     def _damaged(self, start: int) -> ShardError:

@@ -101,7 +101,7 @@ def test_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds something else than a demo set \(no demo.json\)"):
+    with pytest.raises(ValueError, match=r"holds something other than a demo set \(no demo.json\)"):
         make(tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["holiday.jpg"]
     with pytest.raises(ValueError, match="is a file; name a folder"):

@@ -34,7 +34,7 @@ NAMES = [f"class{i % 3}/{i:02}.jpg" for i in range(11)]
 
 
 def stored(beton: Beton, row: int) -> bytes:
-    return os.pread(beton.descriptor, int(beton.sizes[row]), int(beton.places[row]))
+    return os.pread(beton.descriptor, int(beton.sizes[row]), int(beton.offsets[row]))
 
 
 def seen(beton: Beton, row: int) -> NDArray[np.uint8]:
@@ -118,7 +118,7 @@ def test_ffcvs_own_reader_takes_the_file(tmp_path: Path) -> None:
     assert kinds == ["RGBImageField", "IntField", "IntField"]
     with Beton(tmp_path / "out.beton") as beton:
         assert (labels, rows) == (beton.manifest.labels.tolist(), list(range(11)))
-        assert (modes, places, pointers) == (beton.modes.tolist(), beton.places.tolist(), places)
+        assert (modes, places, pointers) == (beton.modes.tolist(), beton.offsets.tolist(), places)
     assert (page & (page - 1), count) == (0, 11)
 
 
@@ -187,7 +187,7 @@ def test_a_jpeg_that_the_decoder_warns_of_is_encoded_anew(tmp_path: Path) -> Non
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jpg").write_bytes(data)
     made = prepare_beton(tmp_path / "data", tmp_path / "out.beton", workers=0)
-    assert made.counts == {"encoded as JPEG (the decoder warns of the original)": 1}
+    assert made.counts == {"encoded as JPEG (the decoder warns about the original)": 1}
     with Beton(tmp_path / "out.beton") as beton:
         assert difference(seen(beton, 0), pixels) < 8
 
@@ -200,8 +200,8 @@ def test_no_sample_lies_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with Beton(tmp_path / "out.beton") as beton:
         page = int(np.fromfile(tmp_path / "out.beton", HEADER, 1)[0]["page_size"])
         assert page >= beton.sizes.max()
-        assert (beton.places // page == (beton.places + beton.sizes - 1) // page).all()
-        assert (np.diff(beton.places) >= beton.sizes[:-1]).all()
+        assert (beton.offsets // page == (beton.offsets + beton.sizes - 1) // page).all()
+        assert (np.diff(beton.offsets) >= beton.sizes[:-1]).all()
         for row, path in enumerate(beton.manifest.paths):
             assert difference(seen(beton, row), decode_full((root / path).read_bytes())) < 8
 
@@ -291,7 +291,7 @@ def test_files_that_are_not_ours_cut_or_edited(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out.beton does not exist: make it with `sslfast data prepare`"):
         open_data(output)
     output.write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"is no .beton file"):
+    with pytest.raises(ValueError, match=r"is not a .beton file"):
         open_data(output)
     output.write_bytes(bytes(100_000))
     with pytest.raises(ValueError, match=r"was not written by `sslfast data prepare`"):

@@ -275,14 +275,14 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
         path.write_bytes(data[:cut])
         for policy in ("error", "skip"):
             with raises(
-                r"shard .*x.tar was cut short: .* needs [\d,]+ bytes, the file has [\d,]+: write the shard again"
+                r"shard .*x.tar is truncated: .* needs [\d,]+ bytes, the file has [\d,]+: write the shard again"
             ):
                 Manifest.scan(path.parent, on_bad_image=policy)  # type: ignore[arg-type]
     path.write_bytes(b"")
     with raises(r"shard .*x.tar is empty \(0 bytes\)"):
         Manifest.scan(path.parent)
     path.write_bytes(b"\x1f\x8b" + bytes(1022))
-    with raises(r"x.tar is no tar file, or a compressed one: .*plain .tar"):
+    with raises(r"x.tar is not a tar file, or is compressed: .*plain .tar"):
         Manifest.scan(path)
     damaged = bytearray(data)
     damaged[members[1].offset - 500] ^= 255
@@ -290,7 +290,7 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
     with raises(rf"x.tar is damaged: no valid header at byte {members[1].offset - 512:,}"):
         Manifest.scan(path)
     path.write_bytes(data + data)
-    with raises(r"x.tar goes on behind its end mark .*joined with cat"):
+    with raises(r"x.tar has data after its end mark .*joined with cat"):
         Manifest.scan(path)
     write_tar(path, {})
     with raises(r"x.tar holds no image: .*move the file away"):

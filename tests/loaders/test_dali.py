@@ -263,7 +263,7 @@ def test_random_damage_is_treated_as_by_the_torch_loader(tmp_path: Path) -> None
             assert distance.max() < 1
     assert ours.bad_images == theirs.bad_images
     assert len(ours.bad_images) - len(manifest.excluded) >= 20
-    assert ours._source.refused
+    assert ours._preparer.refused
     ours.close()
 
 

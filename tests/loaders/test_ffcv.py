@@ -70,7 +70,7 @@ def held() -> tuple[int, int]:
 def damage(manifest: Manifest, row: int) -> None:
     """Change one byte in the middle of a stored image, in place."""
     with Beton(archive(manifest)) as beton:
-        place = int(beton.places[row] + beton.sizes[row] // 2)
+        place = int(beton.offsets[row] + beton.sizes[row] // 2)
     with open(archive(manifest), "r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
@@ -181,7 +181,7 @@ def test_what_the_decoder_says_is_heeded(manifest: Manifest) -> None:
     data = loader(manifest, on_bad_image="skip")
     row = int(next(data.epoch(0)).sample_ids[0])
     with open(archive(manifest), "r+b") as file:
-        file.seek(int(data._decoder.beton.places[row]))
+        file.seek(int(data._decoder.beton.offsets[row]))
         file.write(b"no JPEG")
     data._decoder._is_checked[:] = True  # as if it had been damaged with the checksum
     assert row not in next(data.epoch(0)).sample_ids.tolist()
