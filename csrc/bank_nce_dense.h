@@ -4,7 +4,7 @@
 // The stream runs over rows j with s_j = q . m_j / tau and keeps, per query, as attention does with K = V = bank:
 //   maximum, sum = sum_j exp(s_j - maximum), weighted = sum_j w_j m_j, and for NCE binary = sum_j softplus(u_j),
 // with w_j = exp(s_j - maximum) for InfoNCE and sigmoid(u_j) for NCE. Parts of the bank merge (StreamState).
-// The positive s_0 comes last. Over the whole bank it was one of the rows; beside a list it is one more score:
+// The positive s_0 is added last. It is one of the rows of the whole bank, and one more score beside a list:
 //   InfoNCE  loss = lse - s_0               d/dq = (sum_j softmax_j m_j - m_0) / tau
 //   NCE      loss = binary - u_0 (whole bank), binary + softplus(-u_0) (list); K = N - 1 for the whole bank
 // A query whose index is -1 has no positive here (a shard of a bank): loss = lse, or binary.
@@ -14,13 +14,13 @@
 
 namespace sslfast {
 
-// What is known of one query after some rows, apart from the weighted sum.
+// State of one query after some of the rows, without the weighted sum.
 template <typename A>
 struct StreamState {
   A maximum, sum, binary;
 };
 
-// How the weighted sums of the stream and the positive's row make the gradient times tau:
+// The gradient times tau, from the weighted sums of the stream and the positive's row:
 // grad * tau = exp(maximum_part - scale_lse) * weighted_part + ... + positive_weight * m_0 (factor 1 for NCE).
 template <typename A>
 struct DenseResult {

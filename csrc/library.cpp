@@ -1,4 +1,4 @@
-// Every op of sslfast, the contents page. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
+// The schemas of all ops. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
 // fakes and autograd formulas live in sslfast/ops/<op>.py. Shapes: V views, B batch, N bank rows, D columns, K
 // negatives.
 #include <torch/csrc/stable/library.h>

@@ -1,10 +1,10 @@
-// render_views: the view stage in one pass over the bytes. Checks, where a pixel comes from, and what happens to it.
+// render_views: the view stage in one pass over the bytes. Checks, source pixels, and the arithmetic of one pixel.
 //
-// A picture is a whole turned crop, or one jigsaw patch of it. Its pixels go through: flip, the four jitters in the
-// picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), grayscale,
-// Gaussian blur, normalisation. All of it is per pixel but for four numbers or neighbourhoods: contrast needs the mean
-// luminance of the picture as it is then, sharpen the eight neighbours' levels, autocontrast each channel's extremes.
-// Levels are whole there, so a byte holds them. Blur needs a square of up to 31 pixels, in float32.
+// A picture is a whole rotated crop, or one jigsaw patch of it. Operations, in this order: flip, the four jitters in
+// the picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), apply_colour,
+// Gaussian blur, normalisation. All are per pixel except four: contrast needs the mean luminance of the picture at that
+// step, sharpen the levels of the eight neighbours, autocontrast the extremes of each channel; levels are integers
+// there and fit a byte. Blur needs a square of up to 31 pixels, in float32.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -39,7 +39,7 @@ struct PictureOps {
   float sharpness, threshold;
   float sigma;  // of the blur; 0: none
 
-  // Loops of four with constant bounds and a list in an integer: on a GPU all of this stays in registers.
+  // Loops have constant bounds and the list of kinds is an integer, so that all of it stays in registers on a GPU.
   SSLFAST_HD static PictureOps read(const float* p) {
     PictureOps ops{};
     ops.flip = p[kFlip] != 0;
@@ -47,7 +47,7 @@ struct PictureOps {
     ops.grayscale = p[kGrayscale] != 0;
     ops.recolours = ops.grayscale;
     int code = static_cast<int>(p[kJitterOrder]);  // rank of the order among the 24, lexicographic
-    unsigned left = 0x3210;                        // kinds not yet placed, four bits each
+    unsigned left = 0x3210;                        // kinds not yet used, four bits each
     ops.contrast = 4;
     SSLFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -111,13 +111,13 @@ SSLFAST_HD float ramp(float distance) {  // 1 up to distance 1, 0 from 2 on
   return x < 0.0f ? 0.0f : x < 1.0f ? x : 1.0f;
 }
 
-// Turns the hue at fixed HSV saturation and value. `turns6`: six times the turns, in [0, 6).
+// Rotates the hue at fixed HSV saturation and value. `turns6`: six times the turns, in [0, 6).
 SSLFAST_HD Rgb shift_hue(Rgb x, float turns6) {
   const float low = x.r < x.g ? (x.r < x.b ? x.r : x.b) : (x.g < x.b ? x.g : x.b);
   const float high = x.r > x.g ? (x.r > x.b ? x.r : x.b) : (x.g > x.b ? x.g : x.b);
   const float chroma = high - low;
   const float rg = x.r - x.g, gb = x.g - x.b, br = x.b - x.r;
-  const float over = chroma > 1e-6f ? chroma : 1e-6f;  // a grey pixel: any hue does
+  const float over = chroma > 1e-6f ? chroma : 1e-6f;  // gray pixels have no hue
   float sextant = x.r == high ? gb : x.g == high ? br + 2.0f * chroma : rg + 4.0f * chroma;
   sextant = sextant / over + turns6;  // in (-1, 11)
   sextant = sextant >= 6.0f ? sextant - 6.0f : sextant;
@@ -167,7 +167,7 @@ SSLFAST_HD Rgb apply_colour(Rgb x, const PictureOps& ops) {
   return x;
 }
 
-// Where the pixels of a picture lie in a plane of its crop: pixel (y, x) at base + y * down + x * right.
+// Position of a picture in a plane of its crop: pixel (y, x) is at base + y * down + x * right.
 struct PixelMap {
   int64_t base;
   int64_t down, right;
@@ -196,10 +196,10 @@ struct ViewShape {
     return y >= 0 && x >= 0 && y <= cell() - side && x <= cell() - side;
   }
 
-  // `turns` counter-clockwise, then the side x side square at (top, left) of the turned crop, then a mirror.
+  // `turns` counter-clockwise, then the side x side square at (top, left) of the rotated crop, then a mirror.
   SSLFAST_HD PixelMap map(int turns, int64_t top, int64_t left, bool flip) const {
     const int64_t last = size - 1;
-    // Turned pixel (y, x) is crop pixel (y, x), (x, last - y), (last - y, last - x), (last - x, y).
+    // Pixel (y, x) of the rotated crop is crop pixel (y, x), (x, last - y), (last - y, last - x), (last - x, y).
     PixelMap m{};
     switch (turns & 3) {
       case 0:
@@ -269,7 +269,7 @@ inline ViewShape check_render_views(const Tensor& crops,                        
   return shape;
 }
 
-// fp32, bf16 and fp16: calls body with a zero of the type.
+// fp32, bf16 and fp16: calls body with a value of the type.
 template <typename Body>
 void dispatch_view_dtype(ScalarType dtype, const Body& body) {
   switch (dtype) {

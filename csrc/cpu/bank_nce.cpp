@@ -14,8 +14,8 @@
 namespace sslfast {
 namespace {
 
-// Rows scored together: they stay in L1 between the scoring and the gradient pass, and their successors are being
-// prefetched meanwhile. 16 rows of 128 fp32 columns are 8 KiB; best of 8, 16, 32 (bench_bank_nce).
+// Rows scored together: they stay in L1 between the scoring and the gradient pass, while the next ones are
+// prefetched. 16 rows of 128 fp32 columns are 8 KiB; best of 8, 16, 32 (bench_bank_nce).
 constexpr int64_t kRows = 16;
 // Columns are padded to whole 64-byte vectors.
 constexpr int64_t kPad = 16;
@@ -79,7 +79,7 @@ SSLFAST_INLINE void add_weighted_rows(A* __restrict__ sum, const A* const* rows,
   }
 }
 
-// Where the columns of a bank row lie as A, `padded` of them: in the bank itself, or converted into `buffer`.
+// Reads the `padded` columns of a bank row as A: in place, or converted into `buffer`.
 template <typename T>
 struct RowReader {
   using A = accumulate_t<T>;
@@ -119,8 +119,8 @@ SSLFAST_INLINE void rows_of_shard(const Problem<T>& p, int64_t b, std::vector<in
   out.resize(count);
 }
 
-// One sample after the other: all its views against the same rows, kRows rows at a time, with the next rows already
-// drawn and on their way from memory. Extra memory per thread: (V + kRows) * padded columns.
+// One sample at a time: all its views against the same rows, kRows rows at a time, with the next rows already
+// drawn and being prefetched. Extra memory per thread: (V + kRows) * padded columns.
 template <typename T>
 SSLFAST_INLINE void score_samples(const Problem<T>& p) {
   using A = accumulate_t<T>;
@@ -156,7 +156,7 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
     }
     std::fill(sums, sums + p.views * padded, A(0));
 
-    // Fills `target` with the rows of block `first` and starts to fetch them; short blocks repeat row `own`.
+    // Fills `target` with the rows of block `first` and prefetches them; short blocks repeat row `own`.
     const auto prepare = [&](int64_t first, int64_t* target) __attribute__((always_inline)) {
       if (given != nullptr) {
         for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < num_negatives ? given[first + r] : own;

@@ -13,9 +13,9 @@
 namespace sslfast {
 namespace {
 
-// A tile of bank rows, copied once as it lies and once transposed, stays in the cache while a block of queries passes.
+// A tile of bank rows, copied once as stored and once transposed, stays in the cache for a block of queries.
 constexpr int64_t kTile = 64;
-constexpr int64_t kBlock = 192;  // queries; copying a tile costs what ten of them cost
+constexpr int64_t kBlock = 192;  // queries; copying a tile costs as much as ten of them
 // Queries whose sums are in registers together: 6 x 4 vectors of 32 registers, 6 x 2 of 16.
 constexpr int64_t kGroup = 6;
 static_assert(kBlock % kGroup == 0);
@@ -23,8 +23,8 @@ static_assert(kBlock % kGroup == 0);
 template <int kBytes>
 constexpr int kVectors = kBytes == 64 ? 4 : 2;
 
-// The bank is cut into parts, so that few queries also keep many cores busy; how does not depend on the number of
-// threads, so neither does the result.
+// The bank is split into parts, so that few queries also use many cores. The split does not depend on the number of
+// threads, and neither does the result.
 constexpr int64_t kTasks = 32, kPartRows = 4096;
 
 template <typename T>
@@ -85,7 +85,7 @@ SSLFAST_INLINE void multiply_group(const A* __restrict__ a, int64_t stride, int6
   }
 }
 
-// Scores of one query against a tile become weights; returns the factor for what was summed with the old maximum.
+// Turns the scores of one query against a tile into weights; returns the factor that rescales earlier sums.
 template <typename A>
 SSLFAST_INLINE A weigh(A* __restrict__ scores, int64_t valid, bool binary, A offset, StreamState<A>& state) {
   A highest = A(-INFINITY);
@@ -93,7 +93,7 @@ SSLFAST_INLINE A weigh(A* __restrict__ scores, int64_t valid, bool binary, A off
     scores[r] = r < valid ? scores[r] : A(-INFINITY);
     highest = scores[r] > highest ? scores[r] : highest;
   }
-  if (!(highest > A(-INFINITY))) {  // nothing but the sample's own row
+  if (!(highest > A(-INFINITY))) {  // only the sample's own row
     std::fill(scores, scores + kTile, A(0));
     return A(1);
   }

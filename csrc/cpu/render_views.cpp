@@ -16,7 +16,7 @@
 namespace sslfast {
 namespace {
 
-constexpr int64_t kStrip = 512;  // pixels that stay in the L1 cache while every operation passes over them
+constexpr int64_t kStrip = 512;  // pixels, few enough to stay in the L1 cache across all operations
 
 template <typename Out>
 struct Problem {
@@ -36,8 +36,8 @@ struct Strip {
   alignas(64) float r[kStrip], g[kStrip], b[kStrip];
 };
 
-// What waits while a picture's neighbourhoods are looked at; grows to the largest picture.
-struct Held {
+// Buffers for operations that need a pixel's neighbourhood; they grow to the largest picture.
+struct Buffers {
   std::vector<uint8_t> levels;  // [2, 3, n] of the photometric set
   std::vector<float> planes;    // [3, n] before the blur
 };
@@ -94,7 +94,7 @@ SSLFAST_INLINE void jitter_strip(const PictureOps& ops, int steps, float level, 
   }
 }
 
-// Normalisation, and out.
+// Normalises a strip and writes it out.
 template <typename Out>
 SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t picture, int64_t first, int64_t count) {
   const int64_t pixels = p.shape.side * p.shape.side;
@@ -117,7 +117,7 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t p
   }
 }
 
-// Grayscale; then out, or into `planes` where the picture will be blurred.
+// Applies apply_colour, then writes the strip out, or into `planes` if the picture is blurred.
 template <typename Out>
 SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, Strip& s, int64_t picture, int64_t first,
                                  int64_t count, float* planes) {
@@ -143,7 +143,7 @@ SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, S
 template <typename Out>
 SSLFAST_INLINE void blur_picture(const Problem<Out>& p, const PictureOps& ops, const float* planes, int64_t picture,
                                  Strip& strip) {
-  constexpr int64_t kPiece = 16;  // sums that stay in registers while the taps pass
+  constexpr int64_t kPiece = 16;  // sums kept in registers across the taps
   const int64_t side = p.shape.side;
   const int radius = blur_radius(ops.sigma, side);
   float weights[kMaxBlurRadius + 1];
@@ -179,7 +179,7 @@ SSLFAST_INLINE void blur_picture(const Problem<Out>& p, const PictureOps& ops, c
         sum_rows(whole, width - whole);
         for (int64_t x = x0 - radius; x < begin; ++x) line[x - (x0 - radius)] = inside[-x - begin];
         for (int64_t x = end; x < x0 + count + radius; ++x) inside[x - begin] = inside[2 * side - 2 - x - begin];
-        for (int64_t x = 0; x < count; x += kPiece) {  // past the end: numbers that nobody reads
+        for (int64_t x = 0; x < count; x += kPiece) {  // columns past the end are not used
           const float* __restrict__ centre = line + radius + x;
           float sum[kPiece];
 #pragma omp simd
@@ -230,13 +230,13 @@ SSLFAST_INLINE void sharpen_solarize(const uint8_t* levels, int64_t side, const 
   }
 }
 
-// Sharpness, solarize and autocontrast of the posterized levels, and what follows.
+// Sharpness, solarize and autocontrast of the posterized levels, then the remaining operations.
 template <typename Out>
-SSLFAST_INLINE void stretch_picture(const Problem<Out>& p, const PictureOps& ops, int64_t picture, Held& held,
-                                    Strip& strip) {
+SSLFAST_INLINE void finish_photometric(const Problem<Out>& p, const PictureOps& ops, int64_t picture, Buffers& buffers,
+                                       Strip& strip) {
   const int64_t side = p.shape.side, pixels = side * side;
-  uint8_t* solarized = held.levels.data() + 3 * pixels;
-  sharpen_solarize(held.levels.data(), side, ops, solarized);
+  uint8_t* solarized = buffers.levels.data() + 3 * pixels;
+  sharpen_solarize(buffers.levels.data(), side, ops, solarized);
   float low[3], span[3];
   for (int c = 0; c < 3; ++c) {
     const auto [smallest, largest] = std::minmax_element(solarized + c * pixels, solarized + (c + 1) * pixels);
@@ -254,12 +254,12 @@ SSLFAST_INLINE void stretch_picture(const Problem<Out>& p, const PictureOps& ops
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = stretch_level(source[i], lowest, width);
     }
-    finish_strip(p, ops, strip, picture, first, count, held.planes.data());
+    finish_strip(p, ops, strip, picture, first, count, buffers.planes.data());
   }
 }
 
 template <typename Out>
-SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Held& held) {
+SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Buffers& buffers) {
   const int64_t pictures = p.shape.pictures(), sample = picture / pictures, side = p.shape.side;
   const int64_t plane = p.shape.size * p.shape.size, pixels = side * side;
   const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
@@ -290,33 +290,33 @@ SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Held&
     level = (1.0f - ops.factors[ops.contrast]) * static_cast<float>(total / static_cast<double>(pixels));
   }
 
-  if (ops.photometric) held.levels.resize(6 * pixels);
-  if (ops.sigma > 0) held.planes.resize(3 * pixels);
+  if (ops.photometric) buffers.levels.resize(6 * pixels);
+  if (ops.sigma > 0) buffers.planes.resize(3 * pixels);
   for (int64_t first = 0; first < pixels; first += kStrip) {
     const int64_t count = std::min(kStrip, pixels - first);
     gather(crop, plane, map, side, first, count, strip);
     jitter_strip(ops, 4, level, strip, count);
     if (!ops.photometric) {
-      finish_strip(p, ops, strip, picture, first, count, held.planes.data());
+      finish_strip(p, ops, strip, picture, first, count, buffers.planes.data());
       continue;
     }
     const float* planes[3] = {strip.r, strip.g, strip.b};
     for (int c = 0; c < 3; ++c) {
-      uint8_t* __restrict__ target = held.levels.data() + c * pixels + first;
+      uint8_t* __restrict__ target = buffers.levels.data() + c * pixels + first;
       const float* __restrict__ source = planes[c];
       const int mask = ~(static_cast<int>(ops.level_step) - 1);  // posterize keeps the upper bits
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = static_cast<uint8_t>(static_cast<int>(rintf(source[i])) & mask);
     }
   }
-  if (ops.photometric) stretch_picture(p, ops, picture, held, strip);
-  if (ops.sigma > 0) blur_picture(p, ops, held.planes.data(), picture, strip);
+  if (ops.photometric) finish_photometric(p, ops, picture, buffers, strip);
+  if (ops.sigma > 0) blur_picture(p, ops, buffers.planes.data(), picture, strip);
 }
 
 template <typename Out>
 SSLFAST_INLINE void render_pictures(const Problem<Out>& p) {
-  Held held;
-  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, held);
+  Buffers buffers;
+  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, buffers);
 }
 
 SSLFAST_MULTIVERSION(render_pictures_best, render_pictures, const Problem<T>&)

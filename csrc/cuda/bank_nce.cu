@@ -16,10 +16,10 @@ namespace {
 constexpr int kWarps = 8;         // per block; a block owns one sample and one part of its negatives
 constexpr int kDraw = 64;         // negatives that a warp draws at once: two for each lane
 constexpr int kMaxColumns = 512;  // 32 lanes x 16 columns in registers
-constexpr int kBlocksPerSm = 4;   // blocks that the split over negatives aims at
+constexpr int kBlocksPerSm = 4;   // target of the split over negatives
 
-// What a lane may exceed its query's running maximum by before everything is rescaled: exp(8) times K fits fp32 with
-// room to spare, and rescaling becomes rare.
+// How far a score may exceed the query's running maximum before sums are rescaled: exp(8) times K is far inside the
+// range of fp32, and rescaling becomes rare.
 constexpr float kLazyMargin = 8.0f;
 
 template <typename T>
@@ -48,7 +48,7 @@ struct Problem {
 };
 
 // Sums M values over the warp; afterwards a lane holds the total of value lane / (32 / M). M is a power of two.
-// Every step halves the values by trading one half for the other half's lanes: M + log2(32 / M) shuffles, not 5 M.
+// Every step halves the values by exchanging halves between lanes: M + log2(32 / M) shuffles instead of 5 M.
 template <int M, int kOffset = kWarpSize / 2, typename A>
 __device__ __forceinline__ A transpose_sum(const A (&x)[M], int lane) {
   if constexpr (M == 1) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ int collect(const Shard& shard, int64_t first, int64_
 
 // Block (sample b, split s): every warp scores tiles of kTile rows for kViews views, keeping query, running softmax
 // state and weighted row sum in registers; the warps then merge through shared memory into one partial result.
-// Reads each row once: K * D * sizeof(T) bytes per sample. kShard: the rows that the shard holds wait in a queue until
-// they fill tiles.
+// Reads each row once: K * D * sizeof(T) bytes per sample. kShard: the rows that the shard holds are queued until they
+// fill tiles.
 template <typename T, int kChunks, int kViews, bool kVector, bool kShard>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Problem<T> p, int64_t first_view) {
   using A = accumulate_t<T>;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
     }
   }
 
-  // Merge the warps, one view after the other. A value was counted by each of its kLanesPerValue lanes.
+  // Merge the warps, one view at a time. A value was counted by each of its kLanesPerValue lanes.
   __shared__ A shared_sums[kWarps][kColumns * kWarpSize];
   __shared__ A shared_state[kWarps][3];
 #pragma unroll
@@ -348,8 +348,8 @@ void launch_views(const Problem<T>& p, int64_t first_view, bool vector, cudaStre
   launch_kernel("bank_nce", kernel, grid, kWarps * kWarpSize, 0, stream, p, first_view);
 }
 
-// All views in one pass where there are one or two, PIRL's case; more go two by two. fp64, which is there for
-// checking, goes one by one: two views would not fit the registers.
+// One or two views (PIRL) take one pass, more views are processed in pairs. fp64, meant for verification, is processed
+// one view at a time: two would not fit the registers.
 template <typename T, int kChunks>
 void launch_chunks(const Problem<T>& p, bool vector, cudaStream_t stream) {
   int64_t view = 0;

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const D
   A binary = A(0);
   for (int part = 0; part < p.parts; ++part) {
     const StreamState<A> state = p.states[part * p.queries + q];
-    if (!(state.sum > A(0))) continue;  // nothing but rows that the query leaves out
+    if (!(state.sum > A(0))) continue;  // all rows of this part are excluded for the query
     softmax.raise(state.maximum);
     softmax.sum += exp(state.maximum - softmax.maximum) * state.sum;
     binary += state.binary;
@@ -79,7 +79,7 @@ void launch(DenseProblem<T> p, const Tensor& query, cudaStream_t stream) {
   const DenseShape shape = kernel == DenseKernel::kSimt  ? simt_shape(p)
                            : kernel == DenseKernel::kMma ? mma_shape(p)
                                                          : wgmma_shape(p);
-  // Parts so that every multiprocessor has its blocks, each with several tiles to stream.
+  // Enough parts to fill every multiprocessor with blocks, each with several tiles to stream.
   const int64_t blocks = (p.queries + shape.queries - 1) / shape.queries;
   const int64_t tiles = (p.num_rows + shape.tile_rows - 1) / shape.tile_rows;
   const int64_t wanted = (int64_t(shape.blocks_per_multiprocessor) * multiprocessors() + blocks - 1) / blocks;

@@ -1,4 +1,4 @@
-// What the kernels of bank_nce_dense share: the problem, and the state that a part of the bank leaves behind.
+// Shared by the kernels of bank_nce_dense: the problem, and the state after a part of the bank.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@
 
 namespace sslfast {
 
-// kSimt: fp32 and fp64 banks, and whatever the others do not take. kMma: half types, up to 256 columns, tensor cores of
-// 8.0 and later. kWgmma: those of 9.0a.
+// kSimt: fp32 and fp64 banks, and everything that the others do not support. kMma: half types, up to 256 columns,
+// tensor cores of 8.0 and later. kWgmma: those of 9.0a.
 enum class DenseKernel { kSimt, kMma, kWgmma };
 
-// What a block of a kernel takes at a time.
+// Tile sizes of a kernel.
 struct DenseShape {
   int queries, tile_rows, blocks_per_multiprocessor;
 };
@@ -39,7 +39,7 @@ struct DenseProblem {
   A* __restrict__ lse;                  // [Q]
   A* __restrict__ grad;                 // [Q, D]
 
-  // The score of the positive must be the one that the stream saw.
+  // The positive's score must equal its score in the stream.
   __device__ __forceinline__ A rounded(A x) const { return rounds ? static_cast<A>(static_cast<T>(x)) : x; }
   __device__ __forceinline__ A offset() const {
     return static_cast<A>(binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, bank_rows) : 0.0);
@@ -56,7 +56,7 @@ struct DenseProblem {
     if (row < 0 || row >= bank_rows) __trap();
     return row;
   }
-  // The row that query q leaves out of a list; -1: none.
+  // The row of the list excluded for query q; -1: none.
   __device__ __forceinline__ int64_t left_out(int64_t q) const {
     return exclude_self && q < queries ? index[q % batch] : -1;
   }

@@ -1,4 +1,7 @@
-"""The ops of sslfast. Importing this needs torch and the compiled core, nothing else."""
+"""Ops: the C++ and CUDA kernels as functions on tensors (losses against a memory bank, updates of banks and momentum
+encoders, the view stage), each with a reference in torch that specifies it; counter-based random numbers (``philox``);
+and the pixel operations of the view stage in torch (``pixels``). Imports torch and the compiled core, nothing else.
+"""
 
 from sslfast.ops import philox, pixels
 from sslfast.ops._library import build_info

@@ -22,15 +22,15 @@ def bank_nce_dense(
 ) -> tuple[Tensor, Tensor]:
     """Contrast every query with its own bank row against the whole bank, or against one list of rows for all.
 
-    What ``bank_nce(negatives="full")`` and ``"shared"`` run. With scores ``s_j = query . bank[j] / temperature`` and
+    ``bank_nce(negatives="full")`` and ``"shared"`` run this op. With scores ``s_j = query . bank[j] / temperature`` and
     the positive's ``s_0``, over the rows j of the bank (``negatives=None``, K = N - 1) or of the list and the positive:
 
     - ``infonce``: ``logsumexp_j(s_j) - s_0``;
     - ``nce``: ``softplus(-u_0) + sum_j softplus(u_j)`` over the negatives, ``u = s - log(z K / N)``.
 
     The rows are streamed in tiles with a running log-sum-exp; loss and gradient come out of one pass, and no ``[B, N]``
-    or ``[B, K]`` tensor exists. A bank cut into shards merges: a query whose ``index`` is -1 has no positive here, and
-    gets ``logsumexp_j(s_j)`` (``sum_j softplus(u_j)``) as its loss; its gradient is the derivative of that.
+    or ``[B, K]`` tensor exists. Results of the shards of a bank can be merged: a query whose ``index`` is -1 has no
+    positive here and gets ``logsumexp_j(s_j)`` (``sum_j softplus(u_j)``) as its loss, and its derivative as gradient.
 
     CUDA: for a bank in bf16 or fp16 the products take query and weights in the bank's type and sum in fp32.
 
