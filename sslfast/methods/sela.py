@@ -24,15 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sslfast.distributed import gather_uneven, own_rows
 from sslfast.methods.base import BaseConfig, Method
 from sslfast.methods.shared.pseudo_labels import (
     UNLABELLED,
     CollectedFeatures,
     central_view,
-    gather_shares,
     label_accuracy,
     pseudo_label_loss,
-    share,
 )
 from sslfast.methods.shared.sinkhorn import sinkhorn
 from sslfast.models import ResNetConfig, build_trunk, seeded
@@ -136,12 +135,13 @@ class SeLa(Method):
         if not self.config.labels_in(epoch):
             return
         seen = self.features.seen.nonzero()[:, 0]
-        own = seen[share(len(seen))]
+        part = own_rows(len(seen))
+        own = seen[part.start : part.stop]
         weights = self.head.weight.unflatten(0, (self.config.heads, -1))
         biases = self.head.bias.unflatten(0, (self.config.heads, -1))
         self.labels.fill_(UNLABELLED)
         for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            self.labels[head, seen] = gather_shares(self._label(own, weight, bias), len(seen)).int()
+            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias)).int()
 
     def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``[n]`` int64 labels of this rank's ``rows`` ``[n]`` by one head."""

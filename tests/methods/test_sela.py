@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sslfast.distributed.collectives import gather_uneven, own_rows
 from sslfast.distributed.process_group import destroy_process_group
 from sslfast.methods.sela import SeLa
-from sslfast.methods.shared.pseudo_labels import gather_shares, share
 from sslfast.methods.shared.sinkhorn import Transport, sinkhorn
 from sslfast.models.init import seeded
 from sslfast.models.resnet import build_trunk
@@ -216,9 +216,10 @@ def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
     enter(rank, ranks, port)
     init_process_group(process_group(), torch.device("cpu"))
     for count in (61, 1):
-        own = scores(count, 5)[share(count)]
+        part = own_rows(count)
+        own = scores(count, 5)[part.start : part.stop]
         found = solve(own, tolerance=1e-6, max_iterations=5000, block=9)
-        torch.save((gather_shares(found.labels, count), found.columns), folder / f"{count}-{rank}.pt")
+        torch.save((gather_uneven(found.labels), found.columns), folder / f"{count}-{rank}.pt")
     destroy_process_group()
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.distributed import broadcast_object, mean_over_ranks, world_size
-from sslfast.methods.shared.pseudo_labels import gather_shares, share
+from sslfast.distributed import broadcast_object, gather_uneven, mean_over_ranks, own_rows, world_size
 from sslfast.ops.philox import Stream, random_uint32
 
 _BLOCK = 1 << 16  # rows whose float64 copies exist at a time
@@ -40,7 +39,8 @@ def whiten(points: Tensor, dimensions: int) -> Tensor:
     Returns:
         ``[n, d]`` fp32.
     """
-    own = points[share(len(points))]
+    part = own_rows(len(points))
+    own = points[part.start : part.stop]
     columns = points.shape[1]
     total, products = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
     for block in own.split(_BLOCK):
@@ -80,14 +80,15 @@ def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: 
     bits = random_uint32(torch.arange(len(points)), 2, seed=seed, stream=Stream.CLUSTERS, step=epoch)
     first = ((bits[:, 0] << 31) | (bits[:, 1] >> 1)).argsort(stable=True)[:clusters]
     centroids = points[first]
-    own = share(len(points))
+    own = own_rows(len(points))
     for iteration in range(iterations + 1):
         index = faiss.IndexFlatL2(points.shape[1])
         index.add(np.ascontiguousarray(centroids.numpy()))
         nearest = torch.zeros(0, dtype=torch.int64)
-        if own.stop > own.start:
-            nearest = torch.from_numpy(index.search(np.ascontiguousarray(points[own].numpy()), 1)[1][:, 0])
-        labels = fill_empty(points, gather_shares(nearest, len(points)), clusters)
+        if own:
+            queries = np.ascontiguousarray(points[own.start : own.stop].numpy())
+            nearest = torch.from_numpy(index.search(queries, 1)[1][:, 0])
+        labels = fill_empty(points, gather_uneven(nearest), clusters)
         if iteration < iterations:
             centroids = means(points, labels, clusters)
     return labels
@@ -95,7 +96,8 @@ def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: 
 
 def means(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
     """``[K, d]`` fp32 centroids of ``points`` ``[n, d]`` by ``labels`` ``[n]``; each rank sums its share in float64."""
-    own = share(len(points))
+    part = own_rows(len(points))
+    own = slice(part.start, part.stop)
     sums = torch.zeros(clusters, points.shape[1], dtype=torch.float64)
     for block, label in zip(points[own].split(_BLOCK), labels[own].split(_BLOCK), strict=True):
         sums.index_add_(0, label, block.double())

@@ -1,4 +1,4 @@
-"""What the methods that label the data set themselves share: features of all rows, the loss, shares of ranks.
+"""What the methods that label the data set themselves share: features of all rows, the loss.
 
 Labels come from a pass over the data at fixed weights, as in the papers: the largest central square of each image, no
 augmentation. Features that the steps of an epoch leave, of augmented crops and ever newer weights (DeepCluster-v2,
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.distributed import gather_rows, mean_over_ranks, rank, world_size
+from sslfast.distributed import gather_rows, mean_over_ranks
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
 UNLABELLED = -1
@@ -82,18 +82,3 @@ def label_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of the labelled rows whose label has the largest score, 0-d; 0 where there is none."""
     right = (logits.argmax(dim=-1) == labels).float().sum()
     return right / (labels != UNLABELLED).sum().clamp_min(1)
-
-
-def share(count: int) -> slice:
-    """This rank's contiguous part of ``count`` things; parts differ in size where ``count`` is no multiple."""
-    largest = -(-count // world_size())
-    return slice(min(rank() * largest, count), min((rank() + 1) * largest, count))
-
-
-def gather_shares(own: Tensor, count: int) -> Tensor:
-    """``[count, ...]`` from every rank's :func:`share` of it."""
-    if world_size() == 1:
-        return own
-    padded = own.new_zeros((-(-count // world_size()), *own.shape[1:]))
-    padded[: len(own)] = own
-    return gather_rows(padded)[:count]
