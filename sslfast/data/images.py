@@ -28,8 +28,8 @@ JPEG with a marker inside its pixel data        bad: ``damaged ...`` (see :mod:`
 =============================================== ============================================================ ========
 
 Not detected: flipped bits or zeros inside a JPEG's entropy-coded data (the format has no checksum, and libjpeg fills
-the rest of the image with plausible pixels), and damage from before the file was encoded. Pillow's module-level settings
-are never changed; its default ``LOAD_TRUNCATED_IMAGES`` = False is required.
+the rest of the image with plausible pixels), and damage from before the file was encoded. Pillow's module-level
+settings are never changed; its default ``LOAD_TRUNCATED_IMAGES`` = False is required.
 """
 
 import io

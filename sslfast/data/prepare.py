@@ -33,8 +33,8 @@ class PrepareConfig:
     """How images are stored."""
 
     mode: Mode = "jpg"
-    """jpg: JPEG, with the original bytes where both decoders agree on them. raw: pixels, the fastest to read and 5 to 20
-    times larger. proportion: the share ``jpg_share`` of the images as in jpg, spread evenly, the others as in raw."""
+    """jpg: JPEG, with the original bytes where both decoders agree on them. raw: pixels, the fastest to read and 5 to
+    20 times larger. proportion: the share ``jpg_share`` of the images as in jpg, evenly spread, the rest as in raw."""
     jpg_share: float = 0.5
     """Share of JPEGs in mode proportion."""
     max_resolution: int | None = None

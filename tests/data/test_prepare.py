@@ -1,4 +1,4 @@
-"""``data prepare``: what is stored and how, in FFCV's own format, whole or not at all."""
+"""``data prepare``: what is stored and how, in FFCV's own format, atomically."""
 
 import errno
 import io
@@ -91,7 +91,7 @@ def test_jpegs_keep_their_bytes_and_rows_are_the_manifests(tmp_path: Path) -> No
             assert beton.shapes[row].tolist() == list(Image.open(manifest.path(row)).size)
 
 
-def test_ffcvs_own_reader_takes_the_file(tmp_path: Path) -> None:
+def test_ffcvs_own_reader_reads_the_file(tmp_path: Path) -> None:
     prepare_beton(
         write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton", PrepareConfig(mode="proportion"), workers=0
     )
@@ -123,7 +123,7 @@ def test_ffcvs_own_reader_takes_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_every_kind_of_picture_is_stored_as_our_own_decoder_sees_it(tmp_path: Path, mode: str) -> None:
+def test_every_kind_of_image_is_stored_as_the_image_policy_decodes_it(tmp_path: Path, mode: str) -> None:
     root = odd_folder(tmp_path / "data")
     made = prepare_beton(root, tmp_path / "out.beton", PrepareConfig(mode=mode, quality=95), workers=0)  # type: ignore[arg-type]
     if mode == "jpg":
@@ -168,7 +168,7 @@ def test_proportion_stores_a_share_as_jpeg(tmp_path: Path, share: float, jpegs: 
         assert int((beton.modes == JPG).sum()) == jpegs
 
 
-def test_a_jpeg_that_the_decoder_warns_of_is_encoded_anew(tmp_path: Path) -> None:
+def test_a_jpeg_that_the_decoder_warns_about_is_encoded_again(tmp_path: Path) -> None:
     good = encoded(picture(120, 100))
     decode = load_decoder()
     for place in range(len(good) - 40, len(good) // 2, -1):
@@ -192,7 +192,7 @@ def test_a_jpeg_that_the_decoder_warns_of_is_encoded_anew(tmp_path: Path) -> Non
         assert difference(seen(beton, 0), pixels) < 8
 
 
-def test_no_sample_lies_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sample_crosses_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beton_module, "_PAGE", 4096)
     root = write_folder(tmp_path / "data", NAMES)
     (root / "class1" / "large.png").write_bytes(encoded(picture(130, 100), "PNG"))
@@ -237,7 +237,7 @@ def test_a_changed_file_is_an_error_in_both_modes(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "out.beton").exists()
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, output = write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton"
     prepare_beton(root, output, workers=0)
     before = output.read_bytes()
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         prepare_beton(root, output, workers=0)
 
 
-def test_a_killed_process_leaves_the_old_file_and_the_next_one_clears_up(tmp_path: Path) -> None:
+def test_a_killed_process_keeps_the_old_file_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     root, output = write_folder(tmp_path / "data", [f"{i:03}.jpg" for i in range(300)]), tmp_path / "out.beton"
     prepare_beton(write_folder(tmp_path / "old", NAMES), output, workers=0)
     before, part = output.read_bytes(), tmp_path / "out.beton.part"
@@ -286,7 +286,7 @@ def test_a_killed_process_leaves_the_old_file_and_the_next_one_clears_up(tmp_pat
     assert len(open_data(output)) == 300
 
 
-def test_files_that_are_not_ours_cut_or_edited(tmp_path: Path) -> None:
+def test_foreign_truncated_and_edited_files(tmp_path: Path) -> None:
     output = tmp_path / "out.beton"
     with pytest.raises(ValueError, match=r"out.beton does not exist: make it with `sslfast data prepare`"):
         open_data(output)
@@ -323,7 +323,7 @@ def test_files_that_are_not_ours_cut_or_edited(tmp_path: Path) -> None:
     assert len(open_data(output)) == 11
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_names_that_are_not_text(tmp_path: Path) -> None:
     root = tmp_path / "data.beton"  # a folder may be called anything
     root.mkdir()
     names = [b"a space.jpg", b"line\nbreak.jpg", b"tab\t.jpg", b"\xff\xfe.jpg"]
@@ -334,7 +334,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert {os.fsencode(path) for path in open_data(tmp_path / "out.beton").paths} == set(names)
 
 
-def test_a_run_goes_on_with_the_file_it_began_with(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_the_file_it_started_with(tmp_path: Path) -> None:
     root, output, run = write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton", tmp_path / "run.tsv"
     prepare_beton(root, output, workers=0)
     manifest = open_data(output)
@@ -393,7 +393,7 @@ def test_tar_shards_become_a_file_with_their_rows_and_classes(tmp_path: Path) ->
         assert [stored(beton, row) for row in range(10)] == [*members.values()] * 2
 
 
-def test_a_preview_of_the_file_names_its_images(tmp_path: Path) -> None:
+def test_a_preview_of_the_file_names_what_it_was_made_of(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", NAMES)
     prepare_beton(root, tmp_path / "x.beton", workers=0)
     with pytest.raises(ValueError, match=rf"x.beton is a .beton file: name what it was made of \({root}\)"):

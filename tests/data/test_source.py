@@ -117,7 +117,7 @@ def test_each_source_is_found_by_its_name_and_once(manifests: list[Manifest]) ->
     assert len(all_sources()) == len(SOURCES) == len({source.name for source in all_sources()})
 
 
-def test_packed_sources_travel_without_an_object_per_row(manifests: list[Manifest]) -> None:
+def test_packed_sources_are_picklable_without_an_object_per_row(manifests: list[Manifest]) -> None:
     for manifest in manifests:
         source = manifest.source.packed()
         assert isinstance(source.paths, PackedPaths)

@@ -1,4 +1,4 @@
-"""Tar shards as data: the walk against ``tarfile``, labels, rows equal to a folder's, every way a shard can be bad."""
+"""Tar shards as data: members as of ``tarfile``, labels, rows equal to a folder's, every way a shard can be bad."""
 
 import io
 import os
@@ -67,7 +67,7 @@ def raises(pattern: str):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_walk_finds_what_tarfile_finds(tmp_path: Path, format: str) -> None:
+def test_members_are_those_that_tarfile_finds(tmp_path: Path, format: str) -> None:
     names = ["a.jpg", "./b/c.png", "/d.gif", "ü/漢.jpg", "x" * 60 + "/" + "y" * 90 + ".jpg", "e.jpg"]
     if format != "ustar":
         names += ["deep/" * 60 + "z.jpg", "w" * 300 + ".jpg", "\udcff.jpg"]
@@ -236,7 +236,7 @@ def test_bad_members_follow_the_policy(tmp_path: Path) -> None:
     assert reasons["pipe.jpg"] == "unreadable: a pipe of a tar file"
 
 
-def test_sparse_members_are_refused_and_passed_over(tmp_path: Path) -> None:
+def test_sparse_members_are_rejected_and_skipped(tmp_path: Path) -> None:
     # As GNU tar writes them: one continued map, then the data; and POSIX's records.
     def header(name: bytes, kind: bytes, size: int) -> bytearray:
         block = bytearray(tarfile.TarInfo(name.decode()).tobuf(tarfile.GNU_FORMAT))
@@ -418,7 +418,7 @@ def test_evaluations_take_shards_and_refuse_files(tmp_path: Path) -> None:
         load_manifests(tmp_path / "data" / "val" / "0.tar")
 
 
-def test_hashes_and_headers_of_odd_images(tmp_path: Path) -> None:
+def test_hashes_and_headers_of_unusual_images(tmp_path: Path) -> None:
     """A header that needs more than the first 16 KiB."""
     large = encoded(picture(300, 300), "TIFF")
     assert len(large) > HASHED_BYTES

@@ -1,4 +1,4 @@
-"""Crops out of one decode against Pillow and torchvision, and replacement of bad rows."""
+"""Crops of one decoded image against Pillow and torchvision, and replacement of bad rows."""
 
 import io
 
@@ -47,7 +47,7 @@ def test_a_box_of_the_crops_own_size_is_copied() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_are_in_the_upright_picture(orientation: int) -> None:
+def test_boxes_are_in_the_upright_image(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(90, 70), "PNG", exif=exif)
@@ -92,7 +92,7 @@ def decoder(root, names, *, on_bad_image="skip", seed=5) -> BatchDecoder:
     return BatchDecoder(source=source, views=VIEWS, seed=seed, on_bad_image=on_bad_image)
 
 
-def test_a_batch_is_its_rows_crops_at_their_boxes(tmp_path) -> None:
+def test_a_batch_has_the_crops_of_its_rows_at_their_boxes(tmp_path) -> None:
     names = [f"{i}.jpg" for i in range(6)]
     write_folder(tmp_path, names)
     rows = np.array([4, 0, 4, 2])
@@ -125,7 +125,7 @@ def test_groups_change_nothing(tmp_path, monkeypatch) -> None:
     assert all(torch.equal(whole.crops[name], parts.crops[name]) for name in VIEWS)
 
 
-def test_a_bad_row_is_replaced_by_the_drawn_good_one_under_its_own_name(tmp_path) -> None:
+def test_a_bad_row_is_replaced_by_the_drawn_good_one_under_its_own_id(tmp_path) -> None:
     names = [f"{i}.jpg" for i in range(8)]
     write_folder(tmp_path, names)
     good = decoder(tmp_path, names)

@@ -1,4 +1,4 @@
-"""The pillow loader: the same pixels for every worker count, restart and split over ranks; bad images; clean ends."""
+"""The pillow loader: the same pixels for every number of workers and ranks and after restarts; bad images; shutdown."""
 
 import importlib
 import multiprocessing
@@ -61,7 +61,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
     )
 
 
-def test_batches_have_the_stated_form(manifest: Manifest) -> None:
+def test_shapes_and_dtypes_of_batches(manifest: Manifest) -> None:
     data = loader(manifest)
     assert (data.num_rows, data.steps_per_epoch) == (26, 4)
     batches = list(data.epoch(3))
@@ -134,7 +134,7 @@ def test_skip_keeps_shapes_and_identity_and_records_each_bad_image_once(manifest
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_error_is_one_line_also_out_of_a_worker(manifest: Manifest, workers: int) -> None:
+def test_error_is_one_line_also_from_a_worker(manifest: Manifest, workers: int) -> None:
     manifest.path(7).write_bytes(b"")
     data = loader(manifest, workers=workers)
     with pytest.raises(ValueError, match=r"^cannot train on .* \(row 7\): empty file; .*--on-bad-image skip$"):
@@ -221,7 +221,7 @@ except KeyboardInterrupt:
     assert child.returncode == 0
 
 
-def test_an_interrupt_amid_the_shutdown_leaves_no_worker(tmp_path: Path, manifest: Manifest) -> None:
+def test_an_interrupt_during_the_shutdown_leaves_no_worker(tmp_path: Path, manifest: Manifest) -> None:
     """Workers that were not asked to end (they ignore SIGTERM) neither outlive the process nor keep it from ending."""
     manifest.save(tmp_path / "manifest.tsv")
     code = f"""
@@ -265,8 +265,8 @@ def test_build_loader(manifest: Manifest) -> None:
     built = build_loader(LoaderConfig(workers=0), manifest=manifest, views=VIEWS, batch_size=6, seed=11)
     assert isinstance(built, PillowLoader)
     assert same(list(built.epoch(0)), list(loader(manifest).epoch(0)))
-    made_up = build_loader(LoaderConfig(), synthetic_rows=100, views=VIEWS, batch_size=6, seed=11)
-    assert isinstance(made_up, SyntheticLoader)
+    synthetic = build_loader(LoaderConfig(), synthetic_rows=100, views=VIEWS, batch_size=6, seed=11)
+    assert isinstance(synthetic, SyntheticLoader)
     like = build_loader(LoaderConfig(name="synthetic"), manifest=manifest, views=VIEWS, batch_size=6, seed=11)
     assert (like.num_rows, like.steps_per_epoch) == (26, 4)
     with pytest.raises(ValueError, match="loader 'pillow' reads images: name a folder"):
