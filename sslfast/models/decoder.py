@@ -1,18 +1,11 @@
-"""From res5 back to pixels, for the methods that reconstruct."""
+"""Decoder from res5 to pixels, for the methods that reconstruct images."""
 
 from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sslfast.models.resnet import ResNetConfig
-
 _LEAST_CHANNELS = 32
-
-
-def trunk_stride(model: ResNetConfig) -> int:
-    """Pixels of the image per pixel of res5, along a side."""
-    return {"imagenet": 32, "small": 8}[model.stem]
 
 
 class Decoder(nn.Module):

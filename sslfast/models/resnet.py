@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sslfast.models.init import seeded
+from sslfast.models.trunk import Trunk
 
 
 @dataclass(kw_only=True)
@@ -29,6 +29,10 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         if not self.width > 0 or 64 * self.width % 8:
             raise ValueError(f"model.width must be a positive multiple of 1/8, got {self.width}")
+
+    def build(self) -> "ResNetTrunk":
+        """The network, its weights drawn from torch's global generator; see :func:`sslfast.models.build_trunk`."""
+        return ResNetTrunk(self)
 
 
 def norm_layer(config: ResNetConfig) -> Callable[[int], nn.Module]:
@@ -66,7 +70,7 @@ def _wide(config: ResNetConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
     return net
 
 
-class ResNetTrunk(nn.Module):
+class ResNetTrunk(Trunk):
     """Images to pooled res5 features.
 
     ``forward``: float ``[B, 3, S, S]`` -> ``[B, out_features]``, the spatial mean of res5 (512 columns for ResNet-18
@@ -74,7 +78,6 @@ class ResNetTrunk(nn.Module):
     names are torchvision's, so exported weights load there with ``strict=False`` (only ``fc`` is missing).
     """
 
-    out_features: int
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -123,9 +126,3 @@ class ResNetTrunk(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, x.mean(dim=(2, 3)))
-
-
-def build_trunk(config: ResNetConfig, *, seed: int) -> ResNetTrunk:
-    """A trunk whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
-    with seeded(seed):
-        return ResNetTrunk(config)
