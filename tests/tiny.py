@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -32,7 +33,10 @@ class Tiny(Method):
         bank_momentum: float = 0.5
         bad_step: int = -1
         """The loss of this step (0-based) is not a number; -1: of none."""
-        image_view: ViewConfig = field(default_factory=lambda: ViewConfig(crop=CropConfig(size=8)))
+        image_view: Annotated[ViewConfig, tyro.conf.Suppress] = field(
+            default_factory=lambda: ViewConfig(crop=CropConfig(size=8))
+        )
+        """Not an option of the command: its help stays short."""
 
         def build(self, context: MethodContext) -> "Tiny":
             return Tiny(self, context.num_rows, context.seed)

@@ -1,7 +1,8 @@
 """Pretraining methods, one file each, and their registry. Imports ``config``, ``models``, ``views``, ``distributed``
 and ``ops``.
 
-A method is registered by importing its module: those of this package below, others by :func:`load_plugin`.
+A method is registered when its module is imported: those of this package here, others by the user or the command's
+``--plugin``.
 """
 
 from sslfast.methods.autoencoder import Autoencoder
@@ -13,7 +14,7 @@ from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.moco import MoCo
 from sslfast.methods.pirl import PIRL
-from sslfast.methods.registry import METHODS, MethodConfig, load_plugin, register_method
+from sslfast.methods.registry import METHODS, MethodConfig, register_method
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
 from sslfast.methods.sela import SeLa
@@ -44,6 +45,5 @@ __all__ = [
     "clean_view",
     "jigsaw_view",
     "lightness",
-    "load_plugin",
     "register_method",
 ]

@@ -1,10 +1,5 @@
-"""The method registry: configuration classes by name, and modules outside this package that add theirs."""
+"""The method registry: configuration classes by name. A module outside this package adds its own."""
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Annotated, TypeAlias, TypeVar
 
 from sslfast.config import OneOf
@@ -16,7 +11,7 @@ METHODS: dict[str, type[BaseConfig]] = {}
 """Configuration classes by their name."""
 
 MethodConfig: TypeAlias = Annotated[
-    BaseConfig, OneOf(METHODS, "load the module that registers it with sslfast.methods.load_plugin")
+    BaseConfig, OneOf(METHODS, "import the module that registers it, on the command line with --plugin MODULE")
 ]
 """Configuration of any registered method; ``name`` says which."""
 
@@ -38,41 +33,3 @@ def register_method(method: type[M]) -> type[M]:
         )
     METHODS[config.name] = config  # of the newest import, where a module is reloaded
     return method
-
-
-def load_plugin(module: str) -> ModuleType:
-    """Import a module that registers methods, recipes or trunk factories.
-
-    Args:
-        module: a module name, or the path of a .py file, which is imported under its stem. Loading the same one again
-            does nothing.
-
-    Raises:
-        ValueError: it cannot be found, or it fails to import.
-    """
-    path = Path(module)
-    name = path.stem if path.suffix == ".py" else module
-    if name in sys.modules:
-        loaded = sys.modules[name]
-        origin = getattr(loaded, "__file__", None)
-        if path.suffix == ".py" and (origin is None or Path(origin).resolve() != path.resolve()):
-            raise ValueError(f"plugin {module}: a module named {name} is loaded already ({origin}); rename the file")
-        return loaded
-    try:
-        return importlib.import_module(name) if path.suffix != ".py" else _import_file(name, path)
-    except (ImportError, FileNotFoundError) as error:
-        raise ValueError(f"plugin {module} cannot be imported: {error}; install it or give its .py file") from error
-
-
-def _import_file(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(loaded)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return loaded

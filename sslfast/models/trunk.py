@@ -75,8 +75,8 @@ class CustomTrunkConfig:
             function = getattr(importlib.import_module(module), name, None)
         except ImportError as error:
             raise ValueError(
-                f"model.factory={self.factory}: {module} cannot be imported ({error}); install it, put its folder on "
-                "PYTHONPATH, or load it as a plugin"
+                f"model.factory={self.factory}: {module} cannot be imported ({error}); install it, or put its folder "
+                "on PYTHONPATH"
             ) from None
         if not getattr(function, "is_trunk_factory", False):
             raise ValueError(
