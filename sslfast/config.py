@@ -2,7 +2,8 @@
 
 ``to_dict`` and ``from_dict`` are inverse for dataclasses made of bool, int, float, str, None, Path, Enum, Literal,
 Optional, unions, tuples, lists, dicts with string keys and nested dataclasses. A dataclass with a class variable
-``name`` (``name: ClassVar[str] = "pirl"``) stores it, which tells the members of a union of dataclasses apart.
+``name`` (``name: ClassVar[str] = "pirl"``) stores it. The members of a union of dataclasses are told apart by it, or by
+the choices of a field ``name`` of type Literal; :class:`OneOf` is a union that can grow.
 """
 
 import dataclasses
@@ -18,6 +19,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from sslfast.files import replacing
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """``Annotated[Base, OneOf(classes)]``: an instance of any of ``classes``, dataclasses by their ``name``."""
+
+    classes: Mapping[str, type]
+    """May grow: it is looked up when a value is read."""
+    remedy: str
+    """What to do about a name that is missing there, for the message."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -66,6 +77,15 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
             path = f"{where}.{field.name}" if where else field.name
             raise ValueError(f"config field {path} is missing and has no default; add it")
     return cls(**values)
+
+
+def decode(hint: Any, value: Any, *, where: str) -> Any:
+    """The value of type ``hint``, for example a union of dataclasses, that :func:`to_dict` stored as ``value``.
+
+    Raises:
+        ValueError: as :func:`from_dict` does, for the field ``where``.
+    """
+    return _decode(hint, value, where)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = "") -> list[tuple[str, Any, Any]]:
@@ -147,6 +167,15 @@ def _class_name(cls: type) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _names(cls: type) -> tuple[str, ...]:
+    """Names that choose this dataclass in a union: its class variable, or the choices of its field."""
+    name = _class_name(cls)
+    if name is not None:
+        return (name,)
+    hint = typing.get_type_hints(cls).get("name")
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
 def _encode(value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)
@@ -167,6 +196,10 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        choice = next((note for note in arguments[1:] if isinstance(note, OneOf)), None)
+        if choice is not None:
+            return _decode_named(choice.classes, value, path, remedy=f"; {choice.remedy}")
     if origin in (Annotated, ClassVar):
         return _decode(arguments[0], value, path)
     if origin in (Union, types.UnionType):
@@ -218,11 +251,7 @@ def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
         return None
     tables = [m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)]
     if isinstance(value, Mapping) and len(tables) > 1:
-        named = {_class_name(table): table for table in tables}
-        if value.get("name") in named:
-            return from_dict(named[value["name"]], value, where=path)
-        known = ", ".join(str(name) for name in named)
-        raise ValueError(f"config field {path}.name: {value.get('name')!r} is not one of {known}")
+        return _decode_named({name: table for table in tables for name in _names(table)}, value, path)
     if isinstance(value, Mapping) and tables:
         return from_dict(tables[0], value, where=path)
     reasons = []
@@ -234,6 +263,17 @@ def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
         except ValueError as error:
             reasons.append(error)
     raise reasons[0] if len(reasons) == 1 else _wrong(path, " or ".join(map(_type_name, members)), value)
+
+
+def _decode_named(classes: Mapping[str, type], value: Any, path: str, *, remedy: str = "") -> Any:
+    if not isinstance(value, Mapping):
+        raise _wrong(path, "a table", value)
+    name = value.get("name")
+    if name is None:  # a field ``name`` may have a default
+        name = next((getattr(cls, "name", None) for cls in classes.values() if _class_name(cls) is None), None)
+    if isinstance(name, str) and name in classes:
+        return from_dict(classes[name], value, where=path)
+    raise ValueError(f"config field {path}.name: {name!r} is not one of {', '.join(classes)}{remedy}")
 
 
 def _decode_sequence(origin: type, arguments: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.distributed.collectives import gather_rows
 from sslfast.loaders.registry import LoaderConfig
-from sslfast.methods.base import Method
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.models.build import TrunkConfig
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, View, ViewConfig
 
@@ -27,20 +28,18 @@ class Tiny(Method):
     """Pulls every embedding to its bank row, away from the rows around it."""
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(BaseConfig):
         name: ClassVar[str] = "tiny"
         bank_momentum: float = 0.5
         bad_step: int = -1
         """The loss of this step (0-based) is not a number; -1: of none."""
+        image_view: Annotated[ViewConfig, tyro.conf.Suppress] = field(
+            default_factory=lambda: ViewConfig(crop=CropConfig(size=8))
+        )
+        """Not an option of the command: its help stays short."""
 
-        def views(self) -> dict[str, ViewConfig]:
-            return {"image": ViewConfig(crop=CropConfig(size=8))}
-
-        def feature_views(self) -> dict[str, ViewConfig]:
-            return {}
-
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Tiny":
-            return Tiny(self, num_rows, seed)
+        def build(self, context: MethodContext) -> "Tiny":
+            return Tiny(self, context.num_rows, context.seed)
 
     bank: Tensor
 
@@ -54,10 +53,10 @@ class Tiny(Method):
             self.register_buffer("bank", normalize(torch.randn(num_rows, 4), dim=1))
         self.pending: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         query = normalize(self.head(self.trunk(views["image"].pixels).flatten(1)).float(), dim=1)
-        self.pending.append((rows, query.detach()))
-        positive = (query * self.bank[rows]).sum(1)
+        self.pending.append((sample_ids, query.detach()))
+        positive = (query * self.bank[sample_ids]).sum(1)
         loss = (torch.logsumexp(query @ self.bank.T, 1) - positive).mean()
         is_bad = torch.as_tensor(step, device=loss.device) == self.config.bad_step
         return {"loss": torch.where(is_bad, torch.nan, loss), "positive": positive.mean().detach()}
@@ -66,10 +65,10 @@ class Tiny(Method):
         return self.bank
 
     def after_step(self) -> None:
-        rows, query = (gather_rows(torch.cat(column)) for column in zip(*self.pending, strict=True))
+        sample_ids, query = (gather_rows(torch.cat(column)) for column in zip(*self.pending, strict=True))
         self.pending.clear()
         keep = self.config.bank_momentum
-        self.bank[rows] = normalize(keep * self.bank[rows] + (1 - keep) * query, dim=1)
+        self.bank[sample_ids] = normalize(keep * self.bank[sample_ids] + (1 - keep) * query, dim=1)
 
 
 @dataclass(kw_only=True)
@@ -85,6 +84,19 @@ class TinyConfig(TrainConfig):
     device: str = "cpu"
     tensorboard: bool = False
     progress: str = "off"  # type: ignore[assignment]
+
+
+def context(
+    model: TrunkConfig, num_rows: int, *, seed: int = 0, epochs: int = 2, steps_per_epoch: int = 3
+) -> MethodContext:
+    """What a test builds a method for."""
+    return MethodContext(
+        model=model,
+        num_rows=num_rows,
+        seed=seed,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=epochs * steps_per_epoch,
+    )
 
 
 def same(a: Any, b: Any) -> bool:

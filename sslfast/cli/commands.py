@@ -13,6 +13,7 @@ from sslfast.cli.exit_codes import EXIT_CODES, EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.config import nearest
 from sslfast.data import PrepareConfig, parse_data
 from sslfast.distributed import destroy_process_group
+from sslfast.models import CustomTrunkConfig
 from sslfast.recipes import RECIPES
 from sslfast.training import (
     NonFiniteLossError,
@@ -192,7 +193,11 @@ def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **option
 def _parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | int:
     # The recipe has chosen the method: its options are the command's, not a subcommand of each method's.
     recipe = _recipe(arguments, command)
-    train_config = make_dataclass("TrainConfig", [("method", type(recipe.method))], bases=(TrainConfig,), kw_only=True)
+    factory = _value(arguments, "--model.factory")
+    if factory is not None:  # likewise a factory chooses a trunk with other options than a ResNet's
+        recipe.model = CustomTrunkConfig(factory=factory)
+    chosen = [("method", type(recipe.method)), ("model", type(recipe.model))]
+    train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)
     config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
     default = target(data=tyro.MISSING, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
@@ -218,12 +223,7 @@ def printable(text: str) -> str:
 
 def _recipe(arguments: list[str], command: str) -> TrainConfig:
     """The values of the recipe that ``--recipe`` names; where only help is asked for, of the first one."""
-    name: str | None = None
-    for position, argument in enumerate(arguments):
-        if argument == "--recipe" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--recipe="):
-            name = argument.removeprefix("--recipe=")
+    name = _value(arguments, "--recipe")
     if name is None:
         if not {"-h", "--help"} & set(arguments):
             raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
@@ -233,6 +233,17 @@ def _recipe(arguments: list[str], command: str) -> TrainConfig:
     config = RECIPES[name]()
     config.recipe = name
     return config
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value of an option that decides which others there are; the last one given, None where there is none."""
+    value: str | None = None
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value
 
 
 def _description() -> str:

@@ -10,14 +10,14 @@ from dataclasses import replace
 from sslfast.methods import CPC, MoCo, SimCLR
 from sslfast.models import ResNetConfig
 from sslfast.optim import OptimConfig
-from sslfast.recipes.pirl import pirl_small, small_method
+from sslfast.recipes.common import small, small_view
 from sslfast.training import TrainConfig
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
 
 def moco_v1() -> TrainConfig:
-    """MoCo v1: ResNet-50, 200 epochs, batch 256 (8 GPUs), 65,536 keys, τ 0.07, momentum 0.999, rate 0.03, tenfold less
-    after epochs 120 and 160.
+    """MoCo v1: ResNet-50, 200 epochs, batch 256 (8 GPUs), 65,536 keys, τ 0.07, momentum 0.999, learning rate 0.03,
+    divided by 10 after epochs 120 and 160.
 
     From the authors' code: crop scale, strengths of the jitter, decay of every parameter.
     """
@@ -40,7 +40,7 @@ def moco_v1() -> TrainConfig:
 
 
 def moco_v2() -> TrainConfig:
-    """MoCo v2: v1 with an MLP head, τ 0.2, blur and a cosine; 200 epochs (67.5 %; 800 epochs: 71.1 %).
+    """MoCo v2: v1 with an MLP head, τ 0.2, blur and a cosine schedule; 200 epochs (67.5 %; 800 epochs: 71.1 %).
 
     From the authors' code: the jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8.
     """
@@ -56,8 +56,8 @@ def moco_v2() -> TrainConfig:
 
 
 def simclr() -> TrainConfig:
-    """SimCLR: ResNet-50, batch 4096, LARS with rate 4.8 (0.3 per 256), 10 epochs of warm-up, then a cosine, weight
-    decay 1e-6, colour strength 1, blur, BatchNorm over all ranks; 1000 epochs (69.3 %; ablations: 100)."""
+    """SimCLR: ResNet-50, batch 4096, LARS with learning rate 4.8 (0.3 per 256), 10 epochs of warm-up, then a cosine,
+    weight decay 1e-6, colour strength 1, blur, BatchNorm over all ranks; 1000 epochs (69.3 %; ablations: 100)."""
     augment = AugmentConfig(
         brightness=0.8,
         contrast=0.8,
@@ -87,10 +87,10 @@ def simclr() -> TrainConfig:
 def cpc() -> TrainConfig:
     """CPC: 7 x 7 patches of 64 px with stride 32 from 256 px, flip and grayscale, batch 512 (16 on each of 32 GPUs).
 
-    From the paper: Adam with rate 2e-4. Departures: ResNet-50 with layer normalisation (the paper: ResNet-v2-101 to its
-    third stage, without BatchNorm), crops of half to three quarters of the picture (256 px of 300), gray with
-    probability 0.2, no jitter of patches. Open in the paper and chosen here: a constant rate after 5 epochs of warm-up,
-    200 epochs, steps 2 to 5.
+    From the paper: Adam with learning rate 2e-4. Departures: ResNet-50 with layer normalisation (the paper:
+    ResNet-v2-101 to its third stage, without BatchNorm), crops of half to three quarters of the image (256 px of 300),
+    grayscale with probability 0.2, no jitter of patches. Open in the paper and chosen here: a constant learning rate
+    after 5 epochs of warm-up, 200 epochs, steps 2 to 5.
     """
     return TrainConfig(
         recipe="cpc",
@@ -110,37 +110,35 @@ def cpc() -> TrainConfig:
 
 
 def _moco_small_method() -> MoCo.Config:
-    """Momentum 0.99, since a small set has few steps an epoch."""
-    return MoCo.Config(queue_size=4096, momentum=0.99, image_view=small_method().image_view)
+    """Momentum 0.99, since a small data set has few steps per epoch."""
+    return MoCo.Config(queue_size=4096, momentum=0.99, image_view=small_view())
 
 
 def moco_v1_small() -> TrainConfig:
     """MoCo v1 for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, 4,096 keys."""
-    return replace(pirl_small(), recipe="moco-v1-small", method=_moco_small_method())
+    return small("moco-v1-small", _moco_small_method())
 
 
 def moco_v2_small() -> TrainConfig:
     """MoCo v2 for images up to 64 px: as ``moco-v1-small``, with MLP head and τ 0.2; no blur at this size."""
     method = replace(_moco_small_method(), projection="mlp", temperature=0.2)
-    return replace(pirl_small(), recipe="moco-v2-small", method=method)
+    return small("moco-v2-small", method)
 
 
 def simclr_small() -> TrainConfig:
     """SimCLR for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, SGD, τ 0.2; colour strength
-    0.5 and no blur, which the paper has on CIFAR-10 (appendix B.9)."""
-    method = SimCLR.Config(hidden_features=512, temperature=0.2, image_view=small_method().image_view)
-    return replace(pirl_small(), recipe="simclr-small", method=method)
+    0.5 and no blur, as the paper has on CIFAR-10 (appendix B.9)."""
+    method = SimCLR.Config(hidden_features=512, temperature=0.2, image_view=small_view())
+    return small("simclr-small", method)
 
 
 def cpc_small() -> TrainConfig:
     """CPC for images up to 64 px: ResNet-18 with the small stem and layer normalisation, 7 x 7 patches of 16 px with
     stride 8, batch 64 (49 patches an image), 200 epochs."""
-    config, view = pirl_small(), small_method().image_view
+    method = CPC.Config(patch_size=16, patch_stride=8, directions="all", image_view=small_view())
+    config = small("cpc-small", method, norm="layer")
     return replace(
         config,
-        recipe="cpc-small",
-        method=CPC.Config(patch_size=16, patch_stride=8, directions="all", image_view=view),
-        model=replace(config.model, norm="layer"),
         optim=replace(config.optim, lr_per_256_images=0.12, warmup_epochs=5),
         batch_size=64,
     )

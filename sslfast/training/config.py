@@ -6,7 +6,7 @@ from typing import Literal
 from sslfast.config import resumable
 from sslfast.loaders import LoaderConfig
 from sslfast.methods import PIRL, MethodConfig
-from sslfast.models import ResNetConfig
+from sslfast.models import ResNetConfig, TrunkConfig
 from sslfast.optim import OptimConfig
 
 
@@ -18,7 +18,7 @@ class TrainConfig:
     """Recipe that the values started from; kept for the record."""
     method: MethodConfig = field(default_factory=PIRL.Config)
     """The pretraining method."""
-    model: ResNetConfig = field(default_factory=ResNetConfig)
+    model: TrunkConfig = field(default_factory=ResNetConfig)
     """The trunk."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How samples are read."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
-from sslfast.models import trunk_stride
+from sslfast.models import ResNetConfig, trunk_stride
 from sslfast.training.trainer import Trainer
 from sslfast.views import View, ViewConfig
 
@@ -54,6 +54,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 
 def _res5(trainer: Trainer) -> str:
     """Cells that the trunk's last stage has of each view."""
+    if not isinstance(trainer.config.model, ResNetConfig):
+        return f"unknown: {trainer.config.model.factory} is no ResNet"
     stride = trunk_stride(trainer.config.model)
     words, fewest = [], stride
     for name, view in trainer.config.method.views().items():

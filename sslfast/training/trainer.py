@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from sslfast import distributed
 from sslfast.config import save_json, to_dict
 from sslfast.device import resolve_device, resolve_precision
-from sslfast.methods import Method
+from sslfast.methods import Method, MethodContext
 from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
 from sslfast.runs import (
     CheckpointStore,
@@ -118,7 +118,15 @@ class Trainer:
             )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.stage = self._stage(views)
-        method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
+        context = MethodContext(
+            model=config.model,
+            num_rows=self.loader.num_rows,
+            seed=config.seed,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        self.config = config = replace(config, method=config.method.resolve(context))
+        method = config.method.build(context)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

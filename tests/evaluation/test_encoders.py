@@ -14,7 +14,7 @@ from sslfast.evaluation.extract import eval_box
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.knn import evaluate_knn
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, standard_error
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from sslfast.runs.checkpoint import load_latest, save_checkpoint
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.weights.export import export_trunk

@@ -10,7 +10,7 @@ from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.evaluation.linear_probe import evaluate_linear, render_table
 from sslfast.evaluation.linear_sgd import FrozenMaps, Heads, check_finite
 from sslfast.evaluation.sgd import GOYAL
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from tests.evaluation.runs import write_data, write_run
 
 CPU = torch.device("cpu")

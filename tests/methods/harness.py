@@ -31,7 +31,7 @@ from sslfast.training.trainer import Trainer
 from sslfast.views.stage import ViewStage
 from sslfast.views.types import View, ViewConfig
 from tests.distributed.test_training import enter, run
-from tests.tiny import same
+from tests.tiny import context, same
 
 SIZE = 32
 """Side of the largest crop of a tiny recipe."""
@@ -109,7 +109,7 @@ def _shrunk(view: ViewConfig) -> ViewConfig:
 def build(config: TrainConfig, *, rows: int = ROWS, normalised: bool = True) -> Method:
     """The method of a recipe, on a tiny trunk, in training mode."""
     with tiny_trunks(normalised=normalised):
-        return config.method.build(model=config.model, num_rows=rows, seed=config.seed).train()
+        return config.method.build(context(config.model, rows, seed=config.seed)).train()
 
 
 def first_batch(config: TrainConfig, *, rows: int = ROWS) -> tuple[dict[str, View], Tensor]:

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from sslfast.methods.autoencoder import Autoencoder, corrupt
 from sslfast.methods.shared.reconstruction import clean_view
-from sslfast.models.decoder import Decoder, trunk_stride
+from sslfast.models.build import build_trunk, trunk_stride
+from sslfast.models.decoder import Decoder
 from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.generative import autoencoder, autoencoder_small
 from sslfast.views.types import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
 from tests.methods import harness
+from tests.tiny import context
 
 ROWS = torch.arange(40) * 7
 
@@ -210,16 +212,16 @@ JIGSAW = ViewConfig(crop=CropConfig(size=255), jigsaw=JigsawConfig(), augment=cl
         ({"corruption": "gaussian", "noise_std": 0.0}, "method.noise_std must be positive and finite, got 0.0"),
         ({"code_channels": 0}, "method.code_channels must be at least 1, got 0"),
         ({"decoder_width": 0}, "method.decoder_width must be at least 1, got 0"),
-        ({"image_view": JITTERED}, "jitter_probability must be 0, since the picture itself is the target, got 1.0"),
+        ({"image_view": JITTERED}, "jitter_probability must be 0, since the image itself is the target, got 1.0"),
         ({"image_view": PHOTOMETRIC}, "photometric_probability must be 0, since .* is the target, got 0.5"),
         ({"image_view": GRAYSCALE}, "grayscale_probability must be 0, since .* is the target, got 0.1"),
-        ({"image_view": JIGSAW}, "method.image_view must show the whole upright picture"),
+        ({"image_view": JIGSAW}, "method.image_view must show the whole upright image"),
         ({"image_view": replace(clean_view(), rotation=True)}, "rotation=True; set neither"),
     ],
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Autoencoder.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+        Autoencoder.Config(**changes).build(context(ResNetConfig(), 4, seed=0))
 
 
 def test_recipes() -> None:

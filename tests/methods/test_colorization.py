@@ -27,6 +27,7 @@ from sslfast.recipes.generative import colorization, colorization_small
 from sslfast.runs.checkpoint import save_checkpoint
 from sslfast.views.types import View
 from tests.methods import harness
+from tests.tiny import context
 
 
 def tiny(**changes: Any) -> Any:
@@ -254,9 +255,9 @@ def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
 
 
 def test_cells_are_at_most_a_pixel_of_res5() -> None:
-    assert Colorization.Config(stride=8).build(model=ResNetConfig(stem="small"), num_rows=4, seed=0).config.stride == 8
+    assert Colorization.Config(stride=8).build(context(ResNetConfig(stem="small"), 4, seed=0)).config.stride == 8
     with pytest.raises(ValueError, match=r"method.stride must be at most 8, the stride of resnet50 with stem small"):
-        Colorization.Config(stride=16).build(model=ResNetConfig(stem="small"), num_rows=4, seed=0)
+        Colorization.Config(stride=16).build(context(ResNetConfig(stem="small"), 4, seed=0))
 
 
 def test_recipes() -> None:

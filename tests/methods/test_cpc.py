@@ -10,16 +10,17 @@ from torch.nn.functional import cross_entropy
 
 from sslfast.methods import cpc
 from sslfast.methods.cpc import CPC
+from sslfast.models.build import build_trunk
 from sslfast.models.context import RowContext
 from sslfast.models.contrast import info_nce
 from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import cpc_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
 from tests.methods import harness
-from tests.tiny import same
+from tests.tiny import context, same
 
 GRID = 7
 
@@ -236,9 +237,9 @@ def test_recipe_is_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CPC.Config(**changes).build(model=ResNetConfig(name="resnet18", norm="layer"), num_rows=10, seed=0)
+        CPC.Config(**changes).build(context(ResNetConfig(name="resnet18", norm="layer"), 10, seed=0))
 
 
 def test_batch_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.norm must be layer for CPC, got batch"):
-        CPC.Config().build(model=ResNetConfig(name="resnet18"), num_rows=10, seed=0)
+        CPC.Config().build(context(ResNetConfig(name="resnet18"), 10, seed=0))

@@ -19,8 +19,8 @@ from sslfast.methods.shared.pseudo_labels import (
     central_view,
     pseudo_label_loss,
 )
+from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
 from sslfast.training.config import TrainConfig
@@ -234,12 +234,12 @@ def test_a_clustering_is_that_of_the_rows_seen_by_seed_and_epoch() -> None:
     assert torch.equal(method.head.weight, classifier(11))
 
 
-def test_collects_features_of_a_batch() -> None:
+def test_stores_features_of_a_batch() -> None:
     method = build(config(every_epochs=3))
     assert isinstance(method, DeepCluster)
     assert [epoch for epoch in range(8) if method.needs_feature_pass(epoch)] == [0, 3, 6]
     views, rows = first_batch(config())
-    method.collect(views, rows)
+    method.store_features(views, rows)
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
     with torch.no_grad():
         expected = method.trunk(views["image"].pixels) @ method.projection

@@ -14,6 +14,7 @@ from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.generative import inpainting, inpainting_small
 from sslfast.views.types import View
 from tests.methods import harness
+from tests.tiny import context
 
 ROWS = torch.arange(2000) * 3
 
@@ -177,13 +178,13 @@ def test_panels_show_what_a_run_with_the_seed_sees() -> None:
         ({"blocks": 0}, "method.blocks must be at least 1, got 0"),
         ({"overlap": -1}, "method.overlap must be at least 0, got -1"),
         ({"overlap_weight": -1.0}, "method.overlap_weight must be at least 0, got -1.0"),
-        ({"masked_share": 0.001, "blocks": 90}, "makes holes of 0 px in pictures of 224 px"),
-        ({"holes": "central", "masked_share": 0.999}, "makes holes of 224 px in pictures of 224 px"),
+        ({"masked_share": 0.001, "blocks": 90}, "makes holes of 0 px in images of 224 px"),
+        ({"holes": "central", "masked_share": 0.999}, "makes holes of 224 px in images of 224 px"),
     ],
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Inpainting.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+        Inpainting.Config(**changes).build(context(ResNetConfig(), 4, seed=0))
 
 
 def test_recipes() -> None:

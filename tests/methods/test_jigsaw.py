@@ -11,9 +11,9 @@ from sslfast.methods.jigsaw import JIGSAW, Jigsaw, draw_classes
 from sslfast.methods.shared.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
 from sslfast.methods.shared.permutations import max_hamming_permutations
 from sslfast.methods.shared.reconstruction import PixelSpace
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import JigsawHead
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.pretext import jigsaw, jigsaw_small
 from sslfast.training.config import TrainConfig

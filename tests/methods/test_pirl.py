@@ -7,15 +7,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.methods.pirl import PIRL
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.ops import bank_nce_reference
 from sslfast.recipes import RECIPES
 from sslfast.recipes.pirl import pirl_paper, pirl_vissl
 from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
-from tests.tiny import same
+from tests.tiny import context, same
 
 MODEL = ResNetConfig(name="resnet18")
 JIGSAW = ViewConfig(crop=CropConfig(size=48), jigsaw=JigsawConfig(grid=3, patch_size=16))
@@ -24,7 +25,7 @@ ROWS = 40
 
 def build(**changes: object) -> PIRL:
     config = PIRL.Config(num_negatives=64, jigsaw_view=JIGSAW, **changes)  # type: ignore[arg-type]
-    return config.build(model=MODEL, num_rows=ROWS, seed=3)
+    return config.build(context(MODEL, ROWS, seed=3))
 
 
 def batch(method: PIRL, size: int = 4) -> tuple[dict[str, View], Tensor]:
@@ -115,7 +116,7 @@ def test_step_zero_values_of_the_recipes(recipe: str) -> None:
     The embeddings are replaced by isotropic ones, so that the values are those of the loss alone.
     """
     config = replace(RECIPES[recipe]().method, num_negatives=4096)
-    method = config.build(model=MODEL, num_rows=5000, seed=0)
+    method = config.build(context(MODEL, 5000, seed=0))
     generator = torch.Generator().manual_seed(1)
     views = len(config.views())
     method.embed = lambda _: normalize(torch.randn(views, 64, 128, generator=generator), dim=-1)  # type: ignore
@@ -124,7 +125,7 @@ def test_step_zero_values_of_the_recipes(recipe: str) -> None:
     assert abs(out["z"].item() / (5000 * math.exp(isotropic)) - 1) < 0.1
     # Positive: softplus(log(Z K / N) - s_0) with E s_0 = 0; negatives: just under 1.
     assert abs(out["loss"].item() - (math.log(4097) + isotropic + 1)) < 0.35
-    method = replace(config, loss="infonce").build(model=MODEL, num_rows=5000, seed=0)
+    method = replace(config, loss="infonce").build(context(MODEL, 5000, seed=0))
     method.embed = lambda _: normalize(torch.randn(views, 64, 128, generator=generator), dim=-1)  # type: ignore
     out = method({}, torch.arange(64), step=0)
     assert abs(out["loss"].item() - (math.log(4097) + isotropic)) < 0.35
@@ -272,12 +273,12 @@ def test_presets_are_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(PIRL.Config(), **changes).build(model=MODEL, num_rows=10, seed=0)
+        replace(PIRL.Config(), **changes).build(context(MODEL, 10, seed=0))
 
 
 def test_needs_two_images() -> None:
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
-        PIRL.Config().build(model=MODEL, num_rows=1, seed=0)
+        PIRL.Config().build(context(MODEL, 1, seed=0))
 
 
 def test_bank_rows_are_unit_and_independent_of_the_size() -> None:

@@ -17,9 +17,9 @@ from sslfast.methods.relative_position import (
     drop_colours,
 )
 from sslfast.methods.shared.patches import gather_patches
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import PairHead
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.pretext import relative_position, relative_position_small
 from sslfast.training.config import TrainConfig
@@ -232,7 +232,7 @@ def test_resumes(tmp_path: Path) -> None:
         ),
         (
             {"patch_view": ViewConfig(rotation=True, jigsaw=JigsawConfig(grid=3, patch_size=4))},
-            "method.patch_view.rotation must be False: turned images have other sides, got True",
+            "method.patch_view.rotation must be False: rotation changes the relative positions, got True",
         ),
         ({"hidden_features": 0}, "method.hidden_features must be at least 1, got 0"),
     ],

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sslfast.methods.rotation import IMAGE, Rotation
+from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops import rotate90
 from sslfast.recipes.pretext import rotation, rotation_small
 from sslfast.views.types import JigsawConfig, View, ViewConfig

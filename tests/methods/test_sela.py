@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sslfast.config import load_json
 from sslfast.distributed.collectives import gather_uneven, own_rows
 from sslfast.distributed.process_group import destroy_process_group
 from sslfast.methods.sela import SeLa
 from sslfast.methods.shared.sinkhorn import Transport, sinkhorn
+from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.recipes.clustering import sela, sela_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, View, ViewConfig
@@ -28,7 +29,7 @@ from tests.methods.harness import (
     tiny_trunks,
     train,
 )
-from tests.tiny import same
+from tests.tiny import context, same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -139,8 +140,12 @@ def test_schedule() -> None:
     paper = sela().method
     assert isinstance(paper, SeLa.Config)
     assert (paper.heads, paper.clusters, paper.sharpness) == (10, 3000, 25.0)
-    epochs = [epoch for epoch in range(sela().epochs) if paper.labels_in(epoch)]
-    assert paper.labelling_epochs == sela().epochs == 400
+    assert paper.labelling_epochs == 0
+    resolved = paper.resolve(context(sela().model, 3000, epochs=sela().epochs))
+    assert resolved == replace(paper, labelling_epochs=400)  # what the recipe said in earlier versions
+    epochs = [epoch for epoch in range(sela().epochs) if resolved.labels_in(epoch)]
+    assert epochs == sorted({math.floor(400 * (k / 100) ** 2) for k in range(100)})
+    assert resolved.labelling_epochs == sela().epochs == 400
     assert epochs[:5] == [0, 1, 2, 3, 4]
     gaps = torch.tensor(epochs).diff()
     assert gaps[:7].max() == 1
@@ -148,12 +153,27 @@ def test_schedule() -> None:
     assert epochs[-1] <= 399
 
 
-def test_collects_features_of_a_batch() -> None:
+def test_labellings_are_spread_over_the_run(tmp_path: Path) -> None:
+    """The built method and config.json know the epochs of the run; a value in the configuration stays."""
+    derived, explicit = config(labellings=3), config(labellings=3, labelling_epochs=9)
+    run = context(derived.model, ROWS, epochs=4)
+    with tiny_trunks():
+        methods = [each.method.build(run) for each in (derived, explicit)]
+    assert [[e for e in range(9) if m.needs_feature_pass(e)] for m in methods] == [[0, 1], [0, 1, 4]]
+    assert config().method.resolve(run) == config().method
+    train(derived, tmp_path / "run")
+    assert load_json(tmp_path / "run" / "config.json")["method"]["labelling_epochs"] == 2
+    train(config(labellings=3, labelling_epochs=2), tmp_path / "run")  # the same run: it resumes
+    with pytest.raises(ValueError, match=r"method\.labelling_epochs was 2, is 1"):
+        train(config(labellings=3, labelling_epochs=1), tmp_path / "run")
+
+
+def test_stores_features_of_a_batch() -> None:
     method = build(config(every_epochs=2))
     assert isinstance(method, SeLa)
     assert [method.needs_feature_pass(epoch) for epoch in range(4)] == [True, False, True, False]
     views, rows = first_batch(config())
-    method.collect(views, rows)
+    method.store_features(views, rows)
     torch.testing.assert_close(method.features.vectors[rows], method.trunk(views["image"].pixels).detach())
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
 
@@ -243,10 +263,7 @@ def test_sinkhorn_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
         ({"sharpness": 0.0}, "method.sharpness must be positive and finite, got 0.0"),
         ({"tolerance": math.inf}, "method.tolerance must be positive and finite, got inf"),
         ({"labellings": -1}, "method.labellings must be at least 0, got -1"),
-        (
-            {"labellings": 5},
-            "method.labelling_epochs must be the epochs of the run, 1 or more, where labellings=5, got 0",
-        ),
+        ({"labelling_epochs": -1}, "method.labelling_epochs must be at least 0, got -1"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str) -> None:

@@ -12,16 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sslfast.distributed.sync_batchnorm import GlobalBatchNorm, globalize_batchnorm
 from sslfast.methods.simclr import SimCLR, nt_xent
 from sslfast.models import contrast
+from sslfast.models.build import build_trunk
 from sslfast.models.contrast import info_nce
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import simclr_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.methods import harness
-from tests.tiny import same
+from tests.tiny import context, same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -184,4 +185,4 @@ def test_recipe_is_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SimCLR.Config(**changes).build(model=ResNetConfig(name="resnet18"), num_rows=10, seed=0)
+        SimCLR.Config(**changes).build(context(ResNetConfig(name="resnet18"), 10, seed=0))

@@ -12,6 +12,7 @@ from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes.generative import super_resolution, super_resolution_small
 from sslfast.views.types import View
 from tests.methods import harness
+from tests.tiny import context
 
 
 def tiny(**changes: Any) -> Any:
@@ -149,7 +150,7 @@ def test_panels() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SuperResolution.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+        SuperResolution.Config(**changes).build(context(ResNetConfig(), 4, seed=0))
 
 
 def test_recipes() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torchvision
 
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.build import build_trunk
+from sslfast.models.resnet import ResNetConfig
 
 
 def parameters(config: ResNetConfig) -> int:

@@ -23,6 +23,7 @@ from sslfast.runs.checkpoint import list_checkpoints
 from sslfast.runs.directory import RunDirectory
 from sslfast.views.types import View
 from tests.distributed.test_training import NormFree, assert_near, config, data, enter, final, losses, run, train
+from tests.tiny import context
 
 __all__ = ["data"]  # a fixture
 
@@ -141,7 +142,7 @@ def train_methods(rank: int, ranks: int, port: int) -> None:
     def build(changes: dict[str, Any], layout: str) -> PIRL:
         base = config().method
         assert isinstance(base, PIRL.Config)
-        return replace(base, bank_layout=layout, **changes).build(model=ResNetConfig(), num_rows=19, seed=4)
+        return replace(base, bank_layout=layout, **changes).build(context(ResNetConfig(), 19, seed=4))
 
     alone = [steps_of(build(changes, "replicated"), slice(None)) for changes in METHODS]
     init_process_group(process_group(), CPU)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sslfast.config import from_dict
 from sslfast.data import decode_full, quiet_pillow, read_bytes
 from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, is_main, world_size
@@ -39,7 +38,7 @@ from sslfast.evaluation.detection.scores import (
     voc07_scores,
 )
 from sslfast.evaluation.detection.train import PROTOCOLS, Schedule, detect, fine_tune
-from sslfast.models import ResNetConfig
+from sslfast.models import read_trunk_config
 from sslfast.runs import versions
 
 SIDES = tuple(range(480, 801, 32))
@@ -112,7 +111,7 @@ def evaluate_detect(
     chosen = PROTOCOLS[protocol]
     with distributed_device(device) as on:
         loaded = load_run(run)
-        check_trunk(from_dict(ResNetConfig, loaded.facts["model"], where="model"))
+        check_trunk(read_trunk_config(loaded.facts["model"]))
         bases = trunk_encoders(loaded, encoders)
         train, test = load_splits(data, train_split=train_split, test_split=test_split)
         classes = train.classes()

@@ -1,7 +1,7 @@
-"""k-means over all rows, the assignment by faiss and shared by the ranks; a function of points, seed and epoch.
+"""k-means over all rows, the assignment by faiss and split over ranks; a function of points, seed and epoch.
 
 faiss finds the nearest centroids, which is nearly all of the work; centroids and empty clusters are handled here, in a
-fixed order of float64 sums, so that every rank, and a run that goes on after an interruption, gets the same labels.
+fixed order of float64 sums, so that every rank, and a resumed run, gets the same labels.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from sslfast.distributed import broadcast_object, gather_uneven, mean_over_ranks, own_rows, world_size
 from sslfast.ops.philox import Stream, random_uint32
 
-_BLOCK = 1 << 16  # rows whose float64 copies exist at a time
+_BLOCK = 1 << 16  # rows that are float64 at a time
 
 
 def import_faiss() -> Any:
@@ -27,10 +27,11 @@ def import_faiss() -> Any:
 
 
 def whiten(points: Tensor, dimensions: int) -> Tensor:
-    """Rows in their first principal components, each of variance 1, then of length 1 (Caron et al. 2018, section 3.3).
+    """Project rows to their first principal components of unit variance, then L2-normalise (Caron et al. 2018, section
+    3.3).
 
-    Directions with less than a millionth of the largest variance are left out. Covariance in float64, each rank's share
-    of the rows summed by itself.
+    Directions with less than a millionth of the largest variance are left out. The covariance is float64, each rank
+    sums its share of the rows.
 
     Args:
         points: ``[n, D]`` fp32 on the CPU, the same on every rank.
@@ -58,13 +59,13 @@ def whiten(points: Tensor, dimensions: int) -> Tensor:
 
 
 def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: int) -> Tensor:
-    """``[n]`` int64 labels of Lloyd's algorithm; every cluster has a row.
+    """``[n]`` int64 labels of Lloyd's algorithm; no cluster is empty.
 
     The first centroids are distinct rows drawn by (seed, epoch). An empty cluster takes half of the largest one
     (:func:`fill_empty`), in every iteration and at the end.
 
     Args:
-        points: ``[n, d]`` fp32 on the CPU, the same on every rank; each searches its share.
+        points: ``[n, d]`` fp32 on the CPU, the same on every rank; each assigns its share.
         clusters: K, at most n.
         iterations: updates of the centroids.
         seed: ``0 <= seed < 2**63``.
@@ -106,10 +107,10 @@ def means(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 
 def fill_empty(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """``labels`` with a row in every cluster: an empty one takes half of the largest.
+    """``labels`` with no empty cluster: an empty one takes half of the largest.
 
     The largest cluster (the first of equals) is cut at the median along the direction from its mean to its farthest
-    row. The papers' code moves a perturbed copy of some cluster's centroid instead, which may leave it empty.
+    row. The papers' code instead perturbs a copy of another cluster's centroid, which may leave it empty.
     """
     counts = labels.bincount(minlength=clusters).numpy()
     labels = labels.clone()
