@@ -123,7 +123,7 @@ def fork_server() -> ForkServerContext:
         "tests.test_checkpoint",
         "tests.test_resume",
         "tests.test_elastic",
-        "sslfast.cli.commands",
+        "sslfast.cli.pretrain",
         "torchvision",
         "torch._dynamo",
     ]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslfast.bench.step import StepReport, covered, main, measure_step, render
+from sslfast.bench.step import StepReport, covered, measure_step, render
+from sslfast.cli.bench import step
 from sslfast.cli.main import main as sslfast
 from sslfast.loaders.registry import LoaderConfig
 from sslfast.methods.pirl import PIRL
@@ -102,7 +103,7 @@ def test_command_writes_json_and_chart(tmp_path: Path, capsys: pytest.CaptureFix
     write_images(tmp_path / "images", 16)
     arguments = [str(tmp_path / "images"), "--recipe", "demo", "--batch-size", "2", "--steps", "1", "--rounds", "1"]
     files = ["--json", str(tmp_path / "s.json"), "--chart", str(tmp_path / "s.png")]
-    assert main([*arguments, "--workers", "0", "--device", "cpu", *files]) == 0
+    assert step([*arguments, "--workers", "0", "--device", "cpu", *files]) == 0
     assert "supervised step" in capsys.readouterr().out
     written = json.loads((tmp_path / "s.json").read_text())
     assert written["batch_size"] == 2

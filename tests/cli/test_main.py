@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from sslfast import __version__
-from sslfast.cli import commands
 from sslfast.cli import main as cli
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.config import from_dict, load_json
 from sslfast.data.manifest import Manifest
+from sslfast.recipes.registry import RECIPES
 from sslfast.runs.log import read_log
 from tests.tiny import Tiny, TinyConfig, write_images
 
@@ -29,7 +29,10 @@ def tiny_long() -> TinyConfig:
 
 @pytest.fixture(autouse=True)
 def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "RECIPES", {"tiny": tiny, "tiny-long": tiny_long})
+    for name in reversed(list(RECIPES)):  # put back in their order
+        monkeypatch.delitem(RECIPES, name)
+    monkeypatch.setitem(RECIPES, "tiny", tiny)
+    monkeypatch.setitem(RECIPES, "tiny-long", tiny_long)
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -178,7 +181,8 @@ def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_package_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "sslfast.cli.commands")
+    for module in ("pretrain", "options"):
+        monkeypatch.delitem(sys.modules, f"sslfast.cli.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert cli.main(["pretrain", "x", "--recipe", "tiny"]) == 2
     line = error_line(capsys)
@@ -189,7 +193,7 @@ def test_missing_package_is_named_with_the_remedy(
 def test_loss_that_is_not_finite_exits_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "RECIPES", {"tiny": lambda: TinyConfig(method=Tiny.Config(bad_step=6))})
+    monkeypatch.setitem(RECIPES, "tiny", lambda: TinyConfig(method=Tiny.Config(bad_step=6)))
     assert cli.main(["pretrain", "synthetic:17", "--recipe", "tiny", "-o", str(tmp_path)]) == 3
     line = error_line(capsys)
     assert "the loss of step 7 is not finite" in line
