@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_loader_plain import BATCH, PAIRS, main, table, views
 from benchmarks.peers.plain_loaders import KINDS, PIPELINES, patch_corners, quarter_turns, shuffled_patches
+from benchmarks.studies.loaders_beside_plain import BATCH, PAIRS, main, table, views
 from sslfast.data.prepare import PrepareConfig, prepare_beton
 from sslfast.loaders.registry import loader_status
 from tests.tiny import write_images
