@@ -307,7 +307,7 @@ def chart(run: Run, output: Path, device: str) -> None:
         for way, color in zip(members, itertools.cycle(shades), strict=False):
             styles[way.name] = (color, 5 if way.peer is None else 2)
     title = f"Loss and gradient of {run.rows[0]['views']} views: {device}"
-    draw_panels(panels, output, title=title, x_label="batch", y_label="ms a call", styles=styles)
+    draw_panels(panels, output, title=title, x_label="batch", y_label="ms per call", styles=styles)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

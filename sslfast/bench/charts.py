@@ -40,7 +40,9 @@ def draw_bars(values: Mapping[str, float], output: Path, *, title: str, unit: st
     axes = figure.add_subplot()
     colors = [_BAR if name.startswith(highlight) else _FAINT for name in values]
     bars = axes.barh(list(values), list(values.values()), color=colors, height=0.64)
-    axes.bar_label(bars, [f"{value:,.3g} {unit}" for value in values.values()], padding=4, color=_INK, fontsize=9)
+    axes.bar_label(
+        bars, [f"{_three_digits(value)} {unit}" for value in values.values()], padding=4, color=_INK, fontsize=9
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * (max(values.values()) or 1.0))
     axes.set_xticks([])
@@ -87,7 +89,7 @@ def draw_panels(
         for name in sorted(series, key=lambda name: styles[name][1]):  # wide lines on top
             color, width = styles[name]
             x, y = zip(*sorted(series[name]), strict=True) if series[name] else ((), ())
-            (handles[name],) = axes.plot(x, y, color=color, linewidth=width, marker="o", markersize=width + 2)
+            (handles[name],) = axes.plot(x, y, color=color, linewidth=0.6 * width, marker="o", markersize=width)
         axes.set(xscale="log", yscale="log", xlabel=x_label)
         axes.set_title(heading, color=_INK, fontsize=10)
         ticks = sorted({x for line in series.values() for x, _ in line})
@@ -102,6 +104,10 @@ def draw_panels(
         frameon=False,
     )  # fmt: skip
     figure.savefig(output, dpi=_DPI)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _figure(width: float, height: float, output: Path) -> "Figure | None":

@@ -53,3 +53,9 @@ def test_too_few_images_are_an_error_before_work_starts(tmp_path: Path) -> None:
     write_images(tmp_path, 3)
     with pytest.raises(ValueError, match="--batch-size 32 is more than the 3 images"):
         loader([str(tmp_path)])
+
+
+def test_an_unknown_loader_is_an_error_before_work_starts(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    with pytest.raises(ValueError, match="unknown loader 'synthetics'; did you mean synthetic"):
+        loader([str(tmp_path), "--batch-size", "2", "--loader", "synthetics"])

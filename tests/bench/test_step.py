@@ -1,4 +1,4 @@
-"""``sslfast bench step``: its parts, its sums and its files. No time is asserted."""
+"""``sslfast bench step``: parts, derived numbers and files. No time is asserted."""
 
 import json
 from dataclasses import replace
@@ -70,7 +70,7 @@ def test_flops_are_those_of_the_layers() -> None:
         layers += [(width // 2, width, 3, side), *[(width, width, 3, side)] * 3, (width // 2, width, 1, side)]
     forward = [2 * batch * i * o * k * k * side * side for i, o, k, side in layers]
     head = 2 * batch * 512 * config.method.dimensions
-    # Nothing asks for the gradient of the images, so the first layer has one product less.
+    # The images need no gradient, so the first layer has one product less.
     assert report.step_flops == 3 * sum(forward) - forward[0] + 3 * head
     classifier = 2 * batch * 512 * 1000
     assert report.supervised_flops == 3 * sum(forward) - forward[0] + 3 * classifier

@@ -1,4 +1,4 @@
-"""The crossover benchmark measures, explains what it leaves out, and draws; sizes are tiny, no time is asserted."""
+"""The crossover study measures, gives reasons for what it leaves out, and draws; sizes are tiny, no time asserted."""
 
 import json
 from pathlib import Path

@@ -26,14 +26,14 @@ def test_demo_ends_with_a_table_and_pictures(tmp_path: Path, capsys: pytest.Capt
     before = checkpoint.stat().st_mtime_ns
     result = json.loads((run / "evaluation" / "demo.json").read_text())
     assert len(result["knn"]) == 9
-    # Again: nothing is trained or made twice, the numbers are the same.
+    # Run again: nothing is trained or written twice, the numbers are the same.
     assert demo.demo(arguments) == 0
     assert checkpoint.stat().st_mtime_ns == before
     again = json.loads((run / "evaluation" / "demo.json").read_text())
     assert (again["knn"], again["linear"]) == (result["knn"], result["linear"])
 
 
-def test_recipe_is_the_methods() -> None:
+def test_recipe_is_pirl_with_jigsaw() -> None:
     config = RECIPES["demo"]()
     assert (config.recipe, config.method.name, config.method.pretext) == ("demo", "pirl", "jigsaw")
     assert config.method.pretext_weight == 0.5
