@@ -148,6 +148,23 @@ def load_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a plain dict with some values replaced, for :func:`from_dict` to check.
+
+    Keys of ``overrides`` may be dotted (``"model.width"``); a mapping or a dataclass instance replaces the keys that it
+    has, any other value the whole entry. Enum, Path and tuple values are stored as :func:`to_dict` stores them.
+    """
+    merged = dict(base)
+    for key, value in overrides.items():
+        first, dot, rest = key.partition(".")
+        value = {rest: value} if dot else _encode(value, key) if not isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            old = merged.get(first)
+            value = merge(old if isinstance(old, Mapping) else {}, value)
+        merged[first] = value
+    return merged
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """Words for a message about an unknown name: the near matches, else everything known."""
     names = list(known)

@@ -135,7 +135,7 @@ def fork_server() -> ForkServerContext:
         "tests.runs.test_checkpoint",
         "tests.runs.test_resume",
         "tests.distributed.test_elastic",
-        "sslfast.cli.commands",
+        "sslfast.cli.pretrain",
         "torchvision",
         "torch._dynamo",
     ]

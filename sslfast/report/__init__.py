@@ -1,13 +1,11 @@
-"""What a person looks at: HTML report, preview and neighbour sheets, charts. Imports ``evaluation`` and what lies
+"""What a person looks at: HTML report, preview and neighbour sheets. Imports ``evaluation`` and what lies
 below."""
 
-from sslfast.report.bars import draw_bars
 from sslfast.report.build import report
 from sslfast.report.neighbours import run_neighbours, write_neighbours
 from sslfast.report.preview import write_preview
 
 __all__ = [
-    "draw_bars",
     "report",
     "run_neighbours",
     "write_neighbours",

@@ -1,6 +1,6 @@
 """Pretrain every method on a labelled folder without its labels, evaluate, and write a table: real images, one budget.
 
-    python benchmarks/bench_methods.py DATA -o OUT [--epochs 100] [--pretrain-per-class 500] [--methods pirl simclr ...]
+    python -m benchmarks.studies.methods DATA -o OUT [--epochs 100] [--pretrain-per-class 500] [--methods pirl ...]
 
 DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method trains the same trunk on the same images
 for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sslfast.bench.charts import draw_bars
 from sslfast.config import save_json
 from sslfast.evaluation import (
     RAW_PIXELS,
@@ -41,7 +42,6 @@ from sslfast.methods import BaseConfig, Method, MethodContext, register_method
 from sslfast.models import build_trunk, seeded
 from sslfast.optim import OptimConfig
 from sslfast.recipes import RECIPES
-from sslfast.report import draw_bars
 from sslfast.training import TrainConfig, Trainer
 from sslfast.views import View, ViewConfig
 
