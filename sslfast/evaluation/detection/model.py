@@ -139,7 +139,8 @@ class FasterRCNN(nn.Module):
         """Network input of uint8 ``[3, h, w]`` pictures on the device; zeros beyond each."""
         sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
         height, width = (-(-max(edges) // STRIDE) * STRIDE for edges in zip(*sizes, strict=True))
-        inputs = torch.zeros(len(pictures), 3, height, width, device=pictures[0].device)
+        like = self.rpn.head.cls_logits.weight  # also in float64, where the difference of two runs is no rounding
+        inputs = torch.zeros(len(pictures), 3, height, width, device=pictures[0].device, dtype=like.dtype)
         for slot, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
             inputs[slot, :, :h, :w] = self.encoder.prepare(picture[None])[0]
         return ImageList(inputs.contiguous(memory_format=self.encoder.layout), sizes)
@@ -161,7 +162,7 @@ class FasterRCNN(nn.Module):
             iteration, rows: what the sampled anchors and regions are functions of, with the seed.
         """
         images = self.batch(pictures)
-        features = self.backbone(images.tensors).float()
+        features = _at_least_float32(self.backbone(images.tensors))
         for sampler in self.samplers:
             sampler.at(self.seed, iteration, rows)
         # Both heads ask for targets when they train; a forward without them is a detection.
@@ -214,12 +215,16 @@ def _smallest(candidates: Tensor, keys: Tensor, count: int) -> Tensor:
     return chosen
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _ProposalHead(RPNHead):
     """torchvision's with float32 results: boxes are computed in their type, and bfloat16 knows no single pixels."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         scores, deltas = super().forward(x)
-        return [score.float() for score in scores], [delta.float() for delta in deltas]
+        return [_at_least_float32(score) for score in scores], [_at_least_float32(delta) for delta in deltas]
 
 
 class _Proposals(RegionProposalNetwork):
@@ -275,7 +280,7 @@ class _Regions(RoIHeads):
             # The ignored boxes are among the candidates too; their label keeps them from being sampled.
             proposals, _, labels, wanted = self.select_training_samples(proposals, targets)
         scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals)))
-        scores, deltas = scores.float(), deltas.float()
+        scores, deltas = _at_least_float32(scores), _at_least_float32(deltas)
         if targets is None:
             boxes, probabilities, names = self.postprocess_detections(scores, deltas, proposals, image_shapes)
             parts = zip(boxes, probabilities, names, strict=True)

@@ -128,9 +128,15 @@ def write_narrow_run(path: Path, *, model: ResNetConfig | None = None) -> Path:
 
 
 def train_detector(
-    run: Path, voc: Path, *, moco: bool, iterations: int = 4, progress: Progress | None = None
+    run: Path,
+    voc: Path,
+    *,
+    moco: bool,
+    iterations: int = 4,
+    progress: Progress | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> FasterRCNN:
-    """A few iterations of a protocol; returns the detector."""
+    """A few iterations of a protocol with weights of ``dtype``; returns the detector."""
     protocol = PROTOCOLS["moco" if moco else "pirl"]
     (encoder,) = trunk_encoders(load_run(run), ["trained"]).values()
     data = load_splits([voc])[0]
@@ -138,7 +144,7 @@ def train_detector(
         data, ["bird", "car"], batch_size=4, seed=0, sides=(64,), longest=96, difficult="train", workers=0
     )
     norms = {"frozen_norm": protocol.frozen_norm, "freeze_at": protocol.freeze_at, "extra_norm": protocol.extra_norm}
-    model = FasterRCNN(encoder, classes=2, seed=0, anchors=(28,), regions=16, **norms)  # type: ignore[arg-type]
+    model = FasterRCNN(encoder, classes=2, seed=0, anchors=(28,), regions=16, **norms).to(dtype)  # type: ignore[arg-type]
     schedule = protocol.schedule(sets=1, iterations=iterations, batch_size=4, lr=0.1)
     fine_tune(
         model,
