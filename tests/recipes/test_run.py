@@ -74,7 +74,7 @@ def test_nested_fields_by_dotted_name_mapping_or_dataclass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides", "words"),
+    ("recipe", "overrides", "expected"),
     [
         ("pirl-smal", {}, "unknown recipe 'pirl-smal'; did you mean pirl-small"),
         ("pirl-small", {"epoch": 3}, "config field epoch is unknown; did you mean epochs?"),
@@ -89,8 +89,8 @@ def test_nested_fields_by_dotted_name_mapping_or_dataclass() -> None:
         ("pirl-small", {"method": 3}, "config field method: expected"),
     ],
 )
-def test_mistakes_are_one_clear_error(recipe: str, overrides: dict[str, object], words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
+def test_mistakes_are_one_clear_error(recipe: str, overrides: dict[str, object], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=expected) as caught:
         sslfast.pretrain("synthetic:17", recipe, tmp_path / "run", **overrides)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
