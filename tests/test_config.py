@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslfast.config import differences, from_dict, load_json, nearest, save_json, to_dict
+from sslfast.config import differences, from_dict, load_json, merge, nearest, save_json, to_dict
 
 
 class Color(Enum):
@@ -175,3 +175,15 @@ def test_files(tmp_path: Path) -> None:
 def test_near_matches() -> None:
     assert nearest("prl-paper", ["pirl-paper", "npid"]) == "did you mean pirl-paper?"
     assert nearest("xyz", ["pirl-paper", "npid"]) == "known: pirl-paper, npid"
+
+
+def test_merge_takes_dotted_names_and_mappings_and_changes_nothing_given() -> None:
+    base = {"a": 1, "model": {"name": "r", "width": 1.0}, "absent": None}
+    overrides = {"a": 2, "model.width": 2.0, "absent": {"deep.er": 3}, "new": {"x": (1, Path("p"))}}
+    assert merge(base, overrides) == {
+        "a": 2, "model": {"name": "r", "width": 2.0}, "absent": {"deep": {"er": 3}}, "new": {"x": [1, "p"]},
+    }  # fmt: skip
+    assert base == {"a": 1, "model": {"name": "r", "width": 1.0}, "absent": None}
+    assert merge(base, {"model": {"width": 3}, "model.name": "s"})["model"] == {"name": "s", "width": 3}
+    with pytest.raises(ValueError, match="config field a: object cannot be stored as JSON"):
+        merge(base, {"a": object()})

@@ -69,17 +69,23 @@ def printable(text: str) -> str:
 
 def _recipe(arguments: list[str], command: str) -> TrainConfig:
     """The recipe that ``--recipe`` names; with ``--help`` and no recipe, the first one."""
-    name: str | None = None
-    for position, argument in enumerate(arguments):
-        if argument == "--recipe" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--recipe="):
-            name = argument.removeprefix("--recipe=")
+    name = _value(arguments, "--recipe")
     if name is None:
         if not {"-h", "--help"} & set(arguments):
             raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
         name = next(iter(RECIPES))
     return find_recipe(name)
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value of an option that decides which other options exist; the last one given, or None."""
+    value: str | None = None
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value
 
 
 def _description() -> str:

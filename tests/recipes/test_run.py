@@ -10,6 +10,7 @@ import torch
 import sslfast
 from sslfast.cli.main import main
 from sslfast.config import load_json, to_dict
+from sslfast.methods import SimCLR
 from sslfast.models import ResNetConfig
 from sslfast.recipes import RECIPES, configure
 from sslfast.training import TrainResult
@@ -68,6 +69,7 @@ def test_nested_fields_by_dotted_name_mapping_or_dataclass() -> None:
         {"model": ResNetConfig(name="resnet18", width=2.0)},
     ):
         assert configure("pirl-paper", overrides).model == ResNetConfig(name="resnet18", width=2.0)
+    assert configure("pirl-small", {"method": SimCLR.Config(temperature=0.3)}).method == SimCLR.Config(temperature=0.3)
     before = to_dict(RECIPES["pirl-paper"]())
     configure("pirl-paper", {"method": {"num_negatives": 1}})
     assert to_dict(RECIPES["pirl-paper"]()) == before
