@@ -72,7 +72,7 @@ format: install ## rewrite Python and C++ files in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-bench: install ## time every op beside its eager form
+bench: install ## time every op beside its plain torch form
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=build/benchmarks.json
 
 gpu-check: ## on a GPU machine, offline: build for its card, run all CUDA tests and benchmarks; results in build/gpu-check

@@ -151,17 +151,18 @@ def load_json(path: Path) -> dict[str, Any]:
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a plain dict with some values replaced, for :func:`from_dict` to check.
 
-    Keys of ``overrides`` may be dotted (``"model.width"``); a mapping or a dataclass instance replaces the keys that it
-    has, any other value the whole entry. Enum, Path and tuple values are stored as :func:`to_dict` stores them.
+    Keys of ``overrides`` may be dotted (``"model.width"``); a mapping replaces the keys that it has, any other value
+    (a dataclass instance too) the whole entry. Values are stored as :func:`to_dict` stores them.
     """
     merged = dict(base)
     for key, value in overrides.items():
         first, dot, rest = key.partition(".")
-        value = {rest: value} if dot else _encode(value, key) if not isinstance(value, Mapping) else value
+        value = {rest: value} if dot else value
         if isinstance(value, Mapping):
             old = merged.get(first)
-            value = merge(old if isinstance(old, Mapping) else {}, value)
-        merged[first] = value
+            merged[first] = merge(old if isinstance(old, Mapping) else {}, value)
+        else:
+            merged[first] = _encode(value, key)
     return merged
 
 

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslfast.config import differences, from_dict, load_json, nearest, resumable, resumable_fields, save_json, to_dict
+from sslfast.config import (
+    differences,
+    from_dict,
+    load_json,
+    merge,
+    nearest,
+    resumable,
+    resumable_fields,
+    save_json,
+    to_dict,
+)
 
 
 class Color(Enum):
@@ -231,3 +241,15 @@ def test_resumable_fields_are_found_through_nesting_and_subclasses() -> None:
     assert Run() == Run(device="cpu", reader=Reader(workers=None))
     assert resumable_fields(Run()) == resumable_fields(ShortRun()) == {"device", "reader.workers"}
     assert from_dict(ShortRun, to_dict(ShortRun())) == ShortRun()
+
+
+def test_merge_takes_dotted_names_and_mappings_and_changes_nothing_given() -> None:
+    base = {"a": 1, "model": {"name": "r", "width": 1.0}, "absent": None}
+    overrides = {"a": 2, "model.width": 2.0, "absent": {"deep.er": 3}, "new": {"x": (1, Path("p"))}}
+    assert merge(base, overrides) == {
+        "a": 2, "model": {"name": "r", "width": 2.0}, "absent": {"deep": {"er": 3}}, "new": {"x": [1, "p"]},
+    }  # fmt: skip
+    assert base == {"a": 1, "model": {"name": "r", "width": 1.0}, "absent": None}
+    assert merge(base, {"model": {"width": 3}, "model.name": "s"})["model"] == {"name": "s", "width": 3}
+    with pytest.raises(ValueError, match="config field a: object cannot be stored as JSON"):
+        merge(base, {"a": object()})

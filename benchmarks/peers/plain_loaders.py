@@ -29,8 +29,8 @@ Batches = Generator[list[Tensor], None, None]
 def patch_corners(_sample: object = None) -> np.ndarray:
     """``[9, 2]`` int32: top and left of a patch at a random position in each cell, cells in random order."""
     cells = np.random.permutation(GRID * GRID)
-    places = np.random.randint(CELL - PATCH + 1, size=(GRID * GRID, 2))
-    return (CELL * np.stack([cells // GRID, cells % GRID], axis=1) + places).astype(np.int32)
+    offsets = np.random.randint(CELL - PATCH + 1, size=(GRID * GRID, 2))
+    return (CELL * np.stack([cells // GRID, cells % GRID], axis=1) + offsets).astype(np.int32)
 
 
 def shuffled_patches(squares: Tensor) -> Tensor:

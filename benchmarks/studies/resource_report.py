@@ -49,12 +49,12 @@ def readable(mangled: list[str]) -> dict[str, str]:
     """Demangled kernel names without namespaces and arguments."""
     out = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     short = {}
-    for name, words in zip(mangled, out, strict=True):
-        words = re.sub(r"\(anonymous namespace\)::|sslfast::|c10::|^void ", "", words)
-        words = words.replace("BFloat16", "bf16").replace("Half", "fp16").replace("double", "fp64")
-        words = re.sub(r"\bfloat\b", "fp32", words)
-        words = re.sub(r"\((bool|int|unsigned int)\)", "", words)
-        short[name] = re.sub(r"\s*\(.*$", "", words)
+    for name, demangled in zip(mangled, out, strict=True):
+        demangled = re.sub(r"\(anonymous namespace\)::|sslfast::|c10::|^void ", "", demangled)
+        demangled = demangled.replace("BFloat16", "bf16").replace("Half", "fp16").replace("double", "fp64")
+        demangled = re.sub(r"\bfloat\b", "fp32", demangled)
+        demangled = re.sub(r"\((bool|int|unsigned int)\)", "", demangled)
+        short[name] = re.sub(r"\s*\(.*$", "", demangled)
     return short
 
 

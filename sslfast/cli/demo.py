@@ -121,9 +121,9 @@ def _table(evaluation: EvaluationSet, knn: dict[str, Any], linear: dict[str, Any
     table.add_column("top-1 accuracy, %")
     for heading in columns.values():
         table.add_column(heading, justify="right")
-    for encoder, words in ENCODERS.items():
+    for encoder, label in ENCODERS.items():
         rows = [cells[encoder, protocol] for protocol in columns]
-        table.add_row(words, *(f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}" for row in rows))
+        table.add_row(label, *(f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}" for row in rows))
     text = io.StringIO()
     Console(file=text, width=100).print(table)
     classes = len(evaluation.classes)

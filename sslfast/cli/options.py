@@ -83,7 +83,7 @@ def _recipe(arguments: list[str], command: str) -> TrainConfig:
 
 
 def _value(arguments: list[str], option: str) -> str | None:
-    """The last value given for an option that decides which other options exist; None where there is none."""
+    """The value of an option that decides which other options exist; the last one given, or None."""
     value: str | None = None
     for position, argument in enumerate(arguments):
         if argument == option and position + 1 < len(arguments):

@@ -1,6 +1,7 @@
 """``sslfast.pretrain``: a recipe with changed fields, from Python."""
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def configure(recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
     Args:
         recipe: a name in ``RECIPES``.
         overrides: field name of ``TrainConfig`` -> value; nested fields by dotted name
-            (``{"method.num_negatives": 64}``) or as a mapping (``{"method": {"num_negatives": 64}}``).
+            (``{"method.num_negatives": 64}``) or as a mapping (``{"method": {"num_negatives": 64}}``). A dataclass
+            instance replaces the whole field, so that it may be of another method or trunk.
 
     Raises:
         ValueError: unknown recipe or field, wrong type, or value out of range; names it with the remedy.
@@ -25,13 +27,11 @@ def configure(recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
     config = find_recipe(recipe)
     before = to_dict(config)
     values = merge(before, overrides)
-    # The fields of ``method`` are those of the recipe's method: another one has other fields and needs another recipe.
-    method = values["method"]
-    name = method.get("name") if isinstance(method, Mapping) else None
-    if isinstance(method, Mapping) and name != before["method"].get("name"):
+    method, new = before["method"].get("name"), values["method"]
+    if isinstance(new, Mapping) and new.get("name") != method and not is_dataclass(overrides.get("method")):
         raise ValueError(
-            f"config field method.name is {before['method'].get('name')!r} in recipe {recipe!r} and cannot become "
-            f"{name!r}; choose a recipe of that method"
+            f"config field method.name is {method!r} in recipe {recipe!r} and cannot become {new.get('name')!r}, which "
+            "has other fields; choose a recipe of that method"
         )
     return from_dict(type(config), values)
 

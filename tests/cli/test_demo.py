@@ -13,8 +13,8 @@ def test_demo_ends_with_a_table_and_pictures(tmp_path: Path, capsys: pytest.Capt
     arguments += ["--device", "cpu"]
     assert demo.demo(arguments) == 0
     screen = capsys.readouterr().out
-    for words in ("raw pixels", "untrained", "PIRL", "linear probe", "kNN, k = 20", "chance 5.6 %"):
-        assert words in screen
+    for expected in ("raw pixels", "untrained", "PIRL", "linear probe", "kNN, k = 20", "chance 5.6 %"):
+        assert expected in screen
     for name in ("preview.png", "neighbours.png"):
         assert str(tmp_path / name) in screen
         with Image.open(tmp_path / name) as picture:

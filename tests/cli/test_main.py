@@ -49,8 +49,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for words in (*cli.COMMANDS, "--version", EXIT_CODES):
-        assert words in text
+    for expected in (*cli.COMMANDS, "--version", EXIT_CODES):
+        assert expected in text
     assert cli.main([]) == 2
 
 
@@ -79,7 +79,7 @@ def test_dispatch_imports_nothing_heavy() -> None:
 def test_pretrain_help_lists_recipes_options_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out
-    for words in (
+    for expected in (
         "tiny: Six epochs of a tiny method.",
         "tiny-long: The same, longer.",
         "75   stopped by SIGTERM or SIGINT",
@@ -92,7 +92,7 @@ def test_pretrain_help_lists_recipes_options_and_exit_codes(capsys: pytest.Captu
         "--dry-run",
         "DATA",
     ):
-        assert words in text, words
+        assert expected in text, expected
 
 
 def test_pretrain_runs_and_records_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,14 +100,14 @@ def test_pretrain_runs_and_records_what_it_did(tmp_path: Path, capsys: pytest.Ca
     options = ["--recipe", "tiny", "--epochs", "2", "--optim.momentum=0.5", "--workers", "0", "-o", str(output)]
     assert cli.main(["pretrain", "synthetic:17", *options]) == 0
     text = capsys.readouterr().out
-    for words in (
+    for expected in (
         "synthetic: 17 images",
         "2 epochs x 4 steps of 4 = 8 steps",
         str(output),
         "samples/s",
         "step_00000008.pt",
     ):
-        assert words in text, words
+        assert expected in text, expected
     config = from_dict(TinyConfig, load_json(output / "config.json"))
     assert (config.recipe, config.epochs, config.optim.momentum, config.loader.workers) == ("tiny", 2, 0.5, 0)
     assert [record["step"] for record in read_log(output / "log.jsonl")] == [3, 6, 8]
@@ -140,7 +140,7 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (["pretrian"], "unknown command 'pretrian'; did you mean pretrain or preview?"),
         (["evaluate", "kn"], "unknown command of evaluate 'kn'; did you mean knn?"),
@@ -162,14 +162,14 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_mistakes_are_one_line_and_exit_2(
     arguments: list[str],
-    words: str,
+    expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
-    assert words in error_line(capsys)
+    assert expected in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,7 +64,7 @@ def test_several_modules_for_every_command(folder: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "expected"),
     [
         (["--plugin"], "--plugin needs the name of a module"),
         (["--plugin", "--recipe"], "--plugin needs the name of a module"),
@@ -76,12 +76,14 @@ def test_several_modules_for_every_command(folder: Path, capsys: pytest.CaptureF
         (["--plugin", "needs"], "--plugin needs: importing it failed: ModuleNotFoundError: No module named 'not_here'"),
     ],
 )
-def test_mistakes_are_one_line(option: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    option: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "broken.py").write_text("undefined\n")
     (folder / "needs.py").write_text("import not_here\n")
     assert cli.main(["pretrain", "synthetic:17", *option]) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"sslfast: error: {words}")
+    assert line.startswith(f"sslfast: error: {expected}")
     assert line.count("\n") == 1
 
 

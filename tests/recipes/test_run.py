@@ -10,6 +10,7 @@ import torch
 import sslfast
 from sslfast.cli.main import main
 from sslfast.config import load_json, to_dict
+from sslfast.methods import SimCLR
 from sslfast.models import ResNetConfig
 from sslfast.recipes import RECIPES, configure
 from sslfast.training import TrainResult
@@ -68,13 +69,14 @@ def test_nested_fields_by_dotted_name_mapping_or_dataclass() -> None:
         {"model": ResNetConfig(name="resnet18", width=2.0)},
     ):
         assert configure("pirl-paper", overrides).model == ResNetConfig(name="resnet18", width=2.0)
+    assert configure("pirl-small", {"method": SimCLR.Config(temperature=0.3)}).method == SimCLR.Config(temperature=0.3)
     before = to_dict(RECIPES["pirl-paper"]())
     configure("pirl-paper", {"method": {"num_negatives": 1}})
     assert to_dict(RECIPES["pirl-paper"]()) == before
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides", "words"),
+    ("recipe", "overrides", "expected"),
     [
         ("pirl-smal", {}, "unknown recipe 'pirl-smal'; did you mean pirl-small"),
         ("pirl-small", {"epoch": 3}, "config field epoch is unknown; did you mean epochs?"),
@@ -89,8 +91,8 @@ def test_nested_fields_by_dotted_name_mapping_or_dataclass() -> None:
         ("pirl-small", {"method": 3}, "config field method: expected"),
     ],
 )
-def test_mistakes_are_one_clear_error(recipe: str, overrides: dict[str, object], words: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
+def test_mistakes_are_one_clear_error(recipe: str, overrides: dict[str, object], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=expected) as caught:
         sslfast.pretrain("synthetic:17", recipe, tmp_path / "run", **overrides)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
