@@ -1,5 +1,5 @@
-"""A method of a few milliseconds a step with everything that a checkpoint must carry: weights, BatchNorm, a bank; and
-child processes that start in a fraction of a second."""
+"""A method of a few milliseconds a step with every kind of state of a checkpoint: weights, BatchNorm, a bank; and child
+processes that start in a fraction of a second."""
 
 import multiprocessing
 from collections.abc import Mapping
@@ -25,14 +25,14 @@ from sslfast.views.types import CropConfig, View, ViewConfig
 
 
 class Tiny(Method):
-    """Pulls every embedding to its bank row, away from the rows around it."""
+    """Attracts every embedding to its vector in the bank and repels it from the others."""
 
     @dataclass(kw_only=True)
     class Config(BaseConfig):
         name: ClassVar[str] = "tiny"
         bank_momentum: float = 0.5
         bad_step: int = -1
-        """The loss of this step (0-based) is not a number; -1: of none."""
+        """The loss of this step (0-based) is NaN; -1: of none."""
         image_view: Annotated[ViewConfig, tyro.conf.Suppress] = field(
             default_factory=lambda: ViewConfig(crop=CropConfig(size=8))
         )
@@ -100,7 +100,7 @@ def context(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, through dicts and lists; what is not a number equals its like."""
+    """Bit-equal, through dicts and lists; NaNs are equal."""
     if isinstance(a, torch.Tensor):
         is_number = ~a.isnan()
         return (
@@ -125,9 +125,9 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def fork_server() -> ForkServerContext:
-    """Children forked from a server that has imported all that they need, once.
+    """Child processes forked from a server that has imported what they need once.
 
-    A process has one such server, which another test may have started without these modules: then it starts anew.
+    A process has one such server, which another test may have started without these modules: then it is restarted.
     The first optimizer step would import torch._dynamo: seconds, in every child.
     """
     context = multiprocessing.get_context("forkserver")

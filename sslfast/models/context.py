@@ -1,4 +1,4 @@
-"""Context network of CPC: a column of masked convolutions over a grid of features."""
+"""Context network of CPC: a stack of masked convolutions over a grid of features."""
 
 from typing import cast
 

@@ -1,6 +1,6 @@
-"""What every method's tests share: small recipes made tiny, a trunk of milliseconds, and the checks that all must pass.
+"""Helpers of every method's tests: small recipes made tiny, a trunk of milliseconds, and the checks that all must pass.
 
-``tiny(recipe())`` shrinks a small recipe; every function here runs it on made-up images, without a file, with
+``tiny(recipe())`` shrinks a small recipe; every function here runs it on synthetic images, without a file, with
 :class:`TinyTrunk` in place of the ResNet. Tests that build a method themselves do so under ``tiny_trunks()``.
 """
 
@@ -59,7 +59,7 @@ class TinyTrunk(resnet.ResNetTrunk):
 
 
 class NormFreeTrunk(TinyTrunk):
-    """Without BatchNorm: what comes out for an image does not depend on the rest of the batch."""
+    """Without BatchNorm: the output for an image does not depend on the rest of the batch."""
 
     normalised = False
 
@@ -72,9 +72,9 @@ def tiny_trunks(*, normalised: bool = True) -> Iterator[None]:
 
 
 def tiny(config: TrainConfig, **method_changes: Any) -> TrainConfig:
-    """A recipe for small images in tiny: crops of at most 32 px (jigsaw patches in proportion), batch 8, 2 epochs.
+    """A recipe for small images, made tiny: crops of at most 32 px (jigsaw patches in proportion), batch 8, 2 epochs.
 
-    ``method_changes``: fields of the method's configuration, for sizes that only the method knows.
+    ``method_changes``: fields of the method's configuration, for sizes that only the method has.
     """
     method = config.method
     shrunk = {
@@ -113,7 +113,7 @@ def build(config: TrainConfig, *, rows: int = ROWS, normalised: bool = True) -> 
 
 
 def first_batch(config: TrainConfig, *, rows: int = ROWS) -> tuple[dict[str, View], Tensor]:
-    """Views and rows of step 0 of a run on made-up images."""
+    """Views and sample ids of step 0 of a run on synthetic images."""
     views = config.method.views()
     loader = build_loader(
         config.loader, views=views, batch_size=config.batch_size, seed=config.seed, synthetic_rows=rows
@@ -125,7 +125,7 @@ def first_batch(config: TrainConfig, *, rows: int = ROWS) -> tuple[dict[str, Vie
 def train(config: TrainConfig, output: Path, *, data: Path | int = ROWS, stop_after: int | None = None) -> Trainer:
     """A run in this process, to its end or through SIGTERM in the middle of step ``stop_after`` (1-based).
 
-    ``data``: a number of made-up images, or a folder (then the loader is the one for files).
+    ``data``: a number of synthetic images, or a folder (then with the loader for files).
     """
     if isinstance(data, Path):
         config = replace(config, loader=LoaderConfig(workers=0))

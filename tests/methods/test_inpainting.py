@@ -45,13 +45,15 @@ def test_perfect_and_constant_reconstruction(holes: str) -> None:
     torch.testing.assert_close(out["loss_hole"], (clean - mean).square()[hole.expand_as(clean)].mean())
 
 
-def test_only_hole_and_band_are_asked() -> None:
+def test_only_hole_and_band_are_reconstructed() -> None:
     tiny_config = tiny()
     method = harness.build(tiny_config)
     views, rows = harness.first_batch(tiny_config)
     clean = views["image"].pixels
-    asked = pixel_weights(draw_holes(rows, tiny_config.method, seed=tiny_config.seed, step=0), tiny_config.method) > 0
-    method.predict = lambda _seen: torch.where(asked, clean, 1e6)  # type: ignore[attr-defined]
+    reconstructed = (
+        pixel_weights(draw_holes(rows, tiny_config.method, seed=tiny_config.seed, step=0), tiny_config.method) > 0
+    )
+    method.predict = lambda _seen: torch.where(reconstructed, clean, 1e6)  # type: ignore[attr-defined]
     assert method(views, rows, step=0)["loss"] == 0
 
 
@@ -79,7 +81,7 @@ def test_corners_are_the_integers_of_the_corruption_stream() -> None:
     assert torch.equal(hole.any(dim=1).int().argmax(dim=1), corners[:, 1])
 
 
-def test_one_random_hole_is_uniform_on_all_places() -> None:
+def test_one_random_hole_is_uniform_over_all_positions() -> None:
     method = config(blocks=1, image_view=clean_view(16))
     side = method.block_side()
     assert side == 8
@@ -101,14 +103,14 @@ def test_random_holes_cover_their_share_less_the_overlap() -> None:
     hole = draw_holes(ROWS, method, seed=3, step=1)
     share = hole.float().mean(dim=(1, 2, 3))
     assert share.max() <= 5 * side**2 / 64**2 <= 0.25
-    # A pixel at x is in a square along one axis for min(x + 1, side, ...) of the places.
+    # A pixel at x is in a square along one axis for min(x + 1, side, ...) of the positions.
     places = 64 - side + 1
     along = torch.tensor([min(x, places - 1) - max(x - side + 1, 0) + 1 for x in range(64)]) / places
     expected = 1 - (1 - along[:, None] * along[None, :]) ** 5
     assert (hole[:, 0].float().mean(dim=0) - expected).abs().max() < 5 * math.sqrt(0.25 / len(ROWS))
 
 
-def test_holes_are_a_function_of_seed_step_and_row() -> None:
+def test_holes_are_a_function_of_seed_step_and_sample_id() -> None:
     rows, method = torch.tensor([5, 9, 9]), config()
     hole = draw_holes(rows, method, seed=1, step=2)
     assert torch.equal(hole[1], hole[2])
@@ -156,7 +158,7 @@ def test_the_loss_of_the_holes_takes_no_gradients() -> None:
 
 def test_trains_and_resumes(tmp_path: Path) -> None:
     harness.assert_gradients_reach_the_trunk(tiny())
-    harness.assert_overfits(tiny(holes="central"), lr=0.03, share=0.3)  # holes that stay
+    harness.assert_overfits(tiny(holes="central"), lr=0.03, share=0.3)  # fixed holes
     harness.assert_resumes(tiny(), tmp_path, stops=(2,))
 
 

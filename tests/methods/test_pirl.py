@@ -62,14 +62,14 @@ def test_loss_is_the_formula(pretext: str, loss: str, negatives: str) -> None:
     assert [name for name, value in out.items() if value.requires_grad] == ["loss"]
 
 
-def test_bank_moves_toward_the_image_embedding_alone() -> None:
+def test_bank_moves_toward_the_image_embedding_only() -> None:
     method = build(bank_momentum=0.25)
     views, rows = batch(method)
     before = method.bank.vectors.clone()
     with torch.no_grad():
         image = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
     method(views, rows, step=0)
-    torch.testing.assert_close(method.bank.vectors, before)  # scoring leaves the bank alone
+    torch.testing.assert_close(method.bank.vectors, before)  # scoring does not change the bank
     method(views, rows + 1, step=0)  # a second micro-batch
     method.after_step()
     for moved in (rows, rows + 1):
@@ -110,7 +110,7 @@ def test_gradients_reach_trunk_and_heads_and_never_the_bank() -> None:
 @pytest.mark.parametrize(
     "recipe", ["pirl-paper", "pirl-vissl", "pirl-rotation", "pirl-rotation-jigsaw", "npid", "npid-plus-plus"]
 )
-def test_step_zero_values_of_the_recipes(recipe: str) -> None:
+def test_first_loss_of_the_recipes(recipe: str) -> None:
     """The first loss of every ImageNet recipe: ln(K+1)+1 for NCE with Z ~ N exp(1 / (2 D T^2)), see the README.
 
     The embeddings are replaced by isotropic ones, so that the values are those of the loss alone.
@@ -281,7 +281,7 @@ def test_needs_two_images() -> None:
         PIRL.Config().build(context(MODEL, 1, seed=0))
 
 
-def test_bank_rows_are_unit_and_independent_of_the_size() -> None:
+def test_bank_vectors_are_unit_and_independent_of_the_size() -> None:
     rows = initial_rows(70_000, 16, seed=4)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(70_000))
     assert torch.equal(rows[:100], initial_rows(100, 16, seed=4))
@@ -323,7 +323,7 @@ def test_gradients_of_strided_convolutions_on_single_pixels() -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         junk = [torch.full((512 * 256 * 9,), float("nan")) for _ in range(4)]
-        del junk  # whatever is read without having been written is NaN now
+        del junk  # uninitialised memory is NaN now
         conv.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = conv(maps)

@@ -80,11 +80,11 @@ def test_clusters_become_equal() -> None:
     counts = solve(s, tolerance=1e-3).labels.bincount(minlength=12)
     assert counts.min() >= 96
     assert counts.max() <= 104
-    best = 25 * torch.eye(8).repeat(5, 1).double()  # a balanced labelling is left as it is
+    best = 25 * torch.eye(8).repeat(5, 1).double()  # a balanced labelling does not change
     assert torch.equal(solve(best).labels, torch.arange(8).repeat(5))
 
 
-def test_iterations_end_and_no_rows_is_an_error() -> None:
+def test_iterations_are_limited_and_no_rows_is_an_error() -> None:
     s = scores(100, 10, scale=3)
     assert solve(s, tolerance=1e-12, max_iterations=3).iterations == 3
     with pytest.raises(ValueError, match="there are no rows to label"):
@@ -101,7 +101,7 @@ def test_uniform_logits_perfect_prediction_and_heads() -> None:
     nn.init.zeros_(method.head.weight)
     nn.init.zeros_(method.head.bias)
     assert method(views, rows, step=0)["loss"].item() == pytest.approx(math.log(4))
-    method.labels[0], method.labels[1], method.labels[2] = 1, 2, 0  # each head has labels of its own
+    method.labels[0], method.labels[1], method.labels[2] = 1, 2, 0  # each head has its own labels
     with torch.no_grad():
         method.head.bias[[1, 4 + 2, 8 + 0]] = 100.0
     out = method(views, rows, step=0)
@@ -185,7 +185,7 @@ def test_a_run_labels_every_row(tmp_path: Path) -> None:
     assert isinstance(method, SeLa)
     assert method.features.seen.all()
     counts = torch.stack([labels.long().bincount(minlength=4) for labels in method.labels])
-    assert (counts - ROWS / 4).abs().max() <= 3  # the transport is equal, the largest of a row not quite
+    assert (counts - ROWS / 4).abs().max() <= 3  # the transport is balanced, its argmax nearly
     assert not torch.equal(method.labels[0], method.labels[1])
 
 

@@ -35,7 +35,7 @@ def unit(count: int, dimensions: int, seed: int = 0) -> Tensor:
 
 
 def dense(embeddings: Tensor, temperature: float) -> Tensor:
-    """NT-Xent with the whole matrix."""
+    """NT-Xent from the full score matrix."""
     count = len(embeddings)
     scores = (embeddings @ embeddings.T / temperature).masked_fill(torch.eye(count, dtype=torch.bool), -torch.inf)
     return cross_entropy(scores, torch.arange(count).roll(count // 2), reduction="none")
@@ -84,7 +84,7 @@ def test_autocast_leaves_the_scores_alone() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that an operation returned."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -96,7 +96,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_matrix_of_scores_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_score_matrix_is_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrast, "_BLOCK", 1 << 14)
     z = unit(512, 8).float().requires_grad_()
     with Largest() as largest:

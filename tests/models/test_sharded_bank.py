@@ -55,7 +55,7 @@ def score_and_update(rank: int, ranks: int, port: int, num_rows: int, batch: int
     enter(rank, ranks, port)
     make: dict[str, Any] = {"num_rows": num_rows, "dimensions": COLUMNS, "momentum": 0.4, "seed": 2}
     whole = MemoryBank(**make, dtype=torch.float64)
-    alone = MemoryBank(**make, dtype=torch.float64, layout="sharded")  # before the processes meet
+    alone = MemoryBank(**make, dtype=torch.float64, layout="sharded")  # before the process group exists
     assert torch.equal(alone.vectors, whole.vectors)
     init_process_group(process_group(), CPU)
     bank = MemoryBank(**make, dtype=torch.float64, layout="sharded")
@@ -189,6 +189,6 @@ def test_loading_the_wrong_number_of_rows() -> None:
     assert shard_bounds(10, 4) == [0, 2, 5, 7, 10]
 
 
-def test_compiled_methods_break_off_before_the_exchanges() -> None:
-    """Tracing the collectives and the derivative inside would go wrong; torch marks what it does not trace so."""
+def test_collectives_are_a_graph_break_for_torch_compile() -> None:
+    """The collectives and the derivative inside cannot be traced; this is torch's mark of a disabled function."""
     assert vars(score_over_shards)["_torchdynamo_disable"]
