@@ -7,6 +7,7 @@ A method is registered when its module is imported: those of this package here, 
 
 from sslfast.methods.autoencoder import Autoencoder
 from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.byol import BYOL
 from sslfast.methods.colorization import Colorization, lightness
 from sslfast.methods.cpc import CPC
 from sslfast.methods.deepcluster import DeepCluster
@@ -24,6 +25,7 @@ from sslfast.methods.simclr import SimCLR
 from sslfast.methods.super_resolution import SuperResolution
 
 __all__ = [
+    "BYOL",
     "CPC",
     "METHODS",
     "PIRL",
