@@ -51,7 +51,7 @@ class PIRL(Method):
         negatives: Literal["sampled", "shared", "full"] = "sampled"
         """sampled: K vectors of the bank drawn for every sample, as published. shared: K drawn once for the batch.
         full: the whole bank, nothing drawn; faster than sampled from some batch size on
-        (benchmarks/bench_crossover.py)."""
+        (benchmarks/studies/crossover.py)."""
         num_negatives: int = 32000
         """K, negatives drawn per sample and step; not used with negatives full."""
         loss: Literal["nce", "infonce"] = "nce"
