@@ -34,7 +34,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q "setuptools>=65,<81" wheel "cmake>=3.24" ninja "pybind11>=2.12"
-	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,demo,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,demo,bench,dev]"
 	$(INSTALL_FFCV)
 	@$(BIN)/sslfast info
 	@touch $@
@@ -54,7 +54,7 @@ $(ABI_VENV)/.torch:
 	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check --no-input install -q torch==$(ABI_TORCH) numpy
 	@touch $@
 
-demo: install ## pretrain PIRL on real photographs, compare with untrained and raw pixels, draw pictures
+demo: install ## pretrain PIRL on real photographs, evaluate beside untrained and raw pixels, draw pictures
 	$(BIN)/sslfast demo
 
 test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch
@@ -72,10 +72,10 @@ format: install ## rewrite Python and C++ files in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-bench: install ## time every op beside its eager form
+bench: install ## time every op beside its plain torch form
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=build/benchmarks.json
 
-gpu-check: ## on a GPU machine, offline: build for its card, run all op tests and benchmarks there; results in build/gpu-check
+gpu-check: ## on a GPU machine, offline: build for its card, run all CUDA tests and benchmarks; results in build/gpu-check
 	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
 
 clean: ## remove builds and environments

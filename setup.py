@@ -2,7 +2,7 @@
 
 Environment:
     SSLFAST_CUDA=auto|0|1       auto (default): compile csrc/cuda when nvcc is found and torch is a CUDA build;
-                                0: CPU only; 1: CUDA or stop (also beside a CPU build of torch)
+                                0: CPU only; 1: CUDA or fail (also with a CPU build of torch)
     TORCH_CUDA_ARCH_LIST        for example "8.0;9.0a;10.0+PTX", the default
     SSLFAST_BUILD_DIR           CMake's folder, kept for incremental builds (default build/<python>-<cpu|cuda>)
     SSLFAST_TORCH_DIR           the torch package to build against, where it is not the installed one
@@ -68,7 +68,7 @@ def find_nvcc() -> str | None:
 
 
 def cmake_archs(arch_list: str) -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") in CMake's words ("80-real;90a-real;100")."""
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") as CMake spells it ("80-real;90a-real;100")."""
     archs = []
     for item in re.split(r"[;, ]+", arch_list.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
@@ -81,7 +81,7 @@ def cmake_archs(arch_list: str) -> str:
 
 
 def plan_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
-    """(nvcc or None, the reason in words)."""
+    """(nvcc or None, the reason as text)."""
     choice = os.environ.get("SSLFAST_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         stop(f"SSLFAST_CUDA must be auto, 0 or 1, got {choice!r}")
@@ -124,7 +124,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "Python_EXECUTABLE": sys.executable,
-            # Named each time: an isolated build brings its own ninja under another path than the one cached.
+            # Set each time: an isolated build has its own ninja at another path than the cached one.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "PYBIND11_FINDPYTHON": "ON",

@@ -3,7 +3,7 @@
     pytest benchmarks/bench_bank_nce_dense.py --benchmark-enable
 
 ``extra_info``: peak memory beyond what the call started with, and bytes of the rows over the time. More peers and the
-crossover with sampled negatives: ``benchmarks/bench_crossover.py``.
+crossover with sampled negatives: ``benchmarks/studies/crossover.py``.
 """
 
 from typing import Any

@@ -4,12 +4,12 @@
 #   PYTHON=python3 benchmarks/gpu_check.sh [OUT [STEP...]]        default OUT: build/gpu-check; default: every step
 #
 # Builds for the card found, runs every test that has a CUDA side (a missing device or a skip is a failure),
-# compute-sanitizer on the kernels, and all benchmarks: ops, loaders, training steps. Steps, in their order: build tests
+# compute-sanitizer on the kernels, and all benchmarks: ops, loaders, training steps. Steps in order: build tests
 # memcheck racecheck initcheck synccheck benchmarks crossover ops loaders step. No step takes longer than
-# SSLFAST_STEP_SECONDS (540); what it has printed until then is in its log. SSLFAST_BENCH_IMAGES names a folder of JPEGs
-# in class folders for loaders (else photographs of scikit-image) and step (else made-up images). SSLFAST_WHEELS names a
-# folder of wheels (*.whl) for what that Python lacks; they are unpacked into OUT. OUT gets the logs, JSON files and
-# summary.md.
+# SSLFAST_STEP_SECONDS (540); its output until then is in its log. SSLFAST_BENCH_IMAGES names a folder of JPEGs
+# in class folders for loaders (else photographs of scikit-image) and step (else synthetic images). SSLFAST_WHEELS names a
+# folder of wheels (*.whl) that this Python lacks (tyro for ops and step, matplotlib for charts); they are unpacked
+# into OUT. OUT gets the logs, JSON files and summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -31,7 +31,7 @@ if [ -n "${SSLFAST_WHEELS:-}" ]; then
   export PYTHONPATH=$PWD:$(realpath "$out/site")
 fi
 
-step() { # step NAME COMMAND...: runs it into OUT/NAME.log and notes how it ended
+step() { # step NAME COMMAND...: runs it with output to OUT/NAME.log and records the result in summary.md
   local name=$1 start=$SECONDS end=ok code
   shift
   case "$chosen" in "  " | *" $name "*) ;; *) return ;; esac
@@ -63,26 +63,26 @@ print(f"- torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform
 print(f"- commit {run('git', 'rev-parse', 'HEAD') or 'unknown'}\n\n| step | end | time | last line |\n|---|---|---|---|")
 PY
 
-# Kernels emulated on the CPU (tests/ops/test_cuda_*.py) need no GPU; of the other tests those on CUDA are left to run.
+# Kernels emulated on the CPU (tests/ops/test_cuda_*.py) need no GPU; of the other tests only those on CUDA are run.
 on_cuda=(-m pytest -k cuda --ignore-glob="*/tests/ops/test_cuda_*")
 
 step build env SSLFAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py build_ext --inplace
-step tests "$python" "${on_cuda[@]}" -rs --durations=10 tests/ops tests/adapters tests/test_peers.py \
-  tests/loaders/test_synthetic.py tests/test_cuda_training.py tests/test_trainer.py
-# Values only: torch.compile and opcheck would run the same kernels through minutes of tracing. Without torch's cache of
-# memory every tensor is an allocation of its own, behind whose end the tools see.
+step tests "$python" "${on_cuda[@]}" -rs --durations=10 tests/ops tests/adapters tests/benchmarks/test_peers.py \
+  tests/loaders/test_synthetic.py tests/training/test_cuda.py tests/training/test_trainer.py
+# Values only: torch.compile and opcheck would run the same kernels after minutes of tracing. Without torch's caching
+# allocator every tensor is its own allocation, so that the tools see accesses past its end.
 kernels=("${on_cuda[@]}" -x tests/ops -k "cuda and not compile and not opcheck and not thread")
 for tool in memcheck racecheck initcheck synccheck; do
   step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$python" "${kernels[@]}"
 done
-# Loaders are measured below, side by side.
+# Every op beside its plain form; loaders and steps follow below.
 step benchmarks "$python" -m pytest benchmarks --benchmark-enable --benchmark-json="$out/benchmarks.json"
-step crossover "$python" -m benchmarks.bench_crossover --device cuda --without compiled --batch 64 256 1024 \
+step crossover "$python" -m benchmarks.studies.crossover --device cuda --without compiled --batch 64 256 1024 \
   --rows 1e5 1281167 --rounds 5 --limit 0.5 -o "$out/crossover"
 step ops "$python" -m sslfast bench ops --device cuda --json "$out/ops.json"
 images=${SSLFAST_BENCH_IMAGES:-}
-step loaders "$python" -m benchmarks.bench_loader_plain ${images:+"$images"} --device cuda -o "$out/loaders"
+step loaders "$python" -m benchmarks.studies.loaders_beside_plain ${images:+"$images"} --device cuda -o "$out/loaders"
 rm -rf "$out/loaders/images"
 step step "$python" -m sslfast bench step ${images:+"$images"} --recipe pirl-paper --batch-size 256 --device cuda \
   --json "$out/step.json" --chart "$out/step.png"

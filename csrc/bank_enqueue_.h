@@ -1,4 +1,4 @@
-// bank_enqueue_: checks and where the keys go in the ring.
+// bank_enqueue_: checks, and the rows of the ring that keys are written to.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace sslfast {
 
-// Of B keys the last min(B, N) stay. Key `skipped + k` goes to row `(head + skipped + k) mod N`, so no two of them
-// meet.
+// Of B keys the last min(B, N) are kept. Key `skipped + k` goes to row `(head + skipped + k) mod N`, so rows are
+// distinct.
 struct Ring {
   int64_t num_rows, batch, skipped, kept;
 
@@ -44,7 +44,7 @@ inline void check_bank_enqueue(const Tensor& bank,    // [N, D]
   check_same_device(op, "keys", keys, "bank", bank);
 }
 
-// A row that is read as a key while it is written as a bank row would depend on threads.
+// If keys overlapped the bank, the result would depend on the order of threads.
 inline void check_apart(const Tensor& bank, const Tensor& keys /* contiguous */) {
   if (keys.numel() == 0) return;
   const char* bank_begin = static_cast<const char*>(bank.const_data_ptr());

@@ -5,7 +5,7 @@
 //   NCE      u_k = s_k - log(Z K / N),  P_n = 1/N,  h = P / (P + K P_n) = sigmoid(u)
 //            loss = softplus(-u_0) + sum_k softplus(u_k)            d/ds_k = sigmoid(u_k) - [k = 0]
 // and d/dq = sum_k (d/ds_k) m_k / tau: one pass over the rows gives loss and gradient.
-// A shard of a bank has some of the K+1 rows. The sums then run over those; a query whose positive lies elsewhere has
+// A shard of a bank holds some of the K+1 rows. The sums then run over those; a query whose positive is elsewhere has
 // loss = logsumexp_k(s_k), or sum_k softplus(u_k).
 #pragma once
 
@@ -18,13 +18,13 @@
 
 namespace sslfast {
 
-// log(Z K / N): what a score loses to become the NCE logit.
+// log(Z K / N): a score minus it is the NCE logit.
 SSLFAST_HD double nce_offset(double z, int64_t num_negatives, int64_t num_rows) {
   return log(z) + log(static_cast<double>(num_negatives)) - log(static_cast<double>(num_rows));
 }
 
-// softplus(u) = log(1 + exp(u)) and sigmoid(u) from e = exp(-|u|) and log(1 + e), which each device computes its own
-// way: no overflow at any u.
+// softplus(u) = log(1 + exp(u)) and sigmoid(u) from e = exp(-|u|) and log(1 + e), which the CPU and CUDA code compute
+// with their own functions: no overflow at any u.
 template <typename A>
 struct NceTerm {
   A softplus, sigmoid;
@@ -40,7 +40,7 @@ struct OnlineLogSumExp {
 
   static SSLFAST_HD OnlineLogSumExp empty() { return {A(-INFINITY), A(0)}; }
 
-  // Makes room for scores up to `score`; returns the factor for everything accumulated so far.
+  // Raises the maximum to `score` where that is larger; returns the factor that rescales earlier sums.
   SSLFAST_HD A raise(A score) {
     if (!(score > maximum)) return A(1);
     const A factor = exp(maximum - score);  // 0 for the empty state
@@ -52,7 +52,7 @@ struct OnlineLogSumExp {
   SSLFAST_HD A value() const { return maximum + log(sum); }
 };
 
-// Rows first .. first + rows - 1 of a bank of num_rows. Samples and negatives have numbers of the whole bank.
+// Rows first .. first + rows - 1 of a bank of num_rows. Index and negatives are rows of the whole bank.
 struct Shard {
   int64_t first, rows, num_rows;
 
@@ -64,12 +64,12 @@ inline Shard make_shard(const Tensor& bank, int64_t first_row, int64_t num_rows)
   const int64_t rows = bank.size(0);
   if (num_rows == -1) num_rows = rows;
   SSLFAST_CHECK(first_row >= 0 && first_row + rows <= num_rows, "bank_nce: rows ", first_row, " to ", first_row + rows,
-                " are no shard of a bank of ", num_rows, " rows");
+                " are not a shard of a bank of ", num_rows, " rows");
   SSLFAST_CHECK(rows >= 1 || num_rows == 0, "bank_nce: a shard must hold at least one row");
   return {first_row, rows, num_rows};
 }
 
-// What bank_nce and bank_nce_dense ask of their tensors.
+// Checks shared by bank_nce and bank_nce_dense.
 inline void check_scoring(const char* op,
                           const Tensor& query,                    // [V, B, D] fp32 or fp64
                           const Tensor& bank,                     // [N, D]
@@ -100,7 +100,7 @@ inline void check_scoring(const char* op,
 inline void check_bank_nce(const Tensor& query,                       // [V, B, D] fp32 or fp64
                            const Tensor& bank,                        // [N, D]
                            const Tensor& index,                       // [B] int64
-                           const std::optional<Tensor>& rows,         // [B, K] int64; none: drawn
+                           const std::optional<Tensor>& negatives,    // [B, K] int64; none: drawn
                            const std::optional<Tensor>& step_tensor,  // [] int64
                            const std::optional<Tensor>& z_tensor,     // [] fp64
                            int64_t num_negatives, double temperature, bool exclude_self, int64_t seed,
@@ -108,15 +108,15 @@ inline void check_bank_nce(const Tensor& query,                       // [V, B, 
   constexpr const char* op = "bank_nce";
   check_scoring(op, query, bank, index, z_tensor, temperature);
   check_step(op, step_tensor, index);
-  if (rows) {
-    SSLFAST_CHECK(rows->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
-    SSLFAST_CHECK(rows->dim() == 2 && rows->size(0) == index.size(0), op,
+  if (negatives) {
+    SSLFAST_CHECK(negatives->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    SSLFAST_CHECK(negatives->dim() == 2 && negatives->size(0) == index.size(0), op,
                   ": negatives must have shape [K] or [B, K] "
                   "with B=",
-                  index.size(0), ", got ", shape_string(*rows));
-    SSLFAST_CHECK(rows->size(1) == num_negatives && num_negatives >= 1, op,
-                  ": negatives must name at least one row per sample, got shape ", shape_string(*rows));
-    check_same_device(op, "negatives", *rows, "query", query);
+                  index.size(0), ", got ", shape_string(*negatives));
+    SSLFAST_CHECK(negatives->size(1) == num_negatives && num_negatives >= 1, op,
+                  ": negatives must name at least one row per sample, got shape ", shape_string(*negatives));
+    check_same_device(op, "negatives", *negatives, "query", query);
   } else {
     check_sampling(op, num_negatives, shard.num_rows, seed, exclude_self);
   }

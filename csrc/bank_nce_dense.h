@@ -4,7 +4,7 @@
 // The stream runs over rows j with s_j = q . m_j / tau and keeps, per query, as attention does with K = V = bank:
 //   maximum, sum = sum_j exp(s_j - maximum), weighted = sum_j w_j m_j, and for NCE binary = sum_j softplus(u_j),
 // with w_j = exp(s_j - maximum) for InfoNCE and sigmoid(u_j) for NCE. Parts of the bank merge (StreamState).
-// The positive s_0 comes last. Over the whole bank it was one of the rows; beside a list it is one more score:
+// The positive s_0 is added last. It is one of the rows of the whole bank, and one more score beside a list:
 //   InfoNCE  loss = lse - s_0               d/dq = (sum_j softmax_j m_j - m_0) / tau
 //   NCE      loss = binary - u_0 (whole bank), binary + softplus(-u_0) (list); K = N - 1 for the whole bank
 // A query whose index is -1 has no positive here (a shard of a bank): loss = lse, or binary.
@@ -14,13 +14,13 @@
 
 namespace sslfast {
 
-// What is known of one query after some rows, apart from the weighted sum.
+// State of one query after some of the rows, without the weighted sum.
 template <typename A>
 struct StreamState {
   A maximum, sum, binary;
 };
 
-// How the weighted sums of the stream and the positive's row make the gradient times tau:
+// The gradient times tau, from the weighted sums of the stream and the positive's row:
 // grad * tau = exp(maximum_part - scale_lse) * weighted_part + ... + positive_weight * m_0 (factor 1 for NCE).
 template <typename A>
 struct DenseResult {
@@ -46,22 +46,22 @@ SSLFAST_HD DenseResult<A> finish_dense(const StreamState<A>& state, bool has_pos
   return {state.binary + term.softplus, lse, -term.sigmoid};
 }
 
-inline void check_bank_nce_dense(const Tensor& query,                    // [V, B, D] fp32 or fp64
-                                 const Tensor& bank,                     // [N, D]
-                                 const Tensor& index,                    // [B] int64, -1: no positive
-                                 const std::optional<Tensor>& rows,      // [K] int64; none: the whole bank
-                                 const std::optional<Tensor>& z_tensor,  // [] fp64
+inline void check_bank_nce_dense(const Tensor& query,                     // [V, B, D] fp32 or fp64
+                                 const Tensor& bank,                      // [N, D]
+                                 const Tensor& index,                     // [B] int64, -1: no positive
+                                 const std::optional<Tensor>& negatives,  // [K] int64; none: the whole bank
+                                 const std::optional<Tensor>& z_tensor,   // [] fp64
                                  double temperature, bool binary, bool exclude_self) {
   constexpr const char* op = "bank_nce_dense";
   check_scoring(op, query, bank, index, z_tensor, temperature);
   SSLFAST_CHECK(bank.size(0) >= 1, op, ": bank must hold at least one row");
-  if (rows) {
-    SSLFAST_CHECK(rows->scalar_type() == ScalarType::Long, op, ": rows must be int64; convert with .long()");
-    SSLFAST_CHECK(rows->dim() == 1, op, ": rows must have shape [K], got ", shape_string(*rows));
-    SSLFAST_CHECK(rows->size(0) >= 1, op, ": rows must name at least one row");
-    check_same_device(op, "rows", *rows, "query", query);
+  if (negatives) {
+    SSLFAST_CHECK(negatives->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    SSLFAST_CHECK(negatives->dim() == 1, op, ": negatives must have shape [K], got ", shape_string(*negatives));
+    SSLFAST_CHECK(negatives->size(0) >= 1, op, ": negatives must name at least one row");
+    check_same_device(op, "negatives", *negatives, "query", query);
   } else {
-    SSLFAST_CHECK(!exclude_self, op, ": exclude_self is for given rows; the whole bank holds each positive once");
+    SSLFAST_CHECK(!exclude_self, op, ": exclude_self is for given negatives; the whole bank holds each positive once");
     SSLFAST_CHECK(!binary || bank.size(0) >= 2, op, ": NCE against the whole bank needs at least 2 rows, got 1");
   }
 }

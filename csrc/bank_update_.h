@@ -7,7 +7,7 @@
 
 namespace sslfast {
 
-// A row shorter than this is divided by it instead of by its norm, as torch.nn.functional.normalize does.
+// Smallest divisor: a row with a smaller norm is divided by it instead, as torch.nn.functional.normalize does.
 constexpr double kNormFloor = 1e-12;
 
 template <typename A>
@@ -31,7 +31,7 @@ inline void check_bank_update(const Tensor& bank,      // [N, D]
   SSLFAST_CHECK(momentum >= 0 && momentum <= 1, op, ": momentum must be in [0, 1], got ", momentum);
   check_same_device(op, "index", index, "bank", bank);
   check_same_device(op, "features", features, "bank", bank);
-  // A row that is read as a feature while it is written as a bank row would depend on threads.
+  // If features overlapped the bank, the result would depend on the order of threads.
   if (features.numel() > 0 && bank.numel() > 0) {
     const char* bank_begin = static_cast<const char*>(bank.const_data_ptr());
     const char* features_begin = static_cast<const char*>(features.const_data_ptr());

@@ -35,5 +35,6 @@ PYBIND11_MODULE(_C, m) {
         return py::bytes(reinterpret_cast<const char*>(rows.data()), rows.size());
       },
       py::arg("count"), py::arg("cells"), py::arg("seed"),
-      "The rows of sslfast.methods.shared.permutations.max_hamming_permutations, one byte a cell; arguments are checked there.");
+      "The rows of sslfast.methods.shared.permutations.max_hamming_permutations, one byte a cell; arguments are "
+      "checked there.");
 }

@@ -1,4 +1,4 @@
-// ema_update_: checks, the flat memory that both devices walk, and the arithmetic of one element.
+// ema_update_: checks, the flat memory of the tensors, and the arithmetic of one element.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ struct Plan {
   std::vector<std::pair<Tensor, Tensor>> write_back;  // targets that are not flat, and their contiguous copies
 };
 
-// Every element of t lies at its own place and there are no gaps, in whatever order of dimensions.
+// Elements of t are distinct in memory and have no gaps between them, in any order of dimensions.
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -50,7 +50,7 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// Two elements of t may lie in one place, unless every stride passes all that the smaller ones span.
+// Whether elements of t may share memory: not if every stride exceeds the span of the smaller ones.
 inline bool may_overlap_itself(const Tensor& t) {
   if (t.numel() == 0) return false;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -66,7 +66,7 @@ inline bool may_overlap_itself(const Tensor& t) {
   return false;
 }
 
-// Strides of dimensions of size 1 mean nothing: channels_last 1x1 weights have others than contiguous ones.
+// Strides of dimensions of size 1 are arbitrary: those of channels_last 1x1 weights differ from contiguous ones.
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
@@ -95,37 +95,37 @@ inline void check_ema_pair(size_t i, const Tensor& target, const Tensor& source,
                 "] is expanded or overlaps itself, several of its elements share memory; pass a .clone()");
 }
 
-// Memory of tensor i of a list. Columns of one matrix may interleave: of a tensor with gaps only the first element
-// counts.
-struct ImageLocation {
+// Memory of tensor i of a list. Columns of one matrix may interleave, so only the first element of a tensor with gaps
+// is considered.
+struct MemoryRange {
   const char *begin, *end;
   size_t i;
 
-  ImageLocation(const Tensor& t, size_t i)
+  MemoryRange(const Tensor& t, size_t i)
       : begin(static_cast<const char*>(t.const_data_ptr())),
         end(begin + (is_dense(t) ? t.numel() : 1) * static_cast<int64_t>(t.element_size())),
         i(i) {}
 };
 
-// Elements in two tensors would be updated, or read after an update, in an order that depends on threads. A source may
-// be its own target.
+// Elements shared by two tensors would be updated, or read after an update, in an order that depends on threads. A
+// source may be its own target.
 inline void check_apart(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
-  std::vector<ImageLocation> places;
-  places.reserve(targets.size());
+  std::vector<MemoryRange> ranges;
+  ranges.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
-    if (targets[i].numel() != 0) places.emplace_back(targets[i], i);
+    if (targets[i].numel() != 0) ranges.emplace_back(targets[i], i);
   }
-  std::sort(places.begin(), places.end(), [](const ImageLocation& a, const ImageLocation& b) { return a.begin < b.begin; });
-  for (size_t p = 1; p < places.size(); ++p) {
-    SSLFAST_CHECK(places[p - 1].end <= places[p].begin, "ema_update_: targets[", places[p - 1].i, "] and targets[",
-                  places[p].i, "] share memory; pass tied weights once");
+  std::sort(ranges.begin(), ranges.end(), [](const MemoryRange& a, const MemoryRange& b) { return a.begin < b.begin; });
+  for (size_t p = 1; p < ranges.size(); ++p) {
+    SSLFAST_CHECK(ranges[p - 1].end <= ranges[p].begin, "ema_update_: targets[", ranges[p - 1].i, "] and targets[",
+                  ranges[p].i, "] share memory; pass tied weights once");
   }
   for (size_t i = 0; i < sources.size(); ++i) {
     if (sources[i].numel() == 0) continue;
-    const ImageLocation source(sources[i], i);
-    auto target = std::partition_point(places.begin(), places.end(),
-                                       [&](const ImageLocation& place) { return place.end <= source.begin; });
-    for (; target != places.end() && target->begin < source.end; ++target) {
+    const MemoryRange source(sources[i], i);
+    auto target = std::partition_point(ranges.begin(), ranges.end(),
+                                       [&](const MemoryRange& range) { return range.end <= source.begin; });
+    for (; target != ranges.end() && target->begin < source.end; ++target) {
       const bool own = target->i == i && target->begin == source.begin &&
                        targets[i].element_size() == sources[i].element_size() && same_strides(targets[i], sources[i]);
       SSLFAST_CHECK(own, "ema_update_: sources[", i, "] and targets[", target->i,

@@ -1,17 +1,19 @@
-// Gaussian blur of a picture, the last colour operation of render_views: its taps, and what lies beyond the border.
+// Gaussian blur of a picture, the last operation of render_views before normalisation: weights and border.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "common/philox.h"  // SSLFAST_HD
+#include "view_parameters.h"
 
 namespace sslfast {
 
-constexpr float kMaxBlurSigma = 5.0f;
-constexpr int kMaxBlurRadius = 15;
+constexpr float kMaxBlurSigma = view_parameter(kBlurSigma).highest;
+constexpr int kMaxBlurRadius = static_cast<int>(3.0f * kMaxBlurSigma);
+static_assert(static_cast<float>(kMaxBlurRadius) == 3.0f * kMaxBlurSigma, "blur_radius rounds up");
 
-// Taps reach ceil(3 sigma) pixels, as far as one reflection of the picture goes at most. 0: no blur.
+// Radius of the kernel: ceil(3 sigma), at most what one reflection at the border covers. 0: no blur.
 SSLFAST_HD int blur_radius(float sigma, int64_t side) {
   const int radius = static_cast<int>(ceilf(3.0f * sigma));
   return radius < side ? radius : static_cast<int>(side) - 1;

@@ -1,4 +1,4 @@
-// jigsaw_patches: checks, and where a patch of the result comes from.
+// jigsaw_patches: checks, and the source pixels of a patch.
 #pragma once
 
 #include "common/check.h"

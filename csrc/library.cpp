@@ -1,4 +1,4 @@
-// Every op of sslfast, the contents page. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
+// The schemas of all ops. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu;
 // fakes and autograd formulas live in sslfast/ops/<op>.py. Shapes: V views, B batch, N bank rows, D columns, K
 // negatives.
 #include <torch/csrc/stable/library.h>
@@ -10,17 +10,17 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
       "negative_rows(Tensor index, Tensor? step_tensor, int step, int num_negatives, int num_rows, int seed, "
       "bool exclude_self, bool shared) -> Tensor");
   // Loss [V, B], log-sum-exp of all K+1 scores [V, B] and d loss / d query [V, B, D] in one pass over the rows.
-  // rows: none (drawn) or [B, K]. binary: NCE with normaliser z (z_tensor, where given, replaces z), else InfoNCE.
+  // negatives: none (drawn) or [B, K]. binary: NCE with normaliser z (z_tensor, where given, replaces z), else InfoNCE.
   // num_rows, where not -1: the bank is rows first_row .. of one of num_rows, whose other rows are skipped.
   m.def(
-      "bank_nce(Tensor query, Tensor bank, Tensor index, Tensor? rows, Tensor? step_tensor, int step, Tensor? "
+      "bank_nce(Tensor query, Tensor bank, Tensor index, Tensor? negatives, Tensor? step_tensor, int step, Tensor? "
       "z_tensor, "
       "float z, int num_negatives, float temperature, bool binary, bool exclude_self, int seed, "
       "int first_row=0, int num_rows=-1) "
       "-> (Tensor, Tensor, Tensor)");
-  // The same against one list of rows for all queries: rows [K], or none for the whole bank. index -1: no positive.
+  // The same against one list for all queries: negatives [K], or none for the whole bank. index -1: no positive.
   m.def(
-      "bank_nce_dense(Tensor query, Tensor bank, Tensor index, Tensor? rows, Tensor? z_tensor, float z, "
+      "bank_nce_dense(Tensor query, Tensor bank, Tensor index, Tensor? negatives, Tensor? z_tensor, float z, "
       "float temperature, bool binary, bool exclude_self) -> (Tensor, Tensor, Tensor)");
   // bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features); of a repeated index the last wins, -1
   // is skipped.

@@ -1,4 +1,4 @@
-// negative_rows: the draw of sampled negatives, one for all devices, and its checks.
+// negative_rows: the draw of sampled negatives, the same on every device, and its checks.
 #pragma once
 
 #include "common/check.h"
@@ -23,7 +23,7 @@ struct NegativeSampler {
   }
 };
 
-// shared: the draw of a whole batch, that of row 0 in a stream of its own, which excludes nobody.
+// shared: one draw for the whole batch, that of row 0 in a separate stream, which excludes no row.
 inline NegativeSampler make_sampler(int64_t seed, int64_t step, int64_t num_rows, bool exclude_self,
                                     bool shared = false) {
   return {seed, step, static_cast<uint64_t>(num_rows - (exclude_self ? 1 : 0)), exclude_self,

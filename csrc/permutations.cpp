@@ -10,10 +10,10 @@
 namespace sslfast {
 namespace {
 
-constexpr int64_t kBlock = 4096;         // candidates whose distances stay in the first-level cache
+constexpr int64_t kBlock = 4096;         // candidates whose distances stay in the L1 cache
 constexpr int32_t kChosen = -(1 << 26);  // below every sum of distances, also after 9! more of them
 
-// All permutations in an order drawn by the seed, one array per place: columns[place * total + candidate].
+// All permutations in an order drawn by the seed, one array per position: columns[position * total + candidate].
 std::vector<uint8_t> drawn_candidates(int64_t total, int64_t cells, int64_t seed) {
   std::vector<int64_t> order(static_cast<size_t>(total));
   std::iota(order.begin(), order.end(), int64_t{0});
@@ -24,7 +24,8 @@ std::vector<uint8_t> drawn_candidates(int64_t total, int64_t cells, int64_t seed
   std::vector<uint8_t> columns(static_cast<size_t>(total * cells)), permutation(static_cast<size_t>(cells));
   std::iota(permutation.begin(), permutation.end(), uint8_t{0});
   for (int64_t rank = 0; rank < total; ++rank) {
-    for (int64_t place = 0; place < cells; ++place) columns[place * total + order[rank]] = permutation[place];
+    for (int64_t position = 0; position < cells; ++position)
+      columns[position * total + order[rank]] = permutation[position];
     std::next_permutation(permutation.begin(), permutation.end());
   }
   return columns;
@@ -45,7 +46,7 @@ std::vector<uint8_t> max_hamming_permutations(int64_t count, int64_t cells, int6
   uint8_t distance[kBlock];
   int64_t chosen = 0;
   while (true) {
-    for (int64_t place = 0; place < cells; ++place) result.push_back(columns[place * total + chosen]);
+    for (int64_t position = 0; position < cells; ++position) result.push_back(columns[position * total + chosen]);
     if (static_cast<int64_t>(result.size()) == count * cells) return result;
     sum[chosen] = kChosen;
 
@@ -54,9 +55,9 @@ std::vector<uint8_t> max_hamming_permutations(int64_t count, int64_t cells, int6
     for (int64_t start = 0; start < total; start += kBlock) {
       const int64_t size = std::min(kBlock, total - start);
       std::fill(distance, distance + size, static_cast<uint8_t>(cells));
-      for (int64_t place = 0; place < cells; ++place) {
-        const uint8_t* column = columns.data() + place * total + start;
-        const uint8_t own = columns[place * total + chosen];
+      for (int64_t position = 0; position < cells; ++position) {
+        const uint8_t* column = columns.data() + position * total + start;
+        const uint8_t own = columns[position * total + chosen];
         for (int64_t i = 0; i < size; ++i) distance[i] = static_cast<uint8_t>(distance[i] - (column[i] == own));
       }
       int32_t* sums = sum.data() + start;
@@ -65,7 +66,7 @@ std::vector<uint8_t> max_hamming_permutations(int64_t count, int64_t cells, int6
       for (int64_t i = 0; i < size; ++i) sums[i] += distance[i];
       int32_t largest = std::numeric_limits<int32_t>::min();
       for (int64_t i = 0; i < size; ++i) largest = std::max(largest, sums[i] * 16 + nearests[i]);
-      if (largest > best) {  // the first of equals: their order is drawn
+      if (largest > best) {  // the first among equals: the order of candidates is drawn
         best = largest;
         for (int64_t i = 0; i < size; ++i) {
           if (sums[i] * 16 + nearests[i] == largest) {

@@ -1,4 +1,4 @@
-// Sets of permutations that differ in as many places as possible, for sslfast/permutations.py.
+// Sets of permutations with a large Hamming distance, for sslfast/methods/shared/permutations.py.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
-// render_views: the view stage in one pass over the bytes. Checks, where a pixel comes from, and what happens to it.
+// render_views: the view stage in one pass over the bytes. Checks, source pixels, and the arithmetic of one pixel.
 //
-// A picture is a whole turned crop, or one jigsaw patch of it. Its pixels go through: flip, the four jitters in the
-// picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), grayscale,
-// Gaussian blur, normalisation. All of it is per pixel but for four numbers or neighbourhoods: contrast needs the mean
-// luminance of the picture as it is then, sharpen the eight neighbours' levels, autocontrast each channel's extremes.
-// Levels are whole there, so a byte holds them. Blur needs a square of up to 31 pixels, in float32.
+// A picture is a whole rotated crop, or one jigsaw patch of it. Operations, in this order: flip, the four jitters in
+// the picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), apply_colour,
+// Gaussian blur, normalisation. All are per pixel except four: contrast needs the mean luminance of the picture at that
+// step, sharpen the levels of the eight neighbours, autocontrast the extremes of each channel; levels are integers
+// there and fit a byte. Blur needs a square of up to 31 pixels, in float32.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,6 +15,7 @@
 #include "common/check.h"
 #include "common/philox.h"  // SSLFAST_HD
 #include "gaussian_blur.h"
+#include "view_parameters.h"
 
 namespace sslfast {
 
@@ -24,13 +25,12 @@ namespace sslfast {
 #define SSLFAST_UNROLL
 #endif
 
-constexpr int kViewParameters = 13;  // fp32 numbers of a picture, in the order of PictureOps::read
+enum Jitter : int { kJitterBrightness, kJitterContrast, kJitterSaturation, kJitterHue };
 
-enum Jitter : int { kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3 };
-
-// Everything that happens to one picture.
+// The operations on one picture.
 struct PictureOps {
   bool flip, photometric, grayscale;
+  bool recolours;    // apply_colour changes pixels
   int kinds[4];      // the jitters in the picture's order
   float factors[4];  // of each; hue: turns
   bool applies[4];   // whether it changes anything
@@ -39,14 +39,15 @@ struct PictureOps {
   float sharpness, threshold;
   float sigma;  // of the blur; 0: none
 
-  // Loops of four with constant bounds and a list in an integer: on a GPU all of this stays in registers.
+  // Loops have constant bounds and the list of kinds is an integer, so that all of it stays in registers on a GPU.
   SSLFAST_HD static PictureOps read(const float* p) {
     PictureOps ops{};
-    ops.flip = p[0] != 0;
-    ops.photometric = p[7] != 0;
-    ops.grayscale = p[11] != 0;
-    int code = static_cast<int>(p[2]);  // rank of the order among the 24, lexicographic
-    unsigned left = 0x3210;             // kinds not yet placed, four bits each
+    ops.flip = p[kFlip] != 0;
+    ops.photometric = p[kPhotometric] != 0;
+    ops.grayscale = p[kGrayscale] != 0;
+    ops.recolours = ops.grayscale;
+    int code = static_cast<int>(p[kJitterOrder]);  // rank of the order among the 24, lexicographic
+    unsigned left = 0x3210;                        // kinds not yet used, four bits each
     ops.contrast = 4;
     SSLFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -54,26 +55,33 @@ struct PictureOps {
       const int kind = static_cast<int>(left >> shift & 15u);
       left = (left & ((1u << shift) - 1)) | (left >> (shift + 4) << shift);
       code %= block;
-      const float factor = kind == kBrightness ? p[3] : kind == kContrast ? p[4] : kind == kSaturation ? p[5] : p[6];
+      const float factor = kind == kJitterBrightness   ? p[kBrightness]
+                           : kind == kJitterContrast   ? p[kContrast]
+                           : kind == kJitterSaturation ? p[kSaturation]
+                                                       : p[kHue];
       ops.kinds[i] = kind;
       ops.factors[i] = factor;
-      ops.applies[i] = p[1] != 0 && factor != (kind == kHue ? 0.0f : 1.0f);
-      if (ops.applies[i] && kind == kContrast) ops.contrast = i;
+      ops.applies[i] = p[kJitter] != 0 && factor != (kind == kJitterHue ? 0.0f : 1.0f);
+      if (ops.applies[i] && kind == kJitterContrast) ops.contrast = i;
     }
-    ops.level_step = static_cast<float>(1 << (8 - static_cast<int>(p[8])));
-    ops.sharpness = p[9];
-    ops.threshold = p[10];
-    ops.sigma = p[12];
+    ops.level_step = static_cast<float>(1 << (8 - static_cast<int>(p[kPosterizeBits])));
+    ops.sharpness = p[kSharpness];
+    ops.threshold = p[kSolarizeThreshold];
+    ops.sigma = p[kBlurSigma];
     return ops;
   }
 };
 
+SSLFAST_HD bool parameter_in_range(int index, float value) {
+  const ViewParameterInfo info = view_parameter(index);
+  return value >= info.lowest && value <= info.highest;  // false for NaN
+}
+
 SSLFAST_HD bool parameters_in_range(const float* p) {
-  const bool code = p[2] >= 0 && p[2] < 24, bits = p[8] >= 0 && p[8] <= 8;
-  const bool sigma = p[12] >= 0 && p[12] <= kMaxBlurSigma;
-  bool finite = true;
-  for (int i = 0; i < kViewParameters; ++i) finite &= p[i] - p[i] == 0.0f;
-  return code && bits && sigma && finite;
+  bool in_range = true;
+  SSLFAST_UNROLL
+  for (int i = 0; i < kViewParameters; ++i) in_range &= parameter_in_range(i, p[i]);
+  return in_range;
 }
 
 SSLFAST_HD float luminance(float r, float g, float b) {
@@ -103,13 +111,13 @@ SSLFAST_HD float ramp(float distance) {  // 1 up to distance 1, 0 from 2 on
   return x < 0.0f ? 0.0f : x < 1.0f ? x : 1.0f;
 }
 
-// Turns the hue at fixed HSV saturation and value. `turns6`: six times the turns, in [0, 6).
+// Rotates the hue at fixed HSV saturation and value. `turns6`: six times the turns, in [0, 6).
 SSLFAST_HD Rgb shift_hue(Rgb x, float turns6) {
   const float low = x.r < x.g ? (x.r < x.b ? x.r : x.b) : (x.g < x.b ? x.g : x.b);
   const float high = x.r > x.g ? (x.r > x.b ? x.r : x.b) : (x.g > x.b ? x.g : x.b);
   const float chroma = high - low;
   const float rg = x.r - x.g, gb = x.g - x.b, br = x.b - x.r;
-  const float over = chroma > 1e-6f ? chroma : 1e-6f;  // a grey pixel: any hue does
+  const float over = chroma > 1e-6f ? chroma : 1e-6f;  // gray pixels have no hue
   float sextant = x.r == high ? gb : x.g == high ? br + 2.0f * chroma : rg + 4.0f * chroma;
   sextant = sextant / over + turns6;  // in (-1, 11)
   sextant = sextant >= 6.0f ? sextant - 6.0f : sextant;
@@ -127,9 +135,9 @@ SSLFAST_HD float hue_sixths(float turns) {
 
 // `level`: (1 - factor) * mean luminance for contrast.
 SSLFAST_HD Rgb apply_jitter(Rgb x, int kind, float factor, float level) {
-  return kind == kHue          ? shift_hue(x, hue_sixths(factor))
-         : kind == kSaturation ? saturate_levels(x, factor)
-                               : scale_levels(x, factor, kind == kContrast ? level : 0.0f);
+  return kind == kJitterHue          ? shift_hue(x, hue_sixths(factor))
+         : kind == kJitterSaturation ? saturate_levels(x, factor)
+                                     : scale_levels(x, factor, kind == kJitterContrast ? level : 0.0f);
 }
 
 // floor(s + f (x - s)), s the rounded mean of the pixel (five times) and its neighbours; `sum` is 13 times that mean.
@@ -152,7 +160,14 @@ SSLFAST_HD Rgb apply_jitters(Rgb x, const PictureOps& ops, int steps, float leve
   return x;
 }
 
-// Where the pixels of a picture lie in a plane of its crop: pixel (y, x) at base + y * down + x * right.
+// The per-pixel operations between the photometric set and the blur, in this order. An operation of its own goes before
+// grayscale: blur takes a gray picture to have three equal channels.
+SSLFAST_HD Rgb apply_colour(Rgb x, const PictureOps& ops) {
+  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
+  return x;
+}
+
+// Position of a picture in a plane of its crop: pixel (y, x) is at base + y * down + x * right.
 struct PixelMap {
   int64_t base;
   int64_t down, right;
@@ -181,10 +196,10 @@ struct ViewShape {
     return y >= 0 && x >= 0 && y <= cell() - side && x <= cell() - side;
   }
 
-  // `turns` counter-clockwise, then the side x side square at (top, left) of the turned crop, then a mirror.
+  // `turns` counter-clockwise, then the side x side square at (top, left) of the rotated crop, then a mirror.
   SSLFAST_HD PixelMap map(int turns, int64_t top, int64_t left, bool flip) const {
     const int64_t last = size - 1;
-    // Turned pixel (y, x) is crop pixel (y, x), (x, last - y), (last - y, last - x), (last - x, y).
+    // Pixel (y, x) of the rotated crop is crop pixel (y, x), (x, last - y), (last - y, last - x), (last - x, y).
     PixelMap m{};
     switch (turns & 3) {
       case 0:
@@ -210,7 +225,7 @@ struct ViewShape {
 };
 
 inline ViewShape check_render_views(const Tensor& crops,                         // [B, 3, S, S] uint8
-                                    const Tensor& parameters,                    // [B, M, 13] fp32
+                                    const Tensor& parameters,                    // [B, M, kViewParameters] fp32
                                     const std::optional<Tensor>& quarter_turns,  // [B] int64
                                     const std::optional<Tensor>& permutation,    // [B, M] int64
                                     const std::optional<Tensor>& offsets,        // [B, M, 2] int64
@@ -254,7 +269,7 @@ inline ViewShape check_render_views(const Tensor& crops,                        
   return shape;
 }
 
-// fp32, bf16 and fp16: calls body with a zero of the type.
+// fp32, bf16 and fp16: calls body with a value of the type.
 template <typename Body>
 void dispatch_view_dtype(ScalarType dtype, const Body& body) {
   switch (dtype) {

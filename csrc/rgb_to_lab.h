@@ -9,7 +9,7 @@
 namespace sslfast {
 
 // x^(-1/n) of a normal x > 0, n 3 or 5: dividing the bits by -n gives it to 4 %, each step of Newton's method squares
-// that error. Straight-line arithmetic without a division, which vectorises; other x give numbers that nobody uses.
+// that error. Straight-line arithmetic without a division, which vectorises; results for other x are not used.
 template <int n>
 SSLFAST_HD float inverse_root(float x) {
   static_assert(n == 3 || n == 5, "the powers below are x^3 or x^5");

@@ -1,4 +1,4 @@
-// rotate90: checks, and where a pixel of the result comes from.
+// rotate90: checks.
 #pragma once
 
 #include "common/check.h"

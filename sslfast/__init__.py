@@ -1,12 +1,38 @@
-"""sslfast: fast, exact self-supervised pretraining of image encoders, and the ops it is made of."""
+"""sslfast: fast, exact self-supervised pretraining of image encoders, and the ops it is made of.
 
-from typing import Any
+``pretrain(data, recipe, output, **overrides)``
+    Pretrain an encoder without labels; returns a :class:`sslfast.training.TrainResult`.
+``load(path)``
+    The trunk of a run, an exported file or another project's checkpoint, in eval mode.
+``RECIPES``
+    Recipe name -> function that returns a :class:`sslfast.training.TrainConfig`; add your own.
 
+The ops are in :mod:`sslfast.ops`. Importing ``sslfast`` imports nothing else: each name is imported at its first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sslfast.recipes import RECIPES, pretrain
+    from sslfast.weights import load_trunk as load
+
+__all__ = ["RECIPES", "load", "pretrain"]
 __version__ = "0.1.0"
 
 
-def load(path: Any) -> Any:
-    """The pretrained trunk behind a path, in eval mode: see :func:`sslfast.weights.load_trunk`."""
-    from sslfast.weights import load_trunk
+def __getattr__(name: str) -> Any:
+    homes = {
+        "RECIPES": ("sslfast.recipes", "RECIPES"),
+        "load": ("sslfast.weights", "load_trunk"),
+        "pretrain": ("sslfast.recipes", "pretrain"),
+    }
+    if name not in homes:
+        raise AttributeError(f"module 'sslfast' has no attribute {name!r}")
+    import importlib
 
-    return load_trunk(path)
+    module, attribute = homes[name]
+    return globals().setdefault(name, getattr(importlib.import_module(module), attribute))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,8 @@
 
 ``to_dict`` and ``from_dict`` are inverse for dataclasses made of bool, int, float, str, None, Path, Enum, Literal,
 Optional, unions, tuples, lists, dicts with string keys and nested dataclasses. A dataclass with a class variable
-``name`` (``name: ClassVar[str] = "pirl"``) stores it, which tells the members of a union of dataclasses apart.
+``name`` (``name: ClassVar[str] = "pirl"``) stores it. The members of a union of dataclasses are told apart by it, or by
+the choices of a field ``name`` of type Literal; :class:`OneOf` is a union that can grow.
 """
 
 import dataclasses
@@ -20,6 +21,16 @@ from sslfast.files import replacing
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """``Annotated[Base, OneOf(classes)]``: an instance of any of ``classes``, dataclasses by their ``name``."""
+
+    classes: Mapping[str, type]
+    """May grow: it is looked up when a value is read."""
+    remedy: str
+    """What to do about a name that is missing there, for the message."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dict (JSON values only: dict, list, str, int, float, bool, None) of a dataclass instance."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
@@ -34,13 +45,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     """The dataclass ``cls`` that :func:`to_dict` made ``data`` from.
 
-    Keys that ``data`` lacks take their defaults. ``where`` is put before field names in messages.
+    Keys that ``data`` lacks take their defaults. ``where`` is put before field names in messages. A dataclass with a
+    classmethod ``migrate(data: Mapping) -> dict`` is given what earlier versions wrote, renamed fields and values say,
+    before it is decoded.
 
     Raises:
         ValueError: unknown key, missing key without a default, or a value of another type: names field and remedy.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"config field {where or '(top)'}: expected a table of {cls.__name__} fields, got {data!r}")
+    migrate = getattr(cls, "migrate", None)
+    data = data if migrate is None else migrate(data)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     name = _class_name(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -64,6 +79,15 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
     return cls(**values)
 
 
+def decode(hint: Any, value: Any, *, where: str) -> Any:
+    """The value of type ``hint``, for example a union of dataclasses, that :func:`to_dict` stored as ``value``.
+
+    Raises:
+        ValueError: as :func:`from_dict` does, for the field ``where``.
+    """
+    return _decode(hint, value, where)
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = "") -> list[tuple[str, Any, Any]]:
     """``(dotted field, old value, new value)`` wherever two plain dicts differ; a missing side is ``None``."""
     found: list[tuple[str, Any, Any]] = []
@@ -74,6 +98,29 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
             found += differences(before, after, where=path)
         elif before != after or isinstance(before, bool) != isinstance(after, bool):
             found.append((path, before, after))
+    return found
+
+
+def resumable(default: T) -> T:
+    """Field of a configuration that may change when a run is resumed: it does not change what a step computes, but for
+    rounding. Every other field is fixed for the life of a run.
+
+    Written in place of the default: ``workers: int = resumable(4)``. A subclass may give another default; the field
+    stays resumable.
+    """
+    return dataclasses.field(default=default, metadata={"resumable": True})
+
+
+def resumable_fields(config: Any, *, where: str = "") -> set[str]:
+    """Dotted names of all fields of a dataclass instance declared :func:`resumable`, those of nested ones included."""
+    found: set[str] = set()
+    declared = [vars(cls).get("__dataclass_fields__", {}) for cls in type(config).__mro__]
+    for field in dataclasses.fields(config):
+        path, value = f"{where}{field.name}", getattr(config, field.name)
+        if any(field.name in fields and fields[field.name].metadata.get("resumable") for fields in declared):
+            found.add(path)
+        elif dataclasses.is_dataclass(value):
+            found |= resumable_fields(value, where=f"{path}.")
     return found
 
 
@@ -101,6 +148,24 @@ def load_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a plain dict with some values replaced, for :func:`from_dict` to check.
+
+    Keys of ``overrides`` may be dotted (``"model.width"``); a mapping replaces the keys that it has, any other value
+    (a dataclass instance too) the whole entry. Values are stored as :func:`to_dict` stores them.
+    """
+    merged = dict(base)
+    for key, value in overrides.items():
+        first, dot, rest = key.partition(".")
+        value = {rest: value} if dot else value
+        if isinstance(value, Mapping):
+            old = merged.get(first)
+            merged[first] = merge(old if isinstance(old, Mapping) else {}, value)
+        else:
+            merged[first] = _encode(value, key)
+    return merged
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """Words for a message about an unknown name: the near matches, else everything known."""
     names = list(known)
@@ -118,6 +183,15 @@ def _class_name(cls: type) -> str | None:
         return None
     name = getattr(cls, "name", None)
     return name if isinstance(name, str) else None
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    """Names that choose this dataclass in a union: its class variable, or the choices of its field."""
+    name = _class_name(cls)
+    if name is not None:
+        return (name,)
+    hint = typing.get_type_hints(cls).get("name")
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _encode(value: Any, path: str) -> Any:
@@ -140,6 +214,10 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        choice = next((note for note in arguments[1:] if isinstance(note, OneOf)), None)
+        if choice is not None:
+            return _decode_named(choice.classes, value, path, remedy=f"; {choice.remedy}")
     if origin in (Annotated, ClassVar):
         return _decode(arguments[0], value, path)
     if origin in (Union, types.UnionType):
@@ -191,11 +269,7 @@ def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
         return None
     tables = [m for m in members if dataclasses.is_dataclass(m) and isinstance(m, type)]
     if isinstance(value, Mapping) and len(tables) > 1:
-        named = {_class_name(table): table for table in tables}
-        if value.get("name") in named:
-            return from_dict(named[value["name"]], value, where=path)
-        known = ", ".join(str(name) for name in named)
-        raise ValueError(f"config field {path}.name: {value.get('name')!r} is not one of {known}")
+        return _decode_named({name: table for table in tables for name in _names(table)}, value, path)
     if isinstance(value, Mapping) and tables:
         return from_dict(tables[0], value, where=path)
     reasons = []
@@ -207,6 +281,17 @@ def _decode_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
         except ValueError as error:
             reasons.append(error)
     raise reasons[0] if len(reasons) == 1 else _wrong(path, " or ".join(map(_type_name, members)), value)
+
+
+def _decode_named(classes: Mapping[str, type], value: Any, path: str, *, remedy: str = "") -> Any:
+    if not isinstance(value, Mapping):
+        raise _wrong(path, "a table", value)
+    name = value.get("name")
+    if name is None:  # a field ``name`` may have a default
+        name = next((getattr(cls, "name", None) for cls in classes.values() if _class_name(cls) is None), None)
+    if isinstance(name, str) and name in classes:
+        return from_dict(classes[name], value, where=path)
+    raise ValueError(f"config field {path}.name: {name!r} is not one of {', '.join(classes)}{remedy}")
 
 
 def _decode_sequence(origin: type, arguments: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -8,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslfast.config import differences, from_dict, load_json, nearest, save_json, to_dict
+from sslfast.config import (
+    differences,
+    from_dict,
+    load_json,
+    merge,
+    nearest,
+    resumable,
+    resumable_fields,
+    save_json,
+    to_dict,
+)
 
 
 class Color(Enum):
@@ -31,6 +42,25 @@ class Circle:
 class Square:
     name: ClassVar[str] = "square"
     side: int = 2
+
+
+@dataclass(kw_only=True)
+class Renamed:
+    """Its field was called ``old``, and its value "slow" is "careful" now."""
+
+    new: str = "fast"
+
+    @classmethod
+    def migrate(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        values = {"new" if key == "old" else key: value for key, value in data.items()}
+        return values | ({"new": "careful"} if values.get("new") == "slow" else {})
+
+
+@dataclass(kw_only=True)
+class Holder:
+    one: Renamed = field(default_factory=Renamed)
+    maybe: Renamed | None = None
+    many: list[Renamed] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -132,6 +162,18 @@ def test_every_mistake_is_one_line_with_field_and_value(data: dict[str, Any], me
     assert "\n" not in str(caught.value)
 
 
+def test_configurations_of_earlier_versions_are_migrated_at_any_depth() -> None:
+    data = {"one": {"old": "slow"}, "maybe": {"new": "slow"}, "many": [{"old": "x"}, {}]}
+    config = from_dict(Holder, data)
+    assert config == Holder(
+        one=Renamed(new="careful"), maybe=Renamed(new="careful"), many=[Renamed(new="x"), Renamed()]
+    )
+    assert data["one"] == {"old": "slow"}  # what was read stays as it was
+    assert from_dict(Holder, to_dict(config)) == config
+    with pytest.raises(ValueError, match=r"config field one\.odd is unknown"):
+        from_dict(Holder, {"one": {"odd": 1}})
+
+
 def test_missing_required_field() -> None:
     @dataclass
     class Needs:
@@ -175,3 +217,39 @@ def test_files(tmp_path: Path) -> None:
 def test_near_matches() -> None:
     assert nearest("prl-paper", ["pirl-paper", "npid"]) == "did you mean pirl-paper?"
     assert nearest("xyz", ["pirl-paper", "npid"]) == "known: pirl-paper, npid"
+
+
+@dataclass(kw_only=True)
+class Reader:
+    workers: int | None = resumable(None)
+    shuffle: bool = True
+
+
+@dataclass(kw_only=True)
+class Run:
+    reader: Reader = field(default_factory=Reader)
+    device: Literal["cpu", "cuda"] = resumable("cpu")
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class ShortRun(Run):
+    device: Literal["cpu", "cuda"] = "cuda"
+
+
+def test_resumable_fields_are_found_through_nesting_and_subclasses() -> None:
+    assert Run() == Run(device="cpu", reader=Reader(workers=None))
+    assert resumable_fields(Run()) == resumable_fields(ShortRun()) == {"device", "reader.workers"}
+    assert from_dict(ShortRun, to_dict(ShortRun())) == ShortRun()
+
+
+def test_merge_takes_dotted_names_and_mappings_and_changes_nothing_given() -> None:
+    base = {"a": 1, "model": {"name": "r", "width": 1.0}, "absent": None}
+    overrides = {"a": 2, "model.width": 2.0, "absent": {"deep.er": 3}, "new": {"x": (1, Path("p"))}}
+    assert merge(base, overrides) == {
+        "a": 2, "model": {"name": "r", "width": 2.0}, "absent": {"deep": {"er": 3}}, "new": {"x": [1, "p"]},
+    }  # fmt: skip
+    assert base == {"a": 1, "model": {"name": "r", "width": 1.0}, "absent": None}
+    assert merge(base, {"model": {"width": 3}, "model.name": "s"})["model"] == {"name": "s", "width": 3}
+    with pytest.raises(ValueError, match="config field a: object cannot be stored as JSON"):
+        merge(base, {"a": object()})

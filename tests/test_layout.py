@@ -120,7 +120,7 @@ def test_kernels_reach_cuda_through_headers() -> None:
 
 
 def test_no_op_without_a_schema() -> None:
-    helpers = {"__init__", "_library", "philox", "pixels"}
+    helpers = {"__init__", "_library", "philox", "pixels", "view_parameters"}
     assert {path.stem for path in (PACKAGE / "ops").glob("*.py")} - helpers == set(OPS)
     for folder, suffix in (("csrc/cpu", "*.cpp"), ("csrc/cuda", "*.cu")):
         assert {path.stem for path in (ROOT / folder).glob(suffix)} == set(OPS)
@@ -220,7 +220,7 @@ def test_ops_need_torch_alone(path: Path) -> None:
 
 def test_commands_start_without_the_compiler() -> None:
     code = (
-        "import sys, sslfast.cli.commands, sslfast.evaluation.linear_probe, sslfast.report.build; "
+        "import sys, sslfast.cli.pretrain, sslfast.evaluation.linear_probe, sslfast.report.build; "
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,5 @@
-"""A method of a few milliseconds a step with everything that a checkpoint must carry: weights, BatchNorm, a bank; and
-child processes that start in a fraction of a second."""
+"""A method of a few milliseconds a step with every kind of state of a checkpoint: weights, BatchNorm, a bank; and child
+processes that start in a fraction of a second."""
 
 import multiprocessing
 from collections.abc import Mapping
@@ -7,40 +7,39 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.distributed.collectives import gather_rows
 from sslfast.loaders.registry import LoaderConfig
-from sslfast.methods.base import Method
-from sslfast.models.resnet import ResNetConfig
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.models.build import TrunkConfig
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, View, ViewConfig
 
 
 class Tiny(Method):
-    """Pulls every embedding to its bank row, away from the rows around it."""
+    """Attracts every embedding to its vector in the bank and repels it from the others."""
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(BaseConfig):
         name: ClassVar[str] = "tiny"
         bank_momentum: float = 0.5
         bad_step: int = -1
-        """The loss of this step (0-based) is not a number; -1: of none."""
+        """The loss of this step (0-based) is NaN; -1: of none."""
+        image_view: Annotated[ViewConfig, tyro.conf.Suppress] = field(
+            default_factory=lambda: ViewConfig(crop=CropConfig(size=8))
+        )
+        """Not an option of the command: its help stays short."""
 
-        def views(self) -> dict[str, ViewConfig]:
-            return {"image": ViewConfig(crop=CropConfig(size=8))}
-
-        def feature_views(self) -> dict[str, ViewConfig]:
-            return {}
-
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Tiny":
-            return Tiny(self, num_rows, seed)
+        def build(self, context: MethodContext) -> "Tiny":
+            return Tiny(self, context.num_rows, context.seed)
 
     bank: Tensor
 
@@ -54,10 +53,10 @@ class Tiny(Method):
             self.register_buffer("bank", normalize(torch.randn(num_rows, 4), dim=1))
         self.pending: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         query = normalize(self.head(self.trunk(views["image"].pixels).flatten(1)).float(), dim=1)
-        self.pending.append((rows, query.detach()))
-        positive = (query * self.bank[rows]).sum(1)
+        self.pending.append((sample_ids, query.detach()))
+        positive = (query * self.bank[sample_ids]).sum(1)
         loss = (torch.logsumexp(query @ self.bank.T, 1) - positive).mean()
         is_bad = torch.as_tensor(step, device=loss.device) == self.config.bad_step
         return {"loss": torch.where(is_bad, torch.nan, loss), "positive": positive.mean().detach()}
@@ -66,10 +65,10 @@ class Tiny(Method):
         return self.bank
 
     def after_step(self) -> None:
-        rows, query = (gather_rows(torch.cat(column)) for column in zip(*self.pending, strict=True))
+        sample_ids, query = (gather_rows(torch.cat(column)) for column in zip(*self.pending, strict=True))
         self.pending.clear()
         keep = self.config.bank_momentum
-        self.bank[rows] = normalize(keep * self.bank[rows] + (1 - keep) * query, dim=1)
+        self.bank[sample_ids] = normalize(keep * self.bank[sample_ids] + (1 - keep) * query, dim=1)
 
 
 @dataclass(kw_only=True)
@@ -87,8 +86,21 @@ class TinyConfig(TrainConfig):
     progress: str = "off"  # type: ignore[assignment]
 
 
+def context(
+    model: TrunkConfig, num_rows: int, *, seed: int = 0, epochs: int = 2, steps_per_epoch: int = 3
+) -> MethodContext:
+    """What a test builds a method for."""
+    return MethodContext(
+        model=model,
+        num_rows=num_rows,
+        seed=seed,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=epochs * steps_per_epoch,
+    )
+
+
 def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, through dicts and lists; what is not a number equals its like."""
+    """Bit-equal, through dicts and lists; NaNs are equal."""
     if isinstance(a, torch.Tensor):
         is_number = ~a.isnan()
         return (
@@ -113,17 +125,17 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def fork_server() -> ForkServerContext:
-    """Children forked from a server that has imported all that they need, once.
+    """Child processes forked from a server that has imported what they need once.
 
-    A process has one such server, which another test may have started without these modules: then it starts anew.
+    A process has one such server, which another test may have started without these modules: then it is restarted.
     The first optimizer step would import torch._dynamo: seconds, in every child.
     """
     context = multiprocessing.get_context("forkserver")
     needed = [
-        "tests.test_checkpoint",
-        "tests.test_resume",
-        "tests.test_elastic",
-        "sslfast.cli.commands",
+        "tests.runs.test_checkpoint",
+        "tests.runs.test_resume",
+        "tests.distributed.test_elastic",
+        "sslfast.cli.pretrain",
         "torchvision",
         "torch._dynamo",
     ]

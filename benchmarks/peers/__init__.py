@@ -1,8 +1,9 @@
-"""Other ways to ``bank_nce``'s loss and gradient, from the published formulas: what it is timed beside.
+"""Other ways to compute ``bank_nce``'s loss and gradient, from the published formulas: what it is timed beside.
 
-Every peer is ``(query [V, B, D], bank [N, D], index [B], rows, *, temperature) -> (loss [V, B], gradient [V, B, D])``
-in fp32 (fp64 for an fp64 bank): InfoNCE of each query, and the derivative of the sum of losses. ``rows`` are the
-negatives: ``[B, K]`` for "sampled", ``[K]`` for "shared", None for "full". The bank's dtype is that of the products.
+Every peer is ``(query [V, B, D], bank [N, D], index [B], negatives, *, temperature) -> (loss [V, B], gradient
+[V, B, D])`` in fp32 (fp64 for an fp64 bank): InfoNCE of each query, and the derivative of the sum of losses. The
+``negatives`` are bank rows: ``[B, K]`` for "sampled", ``[K]`` for "shared", None for "full". Products are in the bank's
+dtype.
 """
 
 from collections.abc import Callable
@@ -20,14 +21,13 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(kw_only=True)
 class Peer:
-    """One way, and what it needs."""
+    """One implementation, and the memory it needs."""
 
     name: str
     mode: Mode
     function: Function
     values: Callable[[int, int, int, int], int]
-    """(V * B, K or N, D, B) -> numbers in the largest tensors that it holds, to tell beforehand what does not fit."""
-    note: str = ""
+    """(V * B, K or N, D, B) -> elements of the largest tensors that it holds, to predict what does not fit."""
 
 
 def _gathered(queries: int, count: int, columns: int, batch: int) -> int:

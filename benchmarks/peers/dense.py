@@ -1,38 +1,38 @@
-"""One set of rows for the whole batch: the bank, or K rows of it."""
+"""The same negatives for the whole batch: the bank, or K rows of it."""
 
 import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from benchmarks.peers.gather import _with_gradient
+from benchmarks.peers.gather import with_gradient
+from sslfast.bench.peers import matmul_infonce
 
 HEADS = 8
 CHUNK = 8192  # bank rows
 
 
 def matmul(
-    query: Tensor, bank: Tensor, index: Tensor, rows: Tensor | None, *, temperature: float
+    query: Tensor, bank: Tensor, index: Tensor, negatives: Tensor | None, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The plain form: one product, cross-entropy, autograd; ``[V B, N]`` scores exist (lemniscate's ``nce-k 0``)."""
-    return _with_gradient(_matmul_loss, query, bank, index, rows, temperature)
+    return with_gradient(matmul_infonce, query, bank, index, negatives, temperature)
 
 
 def matmul_compiled(
-    query: Tensor, bank: Tensor, index: Tensor, rows: Tensor | None, *, temperature: float
+    query: Tensor, bank: Tensor, index: Tensor, negatives: Tensor | None, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The same under ``torch.compile``: pointwise work and reductions fused, the products stay the library's."""
-    return _with_gradient(_compiled(), query, bank, index, rows, temperature)
+    return with_gradient(_compiled(), query, bank, index, negatives, temperature)
 
 
 def chunked(
-    query: Tensor, bank: Tensor, index: Tensor, rows: None, *, temperature: float, chunk: int = CHUNK
+    query: Tensor, bank: Tensor, index: Tensor, negatives: None, *, temperature: float, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Eager streaming: chunks of the bank, running log-sum-exp (Milakov & Gimelshein 2018), weighted rows rescaled.
 
-    ``gradient = (softmax(s) M - m_0) / τ`` falls out of the same pass, so that no ``[V B, N]`` tensor exists.
+    ``gradient = (softmax(s) M - m_0) / τ`` falls out of the same pass, and no ``[V B, N]`` tensor exists.
     """
     flat = query.reshape(-1, query.shape[-1])
     scaled = (flat / temperature).to(bank.dtype)
@@ -50,11 +50,11 @@ def chunked(
 
 
 def split_attention(
-    query: Tensor, bank: Tensor, index: Tensor, rows: None, *, temperature: float, heads: int = HEADS
+    query: Tensor, bank: Tensor, index: Tensor, negatives: None, *, temperature: float, heads: int = HEADS
 ) -> tuple[Tensor, Tensor]:
     """Scaled-dot-product attention with the bank as keys and values: its output is ``softmax(s) M``.
 
-    The bank is cut into "heads" that the library works on side by side, all with the same queries (flash-decoding);
+    The bank is split into "heads" that the library processes in parallel, all with the same queries (flash-decoding);
     their outputs merge by their log-sum-exps. The public ``scaled_dot_product_attention`` returns no log-sum-exp, so
     this calls the kernels behind it: flash on the CPU and, for half types, on CUDA; memory-efficient for fp32 on CUDA.
     ``flex_attention(return_lse=True)`` would give it too, under torch.compile alone.
@@ -93,19 +93,6 @@ def _finish(
     return loss, (weighted - positive) / temperature
 
 
-def _matmul_loss(query: Tensor, bank: Tensor, index: Tensor, rows: Tensor | None, temperature: float) -> Tensor:
-    flat = query.reshape(-1, query.shape[-1])
-    views = query.shape[0]
-    chosen = bank if rows is None else bank[rows]
-    scores = (flat.to(bank.dtype) @ chosen.T).to(flat.dtype) / temperature
-    target = index.repeat(views)
-    if rows is not None:  # a sample's own row is left out of its negatives, the positive stands in front
-        scores = scores.masked_fill(rows == target[:, None], -torch.inf)
-        positive = (flat.to(bank.dtype) * bank[target]).sum(-1, keepdim=True).to(flat.dtype) / temperature
-        scores, target = torch.cat((positive, scores), dim=1), torch.zeros_like(target)
-    return cross_entropy(scores, target, reduction="none").reshape(query.shape[:-1])
-
-
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_matmul_loss, dynamic=False)
+    return torch.compile(matmul_infonce, dynamic=False)

@@ -1,8 +1,8 @@
-"""PIRL with jigsaw as one would otherwise write it: PIL, DataLoader, eager NCE on gathered rows, everything in fp32.
+"""PIRL with jigsaw as a plain PyTorch trainer: PIL, DataLoader, eager InfoNCE on gathered bank rows, all in fp32.
 
 From the paper's recipe (sections 3 and 4) on torch and torchvision alone: each image is decoded and cropped twice by
 torchvision's transforms in worker processes, colour jitter and grayscale run there on every patch, the bank rows of
-every sample are gathered into ``[B, K + 1, D]``, and the bank is moved by index. No autocast, no channels_last.
+every sample are gathered into ``[B, K + 1, D]``, and the bank is updated by index. No autocast, no channels_last.
 """
 
 import random
@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 from torchvision.transforms import v2
+
+from sslfast.bench.peers import gather_infonce, scatter_update_
 
 _NORMALISE = [
     v2.ToImage(),
@@ -25,7 +27,7 @@ _NORMALISE = [
 
 
 class JigsawImages(Dataset[tuple[int, Tensor, Tensor]]):
-    """(row, image ``[3, 224, 224]``, patches ``[9, 3, 64, 64]`` in random order)."""
+    """Samples ``(sample id, image [3, 224, 224], patches [9, 3, 64, 64] in random order)``."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -37,16 +39,16 @@ class JigsawImages(Dataset[tuple[int, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor, Tensor]:
-        picture = Image.open(self.files[row]).convert("RGB")
+    def __getitem__(self, sample_id: int) -> tuple[int, Tensor, Tensor]:
+        picture = Image.open(self.files[sample_id]).convert("RGB")
         square = self.square(picture)
         cells = [square.crop((85 * x, 85 * y, 85 * x + 85, 85 * y + 85)) for y in range(3) for x in range(3)]
         random.shuffle(cells)
-        return row, self.image(picture), torch.stack([self.patch(cell) for cell in cells])
+        return sample_id, self.image(picture), torch.stack([self.patch(cell) for cell in cells])
 
 
 class EagerPIRL(nn.Module):
-    """Trunk, two heads, bank and loss (InfoNCE over ``num_negatives`` rows for each sample)."""
+    """Trunk, two heads, bank and loss (InfoNCE against ``num_negatives`` bank rows drawn for each sample)."""
 
     def __init__(self, name: str, num_rows: int, *, num_negatives: int, temperature: float = 0.07) -> None:
         super().__init__()
@@ -58,30 +60,29 @@ class EagerPIRL(nn.Module):
         self.num_negatives, self.temperature = num_negatives, temperature
         self.register_buffer("bank", normalize(torch.randn(num_rows, 128), dim=1))
 
-    def forward(self, rows: Tensor, image: Tensor, patches: Tensor) -> Tensor:
+    def forward(self, sample_ids: Tensor, image: Tensor, patches: Tensor) -> Tensor:
         patch = self.patch_head(self.trunk(patches.flatten(0, 1))).unflatten(0, patches.shape[:2]).flatten(1)
         patch = normalize(self.combine(patch), dim=1)
         image = normalize(self.image_head(self.trunk(image)), dim=1)
-        self.latest = (rows, image.detach())
-        negatives = torch.randint(len(self.bank), (len(rows), self.num_negatives), device=rows.device)
-        return 0.5 * self._loss(patch, rows, negatives) + 0.5 * self._loss(image, rows, negatives)
-
-    def _loss(self, query: Tensor, rows: Tensor, negatives: Tensor) -> Tensor:
-        chosen = torch.cat((rows[:, None], negatives), dim=1)  # [B, K + 1]
-        gathered = self.bank.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)  # [B, K + 1, D]
-        scores = torch.bmm(gathered, query[:, :, None])[:, :, 0] / self.temperature
-        return cross_entropy(scores, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+        self.latest = (sample_ids, image.detach())
+        negatives = torch.randint(len(self.bank), (len(image), self.num_negatives), device=image.device)
+        # One gather per view, as VISSL and PyContrast do.
+        losses = [
+            gather_infonce(view[None], self.bank, sample_ids, negatives, temperature=self.temperature)
+            for view in (patch, image)
+        ]
+        return 0.5 * losses[0].mean() + 0.5 * losses[1].mean()
 
     @torch.no_grad()
     def update_bank(self) -> None:
-        rows, features = self.latest
-        self.bank[rows] = normalize(0.5 * self.bank[rows] + 0.5 * features, dim=1)
+        sample_ids, features = self.latest
+        scatter_update_(self.bank, sample_ids, features, momentum=0.5)
 
 
 def eager_steps(
     files: list[Path], name: str, *, batch_size: int, num_negatives: int, workers: int, device: torch.device
 ) -> Iterator[float]:
-    """Trains for ever, epoch after epoch; yields the loss of every step, read from the device as most loops do."""
+    """Train endlessly; yields the loss of every step, read from the device as most loops do."""
     loader = DataLoader(
         JigsawImages(files),
         batch_size=batch_size,
@@ -94,9 +95,9 @@ def eager_steps(
     model = EagerPIRL(name, len(files), num_negatives=num_negatives).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     while True:
-        for rows, image, patches in loader:
+        for sample_ids, image, patches in loader:
             optimizer.zero_grad()
-            loss = model(rows.to(device), image.to(device), patches.to(device))
+            loss = model(sample_ids.to(device), image.to(device), patches.to(device))
             loss.backward()
             optimizer.step()
             model.update_bank()

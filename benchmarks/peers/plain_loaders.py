@@ -1,11 +1,11 @@
-"""Input pipelines as the documentation of torchvision, DALI and FFCV has one write them, without sslfast.
+"""Input pipelines from the documentation of torchvision, DALI and FFCV, without sslfast.
 
 Three kinds of batches, all float32, normalised, on the device: ``crop`` (one random 224-pixel crop, mirrored or not),
 ``pirl`` (that crop, and of a second crop of 255 pixels nine 64-pixel patches in random order) and ``rotation`` (the
 crop turned by a random number of quarter turns). No colour jitter: FFCV has none.
 
 Sources: torchvision's transforms v2 "getting started"; DALI's "ImageNet training" and "augmentation gallery"; FFCV's
-"quickstart" and ImageNet example. None knows sample rows, bad files or a resumable order.
+"quickstart" and ImageNet example. None has sample ids, handling of bad files or a resumable order.
 """
 
 import os
@@ -23,14 +23,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRID, CELL, PATCH = 3, 85, 64
 
 Batches = Generator[list[Tensor], None, None]
-"""Without end. The pipeline is built with the first; ``close()`` ends its workers."""
+"""Endless. The pipeline is built with the first batch; ``close()`` stops its workers."""
 
 
 def patch_corners(_sample: object = None) -> np.ndarray:
-    """``[9, 2]`` int32: rows and columns of one patch at a random place of each cell, cells in random order."""
+    """``[9, 2]`` int32: top and left of a patch at a random position in each cell, cells in random order."""
     cells = np.random.permutation(GRID * GRID)
-    places = np.random.randint(CELL - PATCH + 1, size=(GRID * GRID, 2))
-    return (CELL * np.stack([cells // GRID, cells % GRID], axis=1) + places).astype(np.int32)
+    offsets = np.random.randint(CELL - PATCH + 1, size=(GRID * GRID, 2))
+    return (CELL * np.stack([cells // GRID, cells % GRID], axis=1) + offsets).astype(np.int32)
 
 
 def shuffled_patches(squares: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Checks and names that every op uses. A failed check throws std::runtime_error: "op: rule, got value".
+// Checks and names shared by all ops. A failed check throws std::runtime_error: "op: rule, got value".
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -31,7 +31,7 @@ inline bool is_floating(ScalarType type) {
          type == ScalarType::BFloat16;
 }
 
-// Every tensor of one op call lives on one device.
+// All tensors of an op call are on one device.
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* other_name,
                               const Tensor& other) {
   SSLFAST_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), op, ": ", name,
@@ -44,7 +44,7 @@ inline void check_index(const char* op, const char* name, const Tensor& index) {
   SSLFAST_CHECK(index.dim() == 1, op, ": ", name, " must have shape [B], got ", shape_string(index));
 }
 
-// CPU only: reads the values. On CUDA the kernels trap instead, since reading them would stop the host.
+// CPU only: reads the values. On CUDA the kernels trap instead, since reading them would synchronise with the device.
 inline void check_rows_in_range(const char* op, const char* name, const Tensor& rows /* int64, contiguous */,
                                 int64_t num_rows, int64_t lowest = 0) {
   const int64_t* values = static_cast<const int64_t*>(rows.const_data_ptr());
@@ -55,7 +55,7 @@ inline void check_rows_in_range(const char* op, const char* name, const Tensor& 
   }
 }
 
-// The 0-d int64 tensor wins over the number; CPU tensors only.
+// The value of step_tensor if given, else step; CPU tensors only.
 inline int64_t host_step(const std::optional<Tensor>& step_tensor, int64_t step) {
   return step_tensor ? *static_cast<const int64_t*>(step_tensor->const_data_ptr()) : step;
 }

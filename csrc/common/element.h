@@ -1,4 +1,4 @@
-// Ops that only move elements see them as unsigned integers of their size. The body sees the type as `element_t`.
+// Ops that only move elements treat them as unsigned integers of their size. The body sees the type as `element_t`.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ inline void check_element(const char* op, const Tensor& t) {
     break;                                     \
   }
 
-// Any dtype that check_element lets through. Variadic, so that bodies may hold commas and kernel launches.
+// Any dtype that check_element accepts. Variadic, so that bodies may hold commas and kernel launches.
 #define SSLFAST_DISPATCH_ELEMENT(TENSOR, ...)      \
   switch ((TENSOR).element_size()) {               \
     SSLFAST_ELEMENT_CASE(1, uint8_t, __VA_ARGS__)  \

@@ -1,6 +1,5 @@
-// Launching on torch's current stream, and everything else that a .cu file asks of the CUDA runtime: .cu files call no
-// cuda* function. Included by .cu files only. Tests run kernels on the CPU with the definitions of
-// tests/cuda_emulation instead.
+// Kernel launches on torch's current stream, and all other uses of the CUDA runtime: .cu files call no cuda* function
+// themselves. Included by .cu files only. Tests compile kernels for the CPU against tests/cuda_emulation instead.
 #pragma once
 
 #ifdef SSLFAST_EMULATE_CUDA
@@ -46,35 +45,36 @@ inline int multiprocessors() {
 inline int compute_capability() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
-// Bytes that a block may ask for, static ones included: 163 KiB on 8.0, 99 KiB on 8.6, 8.9 and 12.0, 227 KiB on 9.0.
+// Largest shared memory of a block in bytes, static included: 163 KiB on 8.0, 99 KiB on 8.6, 8.9 and 12.0, 227 KiB
+// on 9.0.
 inline int64_t shared_memory_limit() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// The block's dynamic shared memory, for which launch_kernel gets the number of bytes.
+// The block's dynamic shared memory, whose size is an argument of launch_kernel.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char sslfast_dynamic_shared[];
   return reinterpret_cast<T*>(sslfast_dynamic_shared);
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), its errors as exceptions that name the op.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); throws on errors, naming the op.
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, Arguments&&... arguments) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
+  constexpr size_t kDefaultLimit = 48 * 1024;
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kWithoutAsking) {
+  if (shared_bytes > kDefaultLimit) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess && static_cast<int64_t>(shared_bytes) > shared_memory_limit()) {
-      cudaGetLastError();  // forgotten here: the next launch would be blamed for it
+      cudaGetLastError();  // clears the error, which the next launch would report
       throw std::runtime_error(std::string(op) + ": needs " + std::to_string(shared_bytes) +
                                " bytes of shared memory in a block, this GPU has " +
                                std::to_string(shared_memory_limit()));
     }
   }
   if (error == cudaSuccess) {
-    // clang-format off: it takes the last three brackets apart
+    // clang-format off: it would split >>>
     kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
     // clang-format on
     error = cudaGetLastError();

@@ -1,6 +1,6 @@
-// Thin names for the instructions that CUDA C++ has no name for: tensor-core products, shared-memory matrix loads,
-// asynchronous copies, barriers. One function, one instruction; PTX ISA 8.0 has the semantics (section in brackets).
-// Tests run kernels on the CPU with the definitions of tests/cuda_emulation instead.
+// Wrappers of instructions without a CUDA C++ intrinsic: tensor-core products, shared-memory matrix loads,
+// asynchronous copies, barriers. One instruction per function; PTX ISA 8.0 has the semantics (section in brackets).
+// Tests compile kernels for the CPU against tests/cuda_emulation instead.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,7 @@
 
 namespace sslfast {
 
-// What mma fragments hold: two neighbouring 16-bit values in a register, the first in the low half.
+// Element types of mma fragments: a register holds two neighbouring 16-bit values, the first in the low half.
 struct Bf16 {};
 struct Fp16 {};
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&x)[4], const void* 
                : "memory");
 }
 
-// 16 bytes from global to shared memory, past the registers and L1; zeros where not valid [9.7.8.22].
+// 16 bytes from global to shared memory, bypassing registers and L1; zeros where not valid [9.7.8.22].
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -56,7 +56,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kPending of this thread's groups are under way.
+// Waits until at most kPending of this thread's groups are pending.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,7 +1,7 @@
-// One source, three instruction sets, chosen when a kernel runs: AVX-512, AVX2+FMA, or what the compiler was told.
+// One source, three instruction sets, chosen at run time: AVX-512, AVX2+FMA, or the compiler's default target.
 //
 // A kernel is written once as an always-inline function template of plain loops marked `#pragma omp simd`;
-// SSLFAST_MULTIVERSION wraps it in one function per instruction set and calls the best that the CPU has.
+// SSLFAST_MULTIVERSION wraps it in one function per instruction set and calls the best one that the CPU supports.
 #pragma once
 
 namespace sslfast {
@@ -44,7 +44,8 @@ inline Isa cpu_isa() {
     }                                      \
   }
 
-// Defines `name<T>(Args&)`, which runs body<T>(args) compiled for the CPU at hand. body must be SSLFAST_INLINE.
+// Defines `name<T>(Args&)`, which runs body<T>(args) compiled for the CPU's instruction set. body must be
+// SSLFAST_INLINE.
 #define SSLFAST_MULTIVERSION(name, body, Args)          \
   template <typename T>                                 \
   SSLFAST_TARGET_AVX512 void name##_avx512(Args args) { \
@@ -60,8 +61,8 @@ inline Isa cpu_isa() {
   }                                                     \
   SSLFAST_CHOOSE_VERSION(name, Args)
 
-// The same for body<T, kBytes>(args), kBytes being the width of a vector register: bodies that hold a block of sums in
-// registers must know how many there are.
+// The same for body<T, kBytes>(args), kBytes being the width of a vector register: bodies that keep a block of sums in
+// registers need the number of registers.
 #define SSLFAST_MULTIVERSION_BY_WIDTH(name, body, Args) \
   template <typename T>                                 \
   SSLFAST_TARGET_AVX512 void name##_avx512(Args args) { \

@@ -1,6 +1,6 @@
-// Warpgroup tensor-core products, the tensor memory accelerator and the barriers between them: 9.0a alone. One
-// function, one instruction; PTX ISA 8.0 has the semantics (section in brackets). Tests run kernels on the CPU with the
-// definitions of tests/cuda_emulation instead.
+// Warpgroup tensor-core products, the tensor memory accelerator and the barriers between them: 9.0a only. One
+// instruction per function; PTX ISA 8.0 has the semantics (section in brackets). Tests compile kernels for the CPU
+// against tests/cuda_emulation instead.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -15,12 +15,13 @@
 namespace sslfast {
 
 // A row-major matrix [rows, columns] of 16-bit values in global memory, read in boxes of box_rows x 64 columns (128
-// bytes) that land swizzled (128-byte mode); zeros outside. A kernel takes it as a const __grid_constant__ parameter.
+// bytes) that are stored swizzled (128-byte mode); zeros outside. A kernel takes it as a const __grid_constant__
+// parameter.
 using RowMap = CUtensorMap;
 
 inline RowMap encode_row_map(CUtensorMapDataType type, const void* matrix, int64_t rows, int64_t columns,
                              int box_rows) {
-  // The driver's function by way of the runtime, so that the binary does not link libcuda.
+  // Looked up through the runtime, so that the binary does not link libcuda.
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
   if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) !=
@@ -46,7 +47,7 @@ inline RowMap make_row_map(Fp16, const void* matrix, int64_t rows, int64_t colum
   return encode_row_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT16, matrix, rows, columns, box_rows);
 }
 
-// Barriers in shared memory [9.7.12.15]: a phase ends when `count` arrivals and all announced bytes have come.
+// Barriers in shared memory [9.7.12.15]: a phase ends after `count` arrivals and all expected bytes.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -64,7 +65,7 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint
       "r"(bytes)
       : "memory");
 }
-// Waits until the phase of this parity has ended; a fresh barrier counts as having ended one of parity 1.
+// Waits until the phase of this parity has ended; an initialised barrier counts as having ended a phase of parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra over; bra again; "
@@ -93,7 +94,7 @@ __device__ __forceinline__ void async_proxy_fence() {
 }
 
 // Orders register accesses before the products that follow; commit closes a group of products; wait returns when at
-// most kPending groups are under way [9.7.15.7].
+// most kPending groups are pending [9.7.15.7].
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -104,14 +105,14 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Keeps the compiler from moving accumulators that a product under way owns.
+// Keeps the compiler from moving accumulators of a pending product.
 template <int kCount>
 __device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Registers a thread of this warpgroup may use from here on [9.7.17.5].
+// Sets the registers per thread of this warpgroup [9.7.17.5].
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

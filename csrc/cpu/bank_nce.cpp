@@ -14,8 +14,8 @@
 namespace sslfast {
 namespace {
 
-// Rows scored together: they stay in L1 between the scoring and the gradient pass, and their successors are being
-// prefetched meanwhile. 16 rows of 128 fp32 columns are 8 KiB; best of 8, 16, 32 (bench_bank_nce).
+// Rows scored together: they stay in L1 between the scoring and the gradient pass, while the next ones are
+// prefetched. 16 rows of 128 fp32 columns are 8 KiB; best of 8, 16, 32 (bench_bank_nce).
 constexpr int64_t kRows = 16;
 // Columns are padded to whole 64-byte vectors.
 constexpr int64_t kPad = 16;
@@ -23,10 +23,10 @@ constexpr int64_t kPad = 16;
 template <typename T>
 struct Problem {
   using A = accumulate_t<T>;
-  const A* query;        // [V, B, D]
-  const T* bank;         // [N, D]
-  const int64_t* index;  // [B]
-  const int64_t* rows;   // [B, K] or null: drawn
+  const A* query;            // [V, B, D]
+  const T* bank;             // [N, D]
+  const int64_t* index;      // [B]
+  const int64_t* negatives;  // [B, K] or null: drawn
   NegativeSampler sampler;
   Shard shard;
   int64_t views, batch, columns, num_negatives;
@@ -79,7 +79,7 @@ SSLFAST_INLINE void add_weighted_rows(A* __restrict__ sum, const A* const* rows,
   }
 }
 
-// Where the columns of a bank row lie as A, `padded` of them: in the bank itself, or converted into `buffer`.
+// Reads the `padded` columns of a bank row as A: in place, or converted into `buffer`.
 template <typename T>
 struct RowReader {
   using A = accumulate_t<T>;
@@ -107,8 +107,8 @@ struct RowReader {
 template <typename T>
 SSLFAST_INLINE void rows_of_shard(const Problem<T>& p, int64_t b, std::vector<int64_t>& out) {
   out.resize(p.num_negatives);
-  if (p.rows != nullptr) {
-    std::copy_n(p.rows + b * p.num_negatives, p.num_negatives, out.data());
+  if (p.negatives != nullptr) {
+    std::copy_n(p.negatives + b * p.num_negatives, p.num_negatives, out.data());
   } else {
     draw_rows<int64_t>({p.sampler, p.index[b], 0, p.num_negatives, out.data()});
   }
@@ -119,8 +119,8 @@ SSLFAST_INLINE void rows_of_shard(const Problem<T>& p, int64_t b, std::vector<in
   out.resize(count);
 }
 
-// One sample after the other: all its views against the same rows, kRows rows at a time, with the next rows already
-// drawn and on their way from memory. Extra memory per thread: (V + kRows) * padded columns.
+// One sample at a time: all its views against the same rows, kRows rows at a time, with the next rows already
+// drawn and being prefetched. Extra memory per thread: (V + kRows) * padded columns.
 template <typename T>
 SSLFAST_INLINE void score_samples(const Problem<T>& p) {
   using A = accumulate_t<T>;
@@ -139,7 +139,7 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
 
   for (int64_t b = p.begin; b < p.end; ++b) {
     const int64_t self = p.index[b];
-    const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
+    const int64_t* given = p.negatives == nullptr ? nullptr : p.negatives + b * p.num_negatives;
     int64_t num_negatives = p.num_negatives;
     if (!p.shard.is_whole()) {
       rows_of_shard(p, b, of_shard);
@@ -156,7 +156,7 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
     }
     std::fill(sums, sums + p.views * padded, A(0));
 
-    // Fills `target` with the rows of block `first` and starts to fetch them; short blocks repeat row `own`.
+    // Fills `target` with the rows of block `first` and prefetches them; short blocks repeat row `own`.
     const auto prepare = [&](int64_t first, int64_t* target) __attribute__((always_inline)) {
       if (given != nullptr) {
         for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < num_negatives ? given[first + r] : own;
@@ -242,20 +242,20 @@ SSLFAST_MULTIVERSION(score_samples_best, score_samples, const Problem<T>&)
 std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B, D]
                                                 const Tensor& bank_,   // [N, D]
                                                 const Tensor& index_,  // [B]
-                                                std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
+                                                std::optional<Tensor> negatives_, std::optional<Tensor> step_tensor,
                                                 int64_t step, std::optional<Tensor> z_tensor, double z,
                                                 int64_t num_negatives, double temperature, bool binary,
                                                 bool exclude_self, int64_t seed, int64_t first_row, int64_t num_rows) {
   const Shard shard = make_shard(bank_, first_row, num_rows);
-  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed,
-                 shard);
+  check_bank_nce(query_, bank_, index_, negatives_, step_tensor, z_tensor, num_negatives, temperature, exclude_self,
+                 seed, shard);
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
   check_rows_in_range("bank_nce", "index", index, shard.num_rows);
-  std::optional<Tensor> rows;
-  if (rows_) {
-    rows = torch::stable::contiguous(*rows_);
-    check_rows_in_range("bank_nce", "negatives", *rows, shard.num_rows);
+  std::optional<Tensor> negatives;
+  if (negatives_) {
+    negatives = torch::stable::contiguous(*negatives_);
+    check_rows_in_range("bank_nce", "negatives", *negatives, shard.num_rows);
   }
   const int64_t views = query.size(0), batch = query.size(1), columns = query.size(2);
   Tensor loss = torch::stable::new_empty(query, {views, batch});
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
         static_cast<const A*>(query.const_data_ptr()),
         static_cast<const scalar_t*>(bank.const_data_ptr()),
         static_cast<const int64_t*>(index.const_data_ptr()),
-        rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr,
+        negatives ? static_cast<const int64_t*>(negatives->const_data_ptr()) : nullptr,
         make_sampler(seed, host_step(step_tensor, step), shard.num_rows, exclude_self),
         shard,
         views,

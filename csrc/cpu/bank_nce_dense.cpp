@@ -13,9 +13,9 @@
 namespace sslfast {
 namespace {
 
-// A tile of bank rows, copied once as it lies and once transposed, stays in the cache while a block of queries passes.
+// A tile of bank rows, copied once as stored and once transposed, stays in the cache for a block of queries.
 constexpr int64_t kTile = 64;
-constexpr int64_t kBlock = 192;  // queries; copying a tile costs what ten of them cost
+constexpr int64_t kBlock = 192;  // queries; copying a tile costs as much as ten of them
 // Queries whose sums are in registers together: 6 x 4 vectors of 32 registers, 6 x 2 of 16.
 constexpr int64_t kGroup = 6;
 static_assert(kBlock % kGroup == 0);
@@ -23,17 +23,17 @@ static_assert(kBlock % kGroup == 0);
 template <int kBytes>
 constexpr int kVectors = kBytes == 64 ? 4 : 2;
 
-// The bank is cut into parts, so that few queries also keep many cores busy; how does not depend on the number of
-// threads, so neither does the result.
+// The bank is split into parts, so that few queries also use many cores. The split does not depend on the number of
+// threads, and neither does the result.
 constexpr int64_t kTasks = 32, kPartRows = 4096;
 
 template <typename T>
 struct Problem {
   using A = accumulate_t<T>;
-  const A* query;        // [Q, D], Q = V * B
-  const T* bank;         // [N, D]
-  const int64_t* index;  // [B]
-  const int64_t* rows;   // [K] or null: the whole bank
+  const A* query;            // [Q, D], Q = V * B
+  const T* bank;             // [N, D]
+  const int64_t* index;      // [B]
+  const int64_t* negatives;  // [K] or null: the whole bank
   int64_t queries, batch, columns, num_rows /* N or K */, parts;
   A inverse_temperature, offset;
   bool binary, exclude_self;
@@ -85,7 +85,7 @@ SSLFAST_INLINE void multiply_group(const A* __restrict__ a, int64_t stride, int6
   }
 }
 
-// Scores of one query against a tile become weights; returns the factor for what was summed with the old maximum.
+// Turns the scores of one query against a tile into weights; returns the factor that rescales earlier sums.
 template <typename A>
 SSLFAST_INLINE A weigh(A* __restrict__ scores, int64_t valid, bool binary, A offset, StreamState<A>& state) {
   A highest = A(-INFINITY);
@@ -93,7 +93,7 @@ SSLFAST_INLINE A weigh(A* __restrict__ scores, int64_t valid, bool binary, A off
     scores[r] = r < valid ? scores[r] : A(-INFINITY);
     highest = scores[r] > highest ? scores[r] : highest;
   }
-  if (!(highest > A(-INFINITY))) {  // nothing but the sample's own row
+  if (!(highest > A(-INFINITY))) {  // only the sample's own row
     std::fill(scores, scores + kTile, A(0));
     return A(1);
   }
@@ -152,7 +152,7 @@ SSLFAST_INLINE void stream_rows(const Problem<T>& p) {
     const int64_t tiles = (p.num_rows + kTile - 1) / kTile;
     for (int64_t t = tiles * part / p.parts; t < tiles * (part + 1) / p.parts; ++t) {
       const int64_t first = t * kTile, valid = std::min(kTile, p.num_rows - first);
-      const int64_t* listed = p.rows == nullptr ? nullptr : p.rows + first;
+      const int64_t* listed = p.negatives == nullptr ? nullptr : p.negatives + first;
       for (int64_t r = 0; r < valid; ++r) {
         const T* __restrict__ source = p.bank + (listed != nullptr ? listed[r] : first + r) * columns;
         A* __restrict__ target = tile.get() + r * padded;
@@ -242,16 +242,16 @@ void finish_query(const Problem<T>& p, int64_t q, bool whole_bank, accumulate_t<
 std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // [V, B, D]
                                                       const Tensor& bank_,   // [N, D]
                                                       const Tensor& index_,  // [B]
-                                                      std::optional<Tensor> rows_, std::optional<Tensor> z_tensor,
+                                                      std::optional<Tensor> negatives_, std::optional<Tensor> z_tensor,
                                                       double z, double temperature, bool binary, bool exclude_self) {
-  check_bank_nce_dense(query_, bank_, index_, rows_, z_tensor, temperature, binary, exclude_self);
+  check_bank_nce_dense(query_, bank_, index_, negatives_, z_tensor, temperature, binary, exclude_self);
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
   check_rows_in_range("bank_nce_dense", "index", index, bank.size(0), /*lowest=*/-1);
-  std::optional<Tensor> rows;
-  if (rows_) {
-    rows = torch::stable::contiguous(*rows_);
-    check_rows_in_range("bank_nce_dense", "rows", *rows, bank.size(0));
+  std::optional<Tensor> negatives;
+  if (negatives_) {
+    negatives = torch::stable::contiguous(*negatives_);
+    check_rows_in_range("bank_nce_dense", "negatives", *negatives, bank.size(0));
   }
   const int64_t views = query.size(0), batch = query.size(1), columns = query.size(2), queries = views * batch;
   Tensor loss = torch::stable::new_empty(query, {views, batch});
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // 
   Tensor grad = torch::stable::new_empty(query, {views, batch, columns});
   if (queries == 0) return {loss, lse, grad};
   const double z_value = z_tensor ? *static_cast<const double*>(z_tensor->const_data_ptr()) : z;
-  const int64_t num_negatives = rows ? rows->size(0) : bank.size(0) - 1;
+  const int64_t num_negatives = negatives ? negatives->size(0) : bank.size(0) - 1;
 
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce_dense", [&] {
     using A = accumulate_t<scalar_t>;
@@ -267,11 +267,11 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // 
     p.query = static_cast<const A*>(query.const_data_ptr());
     p.bank = static_cast<const scalar_t*>(bank.const_data_ptr());
     p.index = static_cast<const int64_t*>(index.const_data_ptr());
-    p.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+    p.negatives = negatives ? static_cast<const int64_t*>(negatives->const_data_ptr()) : nullptr;
     p.queries = queries;
     p.batch = batch;
     p.columns = columns;
-    p.num_rows = rows ? num_negatives : bank.size(0);
+    p.num_rows = negatives ? num_negatives : bank.size(0);
     const int64_t blocks = (queries + kBlock - 1) / kBlock;
     p.parts = std::clamp<int64_t>((kTasks + blocks - 1) / blocks, 1, std::max<int64_t>(1, p.num_rows / kPartRows));
     p.inverse_temperature = static_cast<A>(1.0 / temperature);
@@ -293,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // 
     A* grads = static_cast<A*>(grad.mutable_data_ptr());
     torch::stable::parallel_for(0, queries, 16, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; ++q) {
-        finish_query<scalar_t>(p, q, !rows.has_value(), losses + q, lses + q, grads + q * columns);
+        finish_query<scalar_t>(p, q, !negatives.has_value(), losses + q, lses + q, grads + q * columns);
       }
     });
   });

@@ -1,4 +1,4 @@
-// exp and log(1 + e) as straight-line arithmetic, which vectorises, for the CPU kernels that score; fp64 takes libm's.
+// exp and log(1 + e) as straight-line arithmetic, which vectorises, for the scoring kernels on the CPU; fp64 uses libm.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ namespace sslfast {
 
 // exp for x <= 0 (and moderately above), relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
 SSLFAST_INLINE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;  // below: 1e-38, which no sum of interest can hear
+  x = x < -87.0f ? -87.0f : x;  // below: 1e-38, negligible in a sum
   const float n = __builtin_rintf(x * 1.44269504088896341f);
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
   float p = 1.9875691500e-4f;  // Taylor coefficients, minimax-adjusted, from Cephes' expf

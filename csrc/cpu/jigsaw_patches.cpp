@@ -8,7 +8,7 @@
 namespace sslfast {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // bytes that one thread takes at least
+constexpr int64_t kGrain = 1 << 15;  // smallest work of a thread in bytes
 
 void check_values(const JigsawShape& shape,
                   const int64_t* permutation,  // [N, P]

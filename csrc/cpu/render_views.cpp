@@ -5,7 +5,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "common/simd.h"
@@ -13,12 +16,12 @@
 namespace sslfast {
 namespace {
 
-constexpr int64_t kStrip = 512;  // pixels that stay in the L1 cache while every operation passes over them
+constexpr int64_t kStrip = 512;  // pixels, few enough to stay in the L1 cache across all operations
 
 template <typename Out>
 struct Problem {
   const uint8_t* crops;        // [B, 3, S, S]
-  const float* parameters;     // [B, M, 13]
+  const float* parameters;     // [B, M, kViewParameters]
   const int64_t* turns;        // [B] or null
   const int64_t* permutation;  // [B, M] or null
   const int64_t* offsets;      // [B, M, 2] or null
@@ -33,8 +36,8 @@ struct Strip {
   alignas(64) float r[kStrip], g[kStrip], b[kStrip];
 };
 
-// What waits while a picture's neighbourhoods are looked at; grows to the largest picture.
-struct Held {
+// Buffers for operations that need a pixel's neighbourhood; they grow to the largest picture.
+struct Buffers {
   std::vector<uint8_t> levels;  // [2, 3, n] of the photometric set
   std::vector<float> planes;    // [3, n] before the blur
 };
@@ -75,23 +78,23 @@ SSLFAST_INLINE void jitter_strip(const PictureOps& ops, int steps, float level, 
   for (int step = 0; step < steps; ++step) {
     if (!ops.applies[step]) continue;
     switch (ops.kinds[step]) {
-      case kBrightness:
-        jitter_strip<kBrightness>(strip, count, ops.factors[step], 0.0f);
+      case kJitterBrightness:
+        jitter_strip<kJitterBrightness>(strip, count, ops.factors[step], 0.0f);
         break;
-      case kContrast:
-        jitter_strip<kContrast>(strip, count, ops.factors[step], level);
+      case kJitterContrast:
+        jitter_strip<kJitterContrast>(strip, count, ops.factors[step], level);
         break;
-      case kSaturation:
-        jitter_strip<kSaturation>(strip, count, ops.factors[step], 0.0f);
+      case kJitterSaturation:
+        jitter_strip<kJitterSaturation>(strip, count, ops.factors[step], 0.0f);
         break;
       default:
-        jitter_strip<kHue>(strip, count, ops.factors[step], 0.0f);
+        jitter_strip<kJitterHue>(strip, count, ops.factors[step], 0.0f);
         break;
     }
   }
 }
 
-// Normalisation, and out.
+// Normalises a strip and writes it out.
 template <typename Out>
 SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t picture, int64_t first, int64_t count) {
   const int64_t pixels = p.shape.side * p.shape.side;
@@ -114,13 +117,16 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t p
   }
 }
 
-// Grayscale; then out, or into `planes` where the picture will be blurred.
+// Applies apply_colour, then writes the strip out, or into `planes` if the picture is blurred.
 template <typename Out>
 SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, Strip& s, int64_t picture, int64_t first,
                                  int64_t count, float* planes) {
-  if (ops.grayscale) {
+  if (ops.recolours) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) s.r[i] = s.g[i] = s.b[i] = luminance(s.r[i], s.g[i], s.b[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      const Rgb x = apply_colour({s.r[i], s.g[i], s.b[i]}, ops);
+      s.r[i] = x.r, s.g[i] = x.g, s.b[i] = x.b;
+    }
   }
   if (ops.sigma == 0) {
     write_strip(p, s, picture, first, count);
@@ -137,7 +143,7 @@ SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, S
 template <typename Out>
 SSLFAST_INLINE void blur_picture(const Problem<Out>& p, const PictureOps& ops, const float* planes, int64_t picture,
                                  Strip& strip) {
-  constexpr int64_t kPiece = 16;  // sums that stay in registers while the taps pass
+  constexpr int64_t kPiece = 16;  // sums kept in registers across the taps
   const int64_t side = p.shape.side;
   const int radius = blur_radius(ops.sigma, side);
   float weights[kMaxBlurRadius + 1];
@@ -173,7 +179,7 @@ SSLFAST_INLINE void blur_picture(const Problem<Out>& p, const PictureOps& ops, c
         sum_rows(whole, width - whole);
         for (int64_t x = x0 - radius; x < begin; ++x) line[x - (x0 - radius)] = inside[-x - begin];
         for (int64_t x = end; x < x0 + count + radius; ++x) inside[x - begin] = inside[2 * side - 2 - x - begin];
-        for (int64_t x = 0; x < count; x += kPiece) {  // past the end: numbers that nobody reads
+        for (int64_t x = 0; x < count; x += kPiece) {  // columns past the end are not used
           const float* __restrict__ centre = line + radius + x;
           float sum[kPiece];
 #pragma omp simd
@@ -224,13 +230,13 @@ SSLFAST_INLINE void sharpen_solarize(const uint8_t* levels, int64_t side, const 
   }
 }
 
-// Sharpness, solarize and autocontrast of the posterized levels, and what follows.
+// Sharpness, solarize and autocontrast of the posterized levels, then the remaining operations.
 template <typename Out>
-SSLFAST_INLINE void stretch_picture(const Problem<Out>& p, const PictureOps& ops, int64_t picture, Held& held,
-                                    Strip& strip) {
+SSLFAST_INLINE void finish_photometric(const Problem<Out>& p, const PictureOps& ops, int64_t picture, Buffers& buffers,
+                                       Strip& strip) {
   const int64_t side = p.shape.side, pixels = side * side;
-  uint8_t* solarized = held.levels.data() + 3 * pixels;
-  sharpen_solarize(held.levels.data(), side, ops, solarized);
+  uint8_t* solarized = buffers.levels.data() + 3 * pixels;
+  sharpen_solarize(buffers.levels.data(), side, ops, solarized);
   float low[3], span[3];
   for (int c = 0; c < 3; ++c) {
     const auto [smallest, largest] = std::minmax_element(solarized + c * pixels, solarized + (c + 1) * pixels);
@@ -248,12 +254,12 @@ SSLFAST_INLINE void stretch_picture(const Problem<Out>& p, const PictureOps& ops
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = stretch_level(source[i], lowest, width);
     }
-    finish_strip(p, ops, strip, picture, first, count, held.planes.data());
+    finish_strip(p, ops, strip, picture, first, count, buffers.planes.data());
   }
 }
 
 template <typename Out>
-SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Held& held) {
+SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Buffers& buffers) {
   const int64_t pictures = p.shape.pictures(), sample = picture / pictures, side = p.shape.side;
   const int64_t plane = p.shape.size * p.shape.size, pixels = side * side;
   const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
@@ -284,50 +290,57 @@ SSLFAST_INLINE void render_picture(const Problem<Out>& p, int64_t picture, Held&
     level = (1.0f - ops.factors[ops.contrast]) * static_cast<float>(total / static_cast<double>(pixels));
   }
 
-  if (ops.photometric) held.levels.resize(6 * pixels);
-  if (ops.sigma > 0) held.planes.resize(3 * pixels);
+  if (ops.photometric) buffers.levels.resize(6 * pixels);
+  if (ops.sigma > 0) buffers.planes.resize(3 * pixels);
   for (int64_t first = 0; first < pixels; first += kStrip) {
     const int64_t count = std::min(kStrip, pixels - first);
     gather(crop, plane, map, side, first, count, strip);
     jitter_strip(ops, 4, level, strip, count);
     if (!ops.photometric) {
-      finish_strip(p, ops, strip, picture, first, count, held.planes.data());
+      finish_strip(p, ops, strip, picture, first, count, buffers.planes.data());
       continue;
     }
     const float* planes[3] = {strip.r, strip.g, strip.b};
     for (int c = 0; c < 3; ++c) {
-      uint8_t* __restrict__ target = held.levels.data() + c * pixels + first;
+      uint8_t* __restrict__ target = buffers.levels.data() + c * pixels + first;
       const float* __restrict__ source = planes[c];
       const int mask = ~(static_cast<int>(ops.level_step) - 1);  // posterize keeps the upper bits
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) target[i] = static_cast<uint8_t>(static_cast<int>(rintf(source[i])) & mask);
     }
   }
-  if (ops.photometric) stretch_picture(p, ops, picture, held, strip);
-  if (ops.sigma > 0) blur_picture(p, ops, held.planes.data(), picture, strip);
+  if (ops.photometric) finish_photometric(p, ops, picture, buffers, strip);
+  if (ops.sigma > 0) blur_picture(p, ops, buffers.planes.data(), picture, strip);
 }
 
 template <typename Out>
 SSLFAST_INLINE void render_pictures(const Problem<Out>& p) {
-  Held held;
-  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, held);
+  Buffers buffers;
+  for (int64_t picture = p.begin; picture < p.end; ++picture) render_picture<Out>(p, picture, buffers);
 }
 
 SSLFAST_MULTIVERSION(render_pictures_best, render_pictures, const Problem<T>&)
 
+std::string range_text(const ViewParameterInfo& info) {
+  if (info.lowest == -FLT_MAX && info.highest == FLT_MAX) return "finite";
+  std::ostringstream out;
+  out << "in [" << info.lowest << ", " << info.highest << "]";
+  return out.str();
+}
+
 void check_values(const ViewShape& shape, bool photometric, bool blur, const float* parameters,
                   const int64_t* permutation, const int64_t* offsets) {
   for (int64_t i = 0; i < shape.batch * shape.pictures(); ++i) {
-    SSLFAST_CHECK(
-        parameters_in_range(parameters + i * kViewParameters),
-        "render_views: parameters must be finite, with order codes in [0, 24), bits in [0, 8] and blur sigmas in "
-        "[0, ",
-        kMaxBlurSigma, "]; those of sample ", i / shape.pictures(), ", picture ", i % shape.pictures(), " are not");
-    SSLFAST_CHECK(photometric || parameters[i * kViewParameters + 7] == 0,
-                  "render_views: photometric is False, but the gate of sample ", i / shape.pictures(), ", picture ",
-                  i % shape.pictures(), " is open; pass photometric=True");
-    SSLFAST_CHECK(blur || parameters[i * kViewParameters + 12] == 0, "render_views: blur is False, but sample ",
-                  i / shape.pictures(), ", picture ", i % shape.pictures(), " has a sigma; pass blur=True");
+    const float* p = parameters + i * kViewParameters;
+    for (int index = 0; index < kViewParameters; ++index) {
+      const ViewParameterInfo info = view_parameter(index);
+      SSLFAST_CHECK(parameter_in_range(index, p[index]), "render_views: ", info.name, " must be ", range_text(info),
+                    ", got ", p[index], " at sample ", i / shape.pictures(), ", picture ", i % shape.pictures());
+    }
+    SSLFAST_CHECK(photometric || p[kPhotometric] == 0, "render_views: photometric is False, but the gate of sample ",
+                  i / shape.pictures(), ", picture ", i % shape.pictures(), " is open; pass photometric=True");
+    SSLFAST_CHECK(blur || p[kBlurSigma] == 0, "render_views: blur is False, but sample ", i / shape.pictures(),
+                  ", picture ", i % shape.pictures(), " has a sigma; pass blur=True");
     if (permutation == nullptr) continue;
     SSLFAST_CHECK(shape.has_cell(permutation[i]), "render_views: permutation must be in [0, ", shape.pictures(),
                   "), got ", permutation[i], " at sample ", i / shape.pictures(), ", slot ", i % shape.pictures());

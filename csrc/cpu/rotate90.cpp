@@ -12,10 +12,10 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "element 0 of a word must be its lowest byte");
 
-constexpr int64_t kStrip = 256;      // lines that are read side by side: their cache lines stay in the first level
-constexpr int64_t kGrain = 1 << 16;  // bytes that one thread takes at least
+constexpr int64_t kStrip = 256;      // lines read together: their cache lines stay in L1
+constexpr int64_t kGrain = 1 << 16;  // smallest work of a thread in bytes
 
-// Elements travel V at a time in one 64-bit word.
+// V elements are moved together as one 64-bit word.
 template <typename T>
 constexpr int kWord = 8 / sizeof(T);
 

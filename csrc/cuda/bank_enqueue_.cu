@@ -15,7 +15,8 @@ __device__ __forceinline__ int64_t read_head(const int64_t* head, int64_t num_ro
   return position;
 }
 
-// One warp owns one key, four columns at a time where rows start at whole quads. Rows are distinct: no two warps meet.
+// One warp writes one key, four columns at a time if rows are aligned to quads. Rows are distinct: warps do not
+// conflict.
 template <typename T, typename F>
 __global__ void bank_enqueue_kernel(T* __restrict__ bank,              // [N, D]
                                     const int64_t* __restrict__ head,  // []
@@ -39,9 +40,9 @@ __global__ void bank_enqueue_kernel(T* __restrict__ bank,              // [N, D]
   }
 }
 
-// A launch of its own: every block of the first one reads the head, and the stream's order is the simplest proof that
-// all of them have done so before it moves. Counting the blocks that are done would need a counter that somebody sets
-// to zero before each launch, which is a second launch too, and two streams must not share it.
+// A separate launch: every block of the first one reads the head, and stream order guarantees that all of them have
+// done so before it moves. Counting finished blocks would need a counter that is reset before each launch, which is a
+// second launch too, and streams could not share it.
 __global__ void advance_kernel(int64_t* head, Ring ring) {
   *head = ring.advanced(read_head(head, ring.num_rows));
 }

@@ -16,10 +16,10 @@ namespace {
 constexpr int kWarps = 8;         // per block; a block owns one sample and one part of its negatives
 constexpr int kDraw = 64;         // negatives that a warp draws at once: two for each lane
 constexpr int kMaxColumns = 512;  // 32 lanes x 16 columns in registers
-constexpr int kBlocksPerSm = 4;   // blocks that the split over negatives aims at
+constexpr int kBlocksPerSm = 4;   // target of the split over negatives
 
-// What a lane may exceed its query's running maximum by before everything is rescaled: exp(8) times K fits fp32 with
-// room to spare, and rescaling becomes rare.
+// How far a score may exceed the query's running maximum before sums are rescaled: exp(8) times K is far inside the
+// range of fp32, and rescaling becomes rare.
 constexpr float kLazyMargin = 8.0f;
 
 template <typename T>
@@ -28,7 +28,7 @@ struct Problem {
   const A* __restrict__ query;              // [V, B, D]
   const T* __restrict__ bank;               // [N, D]
   const int64_t* __restrict__ index;        // [B]
-  const int64_t* __restrict__ rows;         // [B, K] or null: drawn
+  const int64_t* __restrict__ negatives;    // [B, K] or null: drawn
   const int64_t* __restrict__ step_tensor;  // [] or null
   const double* __restrict__ z_tensor;      // [] or null
   NegativeSampler sampler;
@@ -48,7 +48,7 @@ struct Problem {
 };
 
 // Sums M values over the warp; afterwards a lane holds the total of value lane / (32 / M). M is a power of two.
-// Every step halves the values by trading one half for the other half's lanes: M + log2(32 / M) shuffles, not 5 M.
+// Every step halves the values by exchanging halves between lanes: M + log2(32 / M) shuffles instead of 5 M.
 template <int M, int kOffset = kWarpSize / 2, typename A>
 __device__ __forceinline__ A transpose_sum(const A (&x)[M], int lane) {
   if constexpr (M == 1) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ int collect(const Shard& shard, int64_t first, int64_
 
 // Block (sample b, split s): every warp scores tiles of kTile rows for kViews views, keeping query, running softmax
 // state and weighted row sum in registers; the warps then merge through shared memory into one partial result.
-// Reads each row once: K * D * sizeof(T) bytes per sample. kShard: the rows that the shard holds wait in a queue until
-// they fill tiles.
+// Reads each row once: K * D * sizeof(T) bytes per sample. kShard: the rows that the shard holds are queued until they
+// fill tiles.
 template <typename T, int kChunks, int kViews, bool kVector, bool kShard>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Problem<T> p, int64_t first_view) {
   using A = accumulate_t<T>;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
   if (self < 0 || self >= num_rows) __trap();
   NegativeSampler sampler = p.sampler;
   if (p.step_tensor != nullptr) sampler.step = *p.step_tensor;
-  const int64_t* given = p.rows == nullptr ? nullptr : p.rows + b * p.num_negatives;
+  const int64_t* given = p.negatives == nullptr ? nullptr : p.negatives + b * p.num_negatives;
   const A offset = static_cast<A>(p.offset());
 
   A query[kViews][kColumns], sums[kViews][kColumns], maximum[kViews];
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
     }
   }
 
-  // Merge the warps, one view after the other. A value was counted by each of its kLanesPerValue lanes.
+  // Merge the warps, one view at a time. A value was counted by each of its kLanesPerValue lanes.
   __shared__ A shared_sums[kWarps][kColumns * kWarpSize];
   __shared__ A shared_state[kWarps][3];
 #pragma unroll
@@ -348,8 +348,8 @@ void launch_views(const Problem<T>& p, int64_t first_view, bool vector, cudaStre
   launch_kernel("bank_nce", kernel, grid, kWarps * kWarpSize, 0, stream, p, first_view);
 }
 
-// All views in one pass where there are one or two, PIRL's case; more go two by two. fp64, which is there for
-// checking, goes one by one: two views would not fit the registers.
+// One or two views (PIRL) take one pass, more views are processed in pairs. fp64, meant for verification, is processed
+// one view at a time: two would not fit the registers.
 template <typename T, int kChunks>
 void launch_chunks(const Problem<T>& p, bool vector, cudaStream_t stream) {
   int64_t view = 0;
@@ -361,12 +361,12 @@ void launch_chunks(const Problem<T>& p, bool vector, cudaStream_t stream) {
 
 template <typename T>
 void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor& index,
-            const std::optional<Tensor>& rows, const Tensor& loss, const Tensor& lse, const Tensor& grad) {
+            const std::optional<Tensor>& negatives, const Tensor& loss, const Tensor& lse, const Tensor& grad) {
   using A = accumulate_t<T>;
   p.query = static_cast<const A*>(query.const_data_ptr());
   p.bank = static_cast<const T*>(bank.const_data_ptr());
   p.index = static_cast<const int64_t*>(index.const_data_ptr());
-  p.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+  p.negatives = negatives ? static_cast<const int64_t*>(negatives->const_data_ptr()) : nullptr;
   p.views = query.size(0);
   p.batch = query.size(1);
   p.columns = query.size(2);
@@ -399,20 +399,20 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B, D]
                                                  const Tensor& bank_,   // [N, D]
                                                  const Tensor& index_,  // [B]
-                                                 std::optional<Tensor> rows_, std::optional<Tensor> step_tensor,
+                                                 std::optional<Tensor> negatives_, std::optional<Tensor> step_tensor,
                                                  int64_t step, std::optional<Tensor> z_tensor, double z,
                                                  int64_t num_negatives, double temperature, bool binary,
                                                  bool exclude_self, int64_t seed, int64_t first_row, int64_t num_rows) {
   const Shard shard = make_shard(bank_, first_row, num_rows);
-  check_bank_nce(query_, bank_, index_, rows_, step_tensor, z_tensor, num_negatives, temperature, exclude_self, seed,
-                 shard);
+  check_bank_nce(query_, bank_, index_, negatives_, step_tensor, z_tensor, num_negatives, temperature, exclude_self,
+                 seed, shard);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
-  std::optional<Tensor> rows;
-  if (rows_) rows = torch::stable::contiguous(*rows_);
+  std::optional<Tensor> negatives;
+  if (negatives_) negatives = torch::stable::contiguous(*negatives_);
   const int64_t views = query.size(0), batch = query.size(1);
   Tensor loss = torch::stable::new_empty(query, {views, batch});
   Tensor lse = torch::stable::new_empty(query, {views, batch});
@@ -429,7 +429,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
     problem.inverse_temperature = 1.0 / temperature;
     problem.z = z;
     problem.binary = binary;
-    launch<scalar_t>(problem, query, bank, index, rows, loss, lse, grad);
+    launch<scalar_t>(problem, query, bank, index, negatives, loss, lse, grad);
   });
   return {loss, lse, grad};
 }

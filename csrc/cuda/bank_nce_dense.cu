@@ -43,13 +43,13 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const D
   A binary = A(0);
   for (int part = 0; part < p.parts; ++part) {
     const StreamState<A> state = p.states[part * p.queries + q];
-    if (!(state.sum > A(0))) continue;  // nothing but rows that the query leaves out
+    if (!(state.sum > A(0))) continue;  // all rows of this part are excluded for the query
     softmax.raise(state.maximum);
     softmax.sum += exp(state.maximum - softmax.maximum) * state.sum;
     binary += state.binary;
   }
   const DenseResult<A> result = finish_dense<A>({softmax.maximum, softmax.sum, binary}, self >= 0, score,
-                                                p.rows == nullptr, p.binary, p.offset());
+                                                p.negatives == nullptr, p.binary, p.offset());
   if (lane == 0) {
     p.loss[q] = result.loss;
     p.lse[q] = result.lse;
@@ -79,7 +79,7 @@ void launch(DenseProblem<T> p, const Tensor& query, cudaStream_t stream) {
   const DenseShape shape = kernel == DenseKernel::kSimt  ? simt_shape(p)
                            : kernel == DenseKernel::kMma ? mma_shape(p)
                                                          : wgmma_shape(p);
-  // Parts so that every multiprocessor has its blocks, each with several tiles to stream.
+  // Enough parts to fill every multiprocessor with blocks, each with several tiles to stream.
   const int64_t blocks = (p.queries + shape.queries - 1) / shape.queries;
   const int64_t tiles = (p.num_rows + shape.tile_rows - 1) / shape.tile_rows;
   const int64_t wanted = (int64_t(shape.blocks_per_multiprocessor) * multiprocessors() + blocks - 1) / blocks;
@@ -110,16 +110,16 @@ void launch(DenseProblem<T> p, const Tensor& query, cudaStream_t stream) {
 std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cuda(const Tensor& query_,  // [V, B, D]
                                                        const Tensor& bank_,   // [N, D]
                                                        const Tensor& index_,  // [B]
-                                                       std::optional<Tensor> rows_, std::optional<Tensor> z_tensor,
+                                                       std::optional<Tensor> negatives_, std::optional<Tensor> z_tensor,
                                                        double z, double temperature, bool binary, bool exclude_self) {
-  check_bank_nce_dense(query_, bank_, index_, rows_, z_tensor, temperature, binary, exclude_self);
+  check_bank_nce_dense(query_, bank_, index_, negatives_, z_tensor, temperature, binary, exclude_self);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce_dense: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());
   const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
   const Tensor index = torch::stable::contiguous(index_);
-  std::optional<Tensor> rows;
-  if (rows_) rows = torch::stable::contiguous(*rows_);
+  std::optional<Tensor> negatives;
+  if (negatives_) negatives = torch::stable::contiguous(*negatives_);
   const int64_t views = query.size(0), batch = query.size(1);
   Tensor loss = torch::stable::new_empty(query, {views, batch});
   Tensor lse = torch::stable::new_empty(query, {views, batch});
@@ -132,14 +132,14 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cuda(const Tensor& query_,  //
     p.query = static_cast<const A*>(query.const_data_ptr());
     p.bank = static_cast<const scalar_t*>(bank.const_data_ptr());
     p.index = static_cast<const int64_t*>(index.const_data_ptr());
-    p.rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
+    p.negatives = negatives ? static_cast<const int64_t*>(negatives->const_data_ptr()) : nullptr;
     p.z_tensor = z_tensor ? static_cast<const double*>(z_tensor->const_data_ptr()) : nullptr;
     p.queries = views * batch;
     p.batch = batch;
     p.columns = query.size(2);
     p.bank_rows = bank.size(0);
-    p.num_rows = rows ? rows->size(0) : p.bank_rows;
-    p.num_negatives = rows ? p.num_rows : p.bank_rows - 1;
+    p.num_rows = negatives ? negatives->size(0) : p.bank_rows;
+    p.num_negatives = negatives ? p.num_rows : p.bank_rows - 1;
     p.inverse_temperature = 1.0 / temperature;
     p.z = z;
     p.binary = binary;

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kWarpsPerBlock = 8;
 
-// One warp owns one batch position. It first looks for a later occurrence of its own index and leaves the row to that
-// one, so that repeated indices give the same result in every run; then it blends, sums the squares and writes.
+// One warp per batch position. It first looks for a later occurrence of its own index and leaves the row to that one,
+// so that repeated indices give the same result in every run; then it blends, sums the squares and writes.
 template <typename T, typename F>
 __global__ void bank_update_kernel(T* __restrict__ bank,               // [N, D]
                                    const int64_t* __restrict__ index,  // [B]

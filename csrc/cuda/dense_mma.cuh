@@ -1,7 +1,7 @@
 // bank_nce_dense on the tensor cores of 8.0 and later (mma.sync), for half types and up to 256 columns.
 //
 // Attention with K = V = bank. A block holds kWarps * 16 * kRowTiles queries and streams its part of the bank through a
-// ring of shared-memory stages; each stage is read twice, as it lies for scores = Q M^T and transposed for P M. A
+// ring of shared-memory stages; each stage is read twice, as stored for scores = Q M^T and transposed for P M. A
 // thread's fragment of the scores is its fragment of the left factor P, so weights never leave the registers.
 #pragma once
 
@@ -14,13 +14,13 @@ namespace mma {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-// What a score may exceed the running reference by before sums are rescaled (powers of two): rescaling becomes rare.
+// How far a score may exceed the running reference before sums are rescaled (powers of two): rescaling becomes rare.
 constexpr float kLazyMargin = 8.0f;
 
 template <int kColumns>
 constexpr int kRowTiles = kColumns <= 128 ? 2 : 1;  // of 16 queries for a warp: 128 fp32 sums for a thread
 template <int kColumns>
-constexpr int kTile = kColumns == 128 ? 32 : 64;  // bank rows of a stage: what the registers leave room for
+constexpr int kTile = kColumns == 128 ? 32 : 64;  // bank rows of a stage, limited by the registers
 template <int kColumns>
 constexpr int kStages = kColumns == 64    ? 3
                         : kColumns == 128 ? 4
@@ -44,7 +44,7 @@ struct Instruction<torch::headeronly::Half> {
   static constexpr int kShift = 7, kBinaryShift = 14;
 };
 
-// Where 16-byte chunk `chunk` of row `row` lies in shared memory, in 16-bit elements: eight rows
+// Offset of 16-byte chunk `chunk` of row `row` in shared memory, in 16-bit elements: eight rows
 // of one chunk, which ldmatrix reads together, fall into different banks.
 template <int kColumns>
 SSLFAST_HD int swizzled(int row, int chunk) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
   for (int t = tile_begin; t < tile_end; ++t) {
     const int slot = (t - tile_begin) % kRing;
     cp_async_wait<kRing - 2>();
-    __syncthreads();  // stage t has arrived for everyone, and everyone is done with stage t - 1
+    __syncthreads();  // stage t has arrived for all threads, and all are done with stage t - 1
     if (t + kRing - 1 < tile_end) {
       load_tile<T, kColumns, kRows>(p, int64_t(t + kRing - 1) * kRows,
                                     stages + (slot + kRing - 1) % kRing * kRows * kColumns);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
             float& score = scores[m][n][2 * h + e];
             if (!whole) {
               const int64_t entry = first + n * 8 + 2 * member + e;
-              if (entry >= p.num_rows || (p.exclude_self && p.rows[entry] == left_out)) score = -INFINITY;
+              if (entry >= p.num_rows || (p.exclude_self && p.negatives[entry] == left_out)) score = -INFINITY;
             }
             highest = fmaxf(highest, score);
           }
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
             }
           }
         }
-        // Nothing seen yet but rows left out: exp2(-inf - 0) = 0.
+        // Only excluded rows so far: exp2(-inf - 0) = 0.
         const float subtract = reference[m][h] > -INFINITY ? reference[m][h] : 0.0f;
 #pragma unroll
         for (int n = 0; n < kScoreTiles; ++n) {

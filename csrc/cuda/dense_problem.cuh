@@ -1,4 +1,4 @@
-// What the kernels of bank_nce_dense share: the problem, and the state that a part of the bank leaves behind.
+// Shared by the kernels of bank_nce_dense: the problem, and the state after a part of the bank.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@
 
 namespace sslfast {
 
-// kSimt: fp32 and fp64 banks, and whatever the others do not take. kMma: half types, up to 256 columns, tensor cores of
-// 8.0 and later. kWgmma: those of 9.0a.
+// kSimt: fp32 and fp64 banks, and everything that the others do not support. kMma: half types, up to 256 columns,
+// tensor cores of 8.0 and later. kWgmma: those of 9.0a.
 enum class DenseKernel { kSimt, kMma, kWgmma };
 
-// What a block of a kernel takes at a time.
+// Tile sizes of a kernel.
 struct DenseShape {
   int queries, tile_rows, blocks_per_multiprocessor;
 };
@@ -22,11 +22,11 @@ struct DenseShape {
 template <typename T>
 struct DenseProblem {
   using A = accumulate_t<T>;
-  const A* __restrict__ query;          // [Q, D], Q = V * B
-  const T* __restrict__ bank;           // [N, D]
-  const int64_t* __restrict__ index;    // [B]
-  const int64_t* __restrict__ rows;     // [K] or null: the whole bank
-  const double* __restrict__ z_tensor;  // [] or null
+  const A* __restrict__ query;            // [Q, D], Q = V * B
+  const T* __restrict__ bank;             // [N, D]
+  const int64_t* __restrict__ index;      // [B]
+  const int64_t* __restrict__ negatives;  // [K] or null: the whole bank
+  const double* __restrict__ z_tensor;    // [] or null
   int64_t queries, batch, columns, bank_rows /* N */, num_rows /* N or K */, num_negatives;
   double inverse_temperature, z;
   bool binary, exclude_self;
@@ -39,7 +39,7 @@ struct DenseProblem {
   A* __restrict__ lse;                  // [Q]
   A* __restrict__ grad;                 // [Q, D]
 
-  // The score of the positive must be the one that the stream saw.
+  // The positive's score must equal its score in the stream.
   __device__ __forceinline__ A rounded(A x) const { return rounds ? static_cast<A>(static_cast<T>(x)) : x; }
   __device__ __forceinline__ A offset() const {
     return static_cast<A>(binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, bank_rows) : 0.0);
@@ -51,12 +51,12 @@ struct DenseProblem {
   }
   // The bank row behind entry `entry` < num_rows of the stream.
   __device__ __forceinline__ int64_t bank_row(int64_t entry) const {
-    if (rows == nullptr) return entry;
-    const int64_t row = rows[entry];
+    if (negatives == nullptr) return entry;
+    const int64_t row = negatives[entry];
     if (row < 0 || row >= bank_rows) __trap();
     return row;
   }
-  // The row that query q leaves out of a list; -1: none.
+  // The row of the list excluded for query q; -1: none.
   __device__ __forceinline__ int64_t left_out(int64_t q) const {
     return exclude_self && q < queries ? index[q % batch] : -1;
   }

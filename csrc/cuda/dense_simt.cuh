@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) kernel(const DenseProble
   const int tile_end = p.first_tile(part + 1, kTile);
   for (int t = p.first_tile(part, kTile); t < tile_end; ++t) {
     const int64_t first = int64_t(t) * kTile;
-    __syncthreads();  // every warp is done with the tile before
+    __syncthreads();  // every warp is done with the previous tile
     for (int r = warp; r < kTile; r += kWarps) {
       const T* source = first + r < p.num_rows ? p.bank + p.bank_row(first + r) * p.columns : nullptr;
       for (int d = lane; d < kPadded; d += kWarpSize) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) kernel(const DenseProble
       }
     }
     const bool valid = first + lane < p.num_rows;
-    const int64_t id = valid && p.exclude_self ? p.rows[first + lane] : -2;
+    const int64_t id = valid && p.exclude_self ? p.negatives[first + lane] : -2;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const bool counts = valid && id != left_out[i];

@@ -1,7 +1,7 @@
 // bank_nce_dense on the warpgroup tensor cores of 9.0a, for half types, 64 or 128 columns, the whole bank.
 //
 // As dense_mma.cuh, with the copy engine filling the stages: one thread of the producer warpgroup keeps the ring full,
-// two consumer warpgroups take 64 queries each. A consumer has the next tile's scores and this tile's P M under way
+// two consumer warpgroups take 64 queries each. A consumer has the next tile's scores and this tile's P M in flight
 // together, so that exponentials overlap with products.
 #pragma once
 
@@ -44,7 +44,7 @@ struct Shared {
         empty(full + kStages<kColumns>) {}
 };
 
-// Byte of column `column` of row `row` in a panel: as the copy engine lays a box down.
+// Byte of column `column` of row `row` in a panel: as the copy engine stores a box.
 SSLFAST_HD int swizzled_byte(int row, int column /* of 64 */) {
   return row * kRowBytes + (((column / 8) ^ (row & 7)) * 16) + column % 8 * 2;
 }
@@ -54,7 +54,7 @@ template <typename T>
 struct Rows {
   float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, loss[2] = {0.0f, 0.0f};
 
-  // Scores [64, kTile] become weights, in place; factor: for what was summed before. Returns whether any row rescales.
+  // Turns scores [64, kTile] into weights, in place; factor: rescales earlier sums. Returns whether any row rescales.
   __device__ __forceinline__ bool weigh(float (&scores)[kTile / 2], float scale, bool binary, float offset, int valid,
                                         int member, float (&factor)[2]) {
     using mma::kLazyMargin, mma::kLn2;
@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
         q < p.queries ? mma::pack<T>(source[0], source[1]) : 0u;
   }
   async_proxy_fence();
-  named_barrier_sync(1 + consumer, kGroup);  // the warpgroup's queries are there
+  named_barrier_sync(1 + consumer, kGroup);  // the warpgroup's queries have arrived
 
   float sums[kColumns / 2], scores[kTile / 2], factor[2];
   uint32_t weights[kTile / 16][4];
@@ -267,11 +267,11 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const DenseProblem<T> p, c
 
 }  // namespace wgmma
 
-// Whether this build and this card have the kernel for the problem.
+// Whether this build and this GPU support the kernel for the problem.
 template <typename T>
 bool wgmma_takes(const DenseProblem<T>& p) {
 #if defined(SSLFAST_EMULATE_CUDA) || defined(SSLFAST_SM90A)
-  return compute_capability() == 90 && p.rows == nullptr && (p.columns == 64 || p.columns == 128) &&
+  return compute_capability() == 90 && p.negatives == nullptr && (p.columns == 64 || p.columns == 128) &&
          p.bank_rows < (int64_t(1) << 31);
 #else
   (void)p;

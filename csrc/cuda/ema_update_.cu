@@ -15,8 +15,8 @@ constexpr uint32_t kChunk = kThreads * kQuads * 4;
 constexpr int64_t kMaxElements = int64_t(1) << 30;  // of one entry, whole chunks; longer tensors take several
 constexpr int kMaxEntries = 168;                    // as many as 4 KiB hold: ResNet-50's 161 tensors are one launch
 
-// Everything the kernel needs, in the kernel's arguments: no copy to the device, no scratch memory, and a captured
-// graph keeps its own. 4 KiB is what every driver takes.
+// All inputs are kernel arguments: no copy to the device, no scratch memory, and a captured graph holds its own copy.
+// Every driver supports 4 KiB.
 struct Arguments {
   void* target[kMaxEntries];
   const void* source[kMaxEntries];
@@ -36,8 +36,8 @@ __device__ __forceinline__ double read_momentum(const Arguments& arguments) {
                                       : *static_cast<const float*>(arguments.momentum_tensor);
 }
 
-// One block owns one chunk of one tensor, which it finds by bisection in chunk_end. Whole aligned chunks move as quads,
-// all loads before the first store; ends and odd addresses element by element. target may equal source: every
+// One block updates one chunk of one tensor, which it finds by bisection in chunk_end. Whole aligned chunks are
+// processed as quads, all loads before the first store; the rest element by element. target may equal source: every
 // element is read before it is written, by the thread that writes it.
 template <typename T, typename F>
 __global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_constant__ Arguments arguments) {

@@ -10,7 +10,7 @@ namespace sslfast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPacksPerThread = 4;  // aimed at; spreads the reading of permutation and offsets
+constexpr int kPacksPerThread = 4;  // target; amortises reading permutation and offsets
 constexpr int kPackBytes = 8;
 
 template <typename T, int V>

@@ -1,4 +1,4 @@
-// The NCE term of one score with the device's exp and log1p: the twin of nce_term in cpu/fast_math.h.
+// The NCE term of one score with the device's exp and log1p; cpu/fast_math.h has the one for the CPU.
 #pragma once
 
 #include "bank_nce.h"

@@ -12,13 +12,13 @@ namespace sslfast {
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize;
-// What the kernel has of shared memory besides the levels.
+// Upper bound of the kernel's static shared memory.
 constexpr int64_t kStaticShared = 1024;
 
 template <typename Out>
 struct Problem {
   const uint8_t* __restrict__ crops;        // [B, 3, S, S]
-  const float* __restrict__ parameters;     // [B, M, 13]
+  const float* __restrict__ parameters;     // [B, M, kViewParameters]
   const int64_t* __restrict__ turns;        // [B] or null
   const int64_t* __restrict__ permutation;  // [B, M] or null
   const int64_t* __restrict__ offsets;      // [B, M, 2] or null
@@ -34,7 +34,7 @@ struct Extremes {
   float low, high;
 };
 
-// All threads of the block get the result; `shared` holds kMaxWarps of them and is free again afterwards.
+// Returns the result to all threads of the block; `shared` holds kMaxWarps values and may be reused afterwards.
 template <typename T, typename Merge>
 __device__ __forceinline__ T block_reduce(T x, T* shared, T neutral, const Merge& merge) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -60,11 +60,12 @@ __device__ __forceinline__ void write_pixel(const Problem<Out>& p, Rgb x, int64_
   out[2 * step] = static_cast<Out>(x.b * p.normal.scale[2] + p.normal.shift[2]);
 }
 
-// Grayscale; then out, or to the levels that blur_kernel reads: one plane of a gray picture, else three.
+// Applies apply_colour, then writes the pixel, or stores its levels for blur_kernel: one plane of a gray picture, else
+// three.
 template <bool kBlur, typename Out>
 __device__ __forceinline__ void finish_pixel(const Problem<Out>& p, const PictureOps& ops, Rgb x, int64_t picture,
                                              int pixel, int pixels) {
-  if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
+  x = apply_colour(x, ops);
   if (!kBlur || ops.sigma == 0) {
     write_pixel(p, x, picture, pixel, pixels);
     return;
@@ -90,8 +91,8 @@ __device__ __forceinline__ float sharpened_level(const uint8_t* plane, int side,
   return level >= ops.threshold ? 255.0f - level : level;
 }
 
-// One block renders one picture. Its bytes are read once, twice where contrast needs a mean; levels of the photometric
-// set, whole numbers, wait in shared memory while neighbours and extremes are looked at.
+// One block renders one picture. Its bytes are read once, twice if contrast needs the mean. The levels of the
+// photometric set, which are integers, are kept in shared memory for neighbours and extremes.
 // kBlur false: every sigma is 0, which takes half the registers on 10.0.
 template <typename Out, bool kBlur>
 __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> p) {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> 
       sum += luminance(x.r, x.g, x.b);
     }
     sum = block_reduce(sum, sums, 0.0f, [](float a, int offset) { return a + __shfl_xor_sync(kFullMask, a, offset); });
-    level = (1.0f - p.parameters[picture * kViewParameters + 4]) * (sum / static_cast<float>(pixels));
+    level = (1.0f - p.parameters[picture * kViewParameters + kContrast]) * (sum / static_cast<float>(pixels));
   }
 
   uint8_t* levels = nullptr;
@@ -183,9 +184,9 @@ __global__ void __launch_bounds__(kTile* kTileRows) blur_kernel(const Problem<Ou
   constexpr int kEach = kTile / kTileRows;
   const int64_t picture = blockIdx.x / (tiles * tiles);
   const float* parameters = p.parameters + picture * kViewParameters;
-  const float sigma = parameters[12];
+  const float sigma = parameters[kBlurSigma];
   if (sigma == 0) return;
-  const bool grayscale = parameters[11] != 0;
+  const bool grayscale = parameters[kGrayscale] != 0;
   const int tile = static_cast<int>(blockIdx.x % (tiles * tiles)), side = static_cast<int>(p.shape.side);
   const int top = tile / tiles * kTile, left = tile % tiles * kTile, pixels = side * side;
   const int radius = blur_radius(sigma, side), halo = kTile + 2 * radius;
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kTile* kTileRows) blur_kernel(const Problem<Ou
     const float* plane = p.unblurred + (picture * 3 + c) * pixels;
     __syncthreads();
     for (int y = row; y < halo; y += kTileRows) {
-      // Beyond the mirrored border lie pixels that nobody asks for: any level does.
+      // Pixels beyond the mirrored border are not used: any level will do.
       const int64_t source_y = reflect(min(top + y - radius, side - 1 + radius), side);
       for (int x = column; x < halo; x += kTile) {
         const int64_t source_x = reflect(min(left + x - radius, side - 1 + radius), side);
@@ -254,7 +255,7 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
   Tensor out = torch::stable::new_empty(crops, sizes, dtype);
   if (pictures == 0) return out;
   const int64_t level_bytes = photometric ? 3 * side * side : 0;
-  // A 224-pixel crop's levels fit on 8.0 and 9.0, patches everywhere.
+  // The levels of a 224-pixel crop fit on 8.0 and 9.0, those of patches everywhere.
   const bool shared = level_bytes + kStaticShared <= shared_memory_limit();
   const std::vector<int64_t> scratch_sizes = {shared ? 0 : pictures * level_bytes};
   Tensor scratch = torch::stable::new_empty(crops, scratch_sizes);

@@ -18,8 +18,8 @@ struct alignas(V * sizeof(T)) Pack {
   T e[V];
 };
 
-// A block turns one tile of one plane. The unit of work is a micro-tile of V x V elements: V packs of V elements, so
-// that one-byte pixels travel as 4-byte words. Odd turns transpose inside the micro-tile in registers and exchange
+// A block rotates one tile of one plane. The unit of work is a micro-tile of V x V elements: V packs of V elements, so
+// that one-byte pixels are moved as 4-byte words. Odd turns transpose inside the micro-tile in registers and exchange
 // micro-tiles through shared memory, so that reads and writes both run along lines. side is a multiple of V.
 template <typename T, int V>
 __global__ void __launch_bounds__(kTile* kRows, 4)
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kTile* kRows, 4)
       }
     }
     __syncthreads();
-    // Now the lanes run along what were the rows of the tile.
+    // Lanes now run along the rows of the source tile.
     const int y = y0 + lane;
     for (int row = threadIdx.y; row < kTile * V; row += kRows) {
       const int v = row % V, column = row / V;

@@ -1,4 +1,4 @@
-"""MemoryBankModule and NTXentLoss with lightly's interface (lightly-ai/lightly), on the ring and the NCE op."""
+"""MemoryBankModule and NTXentLoss with lightly's interface (lightly-ai/lightly), on sslfast's ops."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,19 @@ from sslfast.ops import bank_enqueue_, bank_nce
 class MemoryBankModule(nn.Module):
     """A queue of the newest keys: ``output, bank = module(output, update=True)``.
 
-    ``bank`` is a copy of the queue as it was before the update, as in lightly, so that a later update cannot reach into
-    an unfinished backward pass; :class:`NTXentLoss` below needs no copy.
+    ``bank`` is a copy of the queue as it was before the update, as in lightly, so that a later update cannot change
+    what a pending backward pass reads; :class:`NTXentLoss` below needs no copy.
 
-    What differs from lightly: ``bank`` and ``bank_ptr`` are in the ``state_dict``, so a resumed run goes on with its
-    negatives; a batch that passes the end of the queue wraps to its start instead of losing the rest; the pointer is a
-    0-d tensor that stays on its device; first rows are drawn from ``seed``, not from the global generator.
+    Differences from lightly: ``bank`` and ``bank_ptr`` are in the ``state_dict``, so a resumed run keeps its negatives;
+    a batch that reaches the end of the queue wraps around instead of dropping the rest; the pointer is a 0-d tensor
+    that stays on its device; the initial rows are drawn from ``seed``, not from the global generator.
 
     Args:
-        size: ``(rows, columns)``; or rows alone, then the first batch (or the state loaded) gives the columns.
-            0 rows: no memory bank, ``forward`` returns None for it.
+        size: ``(rows, columns)``; or rows only, then the first batch (or a loaded state) determines the columns.
+            0 rows: no memory bank, ``forward`` returns None in its place.
         gather_distributed: enqueue the keys of all ranks, in the order of ranks.
         dim_first: return the bank as ``[columns, rows]`` (the default, as in lightly) or ``[rows, columns]``.
-        seed: fixes the first rows.
+        seed: of the initial rows.
     """
 
     bank: Tensor
@@ -53,7 +53,8 @@ class MemoryBankModule(nn.Module):
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``(output, bank)``; with ``update`` the queue then takes the output ``[B, columns]``. labels are ignored."""
+        """``(output, bank)``; with ``update`` the queue then takes the output ``[B, columns]``. ``labels`` are
+        ignored."""
         if self.size[0] == 0:
             return output, None
         self._fit(output)
@@ -87,12 +88,13 @@ class NTXentLoss(MemoryBankModule):
 
     ``loss = mean_b(log(exp(s_b) + sum_n exp(q_b . bank_n / τ)) - s_b)`` with ``q``, ``k`` the normalised ``out0``,
     ``out1`` and ``s_b = q_b . k_b / τ``. The queue then takes ``k`` if ``out0`` requires a gradient. The queue is read
-    once for loss and gradient; neither its copy nor the ``[B, rows]`` logits exist. Gradients flow to both outputs.
+    once for loss and gradient; neither a copy of it nor the ``[B, rows]`` logits are stored. Gradients flow to both
+    outputs.
 
     Args:
         temperature: τ, as in lightly 0.5 by default.
-        memory_bank_size: ``(rows, columns)`` or rows, at least 1. Without a bank (lightly's in-batch form) there is
-            nothing here to replace: that is an error.
+        memory_bank_size: ``(rows, columns)`` or rows, at least 1. 0, lightly's in-batch form without a bank, is an
+            error: use lightly's own class.
         gather_distributed, seed: see :class:`MemoryBankModule`.
     """
 

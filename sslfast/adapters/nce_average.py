@@ -15,26 +15,26 @@ from sslfast.ops import bank_nce, bank_update_, estimate_z
 
 
 class NCEAverage(nn.Module):
-    """``loss = module(x, y)``: NCE or InfoNCE of ``x`` against the memory, which then moves toward ``x``.
+    """``loss = module(x, y)``: NCE or InfoNCE of ``x`` against the memory, which is then updated with ``x``.
 
     With ``x_jig``, features of a transformed view (PIRL): ``weight * L(x_jig) + (1 - weight) * L(x)``; the memory
-    follows ``x`` alone. L is the mean over the batch of :func:`sslfast.ops.bank_nce`.
+    is updated with ``x`` only. L is the mean over the batch of :func:`sslfast.ops.bank_nce`.
 
-    Buffers: ``memory`` ``[outputSize, inputSize]`` under the name of all three projects, ``z`` (NaN until the first
-    batch), ``step``. ``load_state_dict`` takes their checkpoints too: it reads ``memory`` and, where there is a
-    ``params`` vector (K, T, Z, momentum), its Z if positive; the tables of their samplers are left out.
+    Buffers: ``memory`` ``[outputSize, inputSize]``, the name in all three projects, ``z`` (NaN until the first batch),
+    ``step``. ``load_state_dict`` also takes their checkpoints: it reads ``memory`` and, where there is a ``params``
+    vector (K, T, Z, momentum), its Z if positive; the tables of their samplers are ignored.
 
-    What differs from them:
+    Differences from them:
 
-    - The loss comes out, not the ``[B, K + 1]`` scores, which never exist: call no criterion.
-    - Negatives are uniform Philox draws from (seed, step, row), not alias-table draws from the global generator, and
-      one draw serves both views (VISSL: ``separate_draws=True``). ``idx`` names rows to use instead.
-    - ``exclude_self=True`` leaves a sample's own row out of its negatives; all three keep it in (the default).
-    - Memory starts normalised, as in VISSL and PyContrast; lemniscate's first rows are only near unit length.
-    - The memory moves in ``forward`` after scoring, in train mode only (lemniscate: in ``backward``); of an index that
-      occurs twice the last one wins.
-    - lemniscate and VISSL add a small term inside the logarithms of NCE (1e-7, 2**-23), which this does not.
-    - Nothing stops the host; there is no assertion on ``y.max()``.
+    - ``forward`` returns the loss, not the ``[B, K + 1]`` scores, which are never stored: no criterion is needed.
+    - Negatives are uniform Philox draws from (seed, step, y), not alias-table draws from the global generator, and
+      one draw serves both views (VISSL: ``separate_draws=True``). ``idx`` gives the rows to use instead.
+    - ``exclude_self=True`` leaves a sample's own row out of its negatives; all three include it (the default).
+    - Memory starts normalised, as in VISSL and PyContrast; lemniscate's initial rows are only near unit length.
+    - The memory is updated in ``forward`` after scoring, in train mode only (lemniscate: in ``backward``); of an index
+      that occurs twice the last one counts.
+    - lemniscate and VISSL add a small term inside the logarithms of NCE (1e-7, 2**-23), this does not.
+    - No host synchronisation, and no assertion on ``y.max()``.
 
     Args:
         inputSize, outputSize: columns and rows of the memory (``n_dim``, ``n_data``).
@@ -43,8 +43,8 @@ class NCEAverage(nn.Module):
         loss: "nce" or "infonce" (their cross-entropy on the scores).
         weight: λ of ``x_jig``.
         z_from: "all" views of the first batch, or "x_jig" alone (VISSL scores the patches first).
-        norm_embedding: L2-normalise the features here (VISSL); else they come in normalised.
-        seed: fixes memory and draws.
+        norm_embedding: L2-normalise the features here (VISSL); else they must be normalised.
+        seed: of the initial memory and the draws.
         dtype: of the memory; bf16 or fp16 halves it, sums stay fp32.
     """
 

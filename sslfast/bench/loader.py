@@ -2,29 +2,26 @@
 
 What is timed is what training does: batches of a recipe's views in the order of an epoch, through the same
 ``build_loader`` and ``ViewStage``. Loaders keep their workers busy between batches, so they cannot take turns: each
-runs for ``--seconds`` after a warm-up, one after the other.
+runs for some seconds after a warm-up, one after the other.
 """
 
-import argparse
-import json
-import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sslfast.bench.timing import WARM_UP, call_seconds, device_name, quantile, versions
+from sslfast.config import nearest
 from sslfast.data import Manifest, open_data
-from sslfast.device import resolve_device, resolve_precision, wait_for
-from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status
-from sslfast.recipes import RECIPES
+from sslfast.device import resolve_precision
+from sslfast.loaders import LOADERS, LoaderConfig, build_loader, loader_status, loaders_for
+from sslfast.recipes import find_recipe
 from sslfast.views import Batch, ViewConfig, ViewStage
-
-WARM_UP = 3  # batches
 
 
 def measure_batches(
@@ -34,18 +31,19 @@ def measure_batches(
     seconds: float,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Any source of batches for ``seconds``: rate, processor, GPU and memory use.
+    """Time any source of batches: rate, CPU, GPU and memory use.
 
     Args:
-        make: builds it: batches without end, and what stops its workers. They count for ``cores`` once stopped.
-        batch_size: samples of a batch.
-        seconds: how long to time, at least five batches.
+        make: returns an endless iterator of batches and the function that stops its workers, which count for ``cores``
+            only once stopped.
+        batch_size: samples per batch.
+        seconds: how long to time; at least five batches.
         device: where batches end up.
 
     Returns:
         JSON values: ``samples_per_second`` (all batches over their time), 20 and 80 % quantiles and median over
-        batches, ``cores`` (processor seconds of this process and its workers over wall seconds, start included),
-        ``gpu_percent`` (mean share of time with a kernel running, as NVML samples it; None without a GPU or NVML),
+        batches, ``cores`` (CPU seconds of this process and its workers over wall seconds, start-up included),
+        ``gpu_percent`` (mean share of time with a kernel running, sampled by NVML; None without a GPU or NVML),
         ``peak_mib`` of this process.
     """
     cpu, started = _cpu_seconds(), time.perf_counter()
@@ -56,23 +54,21 @@ def measure_batches(
         for number in range(sys.maxsize):
             if len(times) >= 5 and sum(times) >= seconds:
                 break
-            start = time.perf_counter()
-            next(batches)
-            wait_for(device)
+            took = call_seconds(lambda: next(batches), device)
             if number >= WARM_UP:
-                times.append(time.perf_counter() - start)
+                times.append(took)
                 if sum(times) > len(busy) + 1:
                     busy += _gpu_percent(device)
     finally:
         close()
     wall = time.perf_counter() - started
-    rates = sorted(batch_size / t for t in times)
+    rates = [batch_size / t for t in times]
     return {
         "batches": len(times),
-        # Work comes in bursts of as many batches as there are workers: the mean over all of them is the rate.
+        # Batches come in bursts of as many as there are workers: the rate is that of all of them.
         "samples_per_second": round(len(times) * batch_size / sum(times), 1),
-        "quantile_20": round(rates[len(rates) // 5], 1),
-        "quantile_80": round(rates[-1 - len(rates) // 5], 1),
+        "quantile_20": round(quantile(rates, 0.2), 1),
+        "quantile_80": round(quantile(rates, 0.8), 1),
         "median": round(statistics.median(rates), 1),
         "cores": round((_cpu_seconds() - cpu) / wall, 2),
         "gpu_percent": round(statistics.mean(busy), 1) if busy else None,
@@ -92,21 +88,21 @@ def measure_loader(
     render: bool,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """One loader for ``seconds``: what ``measure_batches`` says of it.
+    """Time one loader.
 
     Args:
         name: of the loader.
         manifest: the images; None for ``synthetic``.
         views: of a recipe.
-        batch_size: samples of a batch.
+        batch_size: samples per batch.
         workers: as ``LoaderConfig.workers``.
-        seconds: how long to time, at least five batches.
-        device: where batches go.
+        seconds: how long to time; at least five batches.
+        device: where batches end up.
         render: also run the view stage on every batch.
-        dtype: of the rendered views; default: the device's for training.
+        dtype: of the rendered views; default: the one that training uses on the device.
 
     Returns:
-        JSON values: ``measure_batches``' and ``loader``, ``with_views``, ``workers``, ``bad_images`` and
+        JSON values: those of ``measure_batches`` and ``loader``, ``with_views``, ``workers``, ``bad_images`` and
         ``megabytes_per_second`` of image files (None for ``synthetic``).
     """
     dtype = resolve_precision("auto", device) if dtype is None else dtype
@@ -146,7 +142,7 @@ def measure_loader(
 
 
 def forever(loader: Any) -> Iterator[Batch]:
-    """Batches of epoch after epoch."""
+    """The batches of all epochs, endlessly."""
     epoch = 0
     while True:
         yield from loader.epoch(epoch)
@@ -154,17 +150,17 @@ def forever(loader: Any) -> Iterator[Batch]:
 
 
 def _gpu_percent(device: torch.device) -> list[float]:
-    """NVML's latest sample, or nothing where there is none."""
+    """NVML's latest sample; empty where there is none."""
     if device.type != "cuda":
         return []
     try:
         return [float(torch.cuda.utilization(device))]
-    except (ImportError, RuntimeError):  # no NVML bindings, or a driver that does not tell
+    except (ImportError, RuntimeError):  # no NVML bindings, or a driver without it
         return []
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU time of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
@@ -183,56 +179,61 @@ def render_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``sslfast bench loader DATA [--recipe NAME] [--loader NAME ...]``."""
-    parser = argparse.ArgumentParser(prog="sslfast bench loader", description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of images, manifest, or .beton file")
-    parser.add_argument("--recipe", choices=RECIPES, default="pirl-paper", help="whose views")
-    parser.add_argument("--loader", nargs="+", choices=LOADERS, help="default: all that read this data")
-    parser.add_argument("--workers", type=int, help="default: the cores")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=10.0, help="timed for each line of the table")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--chart", type=Path, help="also draw them (.png)")
-    chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    device = resolve_device(chosen.device)
-    manifest = open_data(chosen.data, on_bad_image="skip")
-    if len(manifest) < chosen.batch_size:
-        raise ValueError(f"--batch-size {chosen.batch_size} is more than the {len(manifest)} images; lower it")
+def measure_loaders(
+    data: Path,
+    *,
+    recipe: str,
+    loaders: Sequence[str],
+    workers: int | None,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Time loaders on the images of a folder, manifest or .beton file, without and with the views of a recipe.
+
+    Args:
+        data: the images; unusable ones are skipped.
+        recipe: whose views.
+        loaders: names; empty: all that read the data.
+        workers: of each loader; None: one per core.
+        batch_size: samples per batch.
+        seconds: for each measurement.
+        device: where batches end up.
+        report: takes a line about every loader that cannot be used here.
+
+    Returns:
+        JSON values: ``device``, ``torch``, ``platform``, ``recipe``, ``images``, ``batch_size`` and ``rows``, those of
+        :func:`measure_loader`.
+
+    Raises:
+        ValueError: unknown recipe or loader, fewer images than ``batch_size``.
+    """
+    views = find_recipe(recipe).method.views()
+    manifest = open_data(data, on_bad_image="skip")
+    if len(manifest) < batch_size:
+        raise ValueError(f"--batch-size {batch_size} is more than the {len(manifest)} images; lower it")
+    for name in loaders:
+        if name not in LOADERS:
+            raise ValueError(f"unknown loader {name!r}; {nearest(name, LOADERS)}")
     rows = []
-    readers = [name for name in LOADERS if name != "ffcv"] if manifest.archive is None else ["ffcv", "synthetic"]
-    for name in chosen.loader or readers:
+    for name in loaders or loaders_for(manifest):
         usable, reason, remedy = loader_status()[name]
         if not usable:
-            print(f"{name}: not usable: {reason}; {remedy}", flush=True)
+            report(f"{name}: not usable: {reason}; {remedy}")
             continue
         for render in (False, True):
             rows.append(
                 measure_loader(
                     name,
                     None if name == "synthetic" else manifest,
-                    RECIPES[chosen.recipe]().method.views(),
-                    batch_size=chosen.batch_size,
-                    workers=chosen.workers,
-                    seconds=chosen.seconds,
+                    views,
+                    batch_size=batch_size,
+                    workers=workers,
+                    seconds=seconds,
                     device=device,
                     render=render,
                 )
             )
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{len(manifest)} images, recipe {chosen.recipe}, batches of {chosen.batch_size}, {where}")
-    print(render_table(rows))
-    if chosen.json is not None:
-        facts = {"device": where, "torch": str(torch.__version__), "platform": platform.platform()}
-        chosen.json.write_text(json.dumps({**facts, "recipe": chosen.recipe, "rows": rows}, indent=2) + "\n")
-    if chosen.chart is not None:
-        from sslfast.report import draw_bars
-
-        rates = {
-            f"{row['loader']}, {'with views' if row['with_views'] else 'crops'}": row["samples_per_second"]
-            for row in rows
-        }
-        title = f"{chosen.recipe}, batches of {chosen.batch_size}, {where}: samples/s"
-        draw_bars(rates, chosen.chart, title=title, unit="/s")
-    return 0
+    facts = {"device": device_name(device), **versions(), "recipe": recipe}
+    return {**facts, "images": len(manifest), "batch_size": batch_size, "rows": rows}

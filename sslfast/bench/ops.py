@@ -1,57 +1,23 @@
-"""``sslfast bench ops``: every op beside the eager form that other trainers use, in one process, checked before timed.
+"""``sslfast bench ops``: every op beside the plain torch form that it replaces, in one process, checked before timed.
 
 ``benchmarks/bench_<op>.py`` measure the same functions with pytest-benchmark and more sizes.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from sslfast import ops
+from sslfast.bench.peers import gather_infonce, loop_ema_, matmul_infonce, scatter_update_, slice_enqueue_
+from sslfast.bench.timing import milliseconds, peak_extra_bytes, seconds_in_turns
 from sslfast.device import wait_for
-from sslfast.ops import build_info
-
-
-def gather_infonce(query: Tensor, bank: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """The form of the public memory-bank implementations: gather ``[B, K+1, D]``, bmm, cross-entropy.
-
-    ``rows``: ``[B, K+1]`` int64, column 0 the positive. Returns the mean loss; autograd keeps the gathered tensor.
-    """
-    batch, count = rows.shape
-    gathered = torch.index_select(bank, 0, rows.reshape(-1)).reshape(batch, count, -1)
-    scores = torch.bmm(gathered, query[:, :, None]).squeeze(2) / temperature
-    return cross_entropy(scores, torch.zeros(batch, dtype=torch.long, device=query.device))
-
-
-def scatter_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: float) -> None:
-    """The usual bank update: gather, blend, normalise, copy back."""
-    rows = bank.index_select(0, index).mul_(momentum).add_(features, alpha=1 - momentum)
-    bank.index_copy_(0, index, rows.div_(rows.norm(dim=1, keepdim=True)))
-
-
-def slice_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
-    """MoCo's queue: the head is read on the host and the bank's rows must be a multiple of the batch."""
-    start = int(head)
-    bank[start : start + len(keys)] = keys
-    head.fill_((start + len(keys)) % len(bank))
-
-
-def loop_ema_(targets: list[Tensor], sources: list[Tensor], *, momentum: float) -> None:
-    """MoCo's momentum encoder: one tensor after the other."""
-    for target, source in zip(targets, sources, strict=True):
-        target.mul_(momentum).add_(source, alpha=1 - momentum)
+from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig, draw_view
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -70,13 +36,16 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 
 @dataclass
 class Case:
-    """One op at one size: what each implementation does in one call, and the bytes that must move at least."""
+    """One op at one size."""
 
     op: str
     size: str
     implementations: dict[str, Callable[[], Any]]
+    """Name -> one call; the plain form first, it is what the others are compared with."""
     floor_bytes: int
+    """Bytes that one call must move at least."""
     check: Callable[[], None]
+    """Compares the results of the implementations; raises AssertionError."""
 
 
 def bank_nce_case(
@@ -90,7 +59,7 @@ def bank_nce_case(
     dtype: torch.dtype = torch.float32,
     loss: str = "infonce",
 ) -> Case:
-    """Forward and backward of the loss, negatives drawn in every call."""
+    """Forward and backward of the loss, negatives drawn anew in every call."""
     generator = torch.Generator().manual_seed(0)
     bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device)
     query = normalize(torch.randn(views, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
@@ -107,21 +76,22 @@ def bank_nce_case(
         value.mean().backward()
         return value.mean().detach()
 
-    def gather(rows: Tensor | None = None) -> Tensor:
+    def gather(negatives: Tensor | None = None) -> Tensor:
         query.grad = None
-        if rows is None:
-            rows = torch.randint(num_rows, (batch, num_negatives), device=device)
-        rows = torch.cat((index[:, None], rows), dim=1)
-        value = torch.stack([gather_infonce(view, bank, rows, 0.07) for view in query]).mean()
+        if negatives is None:
+            negatives = torch.randint(num_rows, (batch, num_negatives), device=device)
+        # One gather per view, as VISSL and PyContrast do.
+        losses = [gather_infonce(view[None], bank, index, negatives, temperature=0.07) for view in query]
+        value = torch.stack(losses).mean()
         value.backward()
         return value.detach()
 
     def check() -> None:
-        rows = ops.negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=0, step=0)
+        negatives = ops.negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=0, step=0)
         value, gradient = fused(), query.grad
         if loss == "infonce":
             tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # a bf16 bank has 8 bits of mantissa
-            torch.testing.assert_close(value, gather(rows), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(value, gather(negatives), rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
 
     peers: dict[str, Callable[[], Any]] = {"eager gather": gather} if loss == "infonce" else {}
@@ -144,23 +114,19 @@ def bank_nce_dense_case(
     bank = normalize(torch.randn(num_rows, dimensions, generator=generator), dim=1).to(device, dtype)
     query = normalize(torch.randn(1, batch, dimensions, generator=generator), dim=-1).to(device).requires_grad_()
     index = torch.randperm(num_rows, generator=generator)[:batch].to(device)
-    rows = None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+    negatives = (
+        None if num_negatives is None else torch.randint(num_rows, (num_negatives,), generator=generator).to(device)
+    )
 
     def fused() -> Tensor:
         query.grad = None
-        value = ops.bank_nce_dense(query, bank, index, rows=rows)[0].mean()
+        value = ops.bank_nce_dense(query, bank, index, negatives=negatives)[0].mean()
         value.backward()
         return value.detach()
 
     def eager() -> Tensor:
         query.grad = None
-        chosen = bank if rows is None else torch.cat((bank[rows], bank[index]))
-        scores = (query[0].to(dtype) @ chosen.T).float() / 0.07
-        target = index if rows is None else len(rows) + torch.arange(batch, device=device)
-        if rows is not None:  # of the batch's own rows, each sample has one
-            others = ~torch.eye(batch, dtype=torch.bool, device=device)
-            scores[:, len(rows) :] = scores[:, len(rows) :].masked_fill(others, -torch.inf)
-        value = cross_entropy(scores, target)
+        value = matmul_infonce(query, bank, index, negatives, temperature=0.07, exclude_self=False).mean()
         value.backward()
         return value.detach()
 
@@ -170,9 +136,9 @@ def bank_nce_dense_case(
         torch.testing.assert_close(value, eager(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(gradient, query.grad, rtol=tolerance, atol=tolerance)
 
-    rest = "whole bank" if rows is None else f"K={len(rows)} shared"
+    rest = "whole bank" if negatives is None else f"K={len(negatives)} shared"
     size = f"B={batch} D={dimensions} N={num_rows} {str(dtype)[6:]} {rest}"
-    floor = (num_rows if rows is None else len(rows)) * dimensions * bank.element_size()
+    floor = (num_rows if negatives is None else len(negatives)) * dimensions * bank.element_size()
     return Case("bank_nce_dense", size, {"eager [B, N] scores": eager, "sslfast": fused}, floor, check)
 
 
@@ -228,8 +194,7 @@ def ema_update_case(device: torch.device, *, source_dtype: torch.dtype = torch.f
         ours, theirs = [t.clone() for t in targets], [t.clone() for t in targets]
         ops.ema_update_(ours, sources, momentum=momentum)
         loop_ema_(theirs, sources, momentum=momentum)
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(ours, theirs)
 
     implementations: dict[str, Callable[[], Any]] = {
         "eager loop": lambda: loop_ema_(targets, sources, momentum=momentum)
@@ -243,22 +208,22 @@ def ema_update_case(device: torch.device, *, source_dtype: torch.dtype = torch.f
 
 
 def negative_rows_case(device: torch.device, *, batch: int = 256, num_negatives: int = 4096) -> Case:
-    """Drawing the rows alone; the eager form is torch.randint, which cannot exclude the sample or be replayed."""
-    index, rows = torch.arange(batch, device=device), 1_281_167
-    draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": rows, "seed": 0, "step": 0}
+    """Drawing negatives alone; the eager form is torch.randint, which cannot exclude the sample or be replayed."""
+    index, num_rows = torch.arange(batch, device=device), 1_281_167
+    draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": num_rows, "seed": 0, "step": 0}
 
     def check() -> None:
         assert torch.equal(ops.negative_rows(index, **draw), ops.negative_rows_reference(index, **draw))
 
     implementations = {
-        "eager randint": lambda: torch.randint(rows, (batch, num_negatives), device=device),
+        "eager randint": lambda: torch.randint(num_rows, (batch, num_negatives), device=device),
         "sslfast": lambda: ops.negative_rows(index, **draw),
     }
     return Case("negative_rows", f"B={batch} K={num_negatives}", implementations, batch * num_negatives * 8, check)
 
 
 def pixel_cases(device: torch.device, *, batch: int = 64) -> list[Case]:
-    """rotate90 and jigsaw_patches on uint8 crops and rgb_to_lab on floats, beside the same in torch."""
+    """rotate90 and jigsaw_patches on uint8 crops and rgb_to_lab on floats, beside their references in torch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch, 3, 255, 255), generator=generator).to(device, torch.uint8)
     turns = torch.randint(4, (batch,), generator=generator).to(device)
@@ -285,17 +250,18 @@ def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = T
     """The view stage of PIRL's jigsaw view (255-pixel crops, nine patches of 64) or image view (224), all colour
     operations on (blur, where asked for, of every picture), beside the same operations one after the other in torch."""
     generator = torch.Generator().manual_seed(0)
-    side, pictures = (255, 9) if jigsaw else (224, 1)
+    side = 255 if jigsaw else 224
     crops = torch.randint(256, (batch, 3, side, side), generator=generator).to(device, torch.uint8)
-    low = torch.tensor([0, 1, 0, 0.6, 0.6, 0.6, -0.4, 0, 4, 0.1, 0, 0, 0.1 * blur])
-    high = torch.tensor([2, 2, 24, 1.4, 1.4, 1.4, 0.4, 1, 9, 1.9, 257, 1.25, 2.0 * blur])
-    drawn = low + torch.rand(batch, pictures, 13, generator=generator) * (high - low)
-    whole = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
-    parameters = torch.where(whole, drawn.floor(), drawn).to(device)
+    view = ViewConfig(
+        crop=CropConfig(size=side),
+        jigsaw=JigsawConfig() if jigsaw else None,
+        augment=AugmentConfig(hue=0.4, blur_probability=float(blur)),
+    )
+    drawn = draw_view(torch.arange(batch, device=device), view, seed=0, position=0, epoch=0)
+    parameters = drawn.pixel
     options: dict[str, Any] = {"photometric": False, "blur": blur}
     if jigsaw:
-        options["permutation"] = torch.rand(batch, 9, generator=generator).argsort(1).to(device)
-        options["offsets"] = torch.randint(22, (batch, 9, 2), generator=generator).to(device)
+        options |= {"permutation": drawn.permutation, "offsets": drawn.offsets}
 
     def check() -> None:
         ours = ops.render_views(crops, parameters, **options)
@@ -311,7 +277,7 @@ def render_views_case(device: torch.device, *, batch: int = 64, jigsaw: bool = T
 
 
 def op_cases(device: torch.device) -> list[Case]:
-    """What ``sslfast bench ops`` measures."""
+    """The cases that ``sslfast bench ops`` measures."""
     return [
         bank_nce_case(device),
         bank_nce_case(device, views=2),
@@ -331,50 +297,19 @@ def op_cases(device: torch.device) -> list[Case]:
     ]
 
 
-def peak_extra_bytes(device: torch.device, function: Callable[[], Any]) -> int | None:
-    """Most memory that one call holds beyond what was held before it; None where it cannot be measured."""
-    if device.type == "cuda":
-        wait_for(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-        before = _status_kib("VmRSS")
-        function()
-        return max(0, _status_kib("VmHWM") - before) * 1024
-    except (OSError, StopIteration):
-        return None
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
-
-
 def measure(case: Case, device: torch.device, *, rounds: int) -> list[dict[str, Any]]:
-    """Rows of the table: implementations take turns in every round, so that a noisy machine slows all of them alike."""
+    """Rows of the table of one case: times of ``rounds`` calls in turns, peak memory of one call."""
     case.check()
     memory = {name: peak_extra_bytes(device, function) for name, function in case.implementations.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in case.implementations}
-    for _ in range(rounds):
-        for name, function in case.implementations.items():
-            wait_for(device)
-            start = time.perf_counter()
-            function()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
-    slowest = statistics.median(next(iter(seconds.values())))
+    seconds = seconds_in_turns(case.implementations, device, rounds=rounds)
+    first = statistics.median(next(iter(seconds.values())))
     return [
         {
             "op": case.op,
             "size": case.size,
             "implementation": name,
-            "median_ms": round(statistics.median(times) * 1e3, 4),
-            "quantile20_ms": round(sorted(times)[int(0.2 * len(times))] * 1e3, 4),
-            "quantile80_ms": round(sorted(times)[int(0.8 * len(times))] * 1e3, 4),
-            "times_faster": round(slowest / statistics.median(times), 2),
+            **milliseconds(times),
+            "times_faster": round(first / statistics.median(times), 2),
             "floor_gb_per_s": round(case.floor_bytes / statistics.median(times) / 1e9, 2),
             "peak_extra_mib": None if memory[name] is None else round((memory[name] or 0) / 2**20, 2),
         }
@@ -383,7 +318,8 @@ def measure(case: Case, device: torch.device, *, rounds: int) -> list[dict[str, 
 
 
 def time_case(benchmark: Any, case: Case, implementation: str, device: torch.device, *, rounds: int = 15) -> None:
-    """One implementation under pytest-benchmark: checked, grouped with its peers, memory and bandwidth noted."""
+    """One implementation under pytest-benchmark: checked, grouped with the others, memory and bandwidth in its
+    ``extra_info``."""
     case.check()
     benchmark.group = f"{case.op} {case.size}, {device}"
     peak = peak_extra_bytes(device, case.implementations[implementation])
@@ -409,31 +345,6 @@ def render(rows: list[dict[str, Any]]) -> str:
             f"{row['times_faster']:7.2f} {row['floor_gb_per_s']:7.2f} {memory}"
         )
     lines.append(
-        "times: faster than the op's first line. GB/s: bytes that must move over time. MiB: peak extra memory."
+        "times: speed relative to the op's first row. GB/s: bytes that must move over time. MiB: peak extra memory."
     )
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``sslfast bench ops [--json FILE]``."""
-    parser = argparse.ArgumentParser(prog="sslfast bench", description=__doc__)
-    parser.add_argument("what", choices=["ops"], help="what to measure")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each implementation")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if chosen.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {chosen.rounds}")
-    device = torch.device(chosen.device)
-    rows = [row for case in op_cases(device) for row in measure(case, device, rounds=chosen.rounds)]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {build_info()['note']}")
-    print(render(rows))
-    if chosen.json is not None:
-        facts = {"device": name, "torch": str(torch.__version__), "platform": platform.platform(), "rows": rows}
-        chosen.json.write_text(json.dumps(facts, indent=2) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,15 +3,10 @@
 The whole step is timed as training runs it (loader, views, forward, backward, optimizer, bank). Then its parts are
 timed alone on one recorded batch, each with the device idle before and after, so parts that overlap in training add up
 to more than the step. Calls of ``sslfast`` ops are recorded and replayed, whatever the method. A supervised step of the
-same trunk on the image view is the yardstick; FLOPs are counted by torch's ``FlopCounterMode``, and the matrix product
-rate is measured in the same run.
+same trunk on the image view is measured for comparison; FLOPs are counted by torch's ``FlopCounterMode``, and the rate
+of a large matrix product is measured in the same run.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,21 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslfast.bench.loader import forever
-from sslfast.data import parse_data
+from sslfast.bench.timing import WARM_UP, device_name, median_seconds
 from sslfast.device import wait_for
 from sslfast.models import build_trunk
 from sslfast.optim import build_optimizer
-from sslfast.recipes import RECIPES
 from sslfast.training import TrainConfig, Trainer
 from sslfast.views import Batch, View
 
-_WARM_UP = 3  # steps before anything is timed: workers start, cuDNN chooses its algorithms
-_CLASSES = 1000
+_CLASSES = 1000  # of the supervised step
 
 
 @dataclass(kw_only=True)
 class StepReport:
-    """What ``sslfast bench step`` found; times in seconds, all of one process."""
+    """What ``sslfast bench step`` measures; times in seconds, all of one process."""
 
     recipe: str
     device: str
@@ -50,9 +43,9 @@ class StepReport:
     step: float
     """Median time of a whole step."""
     synthetic_step: float | None
-    """The same without a loader: one batch again and again."""
+    """The same without a loader, repeating one batch; None where the data are synthetic."""
     parts: dict[str, float]
-    """Part -> time alone."""
+    """Part -> its time when run alone."""
     step_flops: int
     """Matrix products and convolutions of a step, forward and backward."""
     supervised_step: float
@@ -63,7 +56,7 @@ class StepReport:
     busy_share: float | None
     """Share of the steps' time in which the GPU ran a kernel; None on a CPU."""
     peak_bytes: int | None
-    """Most CUDA memory of a step; None on a CPU."""
+    """Peak CUDA memory of a step; None on a CPU."""
 
     @property
     def samples_per_second(self) -> float:
@@ -71,11 +64,11 @@ class StepReport:
 
     @property
     def against_supervised(self) -> float:
-        """Speed for the work: (samples/s of this step) / (samples/s of the supervised step, less its FLOPs share)."""
+        """Speed for the work: FLOP/s of this step over FLOP/s of the supervised step."""
         return (self.supervised_step / self.step) * (self.step_flops / self.supervised_flops)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, with what follows from them."""
+        """JSON values: the fields and what is computed from them."""
         return {
             **self.__dict__,
             "samples_per_second": self.samples_per_second,
@@ -88,7 +81,7 @@ class StepReport:
 
 
 class _RecordOps(TorchDispatchMode):
-    """Calls of ``sslfast`` ops inside, with detached arguments; what is changed in place is a copy."""
+    """Records calls of ``sslfast`` ops with detached arguments; those of ops that work in place are copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,26 +105,14 @@ def _detached(value: Any, *, copy: bool) -> Any:
     return value
 
 
-def median_seconds(function: Callable[[], Any], device: torch.device, *, rounds: int) -> float:
-    """Median wall time of ``function()``, the device idle before and after each call; one call is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        wait_for(device)
-        start = time.perf_counter()
-        function()
-        wait_for(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
 def measure_step(config: TrainConfig, data: Path | str | int, *, steps: int, rounds: int) -> StepReport:
     """Time a recipe's step and its parts.
 
     Args:
-        config: what would be trained; its epochs do not matter.
-        data: as ``Trainer``'s.
-        steps: whole steps that are timed.
-        rounds: calls of each part.
+        config: the run; its epochs do not matter.
+        data: as ``Trainer`` takes it.
+        steps: timed steps.
+        rounds: timed calls of each part.
 
     Raises:
         ValueError, FileNotFoundError: as ``Trainer`` does.
@@ -149,7 +130,7 @@ def _measure(trainer: Trainer, *, is_synthetic: bool, steps: int, rounds: int) -
     device, config = trainer.device, trainer.config
     trainer.method.train()
     batches = forever(trainer.loader)
-    for _ in range(_WARM_UP):
+    for _ in range(WARM_UP):
         trainer.train_step(batches)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -165,7 +146,7 @@ def _measure(trainer: Trainer, *, is_synthetic: bool, steps: int, rounds: int) -
     supervised, supervised_flops = _supervised(trainer, batch, rounds=rounds)
     return StepReport(
         recipe=config.recipe,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device_name(device),
         batch_size=config.batch_size,
         precision=str(trainer.dtype),
         loader=type(trainer.loader).__name__,
@@ -246,7 +227,7 @@ def _parts(trainer: Trainer, batch: Batch, *, rounds: int) -> tuple[dict[str, fl
 
 
 def _supervised(trainer: Trainer, batch: Batch, *, rounds: int) -> tuple[float, int]:
-    """Time and FLOPs of a cross-entropy step on the first view of whole images, with a ``_CLASSES``-way layer."""
+    """Time and FLOPs of a cross-entropy step on the image view, with a linear layer of ``_CLASSES`` classes."""
     device, config = trainer.device, trainer.config
     layout = torch.channels_last if trainer.channels_last else torch.contiguous_format
     trunk = build_trunk(config.model, seed=config.seed)
@@ -256,7 +237,7 @@ def _supervised(trainer: Trainer, batch: Batch, *, rounds: int) -> tuple[float, 
     pixels = torch.randn(len(batch.sample_ids), 3, size, size, device=device, dtype=trainer.dtype)
     pixels = pixels.contiguous(memory_format=layout)
     labels = batch.sample_ids % _CLASSES
-    optimizer = build_optimizer(net, config.optim, batch_size=config.batch_size)
+    optimizer = build_optimizer(net, config.optim, lr=config.optim.peak_lr(config.batch_size))
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=trainer.dtype == torch.bfloat16):
@@ -279,7 +260,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, *, rounds: int) -> fl
 def _busy_share(step: Callable[[], None], device: torch.device, *, rounds: int) -> float | None:
     """Union of kernel and copy times over the time of the steps, from torch's profiler.
 
-    Named ranges, such as the optimizer's, span their kernels and the gaps between: they do not count.
+    Named ranges, such as the optimizer's, are not counted: they span the gaps between their kernels too.
     """
     if device.type != "cuda":
         return None
@@ -332,7 +313,7 @@ def render(report: StepReport) -> str:
         "",
         f"supervised step  {1e3 * report.supervised_step:10.2f} ms   "
         f"{facts['supervised_samples_per_second']:10.1f} images/s",
-        f"  work of this step over the supervised one {facts['flops_ratio']:.2f} (FLOPs); speed for the work "
+        f"  FLOPs of this step over the supervised one {facts['flops_ratio']:.2f}; speed for the work "
         f"{report.against_supervised:.1%}",
         f"  share of the measured matrix product rate ({report.matmul_flops / 1e12:.2f} TFLOP/s): "
         f"{facts['share_of_matmul_rate']:.1%}",
@@ -343,43 +324,3 @@ def render(report: StepReport) -> str:
         each = report.peak_bytes / report.batch_size / 2**20
         lines.append(f"  peak memory {report.peak_bytes / 2**30:.2f} GiB, {each:.1f} MiB a sample")
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``sslfast bench step [DATA|synthetic:N] [--recipe NAME]``."""
-    parser = argparse.ArgumentParser(prog="sslfast bench step", description=__doc__)
-    parser.add_argument("data", nargs="?", default="synthetic:100000", help="folder, manifest, .beton or synthetic:N")
-    parser.add_argument("--recipe", choices=RECIPES, default="pirl-paper")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
-    parser.add_argument("--loader", default="auto")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--steps", type=int, default=20, help="whole steps that are timed")
-    parser.add_argument("--rounds", type=int, default=5, help="calls of each part")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--chart", type=Path, help="also draw the parts (.png)")
-    chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    config = RECIPES[chosen.recipe]()
-    data = parse_data(chosen.data)
-    config = replace(
-        config,
-        batch_size=chosen.batch_size or config.batch_size,
-        device=chosen.device,
-        precision=chosen.precision,
-        loader=replace(
-            config.loader, name="synthetic" if isinstance(data, int) else chosen.loader, workers=chosen.workers
-        ),
-    )
-    report = measure_step(config, data, steps=chosen.steps, rounds=chosen.rounds)
-    print(render(report))
-    if chosen.json is not None:
-        facts = {"torch": str(torch.__version__), "platform": platform.platform()}
-        chosen.json.write_text(json.dumps({**facts, **report.as_dict()}, indent=2) + "\n")
-    if chosen.chart is not None:
-        from sslfast.report import draw_bars
-
-        milliseconds = {name: 1e3 * seconds for name, seconds in report.parts.items()}
-        title = f"{report.recipe}, batch {report.batch_size}, {report.device}: parts of a step"
-        draw_bars({"whole step": 1e3 * report.step, **milliseconds}, chosen.chart, title=title, unit="ms")
-    return 0

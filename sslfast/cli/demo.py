@@ -1,7 +1,7 @@
-"""``sslfast demo``: PIRL end to end on real photographs, on whatever machine this is.
+"""``sslfast demo``: PIRL end to end on real photographs, in minutes on a CPU.
 
-Makes the embedded data set, pretrains, evaluates beside two baselines, draws two pictures. Every part is found again
-when the command is run again, so a stopped demo goes on where it was.
+Writes the data set, pretrains, evaluates beside two baselines, draws two pictures. Finished parts are kept, so an
+interrupted demo resumes when the command is run again.
 """
 
 import io
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
+from sslfast.cli.options import parse
 from sslfast.config import save_json
 from sslfast.data import PHOTOGRAPHS, make_demo_data
 from sslfast.evaluation import (
@@ -41,28 +42,27 @@ ENCODERS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained", TRAINED: "PIRL"}
 
 @dataclass(kw_only=True)
 class Demo:
-    """Pretrain PIRL on crops of 18 photographs, then ask: are crops of one photograph neighbours?"""
+    """Pretrain PIRL on crops of 18 photographs, then classify held-out crops by photograph."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("runs/demo")
-    """Folder of the data, the runs and the pictures."""
+    """Folder for data, runs and pictures."""
     seed: int = 0
-    """Seed of the run; each seed has a run directory of its own."""
+    """Seed of the run; each seed has its own run directory."""
     epochs: int | None = None
     """Passes over the data; default: the recipe's."""
     train_per_photo: int = 30
-    """Training crops of each photograph."""
+    """Training crops per photograph."""
     val_per_photo: int = 60
-    """Validation crops of each photograph."""
+    """Validation crops per photograph."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def demo(arguments: list[str]) -> int:
     """Run ``sslfast demo``; returns the exit code."""
-    try:
-        options = tyro.cli(Demo, args=argv, prog="sslfast demo")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+    options = parse(Demo, arguments, prog="sslfast demo")
+    if isinstance(options, int):
+        return options
     try:
         print(run_demo(options), flush=True)
     except RunInterruptedError as stop:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_demo(options: Demo) -> str:
-    """Everything; returns the closing screen. Raises as :class:`sslfast.training.trainer.Trainer` does."""
+    """Run all parts; returns the text to print. Raises as :class:`sslfast.training.Trainer` does."""
     started = time.perf_counter()
     output, run = options.output, options.output / f"seed{options.seed}"
     data = make_demo_data(output / "data", train_per_photo=options.train_per_photo, val_per_photo=options.val_per_photo)
@@ -107,8 +107,8 @@ def run_demo(options: Demo) -> str:
     lines = [
         _table(evaluation, knn, linear),
         "",
-        f"  what the network saw          {preview}",
-        f"  queries and their neighbours  {neighbours}",
+        f"  augmented views               {preview}",
+        f"  nearest neighbours            {neighbours}",
         f"  curves, confusion, map        {page}",
         f"  numbers, weights, logs        {run}",
         f"  seconds                       {trained - started:.0f} pretraining, {done - trained:.0f} evaluation",
@@ -123,9 +123,9 @@ def _table(evaluation: EvaluationSet, knn: dict[str, Any], linear: dict[str, Any
     table.add_column("top-1 accuracy, %")
     for heading in columns.values():
         table.add_column(heading, justify="right")
-    for encoder, words in ENCODERS.items():
+    for encoder, label in ENCODERS.items():
         rows = [cells[encoder, protocol] for protocol in columns]
-        table.add_row(words, *(f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}" for row in rows))
+        table.add_row(label, *(f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}" for row in rows))
     text = io.StringIO()
     Console(file=text, width=100).print(table)
     classes = len(evaluation.classes)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sslfast.cli.commands import parse
+from sslfast.cli.options import parse
 from sslfast.distributed import process_group
 
 

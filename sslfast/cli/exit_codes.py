@@ -14,5 +14,5 @@ exit codes:
   1    unexpected failure, with a traceback
   2    wrong usage, configuration or data: one line with the remedy (SSLFAST_TRACEBACK=1 shows where)
   3    the loss became infinite or not a number
-  75   stopped by SIGTERM or SIGINT with a checkpoint saved: the same command goes on from there
+  75   stopped by SIGTERM or SIGINT with a checkpoint saved: the same command continues from there
   130  stopped at once by a second SIGINT (Ctrl-C)"""

@@ -1,10 +1,10 @@
-"""``sslfast info``: versions, the compiled core, devices and loaders, with a remedy for what cannot be used."""
+"""``sslfast info``: versions, the compiled core, devices, loaders and packages; what is missing, with the remedy."""
 
 import importlib.metadata
 import importlib.util
 import json
 import platform
-import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,18 @@ OPTIONAL = {
     "tensorboard": "TensorBoard logs",
     "skimage": "photographs of `sslfast demo`",
     "sklearn": "photographs of `sslfast demo`",
+    "matplotlib": "charts of `sslfast bench`",
 }
-# torchvision comes in pairs with torch: asked for alone, pip would replace the torch that is here.
+# A torchvision release belongs to one torch release: asked for alone, pip would replace the installed torch.
 INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **DISTRIBUTIONS}
+
+
+@dataclass(kw_only=True)
+class Info:
+    """Versions, the compiled core, devices, loaders and packages; what is missing, with the remedy."""
+
+    json: bool = False
+    """Print JSON."""
 
 
 def gather() -> dict[str, Any]:
@@ -73,24 +82,25 @@ def render(facts: dict[str, Any]) -> str:
     if not kernels and torch.cuda.is_available():
         lines.append("          this build has no CUDA kernels: reinstall with SSLFAST_CUDA=1 and nvcc on PATH")
     for i, (name, status) in enumerate(facts["loaders"].items()):
-        words = "usable" if status["usable"] else f"not usable: {status['reason']}; {status['remedy']}"
-        lines.append(f"{'loaders' if i == 0 else '':9} {name:11} {words}")
+        text = "usable" if status["usable"] else f"not usable: {status['reason']}; {status['remedy']}"
+        lines.append(f"{'loaders' if i == 0 else '':9} {name:11} {text}")
     for i, (name, version) in enumerate(facts["packages"].items()):
-        words = version or f"missing ({OPTIONAL[name]}): pip install {INSTALL.get(name, name)}"
-        lines.append(f"{'packages' if i == 0 else '':9} {name:11} {words}")
+        text = version or f"missing ({OPTIONAL[name]}): pip install {INSTALL.get(name, name)}"
+        lines.append(f"{'packages' if i == 0 else '':9} {name:11} {text}")
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the facts; ``--json`` as JSON."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments not in ([], ["--json"]):
-        print("usage: sslfast info [--json]", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+def info(arguments: list[str]) -> int:
+    """Run ``sslfast info``; returns the exit code."""
+    chosen: Info | int = Info()
+    if arguments:  # without options there is nothing to parse: then it also runs where only torch is installed
+        import tyro
+
+        from sslfast.cli.options import parse
+
+        chosen = parse(Info, arguments, prog="sslfast info", config=(tyro.conf.FlagCreatePairsOff,))
+    if isinstance(chosen, int):
+        return chosen
     facts = gather()
-    print(json.dumps(facts, indent=2) if arguments else render(facts))
+    print(json.dumps(facts, indent=2) if chosen.json else render(facts))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

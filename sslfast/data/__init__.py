@@ -1,9 +1,9 @@
 """Where images come from: sources, the manifest that numbers them, decoding policy, verification and conversion.
 Imports ``sslfast.files`` and ``sslfast.ops``."""
 
-from sslfast.data.beton import JPG, Beton
+from sslfast.data.beton import JPG, Beton, BetonSource
 from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
-from sslfast.data.folder import HASHED_BYTES, content_hash
+from sslfast.data.folder import FolderSource
 from sslfast.data.images import (
     ORIENTATION,
     BadImageError,
@@ -21,10 +21,10 @@ from sslfast.data.images import (
 )
 from sslfast.data.jpeg import scan_jpeg
 from sslfast.data.manifest import Manifest, some_paths
-from sslfast.data.pool import available_cores
+from sslfast.data.opening import open_data, parse_data, reopen_data
+from sslfast.data.pool import available_cores, exit_with_parent
 from sslfast.data.prepare import PrepareConfig, prepare_beton
-from sslfast.data.source import open_data, parse_data, reopen_data
-from sslfast.data.tar import ImageLocation, ShardError, read_image_bytes
+from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, SourceError, all_sources, content_hash
 from sslfast.data.verify import verify_images
 
 __all__ = [
@@ -34,18 +34,23 @@ __all__ = [
     "PHOTOGRAPHS",
     "BadImageError",
     "Beton",
+    "BetonSource",
+    "FolderSource",
     "ImageHeader",
     "ImageLocation",
+    "ImageSource",
     "Manifest",
     "OnBadImage",
     "OpenImage",
     "PrepareConfig",
-    "ShardError",
+    "SourceError",
+    "all_sources",
     "available_cores",
     "check_size",
     "content_hash",
     "decode_full",
     "decode_pixels",
+    "exit_with_parent",
     "make_demo_data",
     "open_data",
     "open_image",
@@ -53,7 +58,6 @@ __all__ = [
     "prepare_beton",
     "quiet_pillow",
     "read_bytes",
-    "read_image_bytes",
     "reopen_data",
     "require_strict_pillow",
     "scan_jpeg",

@@ -5,8 +5,8 @@ Layout, little-endian::
     header · fields image, label, row · [N] samples · pages of pixels
     manifest · settings (JSON) · [N] CRC-32 · footer · [N] allocations
 
-FFCV's own reader takes the header, the fields, the samples and the allocations, and never looks at what lies between
-the last page and the allocations. Sample ``i`` is row ``i`` of the manifest. No sample lies across two pages.
+FFCV's own reader uses the header, the fields, the samples and the allocations, and ignores what is between the last
+page and the allocations. Sample ``i`` is row ``i`` of the manifest. No sample crosses a page boundary.
 """
 
 import fcntl
@@ -14,14 +14,18 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sslfast.data.images import OnBadImage
 from sslfast.data.manifest import Manifest
+from sslfast.data.source import Changes, ImageSource, is_file
 
 VERSION = 2
 HEADER = np.dtype(
@@ -36,7 +40,7 @@ HEADER = np.dtype(
 )
 FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", (1024,))], align=True)
 FIELDS = {"image": 2, "label": 1, "row": 1}
-"""Name -> FFCV's number of the kind: 2 an RGB image, 1 an integer."""
+"""Name -> FFCV's number of the field type: 2 an RGB image, 1 an integer."""
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 SAMPLE = np.dtype([("", IMAGE), ("", "<i8"), ("", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
@@ -58,11 +62,67 @@ _SAMPLES = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 _PAGE = 1 << 23
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class BetonSource(ImageSource):
+    """A .beton file: stored pixels and JPEGs that only the ffcv loader reads. ``root`` is what it was made of."""
+
+    name: ClassVar[str] = "beton"
+    loader: ClassVar[str | None] = "ffcv"
+
+    archive: Path | None
+    """The file; None in the manifest of a run, which knows it by ``archive_id`` only."""
+    archive_id: str = ""
+    """Identity of the stored bytes."""
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return is_file(path, ".beton")
+
+    @classmethod
+    def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
+        """The manifest inside. What ``sslfast data prepare`` left out is not in the file, so it is no error."""
+        with Beton(path) as beton:
+            return beton.manifest
+
+    def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
+        if self.archive is None:
+            raise ValueError(f"this manifest belongs to a .beton file made of {self.root}: give that file")
+        with Beton(self.archive) as beton:
+            is_same = beton.manifest.source.identity() == self.archive_id
+        return Changes(changed=[] if is_same else [(self.archive.name, "written again")])
+
+    def identity(self) -> str:
+        return self.archive_id
+
+    def notes(self) -> Iterable[tuple[object, ...]]:
+        return []
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        root: Path,
+        paths: list[str],
+        sizes: NDArray[np.int64],
+        notes: Sequence[Sequence[str]],
+        columns: Mapping[str, Sequence[str]],
+    ) -> Self:
+        archive_id = next(note[1] for note in notes if note[0] == "archive")
+        return cls(root=root, paths=paths, archive=None, archive_id=archive_id)
+
+    @classmethod
+    def wrote(cls, notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> bool:
+        return any(note[0] == "archive" for note in notes)
+
+    def __str__(self) -> str:
+        return str(self.root if self.archive is None else self.archive)
+
+
 class Beton:
     """A .beton file of ``sslfast data prepare``, open for reading.
 
-    Raises ValueError, in one line with the remedy, where it is missing, of another make, cut short or edited. The
-    pixels are not read here; every read of them compares the checksum.
+    Raises ValueError, in one line with the remedy, if it is missing, written by another program, truncated or edited.
+    The pixels are not read here; their readers verify the checksums.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -80,7 +140,7 @@ class Beton:
 
     def _read_tables(self) -> None:
         remedy = "make it again with `sslfast data prepare`"
-        header = self._read(HEADER, 0, 1, f"{self.path} is no .beton file: {remedy}")[0]
+        header = self._read(HEADER, 0, 1, f"{self.path} is not a .beton file: {remedy}")[0]
         foreign = f"{self.path} was not written by `sslfast data prepare` (it has no manifest of rows): {remedy}"
         if header["version"] != VERSION or header["num_fields"] != len(FIELDS):
             raise ValueError(foreign)
@@ -111,30 +171,31 @@ class Beton:
         """``[N]`` ``JPG`` or ``RAW``."""
         self.shapes: NDArray[np.int64] = np.stack((images["width"], images["height"]), axis=1).astype(np.int64)
         """``[N, 2]`` width and height."""
-        self.places: NDArray[np.int64] = allocations["ptr"].astype(np.int64)
-        """``[N]`` where each sample's bytes begin."""
+        self.offsets: NDArray[np.int64] = allocations["ptr"].astype(np.int64)
+        """``[N]`` offset of each sample's bytes."""
         self.sizes: NDArray[np.int64] = allocations["size"].astype(np.int64)
         """``[N]`` number of each sample's bytes."""
         self.settings: dict[str, Any] = json.loads(texts[middle - begin :])
-        """What ``sslfast data prepare`` was told, and what it did."""
+        """Settings of ``sslfast data prepare``, and the counts of what it did."""
         text = texts[: middle - begin].decode("utf-8", "surrogateescape")
-        self.manifest = Manifest.parse(text, f"inside {self.path}")
-        """The rows, with ``archive`` set to this file."""
-        self.manifest.archive, self.manifest.archive_id = self.path, identity
+        made_of = Manifest.parse(text, f"inside {self.path}")
+        source = BetonSource(root=made_of.root, paths=made_of.paths, archive=self.path, archive_id=identity)
+        self.manifest = replace(made_of, source=source)
+        """The rows; the source is this file."""
         if len(self.manifest) != count:
             raise ValueError(cut)
 
-    def _read(self, kind: np.dtype[Any], place: int, count: int, problem: str) -> NDArray[Any]:
+    def _read(self, kind: np.dtype[Any], offset: int, count: int, problem: str) -> NDArray[Any]:
         wanted = count * kind.itemsize
         data = bytearray(wanted)
         done = 0
-        while done < wanted and place >= 0:
-            # One call of the system moves 2 GiB at most.
-            got = os.preadv(self.descriptor, [memoryview(data)[done:]], place + done)
+        while done < wanted and offset >= 0:
+            # One system call reads at most 2 GiB.
+            got = os.preadv(self.descriptor, [memoryview(data)[done:]], offset + done)
             if got == 0:
                 break
             done += got
-        if done < wanted or place < 0:
+        if done < wanted or offset < 0:
             raise ValueError(problem)
         return np.frombuffer(data, dtype=kind)
 
@@ -152,21 +213,21 @@ class Beton:
 
 
 class BetonWriter:
-    """Writes a .beton file whole or not at all: into ``OUT.part`` beside it, renamed by :meth:`commit`.
+    """Writes a .beton file atomically: into ``OUT.part`` next to it, renamed by :meth:`commit`.
 
-    Leaving the ``with`` block without a commit deletes the part; what a killed process left is overwritten by the next
-    one. The part is locked, so two processes never write the same output.
+    Leaving the ``with`` block without a commit deletes the part; the part of a killed process is overwritten by the
+    next one. The part is locked, so two processes never write the same output.
 
     Args:
-        path: the file to make or replace.
-        capacity: most samples that will come.
+        path: the file to create or replace.
+        capacity: maximum number of samples.
     """
 
     def __init__(self, path: str | os.PathLike[str], capacity: int) -> None:
         self.path = Path(path).absolute()
         self.part = self.path.with_name(self.path.name + ".part")
         self._page_size = _PAGE
-        self._place = -(-(_SAMPLES + capacity * SAMPLE.itemsize) // _PAGE) * _PAGE
+        self._offset = -(-(_SAMPLES + capacity * SAMPLE.itemsize) // _PAGE) * _PAGE
         self._images = np.zeros(capacity, dtype=IMAGE)
         self._allocations = np.zeros(capacity, dtype=ALLOCATION)
         self._sums = np.zeros(capacity, dtype="<u4")
@@ -177,30 +238,30 @@ class BetonWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.fdopen(_open_locked(self.part), "wb", buffering=1 << 20)
         self._file.truncate(0)
-        self._file.seek(self._place)
+        self._file.seek(self._offset)
         return self
 
     def add(self, mode: int, width: int, height: int, data: bytes, crc: int) -> None:
         """Append the next sample."""
         while len(data) > self._page_size:
             self._page_size *= 2
-        if self._place // self._page_size != (self._place + len(data) - 1) // self._page_size:
-            self._place = -(-self._place // self._page_size) * self._page_size
-            self._file.seek(self._place)
+        if self._offset // self._page_size != (self._offset + len(data) - 1) // self._page_size:
+            self._offset = -(-self._offset // self._page_size) * self._page_size
+            self._file.seek(self._offset)
         self._file.write(data)
         row = self._count
-        self._images[row] = (mode, width, height, self._place)
-        self._allocations[row] = (row, self._place, len(data))
+        self._images[row] = (mode, width, height, self._offset)
+        self._allocations[row] = (row, self._offset, len(data))
         self._sums[row] = crc
-        self._place += len(data)
+        self._offset += len(data)
         self._count += 1
 
     def commit(self, manifest: Manifest, settings: dict[str, Any]) -> None:
-        """Write the tables, make everything durable, and put the file in its place.
+        """Write the tables, sync to disk, and rename the part to the output.
 
         Args:
-            manifest: as many rows as samples were added.
-            settings: any JSON.
+            manifest: has one row for each added sample.
+            settings: JSON values.
         """
         count = self._count
         samples = np.zeros(count, dtype=SAMPLE)
@@ -209,9 +270,9 @@ class BetonWriter:
         identity = _identity(samples, allocations, sums)
         text, notes = manifest.dump().encode("utf-8", "surrogateescape"), json.dumps(settings).encode()
         footer = np.zeros((), dtype=FOOTER)
-        footer["manifest"] = self._place
-        footer["settings"] = self._place + len(text)
-        footer["sums"] = self._place + len(text) + len(notes)
+        footer["manifest"] = self._offset
+        footer["settings"] = self._offset + len(text)
+        footer["sums"] = self._offset + len(text) + len(notes)
         footer["texts_crc"] = zlib.crc32(text + notes)
         footer["identity"], footer["magic"] = identity.encode(), MAGIC
         for part in (text, notes, sums.tobytes(), footer.tobytes()):
@@ -237,20 +298,20 @@ class BetonWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # Deleted under the lock; after a commit the name may already be another process's.
+            # Deleted while locked; after a commit the name may already belong to another process.
             if not self._committed:
                 self.part.unlink(missing_ok=True)
         finally:
             try:
                 self._file.close()
             except OSError:
-                # A full disk fails again as the rest of the buffer is flushed; the first error is on its way.
+                # On a full disk flushing the buffer fails again; the first error is being raised already.
                 if kind is None:
                     raise
 
 
 def _open_locked(path: Path) -> int:
-    """Descriptor of the file at ``path``, made if need be, locked by this process until it is closed."""
+    """Descriptor of the file at ``path``, created if missing, locked by this process until it is closed."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -259,7 +320,7 @@ def _open_locked(path: Path) -> int:
             os.close(descriptor)
             raise ValueError(f"{path} is being written by another process: wait for it, or stop it") from None
         try:
-            # Its former holder may have renamed or deleted the file between the two calls above.
+            # The previous holder may have renamed or deleted the file between the two calls above.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
@@ -276,7 +337,7 @@ def _fields() -> NDArray[Any]:
 
 
 def _identity(*tables: NDArray[Any]) -> str:
-    """16 hex digits that stand for all samples: their places, shapes and checksums."""
+    """16 hex digits of a hash over all samples: their offsets, shapes and checksums."""
     sha = hashlib.sha256()
     for table in tables:
         sha.update(table.tobytes())

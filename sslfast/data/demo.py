@@ -1,10 +1,10 @@
-"""The embedded default data set: crops of real photographs that ship inside scikit-image and scikit-learn.
+"""The demo data set: crops of photographs that ship with scikit-image and scikit-learn.
 
-A class is a photograph: do crops of one photograph resemble one another more than crops of others? Training crops come
-from the left half of each photograph and validation crops from the right half, so no pixel is in both. Nothing is
-downloaded: the files lie in the installed packages.
+Each photograph is a class: are crops of one photograph more similar to one another than to crops of others? Training
+crops come from the left half of each photograph and validation crops from the right half, so no pixel is in both.
+Nothing is downloaded: the files are in the installed packages.
 
-A crop is a square of random side at a random place of its half, resized to ``crop_size``; side and place are Philox
+A crop is a square with random side and position in its half, resized to ``crop_size``; side and position are Philox
 draws of the crop's number, so the set is the same on every machine.
 """
 
@@ -41,12 +41,12 @@ PHOTOGRAPHS: dict[str, tuple[str, str]] = {
     "text": ("skimage", "data/text.png"),
     "tissue": ("skimage", "data/ihc.png"),
 }
-"""Class name -> package and file inside it. Left out: drawings, an image with next to nothing in one half (``cell``,
+"""Class name -> package and file inside it. Left out: drawings, images with an almost empty half (``cell``,
 ``clock_motion``) and the second view of a scene (``motorcycle_right``)."""
 
 HALVES = {"train": "left", "val": "right"}
 LARGEST_REGION = 2.0
-"""Largest square that is cut, in multiples of ``crop_size``; smaller where the half is."""
+"""Largest crop, in multiples of ``crop_size``; limited by the size of the half."""
 MARKER = "demo.json"
 _VERSION = 1
 _SEED = 0
@@ -54,7 +54,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class DemoCrop:
-    """Where one picture of the set comes from."""
+    """Where an image of the set comes from."""
 
     split: str
     """train or val."""
@@ -72,7 +72,7 @@ class DemoCrop:
 
 
 def photograph_path(name: str) -> Path:
-    """The file of a photograph inside its installed package; nothing of the package is imported.
+    """The file of a photograph inside its installed package, which is not imported.
 
     Raises:
         ValueError: the package is not installed, or its version does not hold the file.
@@ -108,7 +108,7 @@ def demo_crops(*, train_per_photo: int, val_per_photo: int, crop_size: int = 96)
                     f"crop_size={crop_size} does not fit into half of {photograph} ({right - left} x {height} pixels); "
                     f"choose at most {largest}"
                 )
-            # Rows of the draw: the same crop has the same row however many there are.
+            # Rows of the draw: a crop's row does not depend on the number of crops.
             rows = torch.arange(count) + 10_000 * position
             draws = random_uniform(rows, 3, seed=_SEED, stream=Stream.DEMO_CROPS, step=step).double()
             sides = crop_size + (draws[:, 0] * (largest - crop_size + 1)).long()
@@ -122,14 +122,14 @@ def demo_crops(*, train_per_photo: int, val_per_photo: int, crop_size: int = 96)
 def make_demo_data(root: Path, *, train_per_photo: int, val_per_photo: int, crop_size: int = 96) -> Path:
     """Write the set as ``root/train/<photograph>/0000.png`` and ``root/val/...``; returns ``root``.
 
-    Whole or not at all: it is built beside ``root`` and renamed. Called again with the same arguments it does nothing;
-    other arguments, another version of the photographs or missing files make it anew.
+    Atomically: the set is built next to ``root`` and renamed. A second call with the same arguments does nothing; other
+    arguments, another version of the photographs or missing files rebuild the set.
 
     Args:
         root: folder of the set; one that exists must be empty or hold a demo set.
         train_per_photo: training crops of each photograph, from its left half.
         val_per_photo: validation crops of each photograph, from its right half.
-        crop_size: side of the written pictures in pixels.
+        crop_size: side of the written images in pixels.
 
     Raises:
         ValueError: a package is missing, an argument is out of range, or ``root`` holds something else.
@@ -143,7 +143,7 @@ def make_demo_data(root: Path, *, train_per_photo: int, val_per_photo: int, crop
         raise ValueError(f"{root} is a file; name a folder for the demo data")
     if root.is_dir() and any(root.iterdir()):
         if not (root / MARKER).is_file():
-            raise ValueError(f"{root} holds something else than a demo set (no {MARKER}); choose another folder")
+            raise ValueError(f"{root} holds something other than a demo set (no {MARKER}); choose another folder")
         unchanged = (root / MARKER).read_text(encoding="utf-8") == marker
         if unchanged and all((root / crop.path).is_file() for crop in crops):
             return root
@@ -167,6 +167,6 @@ def _write(root: Path, crops: list[DemoCrop], crop_size: int) -> None:
                 images[crop.photograph] = image.convert("RGB")
         path = root / crop.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Cut before the resize: its filter must not reach into the other half.
-        picture = images[crop.photograph].crop(crop.box)
-        picture.resize((crop_size, crop_size), Image.Resampling.LANCZOS).save(path, compress_level=1)
+        # Cropped before the resize: its filter must not reach into the other half.
+        cropped = images[crop.photograph].crop(crop.box)
+        cropped.resize((crop_size, crop_size), Image.Resampling.LANCZOS).save(path, compress_level=1)

@@ -11,14 +11,14 @@ HEADERS = "apt-get install -y libturbojpeg0-dev libopencv-dev pkg-config g++"
 PINS = "pip install ffcv==1.0.2 opencv-python==5.0.0.93 numba==0.68.1 llvmlite==0.50.0"
 
 Decode = Callable[[int, int, int, int, int, int], int]
-"""``decode(source, bytes, height, width, target, factor)``: addresses of the JPEG and of the pixels, the JPEG's size
-in bytes and pixels, and 1, 2, 4 or 8: a whole JPEG to RGB at 1 / factor of its size. 0: all went well; else the decoder
-found something wrong, be it only worth a warning. Runs without the interpreter lock."""
+"""``decode(source, bytes, height, width, target, factor)`` decodes a whole JPEG to RGB at 1 / factor of its size.
+``source`` and ``target`` are addresses; ``factor`` is 1, 2, 4 or 8. Returns 0 on success; anything else is an error or
+a warning of the decoder. Runs without the interpreter lock."""
 
 
 @functools.cache
 def find_library() -> Path | None:
-    """The compiled file inside the installed package ``ffcv``, which is not imported."""
+    """The shared library inside the installed package ``ffcv``, which is not imported."""
     spec = importlib.util.find_spec("ffcv")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for path in sorted(Path(folder).glob("_libffcv*.so")):
@@ -28,7 +28,7 @@ def find_library() -> Path | None:
 
 @functools.cache
 def load_decoder() -> Decode:
-    """The decoder; ImportError with the remedy where it cannot be loaded."""
+    """The decoder; ImportError with the remedy if it cannot be loaded."""
     usable, reason, remedy = status()
     if not usable:
         raise ImportError(f"{reason}; {remedy}")

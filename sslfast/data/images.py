@@ -1,8 +1,8 @@
-"""Reading one image file: what is converted, what is refused, and its pixels as 8-bit RGB.
+"""Reading an image file: what is converted, what is rejected, and its pixels as 8-bit RGB.
 
-One policy for every kind of file. "Converted" files train; "bad" files raise :class:`BadImageError`, and the caller
-follows ``--on-bad-image error|skip``. "Scan" means that the header shows it when the manifest is written; "decode"
-means that only decoding the pixels shows it.
+One policy for every kind of file. "Converted" files are trained on; "bad" files raise :class:`BadImageError`, and the
+caller follows ``--on-bad-image error|skip``. "Scan" means that the header shows it when the manifest is written;
+"decode" means that only decoding the pixels shows it.
 
 =============================================== ============================================================ ========
 file                                            policy                                                       seen at
@@ -23,13 +23,13 @@ a side below ``MIN_SIDE`` = 8 pixels            bad: ``too small ...``          
 more than ``MAX_PIXELS`` = 89,478,485 pixels    bad: ``too large ...`` (decompression bombs; cut into tiles) scan
 damaged header                                  bad: ``damaged ...``                                         scan
 truncated or damaged pixels, wrong PNG checksum bad: ``damaged ...``                                         decode
-JPEG with a marker amid its pixel data          bad: ``damaged ...`` (see :mod:`sslfast.data.jpeg`)          decode
+JPEG with a marker inside its pixel data        bad: ``damaged ...`` (see :mod:`sslfast.data.jpeg`)          decode
 32-bit integer or float pixels, CIELAB          bad: ``pixel format ...`` (no defined white level)           decode
 =============================================== ============================================================ ========
 
-What cannot be detected: flipped bits or zeros inside a JPEG's entropy-coded data (the format has no checksum, and
-libjpeg fills the rest of the picture with something plausible) and damage that the writer of the file already made.
-Pillow's module-level settings are never changed; its defaults (``LOAD_TRUNCATED_IMAGES`` false) are relied upon.
+Not detected: flipped bits or zeros inside a JPEG's entropy-coded data (the format has no checksum, and libjpeg fills
+the rest of the image with plausible pixels), and damage from before the file was encoded. Pillow's module-level
+settings are never changed; its default ``LOAD_TRUNCATED_IMAGES`` = False is required.
 """
 
 import io
@@ -57,7 +57,7 @@ SUFFIXES = frozenset(
 MIN_SIDE = 8
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb warning
 
-# EXIF orientation -> what makes the stored picture upright: transpose, then flip vertically, then horizontally.
+# EXIF orientation -> what makes the stored image upright: transpose, then flip vertically, then horizontally.
 ORIENTATION = {
     1: (False, False, False),
     2: (False, False, True),
@@ -71,7 +71,7 @@ ORIENTATION = {
 
 
 class BadImageError(ValueError):
-    """An image file that must not train. ``reason`` is one short line without the path."""
+    """An image file that must not be trained on. ``reason`` is one short line without the path."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -93,14 +93,14 @@ class OpenImage(ImageHeader):
 
     image: Image.Image
     jpeg: JpegScan | None = None
-    """What the markers say, of a JPEG."""
+    """Of a JPEG: the result of the marker scan."""
 
 
 def silence_pillow() -> None:
-    """Warnings (large image, odd EXIF) off: the policy above decides, not a warning. For processes of our own."""
+    """Turn off warnings (large image, odd EXIF): the policy above decides. For worker processes of this package."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    # Decoded pixels are handed to torch without a copy and never written to.
+    # Decoded pixels are passed to torch without a copy and never written to.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
@@ -113,7 +113,7 @@ def quiet_pillow() -> Iterator[None]:
 
 
 def require_strict_pillow() -> None:
-    """Raise ValueError where the process told Pillow to make up the missing part of truncated files."""
+    """Raise ValueError if the process configured Pillow to fill in the missing part of truncated files."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, so truncated images would train as half-grey pictures: "
@@ -134,7 +134,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def open_header(file: IO[bytes]) -> Image.Image:
-    """Read the header and apply every rule of the policy that it can show; BadImageError where it breaks one."""
+    """Read the header and apply every rule of the policy that needs only the header. Raises BadImageError."""
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -143,14 +143,14 @@ def open_header(file: IO[bytes]) -> Image.Image:
         raise BadImageError(f"too large: more than {MAX_PIXELS} pixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they meet in a damaged header
-        raise BadImageError(f"damaged header: {_words(error)}") from None
+    except Exception as error:  # decoders raise arbitrary exceptions on damaged headers
+        raise BadImageError(f"damaged header: {_one_line(error)}") from None
     check_size(*image.size)
     return image
 
 
 def check_size(width: int, height: int) -> None:
-    """BadImageError outside of the sizes that the policy allows."""
+    """BadImageError if the size is outside of what the policy allows."""
     if min(width, height) < MIN_SIDE:
         raise BadImageError(f"too small: {width} x {height}, smallest side is {MIN_SIDE}")
     if width * height > MAX_PIXELS:
@@ -171,7 +171,7 @@ def open_image(data: bytes) -> OpenImage:
         orientation = image.getexif().get(0x0112, 1)
     except MemoryError:
         raise
-    except Exception:  # a damaged EXIF block does not make the pixels bad; loading them decides that
+    except Exception:  # a damaged EXIF block says nothing about the pixels
         orientation = 1
     orientation = orientation if orientation in ORIENTATION else 1
     width, height = image.size
@@ -200,14 +200,14 @@ def decode_pixels(opened: OpenImage, *, factor: int = 1) -> tuple[NDArray[np.uin
         plain = _plain(image)
     except (MemoryError, BadImageError):
         raise
-    except Exception as error:  # decoders raise whatever they meet in damaged data
-        raise BadImageError(f"damaged: {_words(error)}") from None
+    except Exception as error:  # decoders raise arbitrary exceptions on damaged data
+        raise BadImageError(f"damaged: {_one_line(error)}") from None
     array: NDArray[np.uint8] = np.asarray(plain)
     return array.reshape(*array.shape[:2], -1), factor
 
 
 def decode_full(data: bytes) -> NDArray[np.uint8]:
-    """``[H, W, 3]`` the whole upright picture by the same policy, for evaluation and previews. Raises BadImageError."""
+    """``[H, W, 3]`` the whole upright image by the same policy, for evaluation and previews. Raises BadImageError."""
     opened = open_image(data)
     pixels, _ = decode_pixels(opened)
     transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
@@ -218,19 +218,19 @@ def decode_full(data: bytes) -> NDArray[np.uint8]:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of the critical chunks; Pillow passes over those of the pixels."""
-    place = 8
-    while place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        end = place + 8 + length
+    """Verify the checksums of the critical chunks; Pillow ignores those of the pixel data."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
         if end + 4 > len(data) or kind == b"IEND":
             return
         if (
             kind[:1].isupper()
-            and zlib.crc32(memoryview(data)[place + 4 : end]) != struct.unpack_from(">I", data, end)[0]
+            and zlib.crc32(memoryview(data)[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]
         ):
-            raise BadImageError(f"damaged: wrong checksum of PNG chunk {kind.decode('latin-1')} at byte {place}")
-        place = end + 4
+            raise BadImageError(f"damaged: wrong checksum of PNG chunk {kind.decode('latin-1')} at byte {position}")
+        position = end + 4
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -253,8 +253,8 @@ def _plain(image: Image.Image) -> Image.Image:
     raise BadImageError(f"pixel format {mode} ({image.format}) has no defined white level: convert to 8 or 16 bits")
 
 
-def _words(error: Exception) -> str:
-    """One line out of a decoder's exception."""
+def _one_line(error: Exception) -> str:
+    """The message of a decoder's exception, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,12 +1,12 @@
-"""What a JPEG file says of itself, and damage that shows without decoding: a walk over its markers.
+"""A scan of a JPEG file's markers: its properties, and damage that is visible without decoding.
 
-JPEG has no checksum. Decoders fill what they cannot read with grey or with a shifted picture and report success, so
-the only cheap signs of damage are markers where none can be (ITU-T T.81, annex B).
+JPEG has no checksum. Decoders fill what they cannot read with grey or with shifted pixels and report success, so the
+only cheap signs of damage are markers in positions where none can be (ITU-T T.81, annex B).
 
-Found: reserved, frame and start markers inside the entropy-coded data, restart markers that are out of turn or were
-never announced, tables or scans after a sequential picture is complete, an end marker before the end. Of n bytes
-overwritten by random ones that is a share of about ``1 - (1 - 1/256)**n``: 86% of the damaged sectors of 512 bytes,
-all of 4 KiB. Not found: single flipped bits, blocks of zeros, and whatever else looks like coded data.
+Detected: reserved, frame and start markers inside the entropy-coded data, restart markers that are out of order or were
+not announced, tables or scans after a sequential image is complete, an end marker before the end. When n bytes are
+overwritten at random, a share of about ``1 - (1 - 1/256)**n`` is detected: 86% of damaged sectors of 512 bytes, all of
+4 KiB. Not detected: single flipped bits, blocks of zeros, and everything else that looks like coded data.
 """
 
 import struct
@@ -29,12 +29,12 @@ class JpegScan:
     """Result of :func:`scan_jpeg`."""
 
     state: Literal["whole", "odd", "damaged"] = "odd"
-    """whole: every marker is in its place up to the end marker. odd: the walk did not get that far; only a decoder can
-    tell. damaged: a marker is where none can be."""
+    """whole: all markers up to the end marker are valid. odd: the scan did not get that far; only a decoder can tell.
+    damaged: a marker is where none can be."""
     reason: str = ""
     """Why it is damaged, in a few words."""
     end: int = 0
-    """Bytes up to and with the end marker, where the file is whole."""
+    """Number of bytes including the end marker, if the file is whole."""
     frame: int = 0
     """Low byte of the frame marker: 0xC0 and 0xC1 sequential, 0xC2 progressive, others rare."""
     precision: int = 0
@@ -51,7 +51,7 @@ class JpegScan:
 
     @property
     def is_common(self) -> bool:
-        """Whole, Huffman-coded, 8 bits, and grayscale or YCbCr beyond doubt: every decoder makes the same of it."""
+        """Whole, Huffman-coded, 8 bits, and unambiguously grayscale or YCbCr: every decoder treats it alike."""
         colour = (self.jfif or self.components == [1, 2, 3]) and self.adobe in (None, 1)
         return (
             self.state == "whole"
@@ -63,9 +63,9 @@ class JpegScan:
 
 
 def scan_jpeg(data: bytes) -> JpegScan:
-    """Walk over the markers of a JPEG file; tens of microseconds for a photograph of ImageNet's size."""
+    """Scan the markers of a JPEG file; tens of microseconds for a photograph of ImageNet's size."""
     scan = JpegScan()
-    with suppress(IndexError, struct.error):  # cut short: odd
+    with suppress(IndexError, struct.error):  # truncated: odd
         _walk(data, scan)
     return scan
 
@@ -73,23 +73,23 @@ def scan_jpeg(data: bytes) -> JpegScan:
 def _walk(data: bytes, scan: JpegScan) -> None:
     if data[:2] != b"\xff\xd8":
         return
-    place, interval, scanned, kind, start = 2, 0, 0, _SOI, 0
+    position, interval, scanned, kind, start = 2, 0, 0, _SOI, 0
     markers: _EntropyMarkers | None = None
     while True:
-        if place >= len(data) or data[place] != 0xFF:
-            if scanned:  # a segment whose length leads nowhere is no segment
+        if position >= len(data) or data[position] != 0xFF:
+            if scanned:  # no marker follows the segment, so it is not a segment
                 scan.state, scan.reason = "damaged", f"marker {kind:02X} inside the pixel data at byte {start}"
             return
-        while data[place] == 0xFF:  # any number of fill bytes
-            place += 1
-        kind = data[place]
-        start = place - 1
-        place += 1
+        while data[position] == 0xFF:  # any number of fill bytes
+            position += 1
+        kind = data[position]
+        start = position - 1
+        position += 1
         if kind == _EOI:
-            if scanned and data.endswith(_END) and data.find(_START, place) < 0 and place < len(data):
+            if scanned and data.endswith(_END) and data.find(_START, position) < 0 and position < len(data):
                 scan.state, scan.reason = "damaged", f"end marker inside the pixel data at byte {start}"
             elif scanned:
-                scan.state, scan.end = "whole", place
+                scan.state, scan.end = "whole", position
             return
         if scanned and (
             kind not in _ANYWHERE
@@ -97,45 +97,45 @@ def _walk(data: bytes, scan: JpegScan) -> None:
         ):
             scan.state, scan.reason = "damaged", f"marker {kind:02X} inside the pixel data at byte {start}"
             return
-        (length,) = struct.unpack_from(">H", data, place)
-        end = place + length
+        (length,) = struct.unpack_from(">H", data, position)
+        end = position + length
         if kind in _FRAMES:
             scan.frame = kind
-            scan.precision, scan.height, scan.width, count = struct.unpack_from(">BHHB", data, place + 2)
-            scan.components = [data[place + 8 + 3 * index] for index in range(count)]
-        elif kind == _APP0 and data[place + 2 : place + 7] == b"JFIF\0":
+            scan.precision, scan.height, scan.width, count = struct.unpack_from(">BHHB", data, position + 2)
+            scan.components = [data[position + 8 + 3 * index] for index in range(count)]
+        elif kind == _APP0 and data[position + 2 : position + 7] == b"JFIF\0":
             scan.jfif = True
-        elif kind == _APP14 and data[place + 2 : place + 7] == b"Adobe":
-            scan.adobe = data[place + 13]
+        elif kind == _APP14 and data[position + 2 : position + 7] == b"Adobe":
+            scan.adobe = data[position + 13]
         elif kind == _APP1:
             scan.metadata = True
         elif kind == _DRI:
-            (interval,) = struct.unpack_from(">H", data, place + 2)
-        place = end
+            (interval,) = struct.unpack_from(">H", data, position + 2)
+        position = end
         if kind == _SOS:
             scanned += data[start + 4]
             markers = _EntropyMarkers(data) if markers is None else markers
-            place, reason = markers.skip(end, interval)
+            position, reason = markers.skip(end, interval)
             if reason:
                 scan.state, scan.reason = "damaged", reason
                 return
-            if place < 0:
+            if position < 0:
                 return
 
 
 class _EntropyMarkers:
-    """Where 0xFF is followed by something else than the zero that coded data has there."""
+    """Positions where 0xFF is followed by something else than the zero byte that coded data has there."""
 
     def __init__(self, data: bytes) -> None:
         array = np.frombuffer(data, dtype=np.uint8)
-        places = np.flatnonzero(array[:-1] == 0xFF)
-        kinds = array[places + 1]
+        positions = np.flatnonzero(array[:-1] == 0xFF)
+        kinds = array[positions + 1]
         is_marker = (kinds != 0) & (kinds != 0xFF)
-        self.places, self.kinds = places[is_marker], kinds[is_marker]
+        self.positions, self.kinds = positions[is_marker], kinds[is_marker]
 
     def skip(self, start: int, interval: int) -> tuple[int, str]:
         """The first marker at or after ``start`` that ends the coded data (-1: none), and what is wrong before it."""
-        first = int(np.searchsorted(self.places, start))
+        first = int(np.searchsorted(self.positions, start))
         kinds = self.kinds[first:]
         others = np.flatnonzero((kinds < 0xD0) | (kinds > 0xD7))
         count = int(others[0]) if len(others) else len(kinds)
@@ -144,5 +144,5 @@ class _EntropyMarkers:
             wrong = np.flatnonzero(restarts != 0xD0 + np.arange(count) % 8) if interval else np.zeros(1, np.int64)
             if len(wrong):
                 at = first + int(wrong[0])
-                return -1, f"restart marker {self.kinds[at]:02X} out of turn at byte {self.places[at]}"
-        return (int(self.places[first + count]) if len(others) else -1), ""
+                return -1, f"restart marker {self.kinds[at]:02X} out of turn at byte {self.positions[at]}"
+        return (int(self.positions[first + count]) if len(others) else -1), ""

@@ -1,4 +1,4 @@
-"""Worker processes for data commands, and how many cores there are."""
+"""Worker processes and threads for data commands, their progress bar, and the number of cores."""
 
 import multiprocessing
 import os
@@ -6,12 +6,21 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sslfast.data.folder import progress_bar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from sslfast.data.images import quiet_pillow, silence_pillow
+
+_AHEAD = 4  # chunks in flight per process
+_THREADS = 8  # hides the latency of network disks; checking headers itself holds the interpreter lock
+_CHUNK = 256
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def available_cores() -> int:
@@ -19,13 +28,24 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_AHEAD = 4  # chunks under way for each process
+def progress_bar(enabled: bool) -> Progress:
+    """On standard error, where that is a terminal; nothing is shown unless ``enabled``."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
 
 
-Task = TypeVar("Task")
-
-
-Result = TypeVar("Result")
+def map_threads(
+    work: Callable[[Task], Result], tasks: Sequence[Task], *, progress: bool, title: str, chunk: int | None = None
+) -> Iterator[tuple[Task, Result]]:
+    """``(task, work(task))`` in order, by 8 threads; ``chunk`` (default: a few hundred) tasks are one job."""
+    chunk = chunk or _CHUNK
+    chunks = [tasks[start : start + chunk] for start in range(0, len(tasks), chunk)]
+    with ThreadPoolExecutor(_THREADS) as pool, progress_bar(progress) as bar:
+        shown = bar.add_task(title, total=len(tasks))
+        for part, results in zip(chunks, pool.map(lambda part: _work_through(work, part), chunks), strict=True):
+            yield from zip(part, results, strict=True)
+            bar.advance(shown, len(part))
 
 
 def map_processes(
@@ -37,17 +57,17 @@ def map_processes(
     title: str,
     chunk: int = 16,
 ) -> Iterator[Result]:
-    """``work(task)`` of every task, in order, with a bounded number of results waiting.
+    """``work(task)`` of every task, in order, with a bounded number of results in memory.
 
-    The processes ignore Ctrl-C, which belongs to the process that started them, and end with it however it ends.
+    The processes ignore Ctrl-C, which the process that started them handles, and exit when that process exits.
 
     Args:
-        work: a function of a module.
+        work: picklable; handed to each process once, so it may hold large data (``functools.partial``).
         tasks: its arguments.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show a progress bar on the terminal.
         title: of the bar.
-        chunk: tasks that travel together.
+        chunk: tasks sent to a process at once.
 
     Raises:
         RuntimeError: a process was killed.
@@ -64,14 +84,14 @@ def map_processes(
                 yield result
                 bar.advance(shown)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(work,))
     pool.submit(os.getpid)  # starts the processes, before the bar starts its thread
     waiting: deque[Future[list[Result]]] = deque()
     try:
         with progress_bar(progress) as bar:
             shown = bar.add_task(title, total=len(tasks))
             for start in range(0, len(tasks), chunk):
-                waiting.append(pool.submit(_work_through, work, tasks[start : start + chunk]))
+                waiting.append(pool.submit(_work_in_process, tasks[start : start + chunk]))
                 if len(waiting) == workers * _AHEAD:
                     yield from (results := waiting.popleft().result())
                     bar.advance(shown, len(results))
@@ -90,15 +110,32 @@ def _work_through(work: Callable[[Task], Result], tasks: Sequence[Task]) -> list
     return [work(task) for task in tasks]
 
 
-def _start_worker() -> None:
+_work: Callable[[Any], Any]
+"""What this worker process does with a task."""
+
+
+def _work_in_process(tasks: Sequence[Any]) -> list[Any]:
+    return _work_through(_work, tasks)
+
+
+def _start_worker(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    exit_with_parent()
     silence_pillow()
 
 
-def _end_with_main_process() -> None:
-    """A killed main process takes nothing back from its workers, which would wait for their next task for good."""
-    main_process = multiprocessing.parent_process()
-    if main_process is not None:
-        main_process.join()
+def exit_with_parent() -> None:
+    """In a worker process: exit as soon as the process that started it is gone.
+
+    A killed main process collects no results, and its workers would wait for their next task forever.
+    """
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""``sslfast data prepare``: the images of a folder in one .beton file, in the manifest's order."""
+"""``sslfast data prepare``: the images of a data set in one .beton file, in row order."""
 
 import errno
 import io
@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,19 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sslfast.data.beton import JPG, MAX_SIDE, RAW, BetonWriter
+from sslfast.data.beton import JPG, MAX_SIDE, RAW, BetonSource, BetonWriter
 from sslfast.data.ffcv_library import load_decoder
-from sslfast.data.folder import HASHED_BYTES, content_hash
-from sslfast.data.images import ORIENTATION, BadImageError, OpenImage, decode_pixels, open_image
+from sslfast.data.images import ORIENTATION, BadImageError, OnBadImage, OpenImage, decode_pixels, open_image
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data
 from sslfast.data.pool import map_processes
-from sslfast.data.source import open_data
-from sslfast.data.tar import ImageLocation, read_image_bytes
+from sslfast.data.source import HASHED_BYTES, ImageSource, content_hash
 
 Mode = Literal["jpg", "raw", "proportion"]
-_CHUNK = 4  # images that travel together from a process: raw ones are large
-_MOST_DIFFERENCE = 2.0
-"""Mean absolute difference of a stored JPEG between FFCV's decoder and ours. Rounding of the two stays below 1."""
+_CHUNK = 4  # images sent from a process at once: raw ones are large
+_MAX_DIFFERENCE = 2.0
+"""Largest mean absolute difference of a kept JPEG between FFCV's decoder and Pillow's. Rounding stays below 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class PrepareConfig:
     """How images are stored."""
 
     mode: Mode = "jpg"
-    """jpg: JPEG, the original bytes where that is faithful. raw: pixels, the fastest to read and 5 to 20 times larger.
-    proportion: the share ``jpg_share`` of the images as in jpg, spread evenly, the others as in raw."""
+    """jpg: JPEG, with the original bytes where both decoders agree on them. raw: pixels, the fastest to read and 5 to
+    20 times larger. proportion: the share ``jpg_share`` of the images as in jpg, evenly spread, the rest as in raw."""
     jpg_share: float = 0.5
     """Share of JPEGs in mode proportion."""
     max_resolution: int | None = None
     """Images with a longer side are scaled down to this one."""
     quality: int = 90
-    """JPEG quality of what cannot be kept as it is: other formats and colours than RGB or grayscale JPEG, EXIF-rotated
-    or scaled pictures, JPEGs that the decoder warns of."""
+    """JPEG quality of images that are not kept as they are: formats and colours other than RGB or grayscale JPEG,
+    EXIF-rotated or scaled images, JPEGs that the decoder warns about."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("jpg", "raw", "proportion"):
@@ -69,15 +69,7 @@ class Prepared:
     size: int
     """Bytes of the file."""
     counts: dict[str, int]
-    """What was done -> number of images."""
-
-
-@dataclass
-class _Task:
-    place: ImageLocation
-    sha1: str
-    config: PrepareConfig
-    as_jpg: bool
+    """How images were stored -> number of images."""
 
 
 @dataclass
@@ -95,18 +87,18 @@ def prepare_beton(
     output: Path,
     config: PrepareConfig | None = None,
     *,
-    on_bad_image: Literal["error", "skip"] = "error",
+    on_bad_image: OnBadImage = "error",
     workers: int | None = None,
     progress: bool = False,
 ) -> Prepared:
-    """Store every image of ``source`` in ``output``, whole or not at all.
+    """Store every image of ``source`` in ``output``, atomically.
 
     Every image is decoded by the policy of :mod:`sslfast.data.images`, so the manifest inside the file is verified.
-    A JPEG keeps its bytes where FFCV's decoder reads them without a warning and sees the picture that we see.
+    A JPEG is kept as it is if FFCV's decoder reads it without a warning and its pixels agree with Pillow's.
 
     Args:
-        source: a folder of images, tar shards, or a manifest of ``sslfast data verify`` (.tsv).
-        output: the .beton file; an old one stays as it was until the new one is complete.
+        source: a source of image files (folder, tar shards, CSV list), or a manifest of ``sslfast data verify`` (.tsv).
+        output: the .beton file; an old one is unchanged until the new one is complete.
         config: how images are stored.
         on_bad_image: ``error``: ValueError at the first image that cannot be used; ``skip``: the manifest inside lists
             it and gives it no row.
@@ -114,25 +106,25 @@ def prepare_beton(
         progress: show progress bars on the terminal.
 
     Raises:
-        ValueError: with the remedy; ``output`` is as it was.
+        ValueError: with the remedy; ``output`` is unchanged.
         ImportError: package ffcv is missing.
     """
     config = PrepareConfig() if config is None else config
     output = Path(output)
     if output.suffix != ".beton":
         raise ValueError(f"the output must be named *.beton, got {output}")
-    if Path(source).suffix == ".beton" and not Path(source).is_dir():
-        raise ValueError(f"{source} is a .beton file already: name the folder that it was made of")
     load_decoder()
     manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)
+    if isinstance(manifest.source, BetonSource):
+        raise ValueError(f"{source} is a .beton file already: name what it was made of ({manifest.root})")
     _check_space(manifest, output, config)
-    tasks = [_Task(manifest.location(row), sha1, config, config.is_jpg(row)) for row, sha1 in enumerate(manifest.sha1)]
+    work, tasks = partial(_store, manifest.source.packed(), config), list(enumerate(manifest.sha1))
     bad: list[tuple[str, str]] = []
     counts: Counter[str] = Counter()
     try:
         with BetonWriter(output, len(manifest)) as writer:
-            stored = map_processes(_store, tasks, workers=workers, progress=progress, title="preparing", chunk=_CHUNK)
-            for path, found in zip(manifest.paths, stored, strict=True):
+            stored = map_processes(work, tasks, workers=workers, progress=progress, title="preparing", chunk=_CHUNK)
+            for row, (path, found) in enumerate(zip(manifest.paths, stored, strict=True)):
                 if isinstance(found, _Stored):
                     writer.add(found.mode, found.width, found.height, found.data, found.crc)
                     counts[found.done] += 1
@@ -140,12 +132,14 @@ def prepare_beton(
                     bad.append((path, found))
                 else:
                     raise ValueError(
-                        f"{manifest.root}/{path} cannot be used: {found}; repair or remove the file, or pass "
+                        f"{manifest.source.where(row)} cannot be used: {found}; repair or remove the file, or pass "
                         "--on-bad-image skip"
                     )
-            usable = replace(manifest.without(bad), verified=True, shards=None)
+            usable = manifest.without(bad)
             if not len(usable):
-                raise ValueError(f"no usable image in {manifest.root}: all {len(usable.excluded)} are bad")
+                raise ValueError(f"no usable image in {manifest.source}: all {len(usable.excluded)} are bad")
+            stored_rows = BetonSource(root=manifest.root, paths=usable.paths, archive=output.absolute())
+            usable = replace(usable, source=stored_rows, verified=True)
             settings = {
                 "mode": config.mode,
                 "jpg_share": config.jpg_share,
@@ -165,12 +159,12 @@ def prepare_beton(
 
 
 def _check_space(manifest: Manifest, output: Path, config: PrepareConfig) -> None:
-    """What is sure to be too little is found before the work."""
+    """ValueError before the work if there is certainly too little space."""
     folder = output.absolute().parent
     while not folder.exists():
         folder = folder.parent
     if config.mode == "jpg" and config.max_resolution is None:
-        # Kept JPEGs take what they take; other formats may become smaller.
+        # Kept JPEGs keep their size; other formats may become smaller.
         files = zip(manifest.paths, manifest.bytes, strict=True)
         needed = sum(int(size) for path, size in files if path.lower().endswith((".jpg", ".jpeg")))
         free = shutil.disk_usage(folder).free
@@ -181,21 +175,23 @@ def _check_space(manifest: Manifest, output: Path, config: PrepareConfig) -> Non
             )
 
 
-def _store(task: _Task) -> _Stored | str:
-    """What is written for one image, or why it is bad. Runs in a process of its own."""
+def _store(source: ImageSource, config: PrepareConfig, task: tuple[int, str]) -> _Stored | str:
+    """What is written for one row, given with its hash, or why it is bad. Runs in a worker process."""
+    row, sha1 = task
+    as_jpg = config.is_jpg(row)
     try:
-        data = read_image_bytes(task.place)
-        if content_hash(data[:HASHED_BYTES]) != task.sha1:
-            raise ValueError(f"{task.place} is not the file that the manifest speaks of: verify the folder again")
+        data = source.read(row)
+        if content_hash(data[:HASHED_BYTES]) != sha1:
+            raise ValueError(f"{source.where(row)}: content hash differs from the manifest: verify the data again")
         opened = open_image(data)
-        keepable = task.as_jpg and _is_plain_jpeg(opened)
+        keepable = as_jpg and _is_plain_jpeg(opened)
         orientation = opened.orientation
         stored, _ = decode_pixels(opened)
     except BadImageError as error:
         return error.reason
     pixels = np.broadcast_to(stored, (*stored.shape[:2], 3))
-    limit = min(task.config.max_resolution or MAX_SIDE, MAX_SIDE)
-    if keepable and max(pixels.shape) <= limit and _reads_alike(data, pixels):
+    limit = min(config.max_resolution or MAX_SIDE, MAX_SIDE)
+    if keepable and max(pixels.shape) <= limit and _decoders_agree(data, pixels):
         return _stored(JPG, pixels, data, "original JPEG kept")
     transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
     if transpose:
@@ -208,11 +204,11 @@ def _store(task: _Task) -> _Stored | str:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         scaled = "scaled down and "
     pixels = np.ascontiguousarray(pixels)
-    if not task.as_jpg:
+    if not as_jpg:
         return _stored(RAW, pixels, pixels.tobytes(), f"{scaled}stored raw")
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=task.config.quality)
-    why = "" if scaled or not keepable else " (the decoder warns of the original)"
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=config.quality)
+    why = "" if scaled or not keepable else " (the decoder warns about the original)"
     return _stored(JPG, pixels, buffer.getvalue(), f"{scaled}encoded as JPEG{why}")
 
 
@@ -226,12 +222,12 @@ def _is_plain_jpeg(opened: OpenImage) -> bool:
     return image.format == "JPEG" and image.mode in ("RGB", "L") and opened.orientation == 1
 
 
-def _reads_alike(data: bytes, pixels: NDArray[np.uint8]) -> bool:
-    """Whether FFCV's decoder takes the JPEG without a warning and sees the same picture."""
+def _decoders_agree(data: bytes, pixels: NDArray[np.uint8]) -> bool:
+    """Whether FFCV's decoder reads the JPEG without a warning and to the same pixels, up to rounding."""
     height, width = pixels.shape[:2]
     source = np.frombuffer(data, dtype=np.uint8)
     decoded = np.zeros((height, width, 3), dtype=np.uint8)
     if load_decoder()(source.ctypes.data, len(data), height, width, decoded.ctypes.data, 1):
         return False
     difference = np.maximum(decoded, pixels) - np.minimum(decoded, pixels)
-    return float(difference.mean()) <= _MOST_DIFFERENCE
+    return float(difference.mean()) <= _MAX_DIFFERENCE

@@ -1,71 +1,247 @@
-"""What DATA may be: a folder of images or of tar shards, one ``.tar``, a manifest of these (``.tsv``), or what ``data
-prepare`` wrote (``.beton``)."""
+"""The interface of an image source, and the table of the sources that sslfast knows.
 
+A source says where the bytes of every row are. The numbered list itself (path, size, hash and label of each row) is the
+:class:`~sslfast.data.manifest.Manifest`, which holds its source.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, overload
 
-from sslfast.data.beton import Beton
-from sslfast.data.manifest import Manifest, some_paths
+import numpy as np
+from numpy.typing import NDArray
+
+from sslfast.data.images import OnBadImage
+
+if TYPE_CHECKING:
+    from sslfast.data.manifest import Manifest
+
+SOURCES = ("beton:BetonSource", "csv_list:CsvListSource", "tar:TarSource", "folder:FolderSource")
+"""``module:class`` of every source, in ``sslfast.data``. The first one that accepts a DATA argument opens it."""
+
+HASHED_BYTES = 16384
 
 
-def open_data(path: Path, *, on_bad_image: Literal["error", "skip"] = "error", progress: bool = False) -> Manifest:
-    """The rows of a data set for a new run; ValueError where it cannot be used as it is.
+class SourceError(ValueError):
+    """The data as a whole cannot be used, or is no longer what the manifest recorded. ``--on-bad-image skip`` does not
+    apply."""
 
-    Args:
-        path: a folder or a tar file is scanned, a manifest compared with its folder, a .beton file brings its own.
-        on_bad_image: ``error``: images known as bad are a ValueError that names them; ``skip``: they are left out.
-        progress: show progress bars on the terminal.
+
+class ListedImage(NamedTuple):
+    """One usable image that a source found."""
+
+    path: str
+    """Relative posix path: its identity, and what rows are ordered by."""
+    bytes: int
+    """Size of the image file."""
+    sha1: str
+    """:func:`content_hash` of its first ``HASHED_BYTES``."""
+    label: str | None = None
+    """Name of its class."""
+
+
+@dataclass(kw_only=True)
+class Changes:
+    """How the data differs from a manifest: paths, each with a short remark that may be empty."""
+
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    added: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ImageSource(ABC):
+    """A place that images come from: one file in ``sslfast/data``, and one entry in ``SOURCES``.
+
+    A new source defines ``name``, :meth:`accepts`, :meth:`open`, :meth:`read` and :meth:`changes`; the other members
+    have defaults that fit sources whose rows need no more than their path. ``csv_list.py`` is a short example,
+    ``tar.py`` one with tables of its own.
+
+    Loader processes get a :meth:`packed` copy, so a source must be picklable, and whatever it knows of each row belongs
+    into numpy arrays: millions of Python objects would be copied page by page into every forked process.
     """
-    if _is_file(path, ".beton"):
-        with Beton(path) as beton:
-            manifest = beton.manifest
-    elif _is_file(path, ".tsv"):
-        manifest = Manifest.load(path)
-        manifest.check()
-    else:
-        return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
-    if manifest.excluded and on_bad_image == "error" and manifest.archive is None:
-        raise ValueError(
-            f"{len(manifest.excluded)} images of {path} cannot be used: {some_paths(manifest.excluded)}; repair or "
-            "remove the files and verify again, or pass --on-bad-image skip"
-        )
-    return manifest
+
+    name: ClassVar[str]
+    """Written into manifests as ``# source``; it must never change."""
+    loader: ClassVar[str | None] = None
+    """The one loader that reads this source; None: :meth:`read` returns image files, which most loaders decode."""
+
+    root: Path
+    """Absolute: the folder that paths are relative to, or the file that DATA names."""
+    paths: Sequence[str]
+    """Relative posix path of every row, in row order: the same list as the manifest's."""
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether a DATA argument is of this kind, by its name and by whether it is a folder; nothing is opened."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> "Manifest":
+        """Number the usable images: ``Manifest.from_images(source, images, ...)``.
+
+        Args:
+            path: absolute, accepted by :meth:`accepts`.
+            on_bad_image: hand it to ``from_images`` together with what cannot be used.
+            progress: show a progress bar on the terminal.
+
+        Raises:
+            ValueError: the data cannot be used; one line that names it and the remedy.
+        """
+
+    def read(self, row: int) -> bytes:
+        """The image file of a row. Called from many threads and processes at once.
+
+        Raises:
+            BadImageError: this image cannot be read; ``--on-bad-image skip`` replaces it.
+            SourceError: the data is gone or is not what the manifest recorded; never skipped.
+        """
+        raise SourceError(f"{self} holds no image files: use --loader.name {self.loader}")
+
+    @abstractmethod
+    def changes(self, manifest: "Manifest", *, contents: bool) -> Changes:
+        """What is missing, changed and added now, compared with the manifest of this source.
+
+        Args:
+            manifest: ``paths``, ``bytes`` and ``sha1`` by row, and ``excluded``, which are known and not ``added``.
+            contents: also compare the hashes of the contents; without it only what costs no reading.
+        """
+
+    def where(self, row: int) -> str:
+        """The path of a row, for messages."""
+        return f"{self.root}/{self.paths[row]}"
+
+    @property
+    def row_shards(self) -> NDArray[np.int64] | None:
+        """``[num_rows]`` shard of each row, numbered from 0, for ``--loader.shuffle shards``; None: not sharded."""
+        return None
+
+    def identity(self) -> str:
+        """Name of the stored bytes where paths, sizes and hashes do not determine them; compared when a run resumes."""
+        return ""
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        """The source of some of the rows, numbered anew. Override it where there are further tables by row."""
+        return replace(self, paths=[self.paths[row] for row in rows])
+
+    def packed(self) -> Self:
+        """A copy for worker processes, without a Python object per row."""
+        return replace(self, paths=PackedPaths(self.paths))
+
+    def columns(self) -> Mapping[str, Iterable[object]]:
+        """Further columns of the manifest file, a value for each row. They are part of its digest."""
+        return {}
+
+    def notes(self) -> Iterable[tuple[object, ...]]:
+        """Further header lines of the manifest file: a keyword and its values."""
+        return [("source", self.name)]
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        root: Path,
+        paths: list[str],
+        sizes: NDArray[np.int64],
+        notes: Sequence[Sequence[str]],
+        columns: Mapping[str, Sequence[str]],
+    ) -> Self:
+        """The source from what :meth:`columns` and :meth:`notes` wrote; KeyError or ValueError where it is damaged.
+
+        Args:
+            root: where the data is now.
+            paths, sizes: of the rows.
+            notes: every header line, split.
+            columns: values by row.
+        """
+        return cls(root=root, paths=paths)
+
+    @classmethod
+    def wrote(cls, notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> bool:
+        """Whether a manifest without a ``# source`` line is of this source: for those older than that line."""
+        return False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __str__(self) -> str:
+        """What DATA named, for messages."""
+        return str(self.root)
 
 
-def reopen_data(path: Path, known: Path) -> Manifest:
-    """The rows of a run that is gone on with: those of its manifest file ``known``, if the data still is the same.
+class ImageLocation(NamedTuple):
+    """One row of a source, to be read later."""
 
-    ValueError where the data changed, or is another.
+    source: ImageSource
+    row: int
+
+    def read(self) -> bytes:
+        """The image file; raises what :meth:`ImageSource.read` raises."""
+        return self.source.read(self.row)
+
+    def __str__(self) -> str:
+        return self.source.where(self.row)
+
+
+class PackedPaths(Sequence[str]):
+    """A read-only list of strings in two arrays.
+
+    A million ``str`` objects would be copied page by page into every forked worker as their reference counts change.
     """
-    if _is_file(path, ".beton") or _is_file(path, ".tsv"):
-        manifest = open_data(path, on_bad_image="skip")
-        run = Manifest.load(known)
-        same = manifest.digest() == run.digest() and manifest.archive_id == run.archive_id
-        if not same:
-            what = "other images" if manifest.digest() != run.digest() else "the same images stored in another way"
-            raise ValueError(
-                f"{path} holds {what} than the run that {known} belongs to ({len(manifest)} rows, then {len(run)}). "
-                "Rows are identities in the bank and in checkpoints, so nothing is renumbered: give the data that the "
-                "run started with, or choose another output directory"
-            )
-        return manifest
-    run = Manifest.load(known, root=path)
-    if run.archive_id:
-        raise ValueError(f"the run that {known} belongs to started with a .beton file: give that one, not {path}")
-    run.check()
-    return run
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        start = int(self._ends[row - 1]) if row else 0
+        return self._text[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")
 
 
-def _is_file(path: Path, suffix: str) -> bool:
-    """Whether the name claims so; a folder may be called anything."""
-    return path.suffix == suffix and not path.is_dir()
+def all_sources() -> list[type[ImageSource]]:
+    """The classes of ``SOURCES``, in order."""
+    # By name: the modules of the sources import this one.
+    entries = [entry.split(":") for entry in SOURCES]
+    return [getattr(import_module(f"sslfast.data.{module}"), name) for module, name in entries]
 
 
-def parse_data(text: str) -> Path | int:
-    """A folder, or the N of ``synthetic:N``."""
-    kind, colon, number = text.partition(":")
-    if kind != "synthetic" or not colon:
-        return Path(text)
-    if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"synthetic:N needs a number of images of at least 1, got {text!r}")
-    return int(number)
+def source_of(path: Path) -> type[ImageSource]:
+    """The kind of source that a DATA argument is."""
+    return next(source for source in all_sources() if source.accepts(path))
+
+
+def source_of_manifest(notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> type[ImageSource]:
+    """The kind of source that a manifest file was written for; SourceError where it is unknown here."""
+    name = next((note[1] for note in notes if note[0] == "source"), None)
+    for source in all_sources():
+        if source.name == name if name is not None else source.wrote(notes, columns):
+            return source
+    known = ", ".join(source.name for source in all_sources())
+    raise SourceError(f"of a source {name!r} that this version does not know: {known}")
+
+
+def is_file(path: Path, suffix: str) -> bool:
+    """Whether the name is that of such a file, be it missing; a folder may have any name."""
+    return path.suffix.lower() == suffix and not path.is_dir()
+
+
+def content_hash(head: bytes) -> str:
+    """16 hex digits of SHA-1 over the first ``HASHED_BYTES`` of a file, given as ``head``."""
+    return hashlib.sha1(head, usedforsecurity=False).hexdigest()[:16]

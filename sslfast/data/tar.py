@@ -1,280 +1,310 @@
-"""Tar shards: where the members of a tar file are, and an image's bytes by one read, be it a file or a member.
-
-Read are POSIX ustar and PAX and GNU tar files, with long names, uncompressed. The walk is stricter than ``tarfile``,
-which takes a damaged header for the end of the archive: here whatever would hide members is an error.
-"""
+"""The tar source: images are members of tar shards, each read by one ``pread``."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from io import BytesIO
+from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import read_bytes
+from sslfast.data.images import SUFFIXES, BadImageError, OnBadImage, open_header
+from sslfast.data.listing import TAR, Listing, existing_folder, first_folder, list_files
+from sslfast.data.manifest import Manifest
+from sslfast.data.pool import map_threads
+from sslfast.data.source import HASHED_BYTES, Changes, ImageSource, ListedImage, content_hash, is_file
+from sslfast.data.tar_walk import Member, ShardError, walk_tar
 
-SUFFIX = ".tar"
-_BLOCK = 512
-_LONGEST_HEADER = 1 << 20  # of PAX records and of long names
-_REMEDY = "write the shard again, or get a good copy"
-# Type flags, POSIX.1-1988 to 2001 and GNU.
-_REGULAR = frozenset("0\x007")
-_ODD = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a pipe"}
-_WITHOUT_DATA = frozenset({*_ODD, "5"})
-_FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _SPARSE = "5", "L", "K", "x", "g", "S"
+_LONGEST_LABEL = 1024
 
 
-class ShardError(ValueError):
-    """A tar file that cannot be used, or is no longer the one that was indexed. Not about one image: never skipped."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class TarSource(ImageSource):
+    """Members of tar files; a tar file counts as a folder: ``shard-000.tar/n01440764/x.jpg``.
 
+    ``root`` is the folder of the tar files, or the one tar file.
+    """
 
-class ImageLocation(NamedTuple):
-    """Where the bytes of an image are: a file of its own, or ``size`` bytes from ``offset`` on in a tar file."""
+    name: ClassVar[str] = "tar"
 
-    file: str
-    member: str = ""
-    """Name inside the tar file; empty: ``file`` is the image."""
-    offset: int = 0
-    size: int = 0
-    shard_bytes: int = 0
-    """Size of the tar file when it was indexed."""
+    shards: list[str]
+    """Relative posix paths of the tar files, sorted; one empty path where ``root`` is the tar file itself."""
+    shard_sizes: NDArray[np.int64]
+    """``[len(shards)]`` bytes."""
+    shard_times: NDArray[np.int64]
+    """``[len(shards)]`` modification times in ns. That of a copy may differ: then contents are compared."""
+    shard_of: NDArray[np.int64]
+    """``[num_rows]`` index of each row's shard."""
+    offsets: NDArray[np.int64]
+    """``[num_rows]`` where each row's bytes begin in its shard."""
+    sizes: NDArray[np.int64]
+    """``[num_rows]`` number of each row's bytes."""
 
-    def __str__(self) -> str:
-        return f"{self.file}/{self.member}" if self.member else self.file
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return is_file(path, TAR)
 
+    @classmethod
+    def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
+        one = Listing(paths=[], shards=[""], unreadable=[], ignored={})
+        return cls.open_shards(path, one, on_bad_image=on_bad_image, progress=progress)
 
-class Member(NamedTuple):
-    """A member of a tar file that is no folder."""
+    @classmethod
+    def open_shards(cls, root: Path, listing: Listing, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
+        """The images in the tar files of a folder's listing. ShardError: one of them cannot be used, whatever
+        ``on_bad_image`` says."""
+        found: list[tuple[ListedImage, int]] = []
+        excluded = [*listing.unreadable]
+        ignored = Counter(listing.ignored)
+        shards: list[ListedShard] = []
 
-    name: str
-    """Relative, without ``./``; bytes that are no UTF-8 as surrogate escapes."""
-    offset: int
-    """Where its bytes begin."""
-    size: int
-    problem: str
-    """Why its bytes are not a file's; empty for regular files."""
+        def look(name: str) -> ListedShard:
+            return list_shard(str(root / name))
+
+        for name, shard in map_threads(look, listing.shards, progress=progress, title="reading shards", chunk=1):
+            prefix = f"{name}/" if name else ""
+            found += [(image._replace(path=prefix + image.path), offset) for image, offset in shard.images]
+            excluded += [(prefix + path, reason) for path, reason in shard.bad]
+            ignored += shard.ignored
+            shard.images.clear()
+            shards.append(shard)
+        found.sort()
+        paths = [image.path for image, _ in found]
+        source = cls(
+            root=root,
+            paths=paths,
+            shards=listing.shards,
+            shard_sizes=np.array([shard.bytes for shard in shards], dtype=np.int64),
+            shard_times=np.array([shard.modified for shard in shards], dtype=np.int64),
+            shard_of=shard_index(listing.shards, paths),
+            offsets=np.array([offset for _, offset in found], dtype=np.int64),
+            sizes=np.array([image.bytes for image, _ in found], dtype=np.int64),
+        )
+        return Manifest.from_images(
+            source,
+            [image for image, _ in found],
+            excluded=excluded,
+            ignored=ignored,
+            on_bad_image=on_bad_image,
+            numbered=any(shard.has_labels for shard in shards),
+        )
+
+    def read(self, row: int) -> bytes:
+        """One open, one ``fstat``, one ``pread``. No file stays open, so the number of shards, threads and processes is
+        not limited. ShardError: the tar file is gone, unreadable, or its size is not what was indexed."""
+        return self._read(row, int(self.sizes[row]))
+
+    def _read(self, row: int, count: int) -> bytes:
+        """The first ``count`` bytes of a row."""
+        shard = int(self.shard_of[row])
+        name, expected = self.shards[shard], int(self.shard_sizes[shard])
+        file = f"{self.root}/{name}" if name else str(self.root)
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                now = os.fstat(descriptor).st_size
+                data = os.pread(descriptor, count, int(self.offsets[row])) if now == expected else b""
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ShardError(
+                f"shard {file} cannot be read ({error.strerror or error}): put it back, or start a new run"
+            ) from None
+        if now != expected or len(data) != count:
+            raise ShardError(
+                f"shard {file} changed while it was in use ({expected} -> {now} bytes): put the old one back, or start "
+                "a new run"
+            )
+        return data
+
+    def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
+        """By size and modification time of each tar file. Where only the time differs, contents are always compared."""
+        listing = None if self.shards == [""] else list_files(existing_folder(self.root))
+        changes = Changes()
+        to_read: list[int] = []
+        for shard, (name, size, modified) in enumerate(self._shards()):
+            shown = name or self.root.name
+            try:
+                status = os.stat(self.root / name)
+            except OSError as error:
+                changes.missing.append((shown, f"unreadable: {error.strerror}"))
+                continue
+            if status.st_size != size:
+                changes.changed.append((shown, f"{size} -> {status.st_size} bytes"))
+            elif contents or status.st_mtime_ns != modified:
+                to_read += np.flatnonzero(self.shard_of == shard).tolist()
+
+        def hash_of(row: int) -> str:
+            return content_hash(self._read(row, min(int(self.sizes[row]), HASHED_BYTES)))
+
+        for row, now in map_threads(hash_of, to_read, progress=False, title=""):
+            if now != manifest.sha1[row]:
+                changes.changed.append((self.paths[row], "same size, other content"))
+        if listing is not None:
+            known = {*self.shards}
+            changes.added = [(path, "") for path in (*listing.shards, *listing.paths) if path not in known]
+        return changes
+
+    @property
+    def row_shards(self) -> NDArray[np.int64]:
+        return self.shard_of
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        tables = {"shard_of": self.shard_of[rows], "offsets": self.offsets[rows], "sizes": self.sizes[rows]}
+        return replace(super().take(rows), **tables)  # type: ignore[arg-type]
+
+    def _shards(self) -> Iterator[tuple[str, int, int]]:
+        yield from zip(self.shards, self.shard_sizes, self.shard_times, strict=True)
+
+    def columns(self) -> Mapping[str, Iterable[object]]:
+        return {"offset": self.offsets}
+
+    def notes(self) -> Iterable[tuple[object, ...]]:
+        return [("shard", *shard) for shard in self._shards()]
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        root: Path,
+        paths: list[str],
+        sizes: NDArray[np.int64],
+        notes: Sequence[Sequence[str]],
+        columns: Mapping[str, Sequence[str]],
+    ) -> Self:
+        shards = [note for note in notes if note[0] == "shard"]
+        names = [name for _, name, _, _ in shards]
+        return cls(
+            root=root,
+            paths=paths,
+            shards=names,
+            shard_sizes=np.array([int(size) for _, _, size, _ in shards], dtype=np.int64),
+            shard_times=np.array([int(modified) for _, _, _, modified in shards], dtype=np.int64),
+            shard_of=shard_index(names, paths),
+            offsets=np.array([int(offset) for offset in columns["offset"]], dtype=np.int64),
+            sizes=sizes,
+        )
+
+    @classmethod
+    def wrote(cls, notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> bool:
+        return "offset" in columns
 
 
 @dataclass(kw_only=True)
-class Shards:
-    """The tar files behind a manifest, and where each row is in them."""
+class ListedShard:
+    """What one tar file holds."""
 
-    paths: list[str]
-    """Relative posix paths, sorted; one empty path where the manifest's root is the tar file itself."""
-    bytes: NDArray[np.int64]
-    """``[len(paths)]`` sizes."""
-    modified: NDArray[np.int64]
-    """``[len(paths)]`` times of the last change in ns. A copy may have another: then contents are compared."""
-    index: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """``[N]`` shard of each row; rows of a shard follow one another."""
-    offsets: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """``[N]`` where each row's bytes begin."""
-
-    def take(self, rows: NDArray[np.int64]) -> "Shards":
-        """The same for some of the rows, numbered anew."""
-        return replace(self, index=self.index[rows], offsets=self.offsets[rows])
-
-    def location(self, root: str, path: str, row: int, size: int) -> ImageLocation:
-        """Where a row is, given its path in the manifest and its size."""
-        shard = int(self.index[row])
-        name = self.paths[shard]
-        file, member = (f"{root}/{name}", path[len(name) + 1 :]) if name else (root, path)
-        return ImageLocation(file, member, int(self.offsets[row]), size, int(self.bytes[shard]))
+    bytes: int
+    modified: int
+    images: list[tuple[ListedImage, int]] = field(default_factory=list)
+    """Each with its offset; paths are those of the members."""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    has_labels: bool = False
+    """Whether a label came from a .cls member."""
 
 
-def read_image_bytes(place: ImageLocation) -> bytes:
-    """The bytes of an image.
+def list_shard(file: str) -> ListedShard:
+    """The images of one tar file, in its order, with their labels; the header of each image is checked.
 
-    A member takes an open, a look at the tar file's size, and one read. Nothing stays open, so any number of shards,
-    threads and processes will do.
+    A member whose suffix is an image's is an image. Its class is the content of the member with the same stem and the
+    suffix ``.cls`` (a number or a name; a stem ends at the last dot or, as for WebDataset, at the first), else the
+    first-level folder in its name, else none.
 
-    Raises:
-        BadImageError: the file cannot be read or is empty.
-        ShardError: the tar file is gone, unreadable, or of another size than when it was indexed.
+    ShardError: no usable archive (see :func:`~sslfast.data.tar_walk.walk_tar`), two members with the same name, or an
+    empty label.
     """
-    if not place.member:
-        return read_bytes(place.file)
+    members: dict[str, Member] = {}
+    for member in walk_tar(file):
+        if any(part.startswith(".") and part != ".." for part in member.name.split("/")):
+            continue
+        if member.name in members:
+            raise ShardError(
+                f"shard {file} has two members named {member.name!r}: names are identities, so write the shard again "
+                "without one of them"
+            )
+        members[member.name] = member
     try:
-        descriptor = os.open(place.file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            now = os.fstat(descriptor).st_size
-            data = os.pread(descriptor, place.size, place.offset) if now == place.shard_bytes else b""
-        finally:
-            os.close(descriptor)
+        with open(file, "rb", buffering=0) as opened:
+            return _list_members(opened.fileno(), file, members)
     except OSError as error:
+        raise ShardError(f"shard {file} cannot be read ({error.strerror or error})") from None
+
+
+def _list_members(descriptor: int, file: str, members: dict[str, Member]) -> ListedShard:
+    status = os.fstat(descriptor)
+    found = ListedShard(bytes=status.st_size, modified=status.st_mtime_ns)
+    labels = {name: _label(descriptor, file, member) for name, member in members.items() if name.endswith(".cls")}
+    found.has_labels = bool(labels)
+    for name, member in members.items():
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in SUFFIXES:
+            found.ignored[suffix] += suffix != ".cls"
+            continue
+        label = next((labels[other] for other in _label_names(name) if other in labels), first_folder(name))
+        try:
+            sha1 = _check_member(descriptor, member)
+        except BadImageError as error:
+            found.bad.append((name, error.reason))
+        else:
+            found.images.append((ListedImage(name, member.size, sha1, label), member.offset))
+    found.ignored = +found.ignored
+    if not found.images and not found.bad:
+        others = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in sorted(found.ignored.items()))
         raise ShardError(
-            f"shard {place.file} cannot be read ({error.strerror or error}): put it back, or start a new run"
-        ) from None
-    if now != place.shard_bytes or len(data) != place.size:
+            f"shard {file} holds no image{f' (other members: {others})' if others else ''}: images are members named "
+            f"{' '.join(sorted(SUFFIXES))}; move the file away"
+        )
+    return found
+
+
+def _check_member(descriptor: int, member: Member) -> str:
+    """Hash of a member's first bytes; BadImageError where it or its header breaks a rule of the image policy."""
+    if member.problem:
+        raise BadImageError(f"unreadable: {member.problem} of a tar file")
+    head = os.pread(descriptor, min(member.size, HASHED_BYTES), member.offset)
+    if not head:
+        raise BadImageError("empty file")
+    try:
+        open_header(BytesIO(head))
+    except BadImageError:
+        if member.size <= HASHED_BYTES:
+            raise
+        # A header that is longer than that, or at the end of the file.
+        open_header(BytesIO(os.pread(descriptor, member.size, member.offset)))
+    return content_hash(head)
+
+
+def _label(descriptor: int, file: str, member: Member) -> str:
+    text = os.pread(descriptor, min(member.size, _LONGEST_LABEL + 1), member.offset)
+    label = text.decode("utf-8", "surrogateescape").strip()
+    if member.problem or not label or len(text) > _LONGEST_LABEL:
         raise ShardError(
-            f"shard {place.file} changed while it was in use ({place.shard_bytes} -> {now} bytes): put the old one "
-            "back, or start a new run"
+            f"shard {file}: member {member.name!r} holds no label: it must be a number or the name of a class; write "
+            "the shard again"
         )
-    return data
+    return str(int(label)) if label.isdecimal() else label
 
 
-def walk_tar(path: str) -> Iterator[Member]:
-    """Every member of a tar file but the folders, in the file's order, each with the place of its bytes.
-
-    One pass over the headers; the bytes between them are not read. ShardError, naming the place, where the file is
-    empty, no tar file, cut short, or goes on behind its end.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ShardError(f"shard {path} cannot be read ({error.strerror or error})") from None
-    try:
-        yield from _Walk(descriptor, path).members()
-    except OSError as error:
-        raise ShardError(f"shard {path} cannot be read ({error.strerror or error})") from None
-    finally:
-        os.close(descriptor)
-
-
-class _Walk:
-    def __init__(self, descriptor: int, path: str) -> None:
-        self.descriptor, self.path = descriptor, path
-        self.size = os.fstat(descriptor).st_size
-        self.place = 0
-
-    def members(self) -> Iterator[Member]:
-        if self.size == 0:
-            raise ShardError(f"shard {self.path} is empty (0 bytes): {_REMEDY}")
-        long_name: bytes | None = None
-        pax: dict[bytes, bytes] = {}
-        while True:
-            start = self.place
-            header = self._take(_BLOCK, "a header")
-            if not any(header):
-                self._check_end()
-                return
-            self._check_sum(header, start)
-            kind = chr(header[156])
-            size = self._number(header[124:136], start)
-            if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
-                if size > _LONGEST_HEADER:
-                    raise self._damaged(start)
-                text = self._take(size, "a long name")
-                self._skip(-size % _BLOCK, "a long name")
-                if kind == _LONG_NAME:
-                    long_name = text.rstrip(b"\0")
-                elif kind == _PAX:
-                    pax = self._records(text, start)
-                continue
-            is_sparse = kind == _SPARSE or any(key.startswith(b"GNU.sparse.") for key in pax)
-            if kind == _SPARSE:
-                extended = header[482]
-                while extended:
-                    extended = self._take(_BLOCK, "a sparse member")[504]
-            if b"size" in pax:
-                size = self._number(pax[b"size"], start, base=10)
-            name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or long_name or _short_name(header)
-            long_name, pax = None, {}
-            offset = self.place
-            shown = name.decode("utf-8", "surrogateescape")
-            if kind not in _WITHOUT_DATA:
-                self._skip(size, f"member {shown!r}")
-                self._skip(-size % _BLOCK, f"member {shown!r}")
-            if kind == _FOLDER or name.endswith(b"/"):
-                continue
-            problem = "a sparse member" if is_sparse else _ODD.get(kind, "")
-            if not problem and kind not in _REGULAR:
-                problem = f"a member of type {kind!r}"
-            yield Member(_clean(shown), offset, size, problem)
-
-    def _take(self, count: int, what: str) -> bytes:
-        data = os.pread(self.descriptor, count, self.place)
-        self.place += count
-        if len(data) < count:
-            raise self._truncated(what)
-        return data
-
-    def _skip(self, count: int, what: str) -> None:
-        self.place += count
-        if self.place > self.size:
-            raise self._truncated(what)
-
-    def _check_end(self) -> None:
-        """Behind the block of zeros that ends an archive there are only more of them."""
-        while data := os.pread(self.descriptor, 1 << 20, self.place):
-            if data.count(0) != len(data):
-                raise ShardError(
-                    f"shard {self.path} goes on behind its end mark at byte {self.place} (joined with cat?): write it "
-                    "again, or keep the parts apart"
-                )
-            self.place += len(data)
-
-    def _check_sum(self, header: bytes, start: int) -> None:
-        """Unsigned sum of the header's bytes, its own field read as spaces; some old programs added signed ones."""
-        others = header[:148] + b" " * 8 + header[156:]
-        signed = sum(others) - 256 * sum(byte >= 128 for byte in others)
-        try:
-            stored = int(header[148:156].strip(b" \0") or b"0", 8)
-        except ValueError:
-            stored = -1
-        if stored not in (sum(others), signed):
-            if start == 0:
-                raise ShardError(
-                    f"{self.path} is no tar file, or a compressed one: shards are read at any place, so they must be "
-                    "plain .tar"
-                )
-            raise self._damaged(start)
-
-    def _number(self, text: bytes, start: int, *, base: int = 8) -> int:
-        """Digits, or (GNU, 8 GiB and more) big-endian behind a first byte of 0x80."""
-        try:
-            is_binary = base == 8 and text[0] == 0x80
-            value = int.from_bytes(text[1:], "big") if is_binary else int(text.strip(b" \0") or b"0", base)
-        except ValueError:
-            value = -1
-        if value < 0:
-            raise self._damaged(start)
-        return value
-
-    def _records(self, text: bytes, start: int) -> dict[bytes, bytes]:
-        """``LENGTH KEY=VALUE`` lines of a PAX header."""
-        records = {}
-        while text:
-            digits, _, _ = text.partition(b" ")
-            length = int(digits) if digits.isdigit() else 0
-            key, equals, value = text[len(digits) + 1 : length].partition(b"=")
-            if not equals or not value.endswith(b"\n"):
-                raise self._damaged(start)
-            records[key] = value[:-1]
-            text = text[length:]
-        return records
-
-    def _truncated(self, what: str) -> ShardError:
-        return ShardError(
-            f"shard {self.path} was cut short: {what} needs {self.place:,} bytes, the file has {self.size:,}: {_REMEDY}"
-        )
-
-    def _damaged(self, start: int) -> ShardError:
-        return ShardError(f"shard {self.path} is damaged: no valid header at byte {start:,}: {_REMEDY}")
-
-
-def _short_name(header: bytes) -> bytes:
-    name = header[:100].partition(b"\0")[0]
-    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _clean(name: str) -> str:
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
+def _label_names(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.rpartition('.')[0]}.cls", f"{folder}{slash}{base.partition('.')[0]}.cls"
 
 
 def shard_index(names: Sequence[str], paths: Sequence[str]) -> NDArray[np.int64]:
-    """``[N]`` the shard whose name each path begins with; ValueError where there is none.
+    """``[N]`` index of the shard that each path begins with; ValueError where there is none.
 
-    Sorted paths of a shard follow one another.
+    Sorted paths of a shard are consecutive.
     """
     prefixes = {f"{name}/" if name else "": index for index, name in enumerate(names)}
     found = np.empty(len(paths), dtype=np.int64)
     prefix, index = "\0", -1
     for row, path in enumerate(paths):
         if not path.startswith(prefix):
-            cuts = [0, *(place + 1 for place, letter in enumerate(path) if letter == "/")]
+            cuts = [0, *(position + 1 for position, letter in enumerate(path) if letter == "/")]
             prefix = next((path[:cut] for cut in cuts if path[:cut] in prefixes), "\0")
             if prefix == "\0":
                 raise ValueError(f"{path!r} is in none of the shards")

@@ -1,21 +1,22 @@
-"""``sslfast data verify``: decode every image of a folder once, and write the manifest of those that can be used."""
+"""``sslfast data verify``: decode every image of a data set once, and write the manifest of the usable ones."""
 
 import os
 from dataclasses import replace
+from functools import partial
 
 from sslfast.data.images import BadImageError, decode_full, require_strict_pillow
 from sslfast.data.manifest import Manifest, some_paths
 from sslfast.data.pool import map_processes
-from sslfast.data.tar import ImageLocation, read_image_bytes
+from sslfast.data.source import ImageSource
 
 
 def verify_images(
     root: str | os.PathLike[str], *, workers: int | None = None, progress: bool = False
 ) -> tuple[Manifest, list[tuple[str, str]]]:
-    """Scan a folder, decode every image whole, and number those that can be used.
+    """Decode every image of a data set whole, and number those that can be used.
 
     Args:
-        root: the folder, of images or of tar shards, or a tar file.
+        root: a source of image files: a folder of images or of tar shards, a tar file, a CSV list.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show progress bars on the terminal.
 
@@ -24,10 +25,12 @@ def verify_images(
         ``excluded``). ValueError where no image is left.
     """
     manifest = Manifest.scan(root, on_bad_image="skip", progress=progress)
+    if manifest.source.loader is not None:
+        raise ValueError(f"{root} holds no image files to decode: name what it was made of ({manifest.root})")
     bad = check_images(manifest, workers=workers, progress=progress)
     usable = replace(manifest.without(bad), verified=True)
     if not len(usable):
-        raise ValueError(f"no usable image in {manifest.root}; all {len(bad)} are bad: {some_paths(bad)}")
+        raise ValueError(f"no usable image in {manifest.source}; all {len(bad)} are bad: {some_paths(bad)}")
     return usable, bad
 
 
@@ -40,17 +43,15 @@ def check_images(manifest: Manifest, *, workers: int | None = None, progress: bo
         progress: show a progress bar on the terminal.
     """
     require_strict_pillow()
-    tasks = [(path, manifest.location(row)) for row, path in enumerate(manifest.paths)]
-    bad = list(manifest.excluded)
-    for found in map_processes(_decode_whole, tasks, workers=workers, progress=progress, title="decoding"):
-        bad.extend(found)
-    return sorted(bad)
+    work = partial(_why_bad, manifest.source.packed())
+    reasons = map_processes(work, range(len(manifest)), workers=workers, progress=progress, title="decoding")
+    bad = [(path, reason) for path, reason in zip(manifest.paths, reasons, strict=True) if reason is not None]
+    return sorted([*manifest.excluded, *bad])
 
 
-def _decode_whole(task: tuple[str, ImageLocation]) -> list[tuple[str, str]]:
-    path, place = task
+def _why_bad(source: ImageSource, row: int) -> str | None:
     try:
-        decode_full(read_image_bytes(place))
+        decode_full(source.read(row))
     except BadImageError as error:
-        return [(path, error.reason)]
-    return []
+        return error.reason
+    return None

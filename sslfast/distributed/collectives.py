@@ -68,9 +68,27 @@ def reduce_scatter_rows(x: Tensor) -> Tensor:
 
 
 def shard_bounds(num_rows: int, ranks: int) -> list[int]:
-    """Where the shards of ``num_rows`` rows begin, and ``num_rows``: rank r holds rows ``bounds[r]`` up to
-    ``bounds[r + 1]``. Sizes differ by one at most."""
+    """The split of ``num_rows`` rows over ranks: rank r has rows ``bounds[r]`` up to ``bounds[r + 1]``.
+
+    Parts are contiguous, in the order of ranks, and differ in size by at most one; :func:`own_rows` is this rank's.
+    """
     return [num_rows * r // ranks for r in range(ranks + 1)]
+
+
+def own_rows(count: int) -> range:
+    """This rank's part of ``count`` rows, as :func:`shard_bounds` splits them; :func:`gather_uneven` undoes it."""
+    return range(*shard_bounds(count, world_size())[rank() : rank() + 2])
+
+
+def gather_uneven(x: Tensor) -> Tensor:
+    """``[n_r, ...]`` of every rank, concatenated in the order of ranks, on every rank; n_r may differ and be 0."""
+    if world_size() == 1:
+        return x
+    counts = gather_objects(len(x))
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = gather_rows(padded).reshape(len(counts), *padded.shape)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def gather_to_rank0(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18) -> Tensor | None:
@@ -136,22 +154,6 @@ def barrier() -> None:
 def is_main() -> bool:
     """True in the process that writes files."""
     return rank() == 0
-
-
-def own_rows(count: int) -> range:
-    """This rank's part of ``count`` rows: contiguous, in the order of ranks, sizes equal to within one."""
-    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
-
-
-def gather_uneven(x: Tensor) -> Tensor:
-    """``[n_r, ...]`` of every rank in their order, of as many rows as each has; on every rank."""
-    if world_size() == 1:
-        return x
-    counts = gather_objects(len(x))
-    padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[: len(x)] = x
-    parts = gather_rows(padded).split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def raise_together(error: str | None) -> None:

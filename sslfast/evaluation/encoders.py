@@ -134,7 +134,13 @@ def load_run(run: Path | str) -> RunEncoders:
     """
     weights = read_weights(run)
     known, seed = weights.facts, weights.facts.get("seed")
-    method = METHODS.get(str(known.get("method")))
+    name = known.get("method")
+    if name is not None and name not in METHODS:
+        raise ValueError(
+            f"{run} was trained with method {name!r}, which is not registered: import the module that registers it, on "
+            "the command line with --plugin MODULE"
+        )
+    method = None if name is None else METHODS[name]
     look: dict[str, Any] = {
         "mean": weights.mean,
         "std": weights.std,

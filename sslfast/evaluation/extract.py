@@ -16,7 +16,6 @@ from sslfast.data import (
     OpenImage,
     open_image,
     quiet_pillow,
-    read_image_bytes,
     require_strict_pillow,
 )
 from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, raise_together
@@ -94,7 +93,7 @@ class ImageReader:
 
     def _decode(self, row: int) -> Tensor | str:
         try:
-            return eval_image(open_image(read_image_bytes(self.manifest.location(row))), self.size)
+            return eval_image(open_image(self.manifest.source.read(row)), self.size)
         except BadImageError as error:
             return error.reason
 
@@ -104,7 +103,7 @@ class ImageReader:
                 continue
             if self.on_bad_image == "error":
                 raise ValueError(
-                    f"{self.manifest.path(row)} cannot be used ({reason}); repair or remove it, or pass "
+                    f"{self.manifest.source.where(row)} cannot be used ({reason}); repair or remove it, or pass "
                     "--on-bad-image skip"
                 )
             self.bad_images.append((self.manifest.paths[row], reason))
@@ -176,7 +175,7 @@ def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch
     raise_together(error)
     all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)
     if not len(all_rows):
-        raise ValueError(f"no usable image in {reader.manifest.root}: name a folder that holds images")
+        raise ValueError(f"no usable image in {reader.manifest.source}: name a folder that holds images")
     bad = [item for part in gather_objects(reader.bad_images) for item in part]
     widths = next(w for w in gather_objects({n: p[0].shape[1] for n, p in parts.items() if p}) if w)
     values = {n: torch.cat(p) if p else torch.zeros(0, widths[n]) for n, p in parts.items()}

@@ -1,10 +1,8 @@
 """Labelled data sets for evaluations: ``data/train/<class>/`` beside ``data/val/<class>/``, and parts of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,12 +106,4 @@ def random_order(count: int, *, seed: int, step: int) -> Tensor:
 
 def take_rows(manifest: Manifest, rows: Sequence[int]) -> Manifest:
     """The manifest of some rows, numbered anew, with the same classes."""
-    chosen = np.array(rows, dtype=np.int64)
-    return replace(
-        manifest,
-        paths=[manifest.paths[row] for row in rows],
-        bytes=manifest.bytes[chosen],
-        sha1=[manifest.sha1[row] for row in rows],
-        labels=manifest.labels[chosen],
-        shards=manifest.shards and manifest.shards.take(chosen),
-    )
+    return manifest.take(rows)

@@ -22,7 +22,8 @@ from sslfast.distributed import (
 from sslfast.evaluation.extract import ImageReader
 from sslfast.files import replacing
 from sslfast.loaders import Loader, LoaderConfig, build_loader
-from sslfast.optim import OptimConfig, build_optimizer
+from sslfast.ops import ViewParameter
+from sslfast.optim import LearningRate, OptimConfig, build_optimizer
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
 
@@ -55,20 +56,13 @@ class SGDProtocol:
 
     def learning_rate(self, epoch: int, *, epochs: int, batch_size: int) -> float:
         """Rate of an epoch (0-based): ``lr * batch_size / 256 * 0.1 ** (drops so far)``."""
-        done = sum(epoch >= drop for drop in self.drops_of(epochs))
-        return self.lr_per_256_images * batch_size / 256 * 0.1**done
+        peak = self.lr_per_256_images * batch_size / 256
+        return LearningRate(peak=peak, shape="steps", milestones=tuple(self.drops_of(epochs)))(epoch)
 
     def optimizer(self, module: nn.Module, *, batch_size: int) -> torch.optim.Optimizer:
         """SGD over a module's parameters."""
-        config = OptimConfig(
-            lr_per_256_images=self.lr_per_256_images,
-            final_lr_per_256_images=0.0,
-            momentum=0.9,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-            decay_bias=True,
-        )
-        return build_optimizer(module, config, batch_size=batch_size)
+        config = OptimConfig(momentum=0.9, nesterov=self.nesterov, weight_decay=self.weight_decay, decay_bias=True)
+        return build_optimizer(module, config, lr=self.lr_per_256_images * batch_size / 256)
 
     def facts(self, epochs: int, batch_size: int) -> dict[str, Any]:
         """The settings used, for the record."""
@@ -140,7 +134,7 @@ class TrainingImages:
         self.seed = seed
         self.labels = torch.from_numpy(manifest.labels).to(device)
         self.loader: Loader = build_loader(
-            LoaderConfig(name="torch", workers=workers, on_bad_image=on_bad_image),
+            LoaderConfig(name="pillow", workers=workers, on_bad_image=on_bad_image),
             views={"image": self.view},
             batch_size=batch_size,
             seed=seed,
@@ -155,7 +149,7 @@ class TrainingImages:
         for batch in self.loader.epoch(epoch):
             drawn = draw_view(batch.sample_ids, self.view, seed=self.seed, position=0, epoch=epoch)
             crops = batch.crops["image"]
-            flip = drawn.pixel.flip.reshape(-1, 1, 1, 1).bool()
+            flip = drawn.pixel[:, :, ViewParameter.FLIP, None, None] != 0  # [B, 1, 1, 1]
             yield torch.where(flip, crops.flip(3), crops), self.labels[batch.sample_ids]
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data import HASHED_BYTES, Manifest, content_hash
+from sslfast.data import HASHED_BYTES, FolderSource, Manifest, content_hash
 
 PARTS = ("Annotations", "ImageSets/Main", "JPEGImages")
 
@@ -119,7 +119,8 @@ def voc_manifest(root: Path, ids: list[str]) -> Manifest:
             raise ValueError(f"{images / path} cannot be read ({error.strerror}); restore the images") from None
     none = np.full(len(paths), -1, dtype=np.int64)
     sizes_array = np.array(sizes, dtype=np.int64)
-    return Manifest(root=images, paths=paths, bytes=sizes_array, sha1=hashes, labels=none, classes=[])
+    source = FolderSource(root=images, paths=paths)
+    return Manifest(source=source, bytes=sizes_array, sha1=hashes, labels=none, classes=[])
 
 
 def annotation_path(root: Path, image: str) -> Path:

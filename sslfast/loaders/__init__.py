@@ -1,7 +1,7 @@
-"""Loaders: batches of uint8 crops on the device, by Pillow, DALI, FFCV or synthetic. Imports ``data`` and
-``views``."""
+"""Loaders: batches of uint8 crops on the device, decoded by Pillow, DALI or FFCV, or synthetic. Imports ``data``,
+``views`` and ``ops``."""
 
-from sslfast.loaders.decode import BatchDecoder, PackedLocations, decode_crops
+from sslfast.loaders.decode import BatchDecoder, decode_crops
 from sslfast.loaders.plan import epoch_order
 from sslfast.loaders.registry import (
     DISTRIBUTIONS,
@@ -11,6 +11,7 @@ from sslfast.loaders.registry import (
     build_loader,
     choose_loader,
     loader_status,
+    loaders_for,
 )
 
 __all__ = [
@@ -19,10 +20,10 @@ __all__ = [
     "BatchDecoder",
     "Loader",
     "LoaderConfig",
-    "PackedLocations",
     "build_loader",
     "choose_loader",
     "decode_crops",
     "epoch_order",
     "loader_status",
+    "loaders_for",
 ]

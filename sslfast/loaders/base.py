@@ -1,4 +1,4 @@
-"""What loaders have in common: the plan of an epoch, one iterator at a time, the bad images, the way to a GPU."""
+"""Base classes of the loaders: the plan of an epoch, one iterator at a time, bad images, the copy to a GPU."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,10 +12,10 @@ from sslfast.views import Batch, ViewConfig, check_views
 
 
 class PlannedLoader:
-    """A loader whose steps follow an :class:`EpochPlan`; ``_iterate`` is what a loader adds.
+    """A loader whose steps follow an :class:`EpochPlan`; a loader implements ``_iterate``.
 
-    An epoch is a pure function of (seed, epoch), so it can be entered at any step. The partial batch at its end is
-    dropped. Starting an epoch ends the iterator of the one before.
+    An epoch is a pure function of (seed, epoch), so it can start at any step. The partial batch at its end is dropped.
+    Starting an epoch invalidates the iterator of the previous one.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PlannedLoader:
         return []
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Steps ``start_step ..`` of an epoch; nothing is done for the ones before.
+        """Steps ``start_step ..`` of an epoch; the earlier ones cost nothing.
 
         ValueError: arguments out of range, or (from the iterator) an image that must not train.
         """
@@ -71,12 +71,12 @@ class PlannedLoader:
         return self._iterate(epoch, start_step, self._generation)
 
     def close(self) -> None:
-        """Nothing works afterwards. Safe to call twice, and in the middle of an epoch."""
+        """Release everything; the loader is unusable afterwards. Safe to call twice, and in the middle of an epoch."""
         self._end_epoch()
         self._is_open = False
 
     def _end_epoch(self) -> None:
-        """Whatever iterator there is may not go on."""
+        """Invalidate the current iterator."""
         self._generation += 1
 
     def _check_current(self, generation: int) -> None:
@@ -85,20 +85,20 @@ class PlannedLoader:
 
     def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
         """The batches. ``generation`` is for :meth:`_check_current`."""
-        raise TypeError(f"{type(self).__name__} does not say how it makes batches")
+        raise TypeError(f"{type(self).__name__} does not implement _iterate")
 
 
 class ImageLoader(PlannedLoader):
     """A loader of the images of a manifest, in ``workers`` processes or threads.
 
     Args:
-        manifest: row -> file.
-        views: view name -> recipe; the position in this mapping selects the view's random stream.
+        manifest: row -> image.
+        views: view name -> view; the position in this mapping selects the view's random stream.
         batch_size: global batch; each rank gets ``batch_size / world_size`` rows of it.
         seed: of the run.
-        workers: what decodes; 0: the caller.
-        on_bad_image: what happens at an image that only decoding shows to be bad; see :mod:`sslfast.data.images`.
-        rank, world_size: this process among all.
+        workers: processes or threads that decode; 0: the calling process decodes.
+        on_bad_image: what to do about an image that turns out bad when it is decoded; see :mod:`sslfast.data.images`.
+        rank, world_size: of this process.
         device: where batches go.
         mixed_shards: how many tar shards an epoch mixes at a time; None: it mixes all rows.
     """
@@ -121,7 +121,8 @@ class ImageLoader(PlannedLoader):
             raise ValueError(f"workers must be 0 or more, got {workers=}")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
-        if mixed_shards is not None and manifest.shards is None:
+        shards = None if mixed_shards is None else manifest.source.row_shards
+        if mixed_shards is not None and shards is None:
             raise ValueError(
                 f"--loader.shuffle shards is for tar shards and {manifest.source} has none: use --loader.shuffle full"
             )
@@ -133,7 +134,7 @@ class ImageLoader(PlannedLoader):
             rank=rank,
             world_size=world_size,
             device=device,
-            shards=None if mixed_shards is None or manifest.shards is None else manifest.shards.index,
+            shards=shards,
             mixed_shards=1 if mixed_shards is None else mixed_shards,
         )
         self._manifest = manifest
@@ -143,7 +144,7 @@ class ImageLoader(PlannedLoader):
         self._open(dict(views))
 
     def _open(self, views: dict[str, ViewConfig]) -> None:
-        """Start what decodes: the last thing that the constructor does."""
+        """Start workers or pipelines: called at the end of the constructor."""
 
     @property
     def bad_images(self) -> list[tuple[str, str]]:
@@ -156,7 +157,7 @@ class ImageLoader(PlannedLoader):
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _to_device(self, batch: Batch, copies: "torch.cuda.Stream | None") -> Batch:
-        """Pinned tensors on their way to the device, on a stream beside the step that still runs."""
+        """Copy pinned tensors to the device on a side stream, concurrently with the running step."""
         if copies is None:
             return batch
         with torch.cuda.stream(copies):

@@ -1,21 +1,20 @@
-"""The ``dali`` loader: nvJPEG (or libjpeg-turbo on the CPU) and resize in NVIDIA DALI, everything else as elsewhere.
+"""The ``dali`` loader: JPEG decoding (nvJPEG, or libjpeg-turbo on the CPU) and resize in NVIDIA DALI.
 
-Rows, order, shares, crop boxes and replacements of bad images are those of the ``torch`` loader, bit for bit; pixels
-differ from its by the decoder's and the filter's rounding (on the CPU at most 3 of 255, on average below 0.3), and by
-more where it decodes a large JPEG at 1/2 to 1/8, which DALI cannot.
+Rows, order, the shares of the ranks, crop boxes and replacements of bad images are bit-equal to those of the ``pillow``
+loader. Pixels differ by the rounding of decoder and filter (on the CPU by at most 3 of 255, on average by less than
+0.3), and by more where the ``pillow`` loader decodes a large JPEG at 1/2 to 1/8, which DALI cannot.
 
-A file that DALI cannot decode ends its pipeline, so threads here read and judge every file before DALI sees it:
+A file that DALI cannot decode ends its pipeline, so threads read and check every file before DALI gets it:
 
-- Every rule of :mod:`sslfast.data.images` that shows before the pixels are decoded, a JPEG's markers among them.
-- DALI decodes JPEGs that are whole, Huffman-coded, 8-bit, grayscale or YCbCr. Everything else (PNG, WebP, CMYK,
-  16 bits, a JPEG without an end marker, ...) is decoded in these threads as by the ``torch`` loader, which also
-  judges it.
-- An image that DALI fails on nevertheless is found by trying the batch's images one by one, and from then on decoded
-  by the threads, too; the run goes on with a new pipeline.
+- Every rule of :mod:`sslfast.data.images` that needs no decoded pixels is checked, a JPEG's markers included.
+- DALI decodes JPEGs that are complete, Huffman-coded, 8-bit, grayscale or YCbCr. Everything else (PNG, WebP, CMYK,
+  16 bits, a JPEG without an end marker, ...) is decoded and checked in these threads, as by the ``pillow`` loader.
+- An image that DALI fails on nevertheless is found by decoding the batch's images one by one. From then on the threads
+  decode it, too, and the run continues with a new pipeline.
 
-What stays unseen is what no decoder reports: flipped bits, or blocks of zeros, in the coded data of a JPEG.
+Not detected is what no decoder reports: flipped bits, or blocks of zeros, in the coded data of a JPEG.
 
-Nothing in the pipeline is random or remembers anything, so there is nothing of it to put into a checkpoint.
+The pipeline has neither randomness nor state, so nothing of it is stored in checkpoints.
 """
 
 from collections import deque
@@ -36,19 +35,18 @@ from sslfast.data import (
     OpenImage,
     check_size,
     open_image,
-    read_image_bytes,
     require_strict_pillow,
     scan_jpeg,
     silence_pillow,
 )
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
-from sslfast.loaders.decode import BatchDecoder, DecodedBatch, PackedLocations, decode_crops, stored_box
+from sslfast.loaders.decode import BatchDecoder, DecodedBatch, decode_crops, stored_box
 from sslfast.views import Batch, ViewConfig
 
 INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
-_PREFETCH = 2  # batches inside DALI: one being taken over, one being decoded meanwhile
-_AHEAD = 2  # further batches read from disk
+_PREFETCH = 2  # batches inside DALI: one being handed over, one being decoded
+_AHEAD = 2  # further batches being read from disk
 _GROUP = 32  # files of one reading task
 
 
@@ -61,33 +59,36 @@ class _JpegFile(ImageHeader):
 
 @dataclass
 class _Items(DecodedBatch):
-    """A group of samples made ready; by slot either for DALI or, decoded already, one crop a view."""
+    """Prepared samples of a group: by slot, either JPEGs for DALI or the crops of each view, decoded already."""
 
     encoded: dict[int, EncodedImage] = field(default_factory=dict)
     own: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
-class _ItemSource(BatchDecoder):
-    """``source.prepare(epoch, rows)``: BatchDecoder that leaves common JPEGs undecoded. Used from many threads, which
-    is safe because what they share (``known_bad``, ``refused``) only grows and follows from the files alone."""
+class _Preparer(BatchDecoder):
+    """A BatchDecoder that leaves common JPEGs undecoded (:meth:`prepare`).
+
+    Called from many threads, which is safe: the shared ``known_bad`` and ``refused`` only grow and depend on the files
+    alone.
+    """
 
     refused: set[int] = field(default_factory=set)
     """Rows that DALI failed on."""
 
-    def prepare(self, epoch: int, rows: NDArray[np.int64]) -> _Items:
-        items = _Items(sample_ids=torch.from_numpy(rows.copy()), crops={}, bad=[])
-        self._group(epoch, list(range(len(rows))), items)
+    def prepare(self, epoch: int, sample_ids: NDArray[np.int64]) -> _Items:
+        items = _Items(sample_ids=torch.from_numpy(sample_ids.copy()), crops={}, bad=[])
+        self._group(epoch, list(range(len(sample_ids))), items)
         return items
 
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        data = read_image_bytes(self.places[row])
+        data = self.source.read(row)
         if row in self.refused:
             return open_image(data)
-        # Most files need no more than this: opening them with Pillow would be half of the time spent on a file here,
-        # under the interpreter's lock.
+        # Most files need no more than this. Opening them with Pillow would take half of the time spent on a file here,
+        # holding the interpreter lock.
         scan = scan_jpeg(data)
         if scan.is_common and not scan.metadata:
             check_size(scan.width, scan.height)
@@ -109,9 +110,9 @@ class _ItemSource(BatchDecoder):
 
 @dataclass
 class _Step:
-    """A batch on its way: first being read (``groups``), then known (``items``), then inside DALI."""
+    """A batch in flight: first being read (``groups``), then prepared (``items``), then inside DALI."""
 
-    rows: NDArray[np.int64]
+    sample_ids: NDArray[np.int64]
     """As planned, before any replacement."""
     groups: list[Future[_Items]]
     items: _Items | None = None
@@ -122,7 +123,7 @@ class _Step:
         return all(group.done() and group.exception() is None for group in self.groups)
 
     def join(self) -> _Items:
-        """Wait for the groups; BadImageError out of one of them."""
+        """Wait for the groups; raises the BadImageError of one of them."""
         if self.items is None:
             parts = [group.result() for group in self.groups]
             items = _Items(
@@ -139,9 +140,9 @@ class DaliLoader(ImageLoader):
     """Batches of decoded crops, a pure function of (seed, epoch, step) and of the files.
 
     The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks,
-    with any number of ranks. ``workers`` are threads that read and judge files, and as many of DALI's own; 0 counts as
-    1. There are no other processes, and nothing stays behind when this one ends. CUDA: decoded there by nvJPEG; the
-    host never waits for the GPU. Arguments: see :class:`ImageLoader`.
+    with any number of ranks. ``workers`` is the number of threads that read and check files, and of DALI's own threads;
+    0 counts as 1. There are no worker processes. CUDA: nvJPEG decodes on the device, and the host never waits for it.
+    Arguments: see :class:`ImageLoader`.
 
     Raises:
         ValueError: arguments out of range, or DALI is not installed.
@@ -153,15 +154,15 @@ class DaliLoader(ImageLoader):
         if not usable:
             raise ValueError(f"loader 'dali' cannot be used: {reason}; {remedy}")
         self._threads = max(1, self._workers)
-        self._source = _ItemSource(
-            places=PackedLocations(self._manifest),
+        self._preparer = _Preparer(
+            source=self._manifest.source,
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,
         )
         self._reading: deque[_Step] = deque()
         self._decoding: deque[_Step] = deque()
-        # For good, not around each use: the state of `warnings` belongs to the process, and files are read in threads.
+        # Permanently, not around each use: the state of `warnings` is per process, and files are read in threads.
         silence_pillow()
         self._decoder: DaliDecoder | None = self._new_decoder()
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self._threads, thread_name_prefix="sslfast-read")
@@ -188,13 +189,13 @@ class DaliLoader(ImageLoader):
                 submitted += 1
             yield self._next(epoch)
 
-    def _read(self, epoch: int, rows: NDArray[np.int64]) -> _Step:
+    def _read(self, epoch: int, sample_ids: NDArray[np.int64]) -> _Step:
         assert self._pool is not None
-        parts = [rows[start : start + _GROUP] for start in range(0, len(rows), _GROUP)]
-        return _Step(rows, [self._pool.submit(self._source.prepare, epoch, part) for part in parts])
+        parts = [sample_ids[start : start + _GROUP] for start in range(0, len(sample_ids), _GROUP)]
+        return _Step(sample_ids, [self._pool.submit(self._preparer.prepare, epoch, part) for part in parts])
 
     def _next(self, epoch: int) -> Batch:
-        """The oldest step as a batch. Whatever is raised here, also Ctrl-C, leaves DALI's queue in no known state."""
+        """The oldest step as a batch. After an exception, Ctrl-C included, the state of DALI's queue is unknown."""
         try:
             decoded = self._wait(epoch)
             items = self._decoding[0].join()
@@ -212,7 +213,7 @@ class DaliLoader(ImageLoader):
         return batch
 
     def _wait(self, epoch: int) -> list[Tensor]:
-        """DALI's crops of the oldest step; none where the threads have decoded all of it."""
+        """DALI's crops of the oldest step; none where the threads decoded all of it."""
         while True:
             self._feed(wait=True)
             if not self._decoding[0].join().encoded:
@@ -230,7 +231,7 @@ class DaliLoader(ImageLoader):
         }
         outs = list(crops.values())
         if decoded:
-            _place(decoded, items.encoded, outs)
+            _scatter(decoded, items.encoded, outs)
         if items.own:
             slots = _to_device(torch.tensor(list(items.own)), self.device)
             for out, own in zip(outs, zip(*items.own.values(), strict=True), strict=True):
@@ -238,7 +239,7 @@ class DaliLoader(ImageLoader):
         return Batch(sample_ids=_to_device(items.sample_ids, self.device), crops=crops, epoch=epoch)
 
     def _feed(self, *, wait: bool) -> None:
-        """Hand over to DALI what has been read; with ``wait`` at least one step, or raise what is wrong with it."""
+        """Pass prepared steps to DALI; with ``wait`` at least one, raising what is wrong with it."""
         while self._reading and len(self._decoding) < _PREFETCH:
             step = self._reading[0]
             if not step.is_ready and (self._decoding or not wait):
@@ -254,7 +255,7 @@ class DaliLoader(ImageLoader):
                 self._decoder.start(list(items.encoded.values()))
 
     def _recover(self, epoch: int, error: Exception) -> None:
-        """After DALI failed: find the images it fails on, have them decoded by the threads, begin anew."""
+        """After DALI failed: find the images it fails on, have the threads decode them, and start a new pipeline."""
         steps, self._decoder = list(self._decoding), None
         suspects = {
             int(items.sample_ids[slot]): image
@@ -265,18 +266,18 @@ class DaliLoader(ImageLoader):
         if not found:
             raise RuntimeError(
                 f"DALI failed on a batch, but on none of its images alone ({short_reason(error)}): usually memory ran "
-                "out; use a smaller batch, or --loader.name torch"
+                "out; use a smaller batch, or --loader.name pillow"
             ) from error
         rows = list(suspects)
-        self._source.refused.update(rows[position] for position in found)
+        self._preparer.refused.update(rows[position] for position in found)
         self._decoder = self._new_decoder()
         # Read again what contains them; the rest only has to be decoded again.
         self._decoding.clear()
         for step in reversed(steps):
             assert step.items is not None
-            if self._source.refused & {int(row) for row in step.items.sample_ids}:
+            if self._preparer.refused & {int(row) for row in step.items.sample_ids}:
                 known = step.items.bad
-                step = self._read(epoch, step.rows)
+                step = self._read(epoch, step.sample_ids)
                 for row, reason in known:
                     self._bad.setdefault(row, reason)
             self._reading.appendleft(step)
@@ -292,21 +293,21 @@ class DaliLoader(ImageLoader):
         )
 
     def _forget(self) -> None:
-        """Drop all steps on their way."""
+        """Drop all steps in flight."""
         for step in self._reading:
             for group in step.groups:
                 group.cancel()
         steps = [step for step in self._decoding if step.join().encoded]
         self._reading.clear()
         self._decoding.clear()
-        # Kept only where its queue is known to be empty; else the next epoch would be handed the crops of this one.
+        # Kept only where its queue is known to be empty; else the next epoch would get the crops of this one.
         decoder, self._decoder = self._decoder, None
         try:
             for _ in steps:
                 if decoder is not None:
                     decoder.wait()
                     decoder.release()
-        except Exception:  # an image of a batch that nobody wants any more
+        except Exception:  # an image of a dropped batch
             return
         self._decoder = decoder
 
@@ -325,7 +326,7 @@ def status() -> tuple[bool, str, str]:
     return True, f"DALI {__version__}", ""
 
 
-def _place(decoded: Sequence[Tensor], images: Mapping[int, EncodedImage], outs: Sequence[Tensor]) -> None:
+def _scatter(decoded: Sequence[Tensor], images: Mapping[int, EncodedImage], outs: Sequence[Tensor]) -> None:
     """Copy DALI's crops, in the order of ``images``, to their slots and turn them upright."""
     turned: dict[int, list[int]] = {}
     for slot, image in images.items():
@@ -338,12 +339,12 @@ def _place(decoded: Sequence[Tensor], images: Mapping[int, EncodedImage], outs: 
     for orientation, which in turned.items():
         transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
         axes = [axis for axis, flip in ((2, flip_vertical), (3, flip_horizontal)) if flip]
-        places = _to_device(torch.tensor(which), device)
+        selected = _to_device(torch.tensor(which), device)
         for out in outs:
-            part = out[places]
-            out[places] = (part.transpose(2, 3) if transpose else part).flip(axes)
+            part = out[selected]
+            out[selected] = (part.transpose(2, 3) if transpose else part).flip(axes)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without a wait of the host: page-locked memory is copied by the GPU when its turn comes."""
+    """Asynchronously: the copy from page-locked memory does not block the host."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,8 +1,8 @@
-"""The DALI graph of the ``dali`` loader: JPEG bytes and boxes in, uint8 crops out; and the pipeline that runs it.
+"""The DALI graph of the ``dali`` loader (JPEG bytes and boxes in, uint8 crops out), and the pipeline that runs it.
 
-One decode an image, of the region that holds all boxes of its views; of it every view is cut out, resized with the
-antialiased triangular filter and turned to planes. Nothing in the graph is random, and no orientation is applied:
-boxes come in pixels of the picture as stored.
+Each image is decoded once, in the region that holds the boxes of all its views. Every view is sliced from that region,
+resized with the antialiased triangular filter and transposed to CHW. Nothing in the graph is random, and no orientation
+is applied: boxes are in pixels of the image as stored.
 """
 
 import io
@@ -24,9 +24,9 @@ class EncodedImage:
     data: NDArray[np.uint8]
     """The JPEG file up to its end marker."""
     boxes: NDArray[np.int32]
-    """``[views, 4]`` left, top, right, bottom of each view in the picture as stored."""
+    """``[views, 4]`` left, top, right, bottom of each view in the image as stored."""
     orientation: int
-    """EXIF orientation that the crops still have to be given."""
+    """EXIF orientation, to be applied to the crops."""
 
 
 def build_graph(
@@ -45,15 +45,15 @@ def build_graph(
 
     Args:
         sizes: side of every view's crop.
-        batch_size: most images at once; a run may have fewer.
+        batch_size: maximum number of images of a run.
         threads: of the CPU operators and of the host side of the mixed decoder.
-        gpu: decode with nvJPEG (operator device "mixed") and go on on the GPU; else everything on the CPU.
-        device_id: of the GPU; None: no GPU, with which a GPU graph can be serialised but not built.
-        prefetch: runs that can be under way at once.
+        gpu: decode with nvJPEG (operator device "mixed") and process on the GPU; else everything on the CPU.
+        device_id: of the GPU; None: no GPU, where a GPU graph can be serialised but not built.
+        prefetch: number of runs in flight.
     """
     from nvidia import dali
 
-    # Any: with DALI or without it, and its stubs take less than its operators do.
+    # Any: DALI may be missing, and its type stubs accept less than its operators do.
     fn: Any = dali.fn
     types: Any = dali.types
 
@@ -65,7 +65,7 @@ def build_graph(
         return fn.external_source(name=name, dtype=types.INT32, ndim=1)
 
     with pipeline:
-        # Several ranks on one machine would all pin their threads to the same cores.
+        # No affinity: all ranks on a machine would pin their threads to the same cores.
         pinning = {"affine": False} if gpu else {}
         region = fn.decoders.image_slice(
             fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
@@ -90,14 +90,14 @@ def build_graph(
 class DaliDecoder:
     """A running pipeline: :meth:`start` up to ``prefetch`` batches, then :meth:`wait` for them in that order.
 
-    When :meth:`wait` raises, the pipeline is dead and everything that was started is lost: build a new one.
+    When :meth:`wait` raises, the pipeline is unusable and all batches in flight are lost: build a new one.
 
     Args:
         sizes: side of every view's crop.
-        batch_size: most images in a batch.
+        batch_size: maximum number of images in a batch.
         threads: CPU threads.
         device: CPU or CUDA.
-        prefetch: batches under way at once.
+        prefetch: number of batches in flight.
     """
 
     def __init__(
@@ -121,20 +121,20 @@ class DaliDecoder:
             self.release()
 
     def start(self, images: Sequence[EncodedImage]) -> None:
-        """Begin with a batch of 1 to ``batch_size`` images; returns at once."""
+        """Start a batch of 1 to ``batch_size`` images; returns immediately."""
         self._feed(images)
         self._pipeline.schedule_run()
 
     def wait(self) -> list[Tensor]:
-        """Crops ``[N, 3, S, S]`` uint8 of each view of the oldest batch, DALI's own memory until :meth:`release`.
+        """Crops ``[N, 3, S, S]`` uint8 of each view of the oldest batch, in memory of DALI that :meth:`release` frees.
 
-        On CUDA the current stream waits for them, not the host.
+        On CUDA the current stream waits for them, the host does not.
         """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         return [torch.from_dlpack(crops.as_tensor()) for crops in self._pipeline.share_outputs(cuda_stream=stream)]
 
     def release(self) -> None:
-        """Give the memory of the last :meth:`wait` back."""
+        """Free the memory of the last :meth:`wait`."""
         self._pipeline.release_outputs()
 
     def _feed(self, images: Sequence[EncodedImage]) -> None:
@@ -150,7 +150,7 @@ class DaliDecoder:
 
 
 def refused_images(images: Sequence[EncodedImage], sizes: Sequence[int], *, device: torch.device) -> dict[int, str]:
-    """Position and reason of every image that DALI fails on, each tried alone. A failure costs a new pipeline."""
+    """Position and reason of every image that DALI fails on, each decoded alone. Each failure costs a new pipeline."""
     refused: dict[int, str] = {}
     alone: DaliDecoder | None = None
     for position, image in enumerate(images):
@@ -167,7 +167,7 @@ def refused_images(images: Sequence[EncodedImage], sizes: Sequence[int], *, devi
 
 
 def short_reason(error: Exception) -> str:
-    """The line of a DALI error that says what happened."""
+    """The line of a DALI error that states the cause."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(("Critical error", "Current pipeline", "Error in"))]
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Batches of crops out of files: read, decode once, cut every view's box, and replace what turns out bad."""
+"""Batches of crops from image files: read, decode once, crop every view, and replace bad images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,25 +13,23 @@ from sslfast.data import (
     ORIENTATION,
     BadImageError,
     ImageHeader,
-    ImageLocation,
-    Manifest,
+    ImageSource,
     OnBadImage,
     OpenImage,
     decode_pixels,
     open_image,
     quiet_pillow,
-    read_image_bytes,
 )
 from sslfast.loaders.plan import replacement_rows
 from sslfast.views import ViewConfig, crop_boxes, crop_draws
 
-# Files held in memory at once: enough to draw boxes vectorised, little enough for folders of large photographs.
+# Files held in memory at once: enough to draw boxes vectorised, few enough for large photographs.
 _GROUP = 32
 
 
 @dataclass
 class DecodedBatch:
-    """``sample_ids`` ``[B]`` int64 as decoded, ``crops`` uint8 ``[B, 3, S, S]`` per view, and the bad rows met."""
+    """``sample_ids`` ``[B]`` int64 as decoded, ``crops`` uint8 ``[B, 3, S, S]`` by view, ``bad``: row and reason."""
 
     sample_ids: Tensor
     crops: dict[str, Tensor]
@@ -39,11 +37,11 @@ class DecodedBatch:
 
 
 def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> list[Tensor]:
-    """Square crops of one image out of one decode: crop, then antialiased bilinear resize in 8 bits.
+    """Square crops of one image, decoded once: crop, then antialiased bilinear resize in 8 bits.
 
     The same filter as torchvision's ``RandomResizedCrop``; results differ from Pillow's resize by rounding.
-    A JPEG is decoded at 1/2, 1/4 or 1/8 when every box then still covers at least as many pixels as its crop has,
-    so that no crop is magnified because of it; its boxes then snap outwards to whole pixels of the smaller picture.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if every box then still has at least as many pixels as its crop, so that no
+    crop is upsampled because of it; the boxes are rounded outwards to whole pixels of the smaller image.
 
     Args:
         opened: the image; its pixels are consumed.
@@ -71,7 +69,7 @@ def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: S
 
 
 def stored_box(opened: ImageHeader, box: NDArray[np.int64]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom in the picture as stored, for a box in the upright one."""
+    """Left, top, right, bottom in the image as stored, for a box in the upright image."""
     transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
     left, top, right, bottom = (int(edge) for edge in box)
     if flip_horizontal:
@@ -83,37 +81,38 @@ def stored_box(opened: ImageHeader, box: NDArray[np.int64]) -> tuple[int, int, i
 
 @dataclass
 class BatchDecoder:
-    """``decoder(epoch, rows)`` -> :class:`DecodedBatch`, a pure function of its arguments and of the files.
+    """``decoder(epoch, sample_ids)`` -> :class:`DecodedBatch`, a pure function of its arguments and of the files.
 
-    A bad image raises BadImageError (``error``), or its place is taken by another row drawn from
-    (seed, epoch, bad row, attempt) with that row's own crop boxes (``skip``): shapes stay, and ``rows`` says what the
-    pixels are. When all of ``REPLACEMENTS`` candidates are bad too, BadImageError in both modes.
+    A bad image raises BadImageError (``error``), or is replaced by another row drawn from (seed, epoch, bad row,
+    attempt) with that row's own crop boxes (``skip``): shapes are unchanged, and ``sample_ids`` names the rows that
+    were decoded. When all ``REPLACEMENTS`` candidates are bad, too, BadImageError in both modes.
     """
 
-    places: "PackedLocations"
+    source: ImageSource
+    """Where the images are: a packed copy if the decoder is sent to worker processes."""
     views: Mapping[str, ViewConfig]
     seed: int
     on_bad_image: OnBadImage
     known_bad: dict[int, str] = field(default_factory=dict)
-    """Bad rows met so far: not decoded again, which changes nothing in the result."""
+    """Bad rows so far: not decoded again, which does not change results."""
 
-    def __call__(self, epoch: int, rows: NDArray[np.int64]) -> DecodedBatch:
+    def __call__(self, epoch: int, sample_ids: NDArray[np.int64]) -> DecodedBatch:
         sizes = [view.crop.size for view in self.views.values()]
         batch = DecodedBatch(
-            sample_ids=torch.from_numpy(rows.copy()),
+            sample_ids=torch.from_numpy(sample_ids.copy()),
             crops={
-                name: torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+                name: torch.empty(len(sample_ids), 3, size, size, dtype=torch.uint8)
                 for name, size in zip(self.views, sizes, strict=True)
             },
             bad=[],
         )
         with quiet_pillow():
-            for start in range(0, len(rows), _GROUP):
-                self._group(epoch, list(range(start, min(start + _GROUP, len(rows)))), batch)
+            for start in range(0, len(sample_ids), _GROUP):
+                self._group(epoch, list(range(start, min(start + _GROUP, len(sample_ids)))), batch)
         return batch
 
     def _group(self, epoch: int, slots: list[int], batch: DecodedBatch) -> None:
-        """Fill the slots; the failed ones again with replacements, until none is left."""
+        """Fill the slots; those that fail again with replacements, until none is left."""
         candidates: dict[int, list[int]] = {}
         while slots:
             opened: dict[int, ImageHeader] = {}
@@ -134,12 +133,12 @@ class BatchDecoder:
             for slot in failed:
                 row = int(batch.sample_ids[slot])
                 if slot not in candidates:
-                    candidates[slot] = replacement_rows(row, len(self.places), seed=self.seed, epoch=epoch)[::-1]
+                    candidates[slot] = replacement_rows(row, len(self.source), seed=self.seed, epoch=epoch)[::-1]
                 if not candidates[slot]:
                     raise BadImageError(
-                        f"no usable replacement found for {self.places[row]} ({self.known_bad[row]}): nearly every "
-                        f"image tried is bad ({len(self.known_bad)} so far); list them with "
-                        f"`sslfast data verify {self.places.root}` and repair the folder"
+                        f"no usable replacement found for {self.source.where(row)} ({self.known_bad[row]}): nearly "
+                        f"every image tried is bad ({len(self.known_bad)} so far); list them with "
+                        f"`sslfast data verify {self.source}` and repair them"
                     )
                 batch.sample_ids[slot] = candidates[slot].pop()
             slots = failed
@@ -154,13 +153,13 @@ class BatchDecoder:
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        return open_image(read_image_bytes(self.places[row]))
+        return open_image(self.source.read(row))
 
-    def _boxes(self, epoch: int, rows: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
+    def _boxes(self, epoch: int, sample_ids: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""
         shape = np.array([(image.width, image.height) for image in images], dtype=np.int64).reshape(-1, 2)
         boxes = [
-            crop_boxes(crop_draws(rows, seed=self.seed, epoch=epoch, position=position), shape, view.crop)
+            crop_boxes(crop_draws(sample_ids, seed=self.seed, epoch=epoch, position=position), shape, view.crop)
             for position, view in enumerate(self.views.values())
         ]
         return np.stack(boxes, axis=1)
@@ -169,45 +168,9 @@ class BatchDecoder:
         row = int(batch.sample_ids[slot])
         if self.on_bad_image == "error":
             raise BadImageError(
-                f"cannot train on {self.places[row]} (row {row}): {error.reason}; repair or remove the file and start "
-                "a new run, or pass --on-bad-image skip"
+                f"cannot train on {self.source.where(row)} (row {row}): {error.reason}; repair or remove the file and "
+                "start a new run, or pass --on-bad-image skip"
             )
         if row not in self.known_bad:
             self.known_bad[row] = error.reason
             batch.bad.append((row, error.reason))
-
-
-class PackedLocations:
-    """``places[row]`` is :meth:`Manifest.place` of a row, out of a few arrays."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.root = str(manifest.root)
-        self._paths, self._sizes, self._shards = PackedPaths(manifest.paths), manifest.bytes, manifest.shards
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, row: int) -> ImageLocation:
-        path = self._paths[row]
-        if self._shards is None:
-            return ImageLocation(f"{self.root}/{path}")
-        return self._shards.location(self.root, path, row, int(self._sizes[row]))
-
-
-class PackedPaths:
-    """A read-only list of strings in two arrays.
-
-    A million ``str`` objects would be copied page by page into every forked worker as their reference counts change.
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, row: int) -> str:
-        start = int(self._ends[row - 1]) if row else 0
-        return self._text[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")

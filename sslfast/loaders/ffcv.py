@@ -1,16 +1,16 @@
-"""The ``ffcv`` loader: one .beton file, decoded by FFCV's compiled decoder in threads of our own.
+"""The ``ffcv`` loader: a .beton file, decoded by FFCV's compiled decoder in threads.
 
-What is FFCV's: the file format (any FFCV program reads these files) and the decoder, libjpeg-turbo with the fast DCT.
-What is not: FFCV's ``Loader``. Its random crops come from numba's generator, which no seed reaches; it ignores what the
-decoder returns, so that damaged JPEGs train as garbage; it compiles for seconds in every process and again for the last
-batch; and numba beside OpenCV's TBB can hang at exit. Neither ``ffcv`` nor numba is imported here, so
-``NUMBA_THREADING_LAYER`` plays no part. Reads are ``pread`` and not a memory map: a file that is cut short under a
-running process is an error in one line, not SIGBUS.
+Used of FFCV: the file format (any FFCV program reads these files) and the decoder, libjpeg-turbo with the fast DCT.
+Not used: FFCV's ``Loader``. Its random crops come from numba's generator, which cannot be seeded; it ignores the return
+code of the decoder, so that damaged JPEGs train as garbage; it compiles for seconds in every process and again for the
+last batch; and numba next to OpenCV's TBB can hang at exit. Neither ``ffcv`` nor numba is imported here, so
+``NUMBA_THREADING_LAYER`` has no effect. Reads are ``pread`` and not a memory map: a file that is truncated while it is
+in use is an error in one line, not SIGBUS.
 
-The threads need no interpreter lock where the time goes: read, decode and resize. A JPEG is decoded at 1/2, 1/4 or 1/8
-by the rule of the ``torch`` loader, and the resize is the same antialiased filter. So crops of raw pictures are that
-loader's to the bit where it decodes at full size, and crops of kept JPEGs differ by the rounding of the fast DCT: 1.1
-grey levels on average over photographs (ImageNet's), at most 1.7 for 99 of 100 of them, single pixels by up to 17.
+Reading, decoding and resizing release the interpreter lock. A JPEG is decoded at 1/2, 1/4 or 1/8 by the rule of the
+``pillow`` loader, and the resize is the same antialiased filter. Crops of raw images are therefore bit-equal to that
+loader's where it decodes at full size, and crops of JPEGs differ by the rounding of the fast DCT: by 1.1 grey levels on
+average over photographs (ImageNet's), by at most 1.7 for 99 of 100 of them, single pixels by up to 17.
 """
 
 import os
@@ -28,37 +28,35 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslfast.data import JPG, BadImageError, Beton, ffcv_library
+from sslfast.data import JPG, BadImageError, Beton, BetonSource, ffcv_library
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.plan import replacement_rows
 from sslfast.views import Batch, ViewConfig, crop_boxes, crop_draws
 
-_CHUNK = 8  # images of one task of a thread
-_AHEAD = 2  # steps under way beside the one that is waited for, at least
+_CHUNK = 8  # images per task of a thread
+_AHEAD = 2  # minimum number of steps in flight besides the one being waited for
 
 
 class FFCVLoader(ImageLoader):
-    """Batches of decoded crops out of a .beton file, a pure function of (seed, epoch, step) and of the file.
+    """Batches of decoded crops from a .beton file, a pure function of (seed, epoch, step) and of the file.
 
     The same pixels come with any number of threads, after a restart at any step, and, put together over the ranks, with
-    any number of ranks. Crop boxes lie in the picture as stored. ``workers`` are decoding threads. CUDA: pinned memory
-    and a copy on a side stream beside the running step. Arguments: see :class:`ImageLoader`; the manifest is that of
-    :func:`~sslfast.data.source.open_data` of a .beton file.
+    any number of ranks. Crop boxes are in pixels of the stored image. ``workers`` are decoding threads. CUDA: pinned
+    memory and a copy on a side stream, concurrent with the running step. Arguments: see :class:`ImageLoader`; the
+    manifest is that of a .beton file.
 
-    Every row's checksum is compared when the row is first read; a JPEG that the decoder complains about is bad too.
+    A row's checksum is verified when the row is first read; a JPEG that the decoder reports an error for is bad, too.
     """
 
     def _open(self, views: dict[str, ViewConfig]) -> None:
-        archive = self._manifest.archive
-        if archive is None:
-            raise ValueError(
-                f"the ffcv loader reads .beton files: make one with `sslfast data prepare {self._manifest.root}`"
-            )
-        self._decoder = _Decoder(Beton(archive), views, self.plan.seed)
+        source = self._manifest.source
+        if not isinstance(source, BetonSource) or source.archive is None:
+            raise ValueError(f"the ffcv loader reads .beton files: make one with `sslfast data prepare {source}`")
+        self._decoder = _Decoder(Beton(source.archive), views, self.plan.seed)
         weakref.finalize(self, self._decoder.beton.close)
-        if self._decoder.beton.manifest.archive_id != self._manifest.archive_id:
+        if self._decoder.beton.manifest.source.identity() != source.identity():
             self._decoder.beton.close()
-            raise ValueError(f"{archive} is no longer the file that was opened before: start again")
+            raise ValueError(f"{source} is no longer the file that was opened before: start again")
         self._manifest = self._decoder.beton.manifest
         self._pool = _thread_pool(self._workers) if self._workers else None
         self._steps: deque[_Step] = deque()
@@ -100,10 +98,10 @@ class FFCVLoader(ImageLoader):
         return step
 
     def _finish(self, step: "_Step") -> Batch:
-        """Wait for a step, and put other rows in the places of its bad ones."""
+        """Wait for a step, and replace its bad rows."""
         if step.planned is None:
             self._decoder.plan(step, None, self.device.type == "cuda")
-            self._decoder.fill(step, range(len(step.rows)))
+            self._decoder.fill(step, range(len(step.sample_ids)))
         else:
             for part in step.planned.result():
                 part.result()
@@ -112,10 +110,10 @@ class FFCVLoader(ImageLoader):
         while step.bad:
             failed, step.bad = sorted(step.bad), []
             for slot, reason in failed:
-                row = int(step.rows[slot])
+                row = int(step.sample_ids[slot])
                 if self._on_bad_image == "error":
                     raise ValueError(
-                        f"cannot train on row {row} of {self._manifest.archive} ({self._manifest.paths[row]}): "
+                        f"cannot train on row {row} of {self._manifest.source} ({self._manifest.paths[row]}): "
                         f"{reason}; make the file again with `sslfast data prepare`, or pass --on-bad-image skip"
                     )
                 self._bad.setdefault(row, reason)
@@ -123,25 +121,25 @@ class FFCVLoader(ImageLoader):
                     candidates[slot] = replacement_rows(row, self.num_rows, seed=self.plan.seed, epoch=step.epoch)[::-1]
                 if not candidates[slot]:
                     raise ValueError(
-                        f"no usable replacement found for row {row} of {self._manifest.archive} ({reason}): nearly "
+                        f"no usable replacement found for row {row} of {self._manifest.source} ({reason}): nearly "
                         f"every image tried is bad ({len(self._bad)} so far); make the file again with "
                         "`sslfast data prepare`"
                     )
-                step.rows[slot] = candidates[slot].pop()
+                step.sample_ids[slot] = candidates[slot].pop()
             slots = [slot for slot, _ in failed]
-            step.boxes[slots] = self._decoder.boxes(step.epoch, step.rows[slots])
+            step.boxes[slots] = self._decoder.boxes(step.epoch, step.sample_ids[slots])
             self._decoder.fill(step, slots)
-        rows = torch.from_numpy(step.rows)
-        rows = rows.pin_memory() if self.device.type == "cuda" else rows
-        return Batch(sample_ids=rows, crops=step.crops, epoch=step.epoch)
+        sample_ids = torch.from_numpy(step.sample_ids)
+        sample_ids = sample_ids.pin_memory() if self.device.type == "cuda" else sample_ids
+        return Batch(sample_ids=sample_ids, crops=step.crops, epoch=step.epoch)
 
 
 @dataclass
 class _Step:
-    """One batch under way. Threads write to different slots of ``crops``; ``bad`` collects (slot, reason)."""
+    """A batch in flight. Threads write to different slots of ``crops``; ``bad`` collects (slot, reason)."""
 
     epoch: int
-    rows: NDArray[np.int64]
+    sample_ids: NDArray[np.int64]
     planned: "Future[list[Future[None]]] | None" = None
     cancelled: bool = False
     boxes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -150,7 +148,7 @@ class _Step:
 
 
 class _Decoder:
-    """Fills the crops of a step. Used by all threads at once; each has its own buffers, which only ever grow."""
+    """Fills the crops of a step. Shared by all threads; each has its own buffers, which only grow."""
 
     def __init__(self, beton: Beton, views: Mapping[str, ViewConfig], seed: int) -> None:
         self.beton = beton
@@ -161,24 +159,24 @@ class _Decoder:
         self._own = threading.local()
 
     def plan(self, step: _Step, pool: ThreadPoolExecutor | None, pinned: bool) -> "list[Future[None]]":
-        """Draw the boxes, make the buffers, and hand the slots to the pool, if there is one."""
+        """Draw the boxes, allocate the buffers, and submit the slots to the pool, if there is one."""
         if step.cancelled:
             return []
-        step.boxes = self.boxes(step.epoch, step.rows)
+        step.boxes = self.boxes(step.epoch, step.sample_ids)
         for name, view in self.views.items():
             size = view.crop.size
-            step.crops[name] = torch.empty(len(step.rows), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
+            step.crops[name] = torch.empty(len(step.sample_ids), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
         if pool is None:
             return []
-        count = len(step.rows)
+        count = len(step.sample_ids)
         return [
             pool.submit(self.fill, step, range(start, min(start + _CHUNK, count))) for start in range(0, count, _CHUNK)
         ]
 
-    def boxes(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def boxes(self, epoch: int, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[B, views, 4]``."""
-        shapes = self.beton.shapes[rows]
-        drawn = torch.from_numpy(np.ascontiguousarray(rows))
+        shapes = self.beton.shapes[sample_ids]
+        drawn = torch.from_numpy(np.ascontiguousarray(sample_ids))
         boxes = [
             crop_boxes(crop_draws(drawn, seed=self.seed, epoch=epoch, position=position), shapes, view.crop)
             for position, view in enumerate(self.views.values())
@@ -199,18 +197,18 @@ class _Decoder:
         boxes = step.boxes[slot].tolist()
         sizes = [view.crop.size for view in self.views.values()]
         room = min(min(b[2] - b[0], b[3] - b[1]) / size for b, size in zip(boxes, sizes, strict=True))
-        pixels, factor = self._pixels(int(step.rows[slot]), next((f for f in (8, 4, 2) if room >= f), 1))
+        pixels, factor = self._pixels(int(step.sample_ids[slot]), next((f for f in (8, 4, 2) if room >= f), 1))
         for out, (left, top, right, bottom), size in zip(step.crops.values(), boxes, sizes, strict=True):
             part = pixels[top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
             if part.shape[:2] != (size, size):
-                # torch resizes packed pixels twice as fast as strided ones, to the same bits.
+                # torch resizes contiguous pixels twice as fast as strided ones, with bit-equal results.
                 packed = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]
                 resized = F.interpolate(packed, size=(size, size), mode="bilinear", antialias=True)
                 part = resized[0].permute(1, 2, 0).numpy()
             np.copyto(out[slot].numpy(), part.transpose(2, 0, 1))
 
     def _pixels(self, row: int, factor: int) -> tuple[NDArray[np.uint8], int]:
-        """The picture at 1 / factor in a buffer of this thread, and the factor that was applied (1 for raw ones)."""
+        """The image at 1 / factor in a buffer of this thread, and the factor that was applied (1 for raw pixels)."""
         width, height = (int(side) for side in self.beton.shapes[row])
         size = int(self.beton.sizes[row])
         is_jpg = self.beton.modes[row] == JPG
@@ -218,7 +216,7 @@ class _Decoder:
         if not is_jpg and size != height * width * 3:
             raise BadImageError(f"damaged: {size} bytes for {width} x {height} pixels")
         try:
-            got = os.preadv(self.beton.descriptor, [data.data[:size]], int(self.beton.places[row]))
+            got = os.preadv(self.beton.descriptor, [data.data[:size]], int(self.beton.offsets[row]))
         except OSError as error:
             raise BadImageError(f"unreadable: {error.strerror or error}") from None
         if got != size:
@@ -248,12 +246,12 @@ def _address(buffer: NDArray[np.uint8]) -> int:
 
 
 def _thread_pool(workers: int) -> ThreadPoolExecutor:
-    """Threads whose torch operations are single-threaded, with the setting of all others as it was."""
+    """Threads whose torch operations are single-threaded; the setting of all other threads is unchanged."""
     others = torch.get_num_threads()
     started = threading.Barrier(workers + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # a thread's first operation would set the number that all others have
+        torch.get_num_threads()  # else the thread's first operation would set the default number of threads
         torch.set_num_threads(1)
         started.wait()
 
@@ -261,7 +259,7 @@ def _thread_pool(workers: int) -> ThreadPoolExecutor:
     for _ in range(workers):
         pool.submit(int)
     started.wait()
-    # The number that threads made from now on take over; the setting itself belongs to each thread.
+    # New threads inherit the last number that was set; the setting itself is per thread.
     torch.set_num_threads(others)
     return pool
 

@@ -1,14 +1,12 @@
-"""The ``torch`` loader: Pillow decoding in the worker processes of a torch DataLoader, a whole batch per item.
+"""The ``pillow`` loader: Pillow decoding in the worker processes of a torch DataLoader, a whole batch per item.
 
-Needs nothing but torch, numpy and Pillow, works on every device and is the specification of what loaders yield.
+Needs only torch, numpy and Pillow, works on every device, and is the reference for what every loader yields.
 """
 
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sslfast.data import BadImageError, ShardError, require_strict_pillow, silence_pillow
+from sslfast.data import BadImageError, SourceError, exit_with_parent, require_strict_pillow, silence_pillow
 from sslfast.loaders.base import ImageLoader
-from sslfast.loaders.decode import BatchDecoder, PackedLocations
+from sslfast.loaders.decode import BatchDecoder
 from sslfast.loaders.plan import EpochPlan
 from sslfast.views import Batch, ViewConfig
 
@@ -35,10 +33,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass
 class _Task:
-    """What a worker needs to make one batch. Nothing else reaches it, so workers have no state that matters."""
+    """Everything a worker needs to make one batch, so that batches do not depend on the state of the workers."""
 
     epoch: int
-    rows: NDArray[np.int64]
+    sample_ids: NDArray[np.int64]
 
 
 class _Batches(Dataset[dict[str, Any]]):
@@ -49,11 +47,11 @@ class _Batches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, task: _Task) -> dict[str, Any]:
         try:
-            batch = self.decoder(task.epoch, task.rows)
-        except (BadImageError, ShardError) as error:
-            # An exception would reach the main process as a traceback of the worker's.
+            batch = self.decoder(task.epoch, task.sample_ids)
+        except (BadImageError, SourceError) as error:
+            # An exception would reach the main process with the worker's traceback.
             return {"error": str(error)}
-        return {"rows": batch.sample_ids, "crops": batch.crops, "bad": batch.bad}
+        return {"sample_ids": batch.sample_ids, "crops": batch.crops, "bad": batch.bad}
 
 
 class _Steps(Sampler[_Task]):
@@ -75,7 +73,7 @@ class PillowLoader(ImageLoader):
 
     The same pixels come with any number of workers, after a restart at any step, and, put together over the ranks,
     with any number of ranks. ``workers`` are processes, kept over epochs. CUDA: pinned memory and a copy on a side
-    stream beside the running step. Arguments: see :class:`ImageLoader`.
+    stream, concurrent with the running step. Arguments: see :class:`ImageLoader`.
     """
 
     def _open(self, views: dict[str, ViewConfig]) -> None:
@@ -83,13 +81,13 @@ class PillowLoader(ImageLoader):
         self._steps = _Steps(self.plan)
         self._iterator: Any = None
         self._children: list[BaseProcess] = []
-        # Also at the end of the interpreter, before multiprocessing waits for its children.
+        # Also at interpreter exit, before multiprocessing waits for its children.
         self._kill = Finalize(self, _kill_workers, args=(self._children,), exitpriority=100)
         workers = self._workers
         if workers:
             _check_shared_memory(views, self.plan.batch_size // self.plan.world_size, workers)
         decoder = BatchDecoder(
-            places=PackedLocations(self._manifest),
+            source=self._manifest.source.packed(),
             views=views,
             seed=self.plan.seed,
             on_bad_image=self._on_bad_image,
@@ -106,10 +104,10 @@ class PillowLoader(ImageLoader):
         )
 
     def close(self) -> None:
-        """End the workers. Safe to call twice, and in the middle of an epoch."""
+        """Stop the workers. Safe to call twice, and in the middle of an epoch."""
         super().close()
-        # A DataLoader ends its workers when its iterator is collected, but the traceback of an exception that is
-        # being handled (Ctrl-C) would keep that alive; so this calls what its __del__ calls.
+        # A DataLoader stops its workers when its iterator is garbage-collected, but the traceback of an exception that
+        # is being handled (Ctrl-C) keeps that alive; so this calls what its __del__ calls.
         if hasattr(self._iterator, "_shutdown_workers"):
             self._iterator._shutdown_workers()
         self._iterator = self._loader = None
@@ -125,10 +123,10 @@ class PillowLoader(ImageLoader):
             item = self._next()
             for row, reason in item["bad"]:
                 self._bad.setdefault(row, reason)
-            yield self._to_device(Batch(sample_ids=item["rows"], crops=item["crops"], epoch=epoch), copies)
+            yield self._to_device(Batch(sample_ids=item["sample_ids"], crops=item["crops"], epoch=epoch), copies)
 
     def _start_iterator(self) -> None:
-        """Workers are noted also where Ctrl-C comes while they start."""
+        """Record the workers even if Ctrl-C interrupts their start."""
         assert self._loader is not None
         before = set(multiprocessing.active_children())
         try:
@@ -156,10 +154,10 @@ class PillowLoader(ImageLoader):
         except (EOFError, OSError) as error:
             if self._workers == 0:
                 raise
-            # A worker that dies while it hands a batch over breaks the connection. torch reports a dead worker from a
-            # signal handler, as a RuntimeError wherever the main thread is: let that come here, not into the caller.
+            # A worker that dies while it sends a batch breaks the connection. torch reports a dead worker from a signal
+            # handler, as a RuntimeError wherever the main thread is: let that happen here, not in the caller.
             time.sleep(0.2)
-            raise RuntimeError(f"DataLoader worker broke off: {type(error).__name__}") from None
+            raise RuntimeError(f"DataLoader worker ended: {type(error).__name__}") from None
         return item
 
 
@@ -176,17 +174,18 @@ def status() -> tuple[bool, str, str]:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread per process, and the signals of the terminal and of the scheduler left to the main process."""
+    """One thread per process; signals of the terminal and of the scheduler are handled by the main process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    # torch's own check sees the fork server (Python 3.14's default), which lives as long as its workers do.
+    exit_with_parent()
     silence_pillow()
 
 
 def _kill_workers(workers: list[BaseProcess]) -> None:
-    """End the workers that did not end as asked: an interrupt may have come amid the asking. They ignore SIGTERM."""
+    """Kill the workers that are still running, say because Ctrl-C interrupted the shutdown. They ignore SIGTERM."""
     for worker in workers:
         if worker.is_alive():
             worker.kill()
@@ -194,23 +193,14 @@ def _kill_workers(workers: list[BaseProcess]) -> None:
     workers.clear()
 
 
-def _end_with_main_process() -> None:
-    """Where a fork server starts the workers (Python 3.14's default), torch's own watch sees the server, which lives
-    on for as long as its workers do: those of a killed main process would stay for good."""
-    main_process = multiprocessing.parent_process()
-    if main_process is not None:
-        main_process.join()
-        os._exit(1)
-
-
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Of a worker's threads: the main process going away in the middle of fetching a batch is not an error."""
+    """Exception hook of a worker: it is no error if the main process exits while a batch is being sent."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
 
 def _check_shared_memory(views: Mapping[str, ViewConfig], local_batch: int, workers: int) -> None:
-    """Batches travel through shared memory, and a worker that finds it full dies without a word."""
+    """Batches are passed through shared memory, and a worker that finds it full is killed without a message."""
     if not _SHARED_MEMORY.is_dir():
         return
     needed = local_batch * sum(3 * view.crop.size**2 for view in views.values()) * (workers * _PREFETCH + 1)

@@ -1,7 +1,7 @@
-"""Which rows a step sees, in which order, and which box of each image: pure functions of (seed, epoch, row).
+"""Which rows a step gets, in which order, and what replaces a bad row: pure functions of (seed, epoch, row).
 
-Every loader uses these, so a run can change its loader, its worker count or its number of ranks, or restart at any
-step, and see the same samples. Float arithmetic is float64 on the CPU.
+Every loader uses these, so a run can change its loader, its number of workers or ranks, or restart at any step, and get
+the same samples.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class EpochPlan:
-    """Order of an epoch and this rank's share of each step.
+    """Order of an epoch and this rank's part of each step.
 
     Step ``s`` of an epoch is ``order[s * batch_size : (s + 1) * batch_size]``, whatever the number of ranks; rank
     ``r`` takes the ``r``-th of ``world_size`` equal contiguous parts of it. The rows left over after the last full
@@ -35,7 +35,7 @@ class EpochPlan:
     shards: NDArray[np.int64] | None = None
     """``[num_rows]`` shard of each row: the order mixes a few of them at a time (:func:`shard_order`)."""
     mixed_shards: int = 16
-    """How many."""
+    """How many of them."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -85,10 +85,10 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def shard_order(shards: NDArray[np.int64], *, seed: int, epoch: int, mixed_shards: int) -> NDArray[np.int64]:
-    """``[num_rows]`` int64 permutation that needs few shards at a time.
+    """``[num_rows]`` int64 permutation that reads few shards at a time.
 
-    The shards are shuffled, ``mixed_shards`` after one another make a block, and the rows of a block come in the order
-    that :func:`epoch_order` gives them. One block of all shards is that order.
+    The shards are shuffled, each ``mixed_shards`` consecutive ones form a block, and the rows of a block are in the
+    order that :func:`epoch_order` gives them. With one block of all shards the two orders are equal.
 
     Args:
         shards: ``[num_rows]`` shard of each row.
@@ -112,7 +112,7 @@ def _keys(count: int, *, seed: int, stream: Stream, epoch: int) -> NDArray[np.in
 
 
 def replacement_rows(row: int, num_rows: int, *, seed: int, epoch: int) -> list[int]:
-    """The ``REPLACEMENTS`` rows to try in this order when ``row`` turns out bad in this epoch."""
+    """The ``REPLACEMENTS`` rows to try, in this order, when ``row`` turns out bad in this epoch."""
     rows = torch.tensor([row], dtype=torch.int64)
     draws = random_integers(rows, REPLACEMENTS, num_rows, seed=seed, stream=Stream.REPLACEMENT, step=epoch)
     return [int(candidate) for candidate in draws[0]]

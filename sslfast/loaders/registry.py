@@ -5,38 +5,45 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from sslfast.config import resumable
 from sslfast.views import Batch, ViewConfig
 
 if TYPE_CHECKING:
     from sslfast.data import Manifest
     from sslfast.loaders.base import ImageLoader
 
+LOADERS = {
+    "pillow": "PillowLoader",
+    "dali": "DaliLoader",
+    "ffcv": "FFCVLoader",
+    "synthetic": "SyntheticLoader",
+}
+"""Loader name, which is its module in ``sslfast.loaders`` -> class: an :class:`~sslfast.loaders.base.ImageLoader`. The
+module also has ``status() -> (usable, what it runs on or why it cannot, remedy)``."""
 
-LOADERS = ("torch", "dali", "ffcv", "synthetic")
-
+LoaderName = Literal["auto", "pillow", "dali", "ffcv", "synthetic"]
 
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-"""What pip calls a package that Python calls otherwise."""
+"""Import name -> name on PyPI, where they differ."""
 
-
-_MOST_WORKERS = 16
+_MAX_WORKERS = 16
 
 
 @dataclass(kw_only=True)
 class LoaderConfig:
     """Where batches come from."""
 
-    name: Literal["auto", "torch", "dali", "ffcv", "synthetic"] = "auto"
-    """auto: ffcv for a .beton file, torch for images and tar shards. dali: JPEGs decoded on the GPU, not measured there
-    yet. synthetic: made-up images, to time everything else."""
-    workers: int | None = None
+    name: LoaderName = "auto"
+    """auto: ffcv for a .beton file, pillow for image files. dali: JPEGs decoded on the GPU, not measured there yet.
+    synthetic: synthetic images, to time everything else."""
+    workers: int | None = resumable(None)
     """Decoding processes (dali, ffcv: threads) of each rank; 0: decode in the training process; None: the cores, shared
     by the ranks of this machine, at most 16."""
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: Literal["error", "skip"] = resumable("error")
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
     list it at the end."""
     shuffle: Literal["full", "shards"] = "full"
@@ -45,9 +52,14 @@ class LoaderConfig:
     mixed_shards: int = 16
     """Tar shards that ``shuffle shards`` mixes at a time."""
 
+    @classmethod
+    def migrate(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Configurations of earlier versions: the pillow loader was called torch."""
+        return {**data, "name": "pillow"} if data.get("name") == "torch" else dict(data)
+
 
 class Loader(Protocol):
-    """The face of every loader."""
+    """The interface of every loader."""
 
     @property
     def num_rows(self) -> int:
@@ -84,11 +96,11 @@ def build_loader(
 
     Args:
         config: which loader, and how.
-        views: view name -> recipe, in the order of the method's ``views()``.
+        views: view name -> view, in the order of the method's ``views()``.
         batch_size: global batch over all ranks.
         seed: of the run.
         manifest: the images; ``synthetic`` takes its number of rows when ``synthetic_rows`` is not given.
-        synthetic_rows: size of the pretended data set of ``synthetic``.
+        synthetic_rows: size of the data set that ``synthetic`` simulates.
         device, rank, world_size: of this process.
     """
     name: str = config.name
@@ -99,6 +111,13 @@ def build_loader(
     usable, reason, remedy = _status(name)
     if not usable:
         raise ValueError(f"loader {name!r} cannot be used: {reason}; {remedy}")
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+        "device": device,
+    }
     if name == "synthetic":
         rows = len(manifest) if synthetic_rows is None and manifest is not None else synthetic_rows
         if rows is None:
@@ -107,27 +126,22 @@ def build_loader(
             raise ValueError("--loader.shuffle shards is for tar shards, and the synthetic loader reads none")
         from sslfast.loaders.synthetic import SyntheticLoader
 
-        return SyntheticLoader(
-            rows, views, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device
-        )
+        return SyntheticLoader(rows, views, **common)
     if manifest is None:
         raise ValueError(f"loader {name!r} reads images: name a folder, or use --loader.name synthetic")
-    workers = default_workers() if config.workers is None else config.workers
-    if manifest.archive is not None and name != "ffcv":
-        raise ValueError(f"loader {name!r} reads files and {manifest.archive} is a .beton file: use --loader.name ffcv")
-    readers = {"torch": "PillowLoader", "dali": "DaliLoader", "ffcv": "FFCVLoader"}
-    reader: type[ImageLoader] = getattr(_module(name), readers[name])
-    return reader(
+    source = manifest.source
+    if source.loader not in (None, name):
+        raise ValueError(
+            f"loader {name!r} reads files and {source} is a .{source.name} file: use --loader.name {source.loader}"
+        )
+    loader: type[ImageLoader] = getattr(_module(name), LOADERS[name])
+    return loader(
         manifest,
         views,
-        batch_size=batch_size,
-        seed=seed,
-        workers=workers,
+        workers=default_workers() if config.workers is None else config.workers,
         on_bad_image=config.on_bad_image,
-        rank=rank,
-        world_size=world_size,
-        device=device,
         mixed_shards=config.mixed_shards if config.shuffle == "shards" else None,
+        **common,
     )
 
 
@@ -135,11 +149,20 @@ def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tu
     """The loader that ``auto`` stands for, and why, in a few words."""
     if manifest is None:
         return "synthetic", "there is no folder of images"
-    if manifest.archive is not None:
-        return "ffcv", "the data is a .beton file"
-    if str(device).startswith("cuda"):  # `torch` is the loader of that name here, once that has been imported
-        return "torch", "dali, which decodes JPEGs on the GPU, has not been measured there yet: --loader.name dali"
-    return "torch", "on a CPU DALI is no faster"
+    if manifest.source.loader is not None:
+        return manifest.source.loader, f"the data is a .{manifest.source.name} file"
+    if torch.device(device).type == "cuda":
+        return "pillow", "dali, which decodes JPEGs on the GPU, has not been measured there yet: --loader.name dali"
+    return "pillow", "on a CPU DALI is no faster"
+
+
+def loaders_for(manifest: "Manifest") -> list[str]:
+    """The loaders that can read this data, usable here or not, and ``synthetic``."""
+    from sslfast.data import all_sources
+
+    own = manifest.source.loader
+    others = {source.loader for source in all_sources()}
+    return [name for name in LOADERS if name in (own, "synthetic") or (own is None and name not in others)]
 
 
 def default_workers() -> int:
@@ -147,7 +170,7 @@ def default_workers() -> int:
     from sslfast.data import available_cores
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(available_cores() // ranks, _MOST_WORKERS))
+    return max(1, min(available_cores() // ranks, _MAX_WORKERS))
 
 
 def loader_status() -> dict[str, tuple[bool, str, str]]:
@@ -156,7 +179,7 @@ def loader_status() -> dict[str, tuple[bool, str, str]]:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"sslfast.loaders.{'pillow' if name == 'torch' else name}")
+    return importlib.import_module(f"sslfast.loaders.{name}")
 
 
 def _status(name: str) -> tuple[bool, str, str]:

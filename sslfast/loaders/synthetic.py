@@ -1,4 +1,4 @@
-"""The ``synthetic`` loader: crops made up from (seed, row), without files; the ceiling of what a step can consume."""
+"""The ``synthetic`` loader: crops generated from (seed, row), without files; an upper bound for loader throughput."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,13 @@ CELLS = 8  # colour cells per side of an image
 
 
 class SyntheticLoader(PlannedLoader):
-    """The face of :class:`sslfast.loaders.pillow.PillowLoader` over ``num_rows`` images that do not exist.
+    """The interface of :class:`sslfast.loaders.pillow.PillowLoader` over ``num_rows`` synthetic images.
 
     Image ``row`` is a grid of 8 x 8 random colours, a pure function of (seed, row): the same in every epoch and in
-    every view, whatever the view's size. It is made on the device, so no copy and no decoding is timed.
+    every view, whatever the view's size. It is generated on the device, so no copy and no decoding is timed.
 
     Args:
-        num_rows: images in the pretended data set.
+        num_rows: images in the simulated data set.
         views, batch_size, seed, rank, world_size, device: as for PillowLoader.
     """
 
@@ -27,18 +27,20 @@ class SyntheticLoader(PlannedLoader):
         order = self.plan.order(epoch)
         for step in range(start_step, self.steps_per_epoch):
             self._check_current(generation)
-            rows = torch.from_numpy(self.plan.share(order, step).copy())
+            sample_ids = torch.from_numpy(self.plan.share(order, step).copy())
             if self.device.type == "cuda":
-                rows = rows.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
-            cells = colour_cells(rows, seed=self.plan.seed)
+                sample_ids = sample_ids.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
+            cells = colour_cells(sample_ids, seed=self.plan.seed)
             yield Batch(
-                sample_ids=rows, crops={name: enlarge(cells, size) for name, size in self._sizes.items()}, epoch=epoch
+                sample_ids=sample_ids,
+                crops={name: enlarge(cells, size) for name, size in self._sizes.items()},
+                epoch=epoch,
             )
 
 
-def colour_cells(rows: Tensor, *, seed: int) -> Tensor:
+def colour_cells(sample_ids: Tensor, *, seed: int) -> Tensor:
     """uint8 ``[B, 3, CELLS, CELLS]``: the little-endian bytes of Philox draws of each row."""
-    bits = random_uint32(rows, 3 * CELLS * CELLS // 4, seed=seed, stream=Stream.SYNTHETIC, step=0)
+    bits = random_uint32(sample_ids, 3 * CELLS * CELLS // 4, seed=seed, stream=Stream.SYNTHETIC, step=0)
     octets = torch.stack([(bits >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
     return octets.to(torch.uint8).reshape(-1, 3, CELLS, CELLS)
 

@@ -1,8 +1,13 @@
-"""Pretraining methods, one file each, and their registry. Imports ``models``, ``views``, ``distributed`` and
-``ops``."""
+"""Pretraining methods, one file each, and their registry. Imports ``config``, ``models``, ``views``, ``distributed``
+and ``ops``.
+
+A method is registered when its module is imported: those of this package here, others by the user or the command's
+``--plugin``.
+"""
 
 from sslfast.methods.autoencoder import Autoencoder
-from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.byol import BYOL
 from sslfast.methods.colorization import Colorization, lightness
 from sslfast.methods.cpc import CPC
 from sslfast.methods.deepcluster import DeepCluster
@@ -10,15 +15,17 @@ from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.moco import MoCo
 from sslfast.methods.pirl import PIRL
-from sslfast.methods.registry import METHODS, MethodConfig
+from sslfast.methods.registry import METHODS, MethodConfig, register_method
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
 from sslfast.methods.sela import SeLa
+from sslfast.methods.shared.patches import jigsaw_view
 from sslfast.methods.shared.reconstruction import clean_view
 from sslfast.methods.simclr import SimCLR
 from sslfast.methods.super_resolution import SuperResolution
 
 __all__ = [
+    "BYOL",
     "CPC",
     "METHODS",
     "PIRL",
@@ -30,6 +37,7 @@ __all__ = [
     "Jigsaw",
     "Method",
     "MethodConfig",
+    "MethodContext",
     "MoCo",
     "RelativePosition",
     "Rotation",
@@ -37,5 +45,7 @@ __all__ = [
     "SimCLR",
     "SuperResolution",
     "clean_view",
+    "jigsaw_view",
     "lightness",
+    "register_method",
 ]

@@ -2,8 +2,8 @@
 
 Objective (Vincent 2008 eq. 5, squared error in place of cross-entropy): ``loss = mean (x - g(f(x̃)))²`` over samples,
 channels and pixels, where x is the clean view in the network's normalised units, ``x̃`` its corrupted copy, f the trunk
-up to res5 followed by a 1x1 convolution to a narrow code, and g the decoder. The whole picture is reconstructed, not
-only what was destroyed. With ``corruption=none``, ``x̃ = x``: a plain autoencoder.
+up to res5 followed by a 1x1 convolution to a narrow code, and g the decoder. The whole image is reconstructed, not only
+what was destroyed. With ``corruption=none``, ``x̃ = x``: a plain autoencoder.
 
 The 1x1 convolution is the bottleneck: res5 of a 64 px image has more numbers than the image itself, which could be
 copied without it.
@@ -17,6 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sslfast.methods.base import MethodContext
+from sslfast.methods.registry import register_method
 from sslfast.methods.shared.reconstruction import (
     PixelSpace,
     Reconstruction,
@@ -24,13 +26,13 @@ from sslfast.methods.shared.reconstruction import (
     clean_pixels,
     distance,
 )
-from sslfast.models import ResNetConfig
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.views import View
 
 
+@register_method
 class Autoencoder(Reconstruction):
-    """The method as a module: ``method(views, rows, step=...)`` -> losses. It has no state but its weights."""
+    """The method as a module: ``method(views, sample_ids, step=...)`` -> losses. No state besides the weights."""
 
     @dataclass(kw_only=True)
     class Config(ReconstructionConfig):
@@ -40,11 +42,11 @@ class Autoencoder(Reconstruction):
 
         corruption: Literal["none", "masking", "gaussian"] = "masking"
         """masking: pixels are destroyed (all channels set to the mean colour), each with probability
-        masked_share, as Vincent 2008. gaussian: normal noise is added. none: a plain autoencoder."""
+        masked_share, as in Vincent 2008. gaussian: normal noise is added. none: a plain autoencoder."""
         masked_share: float = 0.25
         """Probability that a pixel is destroyed, to the nearest 1/256; for corruption masking."""
         noise_std: float = 0.5
-        """Deviation of the normal noise in units of the normalised pixels; for corruption gaussian."""
+        """Standard deviation of the normal noise in units of the normalised pixels; for corruption gaussian."""
         loss: Literal["l2", "l1"] = "l2"
         """Squared or absolute error."""
         code_channels: int = 64
@@ -61,49 +63,49 @@ class Autoencoder(Reconstruction):
                 self.check_positive("noise_std")
             self.check_at_least(1, "code_channels")
 
-        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-            """The corrupted picture and the clean one."""
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """The corrupted image and the clean one."""
             space, clean = PixelSpace(self.image_view.augment), clean_pixels(views)
-            seen = corrupt(clean, rows, self, seed=seed, step=0)
+            seen = corrupt(clean, sample_ids, self, seed=seed, step=0)
             return {"input": space.to_rgb(seen), "target": space.to_rgb(clean)}
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Autoencoder":
-            """The module; ``num_rows`` does not matter."""
-            return Autoencoder(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "Autoencoder":
+            """The module for a run."""
+            return Autoencoder(self, context)
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
-        super().__init__(config, model=model, seed=seed, code_channels=config.code_channels)
+    def __init__(self, config: Config, context: MethodContext) -> None:
+        super().__init__(config, context, code_channels=config.code_channels)
         self.config = config
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """``loss`` of one batch.
 
         Args:
             views: "image".
-            rows: ``[B]`` int64, manifest row of each sample.
-            step: number of the step: with the seed and the row it fixes the corruption.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
+            step: number of the step: with the seed and the sample id it fixes the corruption.
         """
         clean = clean_pixels(views)
-        prediction = self.predict(corrupt(clean, rows, self.config, seed=self.seed, step=step))
+        prediction = self.predict(corrupt(clean, sample_ids, self.config, seed=self.seed, step=step))
         return {"loss": distance(prediction, clean, self.config.loss).mean()}
 
 
 @torch.no_grad()
-def corrupt(pixels: Tensor, rows: Tensor, config: Autoencoder.Config, *, seed: int, step: int | Tensor) -> Tensor:
-    """The corrupted copy ``x̃`` of normalised pixels ``[B, 3, H, W]``: a function of (seed, step, row)."""
+def corrupt(pixels: Tensor, sample_ids: Tensor, config: Autoencoder.Config, *, seed: int, step: int | Tensor) -> Tensor:
+    """The corrupted copy ``x̃`` of normalised pixels ``[B, 3, H, W]``: a function of (seed, step, sample id)."""
     if config.corruption == "none":
         return pixels
     height, width = pixels.shape[-2:]
     if config.corruption == "masking":
         count = height * width
-        words = random_uint32(rows, -(-count // 4), seed=seed, stream=Stream.CORRUPTION, step=step)
-        shifts = torch.arange(0, 32, 8, device=rows.device)
-        parts = (words[:, :, None] >> shifts) & 0xFF  # a byte for every pixel
+        words = random_uint32(sample_ids, -(-count // 4), seed=seed, stream=Stream.CORRUPTION, step=step)
+        shifts = torch.arange(0, 32, 8, device=sample_ids.device)
+        parts = (words[:, :, None] >> shifts) & 0xFF  # one byte per pixel
         kept = parts.flatten(1)[:, :count].view(-1, 1, height, width) >= round(config.masked_share * 256)
         return pixels * kept
     count = 3 * height * width
-    words = random_uint32(rows, -(-count // 2), seed=seed, stream=Stream.CORRUPTION, step=step)
-    # Box and Muller 1958: two normal numbers from the halves of a word; 16 bits reach 4.8 deviations.
+    words = random_uint32(sample_ids, -(-count // 2), seed=seed, stream=Stream.CORRUPTION, step=step)
+    # Box-Muller transform: two normal numbers from the halves of a word; 16 bits reach 4.8 deviations.
     radius = (((words >> 16).float() + 0.5) / 65536).log().mul(-2.0).sqrt()
     angle = (words & 0xFFFF).float() * (2 * math.pi / 65536)
     normal = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)[:, :count]

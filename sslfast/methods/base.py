@@ -1,70 +1,95 @@
-"""What a method is to the trainer, to the preview and to the evaluations."""
+"""The interface of a pretraining method, for the trainer, the preview and the evaluations."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from sslfast.models import ResNetConfig
+from sslfast.models import Trunk, TrunkConfig
 from sslfast.views import View, ViewConfig
 
 
-class Method(nn.Module):
-    """A pretraining method. Its state, parameters and buffers, is all that a bit-equal resume needs of it.
+@dataclass(frozen=True, kw_only=True)
+class MethodContext:
+    """What a method is built for: the run around it."""
 
-    Under several processes every rank holds one and ``forward`` sees that rank's part of the batch; gradients are
-    averaged over ranks by the trainer, everything else is exchanged through ``sslfast.distributed``.
+    model: TrunkConfig
+    """The trunk; :func:`sslfast.models.build_trunk` builds it."""
+    num_rows: int
+    """Rows of the manifest. Sample ids are in ``0 .. num_rows - 1``."""
+    seed: int
+    """Of the run: initial weights and every random draw are functions of it."""
+    steps_per_epoch: int
+    """Optimizer steps of an epoch."""
+    total_steps: int
+    """Optimizer steps of the whole run, for schedules."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run."""
+        return self.total_steps // self.steps_per_epoch
+
+
+class Method(nn.Module):
+    """A pretraining method. Its parameters and buffers are all the state that a bit-equal resume needs.
+
+    Under several processes every rank holds one and ``forward`` gets that rank's part of the batch. The trainer
+    averages gradients over ranks; everything else is exchanged through ``sslfast.distributed``.
     """
 
-    trunk: nn.Module
-    """What is pretrained for: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
+    Config: ClassVar[type["BaseConfig"]]
+    """Its configuration, a nested dataclass that :func:`sslfast.methods.register_method` adds to the registry."""
+
+    trunk: Trunk
+    """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
 
     def needs_feature_pass(self, epoch: int) -> bool:
-        """Whether :meth:`collect` gets all samples of this epoch before it begins."""
+        """Whether :meth:`store_features` gets all samples of this epoch before it begins."""
         return False
 
-    def collect(self, views: Mapping[str, View], rows: Tensor) -> None:
-        """A batch of a pass over the data between two epochs: in evaluation mode, without gradients, weights fixed.
+    def store_features(self, views: Mapping[str, View], sample_ids: Tensor) -> None:
+        """A batch of the feature pass between two epochs: in evaluation mode, without gradients, weights fixed.
 
         Args:
             views: as the configuration's ``feature_views()`` names them.
-            rows: ``[B]`` int64, manifest row of each sample of this rank.
+            sample_ids: ``[B]`` int64, manifest row of each sample of this rank.
         """
         raise RuntimeError(f"{type(self).__name__} has no feature pass")
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of every epoch, not when a run resumes in the middle of one."""
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """``loss`` (0-d, differentiable, mean over this rank's samples) and detached 0-d values for the log.
 
         Args:
             views: as the configuration's ``views()`` names them.
-            rows: ``[B]`` int64, manifest row of each sample.
-            step: of the run; random draws are functions of the seed, this and the row.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
+            step: of the run; random draws are functions of the seed, the step and the sample id.
         """
         raise RuntimeError(f"{type(self).__name__} defines no forward")
 
     def after_step(self) -> None:
-        """Called once after the optimizer's step: bank rows, queues, momentum encoders.
+        """Called once after the optimizer's step: updates of memory banks, queues and momentum encoders.
 
-        ``forward`` is called once per micro-batch before it (``accumulate_steps``), each with rows of its own and the
-        same ``step``: what it leaves for this call it appends, and this call uses all of it and clears it.
+        Before it, ``forward`` is called once per micro-batch (``accumulate_steps``), with other samples and the same
+        ``step``. What ``forward`` leaves for this call it appends; this call uses all of it and clears it.
         """
 
     def embeddings(self) -> Tensor | None:
-        """``[N, D]`` of all rows as the steps so far have left them, any norm; None where a method keeps no such thing.
+        """``[N, D]`` embeddings of all rows as the steps so far have left them, of any norm; None where the method
+        keeps none.
 
-        Every rank calls it. Where rows are split over ranks the first gets them all, others what they have.
+        Every rank calls it. Where rows are split over ranks, rank 0 gets all of them, the others what they hold.
         """
         return None
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """``state_dict()`` of the whole run, which any number of processes can load. Every rank calls it.
 
-        A method whose state is split over ranks puts it together here and takes its part when it loads.
+        A method whose state is split over ranks gathers it here and takes its part when it loads.
         """
         return self.state_dict()
 
@@ -73,18 +98,18 @@ class Method(nn.Module):
         return sum(value.nbytes for value in self.state_dict().values())
 
     def replicated(self) -> list[Tensor]:
-        """What must be equal on all ranks besides the parameters."""
+        """Tensors besides the parameters that must be equal on all ranks."""
         return []
 
 
 @dataclass(kw_only=True)
 class BaseConfig:
-    """What every method's ``Config`` offers. Subclasses have ``name`` and ``image_view``: a view whose ``crop.size``,
-    ``mean`` and ``std`` are those of whole images, which evaluations use."""
+    """The interface of every method's ``Config``. Subclasses define ``name`` and ``image_view``, a view of whole images
+    whose ``crop.size``, ``mean`` and ``std`` evaluations use."""
 
     name: ClassVar[str]
     trunk_input: ClassVar[Literal["rgb", "lightness"]] = "rgb"
-    """Colours that the trunk sees; lightness: CIE L three times over, see ``methods/colorization.py``."""
+    """Colours that the trunk sees; lightness: CIE L in all three channels, see ``methods/colorization.py``."""
 
     image_view: ViewConfig
 
@@ -93,18 +118,18 @@ class BaseConfig:
         return {"image": self.image_view}
 
     def feature_views(self) -> dict[str, ViewConfig]:
-        """The views that :meth:`Method.collect` gets; empty for a method without a feature pass."""
+        """The views that :meth:`Method.store_features` gets; empty for a method without a feature pass."""
         return {}
 
     def preview_views(self) -> dict[str, ViewConfig]:
         """Views on the preview sheet."""
         return self.views()
 
-    def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-        """Further columns of the preview sheet: heading to RGB pictures ``[B, 3, H, W]`` float in 0..1.
+    def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+        """Further columns of the preview sheet: heading to RGB images ``[B, 3, H, W]`` float in 0..1.
 
-        What is asked of the network where the views alone do not show it: a masked image, a target. Draws are those of
-        ``seed`` and step 0.
+        The pretext task, where the views alone do not show it: a masked input, a target. Draws are those of ``seed``
+        and step 0.
         """
         return {}
 
@@ -128,6 +153,14 @@ class BaseConfig:
         if self.image_view.jigsaw is not None:
             raise ValueError(f"method.image_view.jigsaw must not be set: {self.name} takes whole images")
 
-    def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> Method:
-        """The module for a data set of ``num_rows`` samples."""
-        raise RuntimeError(f"{type(self).__name__} builds nothing")
+    def resolve(self, context: MethodContext) -> Self:
+        """This configuration with the values that it leaves to the run filled in, as ``config.json`` records it."""
+        return self
+
+    def build(self, context: MethodContext) -> Method:
+        """The module for a run.
+
+        Raises:
+            ValueError: a bad field, or a run that the method cannot train: names the field, its value and the remedy.
+        """
+        raise RuntimeError(f"{type(self).__name__} defines no build")

@@ -1,4 +1,4 @@
-"""Colorization: the colours of a picture from its lightness (Zhang, Isola & Efros, ECCV 2016).
+"""Colorization: predict the colours of an image from its lightness (Zhang, Isola & Efros, ECCV 2016).
 
 Objective (Zhang 2016 eq. 2): ``loss = -mean v(Z) Σ_q Z_q log p_q`` over samples and cells of ``stride`` x ``stride``
 pixels. p is the decoder's softmax over Q bins of the ab plane, given CIE L alone; Z is the soft code of the cell's mean
@@ -7,15 +7,15 @@ the nearest bin, and ``w_q ∝ ((1 - λ) p̃_q + λ / Q)⁻¹``, ``Σ p̃_q w_q 
 saturated colours count.
 
 Bins: multiples of 10 in a and b to which some sRGB colour is nearest: Q = 261, found from the surface of the 8-bit RGB
-cube. (A line of fixed ab leaves the cube through its surface, so the surface has every ab that the inside has.) The
-paper's set, from a file of its own, has 313, among them bins that no sRGB colour is nearest to.
+cube. (A line of constant ab leaves the cube through its surface, so the surface has every ab of the interior.) The
+paper's set, published as a file, has 313, among them bins that no sRGB colour is nearest to.
 
-p̃: the paper has the bin frequencies of ImageNet, smoothed in ab by a Gaussian of σ = 5. Here it is the mean soft code
-over all batches so far, of all ranks, the last 1000 or so: the soft code has that Gaussian in it, no pass over the data
-is needed, and a run resumes with it. A batch is counted before it is weighted.
+p̃: the paper uses the bin frequencies of ImageNet, smoothed in ab by a Gaussian of σ = 5. Here it is the mean soft code
+over the batches of all ranks so far, about the last 1000: the soft code contains that Gaussian, no pass over the data
+is needed, and it is part of the state that a run resumes with. A batch is counted before it is weighted.
 
-The trunk sees ``L / 100`` three times over, normalised as colours would be (``trunk_input = "lightness"``); evaluations
-give it the same, from :func:`lightness`.
+The trunk sees ``L / 100`` in all three channels, normalised as colours would be (``trunk_input = "lightness"``);
+evaluations give it the same input, from :func:`lightness`.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from sslfast.distributed import mean_over_ranks
+from sslfast.methods.base import MethodContext
+from sslfast.methods.registry import register_method
 from sslfast.methods.shared.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
-from sslfast.models import ResNetConfig, trunk_stride
+from sslfast.models import require_resnet, trunk_stride
 from sslfast.ops import rgb_to_lab
 from sslfast.views import View
 
@@ -38,14 +40,15 @@ NEIGHBOURS = 5
 """Bins in a soft code."""
 SIGMA = 5.0
 """Deviation of the soft code's Gaussian, in units of ab."""
-_WINDOW = 1000  # batches that the frequencies remember
-_UNITS = 2**20  # of a soft code's weight: sums of whole numbers are the same in every order
+_WINDOW = 1000  # batches in the moving average of the frequencies
+_UNITS = 2**20  # fixed point of a soft code's weight: integer sums are the same in every order
 
 
+@register_method
 class Colorization(Reconstruction):
-    """The method as a module: ``method(views, rows, step=...)`` -> losses.
+    """The method as a module: ``method(views, sample_ids, step=...)`` -> losses.
 
-    State in buffers: ``frequencies``, p̃ as float64 ``[Q]``, and ``batches``, how many it is made from.
+    State in buffers: ``frequencies``, p̃ as float64 ``[Q]``, and ``batches``, the number of batches in it.
     """
 
     @dataclass(kw_only=True)
@@ -58,8 +61,8 @@ class Colorization(Reconstruction):
         stride: int = 4
         """Side in pixels of the cells whose mean colour is predicted, a power of two."""
         uniform_share: float = 0.5
-        """λ, share of the uniform distribution in the rebalancing: 1 weights all bins alike, 0 by their frequency
-        alone."""
+        """λ, share of the uniform distribution in the rebalancing: 1 weights all bins equally, 0 by inverse
+        frequency alone."""
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
@@ -73,11 +76,12 @@ class Colorization(Reconstruction):
             if not 0 < self.uniform_share <= 1:
                 raise ValueError(
                     f"method.uniform_share must be in (0, 1], got {self.uniform_share}; at 0 colours that have not "
-                    "been seen have no finite weight"
+                    "occurred have no finite weight"
                 )
 
-        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-            """The lightness that the trunk sees, and the target: soft codes as their mean colour, beside that L."""
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """The lightness that the trunk sees, and the target: the mean colour of each soft code, at that
+            lightness."""
             rgb = PixelSpace(self.image_view.augment).to_rgb(clean_pixels(views))
             lab, bins = rgb_to_lab(rgb), gamut_bins().to(rgb.device)
             cells, weights = soft_code(cell_colours(lab, self.stride), bins)
@@ -85,34 +89,35 @@ class Colorization(Reconstruction):
             ab = ab.movedim(-1, 1).repeat_interleave(self.stride, dim=2).repeat_interleave(self.stride, dim=3)
             return {"input": lightness(rgb), "target": lab_to_rgb(torch.cat((lab[:, :1], ab), dim=1)).clamp(0.0, 1.0)}
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Colorization":
-            """The module; ``num_rows`` does not matter."""
+        def build(self, context: MethodContext) -> "Colorization":
+            """The module for a run."""
+            model = require_resnet(context.model, purpose="method colorization")
             if self.stride > trunk_stride(model):
                 raise ValueError(
                     f"method.stride must be at most {trunk_stride(model)}, the stride of {model.name} with stem "
                     f"{model.stem}, got {self.stride}"
                 )
-            return Colorization(self, model=model, seed=seed)
+            return Colorization(self, context)
 
     bins: Tensor
     frequencies: Tensor
     batches: Tensor
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         bins = gamut_bins()
-        super().__init__(config, model=model, seed=seed, out_channels=len(bins), out_stride=config.stride)
+        super().__init__(config, context, out_channels=len(bins), out_stride=config.stride)
         self.config = config
         self.register_buffer("bins", bins.clone(), persistent=False)
         self.register_buffer("frequencies", torch.full((len(bins),), 1 / len(bins), dtype=torch.float64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """``loss`` of one batch and ``loss_unweighted``, the same with v = 1 (detached).
 
         Args:
             views: "image".
-            rows: ``[B]`` int64; nothing is drawn.
-            step: likewise.
+            sample_ids: ``[B]`` int64; not used.
+            step: not used.
         """
         rgb = self.pixel_space.to_rgb(clean_pixels(views))
         cells, weights = soft_code(cell_colours(rgb_to_lab(rgb), self.config.stride), self.bins)
@@ -129,7 +134,7 @@ class Colorization(Reconstruction):
 
     @torch.no_grad()
     def _count(self, cells: Tensor, weights: Tensor) -> None:
-        """Adds a batch to the frequencies: their mean over the first batches, then an exponential one."""
+        """Adds a batch to the frequencies: the mean of the first batches, then an exponential moving average."""
         units = (weights * _UNITS).round().long()
         sums = torch.zeros_like(self.frequencies, dtype=torch.int64).index_add_(0, cells.flatten(), units.flatten())
         batch = mean_over_ranks(sums.double() / sums.sum())
@@ -138,7 +143,7 @@ class Colorization(Reconstruction):
 
 
 def lightness(rgb: Tensor) -> Tensor:
-    """CIE L / 100, three times over: sRGB float ``[N, 3, H, W]`` in 0..1 to float32 ``[N, 3, H, W]`` in 0..1."""
+    """CIE L / 100 in all three channels: sRGB float ``[N, 3, H, W]`` in 0..1 to float32 ``[N, 3, H, W]`` in 0..1."""
     return (rgb_to_lab(rgb)[:, :1] / 100).expand(-1, 3, -1, -1)
 
 
@@ -158,7 +163,7 @@ def gamut_bins() -> Tensor:
 
 
 def cell_colours(lab: Tensor, stride: int) -> Tensor:
-    """Mean ab of every cell: Lab ``[B, 3, H, W]`` to ``[B, H / stride, W / stride, 2]``."""
+    """Mean ab of each cell: Lab ``[B, 3, H, W]`` to ``[B, H / stride, W / stride, 2]``."""
     return torch.nn.functional.avg_pool2d(lab[:, 1:], stride).movedim(1, -1)
 
 
@@ -172,7 +177,7 @@ def soft_code(ab: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Bins ``[..., 5]`` int64, nearest first, and weights ``[..., 5]`` float32 that sum to 1.
     """
-    squared = (ab[..., None, 0] - bins[:, 0]).square_()  # [..., Q]: 0.8 GB for 256 pictures of 224 px
+    squared = (ab[..., None, 0] - bins[:, 0]).square_()  # [..., Q]: 0.8 GB for 256 images of 224 px
     squared += (ab[..., None, 1] - bins[:, 1]).square_()
     nearest, index = squared.topk(NEIGHBOURS, dim=-1, largest=False)
     return index, (nearest / (-2 * SIGMA**2)).softmax(dim=-1)

@@ -1,17 +1,18 @@
 """CPC: contrastive predictive coding of images (van den Oord, Li & Vinyals 2018; Hénaff et al., ICML 2020).
 
-An image is cut into a G x G grid of overlapping patches; the trunk makes one vector ``z_ij`` of each, layer-normalised,
-seeing nothing else. A context network summarises the rows above and the row itself, ``c_ij = g(z_uv: u <= i)``, and k
-rows further down the patch is told from all other patches of the batch (van den Oord et al. eqs. 3 and 4)::
+An image is cut into a G x G grid of overlapping patches; the trunk encodes each patch by itself into one vector
+``z_ij``, layer-normalised. A context network summarises a grid row and all rows above it, ``c_ij = g(z_uv: u <= i)``,
+and predicts the patch k rows further down, contrasted with all other patches of the batch (van den Oord et al. eqs. 3
+and 4)::
 
     loss = -log( exp(f_k(z_{i+k,j}, c_ij)) / sum_z exp(f_k(z, c_ij)) ),   f_k(z, c) = (T z)·(W_k c) / sqrt(D)
 
-the mean over i, j and k, and over four directions with a context network each where asked for (Hénaff et al. section
-4.1). The score is bilinear of rank D. Under several processes the patches of all ranks are told apart.
+the mean over i, j and k, and with ``directions="all"`` over four directions with a context network each (Hénaff et al.
+section 4.1). The score is bilinear of rank D. Under several processes the negatives are the patches of all ranks.
 
-The context network is a column of masked convolutions over rows, as in both papers (not a GRU). BatchNorm would carry
-what a patch below shows into the vectors above through its statistics; van den Oord et al. use no BatchNorm, Hénaff et
-al. layer normalisation, and so does this: the trunk must have ``norm="layer"``.
+The context network is a stack of masked convolutions over grid rows, as in both papers (not a GRU). BatchNorm would
+leak the content of lower patches into the vectors above through its statistics; van den Oord et al. use no BatchNorm,
+Hénaff et al. and this implementation layer normalisation: the trunk must have ``norm="layer"``.
 """
 
 import math
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from sslfast.distributed import gather_rows_with_gradient, rank
-from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models import ResNetConfig, RowContext, build_trunk, info_nce, seeded
 from sslfast.views import AugmentConfig, CropConfig, View, ViewConfig
@@ -37,6 +39,7 @@ def _image_view() -> ViewConfig:
     return ViewConfig(crop=CropConfig(size=256, scale=(0.5, 0.75)), augment=augment)
 
 
+@register_method
 class CPC(Method):
     """The method as a module: trunk, context networks and linear maps, no further state."""
 
@@ -51,18 +54,19 @@ class CPC(Method):
         patch_stride: int = 32
         """Pixels from one patch to the next."""
         directions: Literal["down", "all"] = "down"
-        """down: contexts of the rows above predict rows below. all: likewise upwards, right and left, each with a
-        context network and predictions of its own."""
+        """down: contexts of the grid rows above predict rows below. all: also upwards, right and left, each with
+        its own context network and predictions."""
         first_step: int = 2
-        """Smallest k, rows ahead that are predicted. With half overlapping patches k = 1 is in part in sight."""
+        """Smallest k, grid rows ahead that are predicted. With patches that overlap by half, k = 1 is partly
+        visible."""
         last_step: int = 5
         """Largest k."""
         dimensions: int = 64
-        """D, columns in which predictions and patches are compared."""
+        """D, dimensions in which predictions and patches are compared."""
         context_features: int = 256
-        """Width of the context network's hidden maps."""
+        """Channels of the context network's hidden maps."""
         context_blocks: int = 5
-        """Blocks of the context network: rows above that it sees."""
+        """Blocks of the context network: grid rows above that it sees."""
         image_view: ViewConfig = field(default_factory=_image_view)
         """The image that is cut into patches."""
 
@@ -75,8 +79,8 @@ class CPC(Method):
             """The image."""
             return {IMAGE: self.image_view}
 
-        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-            """What the contexts of the grid's first rows see, and the patches that these predict."""
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """What the contexts of the first grid rows see, and the patches that they predict."""
             pixels = views[IMAGE].pixels
             pictures = PixelSpace(self.image_view.augment).to(pixels.device).to_rgb(pixels)
             row = self.grid - 1 - self.last_step
@@ -101,37 +105,39 @@ class CPC(Method):
                     f"patch_stride={self.patch_stride}, got {self.last_step}"
                 )
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "CPC":
-            """The module for a data set of ``num_rows`` samples."""
-            return CPC(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "CPC":
+            """The module for a run."""
+            return CPC(self, context)
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
-        if model.norm != "layer":
+        if isinstance(context.model, ResNetConfig) and context.model.norm != "layer":
             raise ValueError(
-                f"model.norm must be layer for CPC, got {model.norm}: batch statistics tell a context of the patches "
-                "that it has to predict"
+                f"model.norm must be layer for CPC, got {context.model.norm}: batch statistics leak the patches that "
+                "a context has to predict"
             )
         self.config = config
-        self.trunk = build_trunk(model, seed=seed)
+        self.trunk = build_trunk(context.model, seed=context.seed)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trunk.modules()):
+            raise ValueError(f"CPC needs a trunk without BatchNorm, and {type(self.trunk).__name__} has it; replace it")
         features, steps = self.trunk.out_features, config.last_step - config.first_step + 1
-        with seeded(seed + 1):
+        with seeded(context.seed + 1):
             self.target = nn.Linear(features, config.dimensions)  # T
             self.contexts = nn.ModuleList(
                 RowContext(features, config.context_features, config.context_blocks) for _ in self._turns()
             )
-            self.predictions = nn.ModuleList(  # W_k, one below the other
+            self.predictions = nn.ModuleList(  # W_k, stacked
                 nn.Conv2d(features, steps * config.dimensions, 1) for _ in self._turns()
             )
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.
 
         Args:
             views: "image".
-            rows: ``[B]`` int64, manifest row of each sample; unused.
-            step: of the run; unused.
+            sample_ids: ``[B]`` int64; not used.
+            step: not used.
 
         Returns:
             ``loss`` (0-d, differentiable).
@@ -149,14 +155,14 @@ class CPC(Method):
         return {"loss": losses.mean()}
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` to the normalised vectors of all patches ``[B, G, G, C]``."""
+        """``[B, 3, S, S]`` to the layer-normalised vectors of all patches ``[B, G, G, C]``."""
         size, stride, grid = self.config.patch_size, self.config.patch_stride, self.config.grid
         patches = pixels.unfold(2, size, stride).unfold(3, size, stride)  # [B, 3, G, G, p, p]
         features = self.trunk(patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
         return layer_norm(features, features.shape[-1:]).unflatten(0, (len(pixels), grid, grid))
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions ``[P, D]`` of all contexts, and the number ``[P]`` of each one's patch among ``B * G * G``."""
+        """Predictions ``[P, D]`` of all contexts, and the index ``[P]`` of each one's patch among ``B * G * G``."""
         config = self.config
         numbers = torch.arange(features[..., 0].numel(), device=features.device).view(features.shape[:-1])
         predictions, positives = [], []
@@ -169,5 +175,5 @@ class CPC(Method):
         return torch.cat(predictions), torch.cat(positives)
 
     def _turns(self) -> range:
-        """Quarter turns of the grid after which the direction of prediction is downwards."""
+        """Quarter turns of the grid that make the direction of prediction downwards."""
         return range(4 if self.config.directions == "all" else 1)

@@ -1,21 +1,22 @@
 """DeepCluster: predict the k-means clusters of the trunk's own features (Caron et al., ECCV 2018).
 
 Objective, alternately (eqs. 1 and 2): before every epoch ``min_C Σ_n min_y |φ(f(x_n)) - C_y|²`` gives labels ``y_n``,
-where φ whitens and normalises; then ``min_θ,W Σ_n -log softmax(W f_θ(x_n))_{y_n}`` over the epoch, W starting anew.
+where φ whitens and normalises; then ``min_θ,W Σ_n -log softmax(W f_θ(x_n))_{y_n}`` over the epoch, with W
+re-initialised.
 
-As here:
+Implementation and departures:
 
-- Features are made by a pass over the data before the clustering (``pseudo_labels.py``), in evaluation mode. The
-  paper's crop is the centre of 224 px of an image of 256, here it is the whole central square.
-- Features wider than ``feature_columns`` are kept in a random orthonormal projection: distances stay within some
-  percent (Johnson-Lindenstrauss) and the buffer at N x 256 numbers.
+- A feature pass before the clustering (``pseudo_labels.py``) computes the features in evaluation mode. The paper crops
+  the central 224 px of an image resized to 256, here it is the whole central square.
+- Features wider than ``feature_columns`` are stored after a random orthonormal projection: distances change by a few
+  percent (Johnson-Lindenstrauss) and the buffer has N x 256 numbers.
 - The paper draws samples uniformly over clusters. The loader's order is fixed, so each sample's loss is weighted by
-  ``N / (K n_k)`` instead, with ``n_k`` rows in its cluster: the same expectation, but for the division by the batch's
-  own sum of weights. Neither lets one large cluster win.
-- W is drawn anew after each clustering. The optimizer's momentum of W is not, and fades within some ten steps.
-- No Sobel filter before the trunk, as it has to serve on colour images: colour and gray augmentation instead.
+  ``N / (K n_k)`` instead, with ``n_k`` rows in its cluster: the same expectation, except for the division by the
+  batch's own sum of weights. Either way one large cluster does not dominate.
+- W is re-initialised after each clustering. The optimizer's momentum of W is kept and decays within about ten steps.
+- No Sobel filter before the trunk, which must be usable on colour images: colour jitter and grayscale instead.
 
-Under several processes every rank holds all features and the same labels, and searches its share of the rows.
+Under several processes every rank holds all features and the same labels, and assigns its share of the rows.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
 from sslfast.methods.shared.kmeans import import_faiss, kmeans, whiten
 from sslfast.methods.shared.pseudo_labels import (
     UNLABELLED,
@@ -34,17 +36,18 @@ from sslfast.methods.shared.pseudo_labels import (
     label_accuracy,
     pseudo_label_loss,
 )
-from sslfast.models import ResNetConfig, build_trunk, seeded
+from sslfast.models import build_trunk, seeded
 from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 
 
+@register_method
 class DeepCluster(Method):
     """The method as a module.
 
-    State in buffers: ``features``, ``labels`` ``[N]`` int64 (-1: none yet) and ``weights`` ``[K]`` fp32, of each
-    cluster's samples.
+    State in buffers: ``features``, ``labels`` ``[N]`` int64 (-1: none yet) and ``weights`` ``[K]`` fp32, the
+    loss weight of each cluster's samples.
     """
 
     @dataclass(kw_only=True)
@@ -60,9 +63,9 @@ class DeepCluster(Method):
         iterations: int = 20
         """Updates of the centroids in one clustering."""
         feature_columns: int = 256
-        """Columns of the buffer of features; wider features are projected."""
+        """Columns of the feature buffer; wider features are projected."""
         pca_dimensions: int = 256
-        """Principal components kept, whitened and of length 1 before k-means; 0: the features as they are."""
+        """Principal components kept, whitened and L2-normalised before k-means; 0: the features as they are."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image."""
 
@@ -81,33 +84,34 @@ class DeepCluster(Method):
                     f"got {self.pca_dimensions}"
                 )
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "DeepCluster":
-            """The module for a data set of ``num_rows`` samples.
+        def build(self, context: MethodContext) -> "DeepCluster":
+            """The module for a run.
 
             Raises:
                 ValueError: a bad field, or too few samples for the clusters.
                 ImportError: faiss is missing.
             """
-            return DeepCluster(self, model=model, num_rows=num_rows, seed=seed)
+            return DeepCluster(self, context)
 
     labels: Tensor
     weights: Tensor
     projection: Tensor | None
 
-    def __init__(self, config: Config, *, model: ResNetConfig, num_rows: int, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
         import_faiss()
+        num_rows = context.num_rows
         if config.clusters > num_rows // 2:
             raise ValueError(
                 f"method.clusters must be at most {num_rows // 2}, half of the {num_rows} images, "
                 f"got {config.clusters}; lower it"
             )
-        self.config, self.seed = config, seed
-        self.trunk = build_trunk(model, seed=seed)
+        self.config, self.seed = config, context.seed
+        self.trunk = build_trunk(context.model, seed=context.seed)
         width = self.trunk.out_features
         columns = min(width, config.feature_columns)
-        with seeded(seed + 1):
+        with seeded(context.seed + 1):
             self.head = nn.Linear(width, config.clusters)
             projection = torch.linalg.qr(torch.randn(width, columns))[0] if columns < width else None
         self.register_buffer("projection", projection, persistent=False)
@@ -120,14 +124,14 @@ class DeepCluster(Method):
         """Every ``every_epochs`` epochs, from the first on."""
         return epoch % self.config.every_epochs == 0
 
-    def collect(self, views: Mapping[str, View], rows: Tensor) -> None:
-        """Keeps the features of a batch, projected where they are wider than the buffer."""
+    def store_features(self, views: Mapping[str, View], sample_ids: Tensor) -> None:
+        """Stores the features of a batch, projected where they are wider than the buffer."""
         features = self.trunk(views[IMAGE].pixels).float()
-        self.features.store_(rows, features if self.projection is None else features @ self.projection)
+        self.features.store_(sample_ids, features if self.projection is None else features @ self.projection)
 
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
-        """Clusters the features and draws a new classifier where :meth:`needs_feature_pass` says so.
+        """Clusters the features and re-initialises the classifier where :meth:`needs_feature_pass` says so.
 
         Waits for the device.
         """
@@ -152,26 +156,26 @@ class DeepCluster(Method):
 
     @torch.no_grad()
     def _restart_head(self, epoch: int) -> None:
-        """Weights of deviation 0.01, drawn by (seed, epoch), as the paper's code has them."""
+        """Normal weights of standard deviation 0.01, a function of (seed, epoch), as in the paper's code."""
         generator = torch.Generator().manual_seed((self.seed + 2 + epoch) % 2**63)
         self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
         self.head.bias.zero_()
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch and ``accuracy``, the share of clusters named right.
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of correct labels.
 
         Args:
             views: "image".
-            rows: ``[B]`` int64, manifest row of each sample.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
             step: not used.
         """
         features = self.trunk(views[IMAGE].pixels)
-        logits, labels = self.head(features), self.labels[rows]
+        logits, labels = self.head(features), self.labels[sample_ids]
         loss = pseudo_label_loss(logits, labels, self.weights[labels.clamp_min(0)])
         return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
 
     def embeddings(self) -> Tensor:
-        """Features of each row, as the last pass made them."""
+        """Features of each row, as the last pass computed them."""
         return self.features.vectors
 
     def replicated(self) -> list[Tensor]:

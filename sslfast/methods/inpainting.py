@@ -4,12 +4,13 @@ Objective (Pathak 2016 eq. 1, the reconstruction term alone): ``loss = Σ w (x -
 channels and pixels, where x is the clean view in normalised units, ``x̃`` the view with the hole M filled with the mean
 colour (0), f the trunk up to res5 and g the decoder. Weights w: 1 in the hole, ``overlap_weight`` in the band of
 ``overlap`` pixels around it, which the network sees and has to continue (section 3.2: 7 pixels, ten times as much), 0
-elsewhere. Division by the sum of the weights makes the loss a mean over what is asked, whatever the area of the holes.
+elsewhere. Division by the sum of the weights makes the loss a mean over the reconstructed pixels, whatever the area of
+the holes.
 
-The paper adds an adversarial term, λ_adv = 0.001 beside λ_rec = 0.999, for sharper pictures. It is left out: this is
+The paper adds an adversarial term, λ_adv = 0.001 beside λ_rec = 0.999, for sharper images. It is left out: this is
 λ_rec alone.
 
-Holes are one central square, or squares at random places that may overlap (section 3.3, "random block").
+Holes are one central square, or squares at random positions that may overlap (section 3.3, "random block").
 """
 
 import math
@@ -21,14 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from sslfast.methods.base import MethodContext
+from sslfast.methods.registry import register_method
 from sslfast.methods.shared.reconstruction import PixelSpace, Reconstruction, ReconstructionConfig, clean_pixels
-from sslfast.models import ResNetConfig
 from sslfast.ops.philox import Stream, random_integers
 from sslfast.views import View
 
 
+@register_method
 class Inpainting(Reconstruction):
-    """The method as a module: ``method(views, rows, step=...)`` -> losses. It has no state but its weights."""
+    """The method as a module: ``method(views, sample_ids, step=...)`` -> losses. No state besides the weights."""
 
     @dataclass(kw_only=True)
     class Config(ReconstructionConfig):
@@ -40,18 +43,18 @@ class Inpainting(Reconstruction):
         """central: one square in the middle. random: ``blocks`` squares, each anywhere, drawn for every sample and
         step."""
         masked_share: float = 0.25
-        """Share of the picture that the squares would cover without overlap: the central one does, up to whole pixels,
+        """Share of the image that the squares would cover without overlap: the central one does, up to whole pixels;
         random ones cover less where they overlap."""
         blocks: int = 5
         """Number of random squares, all of one size."""
         overlap: int = 7
-        """Width in pixels of the visible band around the holes that is reconstructed too."""
+        """Width in pixels of the visible band around the holes that is also reconstructed."""
         overlap_weight: float = 10.0
         """Weight of the band; that of the hole is 1."""
 
         def block_side(self) -> int:
             """Side of a square in pixels: ``size · sqrt(masked_share / blocks)``, rounded down for random ones, which
-            so never cover more than their share, and to the nearest even number for the central one."""
+            therefore never cover more than their share, and to the nearest even number for the central one."""
             size = self.image_view.crop.size
             if self.holes == "central":
                 return 2 * round(size * math.sqrt(self.masked_share) / 2)
@@ -69,36 +72,36 @@ class Inpainting(Reconstruction):
             side, size = self.block_side(), self.image_view.crop.size
             if not 1 <= side < size:
                 raise ValueError(
-                    f"method.masked_share={self.masked_share} makes holes of {side} px in pictures of {size} px; "
-                    "they must have at least 1 and leave something to see"
+                    f"method.masked_share={self.masked_share} makes holes of {side} px in images of {size} px; "
+                    "they must be at least 1 px wide and leave part of the image visible"
                 )
 
-        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-            """The picture with its holes, and what is asked: hole and band, the rest in light grey."""
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """The image with its holes, and the target: hole and band, the rest in light grey."""
             space, clean = PixelSpace(self.image_view.augment), clean_pixels(views)
-            hole = draw_holes(rows, self, seed=seed, step=0)
-            asked = pixel_weights(hole, self) > 0
-            target = torch.where(asked, space.to_rgb(clean), 0.94)
+            hole = draw_holes(sample_ids, self, seed=seed, step=0)
+            reconstructed = pixel_weights(hole, self) > 0
+            target = torch.where(reconstructed, space.to_rgb(clean), 0.94)
             return {"input": space.to_rgb(punched(clean, hole)), "target": target}
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Inpainting":
-            """The module; ``num_rows`` does not matter."""
-            return Inpainting(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "Inpainting":
+            """The module for a run."""
+            return Inpainting(self, context)
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
-        super().__init__(config, model=model, seed=seed)
+    def __init__(self, config: Config, context: MethodContext) -> None:
+        super().__init__(config, context)
         self.config = config
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """``loss`` of one batch and ``loss_hole``, the mean squared error in the holes alone (detached).
 
         Args:
             views: "image".
-            rows: ``[B]`` int64, manifest row of each sample.
-            step: number of the step: with the seed and the row it fixes the holes.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
+            step: number of the step: with the seed and the sample id it fixes the holes.
         """
         clean = clean_pixels(views)
-        hole = draw_holes(rows, self.config, seed=self.seed, step=step)
+        hole = draw_holes(sample_ids, self.config, seed=self.seed, step=step)
         error = (self.predict(punched(clean, hole)) - clean).square().mean(dim=1, keepdim=True)
         weights = pixel_weights(hole, self.config)
         inside = (error.detach() * hole).sum() / hole.sum()
@@ -106,21 +109,21 @@ class Inpainting(Reconstruction):
 
 
 @torch.no_grad()
-def draw_holes(rows: Tensor, config: Inpainting.Config, *, seed: int, step: int | Tensor) -> Tensor:
-    """Boolean ``[B, 1, S, S]``, true in the holes: a function of (seed, step, row).
+def draw_holes(sample_ids: Tensor, config: Inpainting.Config, *, seed: int, step: int | Tensor) -> Tensor:
+    """Boolean ``[B, 1, S, S]``, true in the holes: a function of (seed, step, sample id).
 
-    Corners of random squares are uniform on all places where a square lies wholly inside the picture.
+    Corners of random squares are uniform over all positions where the square lies inside the image.
     """
     size, side = config.image_view.crop.size, config.block_side()
     if config.holes == "central":
-        corners = torch.full((len(rows), 1, 2), (size - side) // 2, device=rows.device)
+        corners = torch.full((len(sample_ids), 1, 2), (size - side) // 2, device=sample_ids.device)
     else:
         draws = random_integers(
-            rows, 2 * config.blocks, size - side + 1, seed=seed, stream=Stream.CORRUPTION, step=step
+            sample_ids, 2 * config.blocks, size - side + 1, seed=seed, stream=Stream.CORRUPTION, step=step
         )
-        corners = draws.view(len(rows), config.blocks, 2)
-    place = torch.arange(size, device=rows.device)
-    within = (place >= corners[..., None]) & (place < corners[..., None] + side)  # [B, blocks, 2, S]
+        corners = draws.view(len(sample_ids), config.blocks, 2)
+    position = torch.arange(size, device=sample_ids.device)
+    within = (position >= corners[..., None]) & (position < corners[..., None] + side)  # [B, blocks, 2, S]
     return (within[:, :, 0, :, None] & within[:, :, 1, None, :]).any(dim=1, keepdim=True)
 
 
@@ -129,8 +132,8 @@ def pixel_weights(hole: Tensor, config: Inpainting.Config) -> Tensor:
     """The weights w, float32 ``[B, 1, S, S]``, of boolean holes."""
     inside = hole.float()
     reach = 2 * config.overlap + 1
-    asked = max_pool2d(inside, reach, stride=1, padding=config.overlap)
-    return inside + (asked - inside) * config.overlap_weight
+    reconstructed = max_pool2d(inside, reach, stride=1, padding=config.overlap)
+    return inside + (reconstructed - inside) * config.overlap_weight
 
 
 def punched(pixels: Tensor, hole: Tensor) -> Tensor:

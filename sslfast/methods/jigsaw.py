@@ -1,11 +1,11 @@
-"""Jigsaw: which of a fixed set of permutations were the patches shown in (Noroozi & Favaro, ECCV 2016).
+"""Jigsaw: classify which of a fixed set of permutations an image's patches are shown in (Noroozi & Favaro, ECCV 2016).
 
 Objective: ``loss = -log softmax(h(f(x_π(1)), ..., f(x_π(P))))_c``, where ``x_1 .. x_P`` are the patches of an image's
 cells, ``π = π_c`` the permutation of class ``c``, drawn uniformly for each sample and step from a set of maximal
 Hamming distance (``permutations.py``), f the trunk and h the head: linear, BatchNorm and ReLU for every patch,
-the results concatenated in the order shown, and a linear layer to the classes (VISSL's ResNet form; the paper's is an
-AlexNet). The trunk sees every patch by itself, so patches are computed once as the view stage cut them and their
-features are put into the order of the class: the same numbers as for reordered pixels.
+the results concatenated in the order shown, and a linear layer to the classes (VISSL's form for ResNets; the paper's is
+an AlexNet). The trunk sees every patch by itself, so features are computed in the order of the view stage and then
+permuted into that of the class: the same result as for permuted pixels.
 """
 
 from collections.abc import Mapping
@@ -16,27 +16,24 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.shared.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
+from sslfast.methods.shared.patches import gather_patches, jigsaw_view, mosaic, normalise_patches, slots_of_cells
 from sslfast.methods.shared.permutations import MAX_CELLS, max_hamming_permutations
 from sslfast.methods.shared.reconstruction import PixelSpace
-from sslfast.models import JigsawHead, ResNetConfig, build_trunk, seeded
+from sslfast.models import JigsawHead, build_trunk, seeded
 from sslfast.ops.philox import Stream, random_integers
-from sslfast.views import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.views import View, ViewConfig
 
 JIGSAW = "jigsaw"
 
 
-def jigsaw_view() -> ViewConfig:
-    """255-pixel crop, 3 x 3 cells of 85 pixels, a patch of 64 at a random place of each."""
-    return ViewConfig(crop=CropConfig(size=255, scale=(0.6, 1.0)), jigsaw=JigsawConfig())
-
-
-def draw_classes(rows: Tensor, count: int, *, seed: int, step: int | Tensor) -> Tensor:
+def draw_classes(sample_ids: Tensor, count: int, *, seed: int, step: int | Tensor) -> Tensor:
     """``[B]`` int64 uniform on ``0 .. count-1``: the permutation that each sample is shown in."""
-    return random_integers(rows, 1, count, seed=seed, stream=Stream.PRETEXT, step=step)[:, 0]
+    return random_integers(sample_ids, 1, count, seed=seed, stream=Stream.PRETEXT, step=step)[:, 0]
 
 
+@register_method
 class Jigsaw(Method):
     """The method as a module. State in buffers: ``permutations`` ``[K, P]``, cell shown in each slot."""
 
@@ -49,11 +46,11 @@ class Jigsaw(Method):
         num_permutations: int = 2000
         """Classes: permutations of maximal Hamming distance; 100, 2,000 and 10,000 are compared in the literature."""
         patch_features: int = 1000
-        """Columns of each patch after the head's first layer."""
+        """Features of each patch after the head's first layer."""
         normalise_patches: bool = False
-        """Mean 0 and deviation 1 for every channel of every patch, as in the paper; VISSL leaves it out."""
+        """Mean 0 and standard deviation 1 for every channel of every patch, as in the paper; VISSL does not."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
-        """Whole images, for evaluations alone."""
+        """Whole images, for evaluations only."""
         jigsaw_view: ViewConfig = field(default_factory=jigsaw_view)
         """The patches; their order in the view does not matter."""
 
@@ -61,12 +58,12 @@ class Jigsaw(Method):
             """The views that a step needs, in the order that numbers their random streams."""
             return {JIGSAW: self.jigsaw_view}
 
-        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
             """The patches in the order of the drawn class."""
             view, jigsaw = views[JIGSAW], self.jigsaw_view.jigsaw
             assert jigsaw is not None
             permutations = max_hamming_permutations(self.num_permutations, jigsaw.grid**2, seed)
-            shown = permutations[draw_classes(rows, self.num_permutations, seed=seed, step=0)]
+            shown = permutations[draw_classes(sample_ids, self.num_permutations, seed=seed, step=0)]
             patches = gather_patches(view.pixels, slots_of_cells(view).gather(1, shown))
             pictures = mosaic(PixelSpace(self.jigsaw_view.augment).to_rgb(patches), jigsaw.grid)
             return {f"which of {self.num_permutations} orders?": pictures}
@@ -86,21 +83,21 @@ class Jigsaw(Method):
                 )
             self.check_at_least(1, "patch_features")
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Jigsaw":
-            """The module; ``num_rows`` does not matter."""
-            return Jigsaw(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "Jigsaw":
+            """The module for a run."""
+            return Jigsaw(self, context)
 
     permutations: Tensor
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
-        self.config, self.seed = config, seed
+        self.config, self.seed = config, context.seed
         assert config.jigsaw_view.jigsaw is not None
         cells = config.jigsaw_view.jigsaw.grid**2
-        self.register_buffer("permutations", max_hamming_permutations(config.num_permutations, cells, seed))
-        self.trunk = build_trunk(model, seed=seed)
-        with seeded(seed + 1):
+        self.register_buffer("permutations", max_hamming_permutations(config.num_permutations, cells, context.seed))
+        self.trunk = build_trunk(context.model, seed=context.seed)
+        with seeded(context.seed + 1):
             self.head = JigsawHead(self.trunk.out_features, config.patch_features, cells, config.num_permutations)
 
     def logits(self, view: View, classes: Tensor) -> Tensor:
@@ -111,15 +108,15 @@ class Jigsaw(Method):
         scores: Tensor = self.head(gather_patches(features, slots))
         return scores
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch and ``accuracy``, the share of permutations named right (detached).
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of correct permutations (detached).
 
         Args:
             views: "jigsaw".
-            rows: ``[B]`` int64, manifest row of each sample.
-            step: number of the step: with the seed and the row it fixes the class.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
+            step: number of the step: with the seed and the sample id it fixes the class.
         """
-        classes = draw_classes(rows, len(self.permutations), seed=self.seed, step=step)
+        classes = draw_classes(sample_ids, len(self.permutations), seed=self.seed, step=step)
         logits = self.logits(views[JIGSAW], classes)
         accuracy = (logits.argmax(dim=1) == classes).float().mean()
         return {"loss": cross_entropy(logits.float(), classes), "accuracy": accuracy}

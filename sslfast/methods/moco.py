@@ -2,8 +2,9 @@
 
 Objective (He et al. eq. 1): ``loss = -log( exp(q·k/τ) / (exp(q·k/τ) + sum_j exp(q·n_j/τ)) )``, where q is the embedding
 of one view of an image by the trained encoder, k that of another view by an encoder whose weights are a moving average
-of the trained ones (eq. 2: ``θ_k = m θ_k + (1 - m) θ_q``), and ``n_j`` are the K newest keys of batches before, a ring.
-No gradient reaches keys or ring. Version 2 differs by an MLP head, τ = 0.2 and, in its recipe, blur and a cosine.
+of the trained ones (eq. 2: ``θ_k = m θ_k + (1 - m) θ_q``), and ``n_j`` are the K newest keys of earlier batches, a
+queue. No gradient reaches keys or queue. Version 2 has an MLP head, τ = 0.2 and, in its recipe, blur and a cosine
+schedule.
 """
 
 import copy
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.distributed import gather_rows, rank, world_size
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.models import MLPHead, ResNetConfig, build_trunk, initial_rows, seeded
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
+from sslfast.models import MLPHead, build_trunk, initial_rows, seeded
 from sslfast.ops import bank_enqueue_, bank_nce_dense, ema_update_
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.views import View, ViewConfig
@@ -26,11 +28,13 @@ from sslfast.views import View, ViewConfig
 QUERY, KEY = "query", "key"
 
 
+@register_method
 class MoCo(Method):
-    """The method as a module. State: both encoders, ``queue`` (random unit rows at first) and its ``head``.
+    """The method as a module. State: both encoders, ``queue`` (random unit vectors at first) and ``head``, the
+    position of its oldest key.
 
-    After the step the key encoder moves, then the batch's keys replace the oldest of the ring; under several processes
-    the keys of all ranks, in their order.
+    After the step the key encoder is updated, then the batch's keys replace the oldest of the queue; under several
+    processes the keys of all ranks, in the order of ranks.
     """
 
     @dataclass(kw_only=True)
@@ -46,14 +50,14 @@ class MoCo(Method):
         temperature: float = 0.07
         """τ of the scores; 0.2 in v2."""
         queue_size: int = 65536
-        """K, keys in the ring; need not be a multiple of the batch."""
+        """K, keys in the queue; need not be a multiple of the batch size."""
         momentum: float = 0.999
-        """m, weight of the key encoder's old weights."""
+        """m, factor of the key encoder's old weights."""
         shuffle: bool = True
         """Encode keys in an order shuffled over ranks, so that a query and its key do not share BatchNorm statistics
-        (He et al. section 3.3). In one process there is a single batch and nothing to shuffle."""
+        (He et al. section 3.3). With one process there is a single batch and nothing to shuffle."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
-        """Both views: two draws of it."""
+        """The view that query and key are two draws of."""
 
         def views(self) -> dict[str, ViewConfig]:
             """Two draws of the image view."""
@@ -67,21 +71,21 @@ class MoCo(Method):
                 raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
             self.check_whole_image()
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "MoCo":
-            """The module for a data set of ``num_rows`` samples."""
-            return MoCo(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "MoCo":
+            """The module for a run."""
+            return MoCo(self, context)
 
     queue: Tensor
     head: Tensor
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.seed = seed
-        self.trunk = build_trunk(model, seed=seed)
+        self.seed = context.seed
+        self.trunk = build_trunk(context.model, seed=context.seed)
         features, dimensions = self.trunk.out_features, config.dimensions
-        with seeded(seed + 1):
+        with seeded(context.seed + 1):
             self.projection: nn.Module = (
                 nn.Linear(features, dimensions)
                 if config.projection == "linear"
@@ -89,16 +93,16 @@ class MoCo(Method):
             )
         self.key_trunk = copy.deepcopy(self.trunk).requires_grad_(False)
         self.key_projection = copy.deepcopy(self.projection).requires_grad_(False)
-        self.register_buffer("queue", initial_rows(config.queue_size, dimensions, seed=seed))
+        self.register_buffer("queue", initial_rows(config.queue_size, dimensions, seed=context.seed))
         self.register_buffer("head", torch.zeros((), dtype=torch.int64))
         self._pending: list[Tensor] = []
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.
 
         Args:
             views: "query" and "key".
-            rows: ``[B]`` int64, manifest row of each sample; unused.
+            sample_ids: ``[B]`` int64; not used.
             step: of the run: with the seed it fixes the shuffled order.
 
         Returns:
@@ -112,7 +116,7 @@ class MoCo(Method):
         return {"loss": loss.mean(), "similarity": similarity.detach().mean()}
 
     def after_step(self) -> None:
-        """Moves the key encoder toward the weights of the step just taken, and the batch's keys into the ring."""
+        """Updates the key encoder with the weights of the step just taken, and enqueues the batch's keys."""
         if not self._pending:
             raise RuntimeError("MoCo.after_step was called before a forward pass")
         ema_update_(
@@ -134,9 +138,9 @@ class MoCo(Method):
             keys = self._key(pixels)
             return keys, gather_rows(keys)
         own = slice(rank() * len(pixels), (rank() + 1) * len(pixels))
-        everyone = gather_rows(pixels)
-        order = batch_order(len(everyone), seed=self.seed, step=step, device=pixels.device)
-        shuffled = gather_rows(self._key(everyone[order[own]]))
+        gathered = gather_rows(pixels)
+        order = batch_order(len(gathered), seed=self.seed, step=step, device=pixels.device)
+        shuffled = gather_rows(self._key(gathered[order[own]]))
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled
         return keys[own], keys
@@ -146,7 +150,7 @@ class MoCo(Method):
 
 
 def queue_loss(queries: Tensor, similarity: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
-    """``[B]`` losses ``log(exp(q·k/τ) + sum_j exp(q·n_j/τ)) - q·k/τ``: InfoNCE over one positive and the K queue rows.
+    """``[B]`` losses ``log(exp(q·k/τ) + sum_j exp(q·n_j/τ)) - q·k/τ``: InfoNCE of one positive and the K keys.
 
     Args:
         queries: ``[B, D]`` fp32 (fp64 for an fp64 queue).
@@ -154,8 +158,9 @@ def queue_loss(queries: Tensor, similarity: Tensor, queue: Tensor, *, temperatur
         queue: ``[K, D]``; takes no gradient.
         temperature: τ > 0.
     """
-    nowhere = torch.full((len(queries),), -1, device=queries.device)  # no query has its positive in the queue
-    negatives, _ = bank_nce_dense(queries[None], queue, nowhere, temperature=temperature)  # log-sum-exp over the queue
+    no_positive = torch.full((len(queries),), -1, device=queries.device)  # no positive lies in the queue
+    # ``[1, B]`` log-sum-exp over the queue
+    negatives, _ = bank_nce_dense(queries[None], queue, no_positive, temperature=temperature)
     positive = similarity / temperature
     return torch.logaddexp(negatives[0], positive) - positive
 

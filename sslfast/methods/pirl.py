@@ -1,9 +1,9 @@
-"""PIRL: representations that do not change under a pretext transform (Misra & van der Maaten, CVPR 2020).
+"""PIRL: representations that are invariant to a pretext transform (Misra & van der Maaten, CVPR 2020).
 
-Objective (PIRL eq. 5): ``loss = λ · L(m_I, g(v_It)) + (1 - λ) · L(m_I, f(v_I))``, where ``m_I`` is the memory-bank row
-of image I, ``f(v_I)`` the embedding of the image, ``g(v_It)`` that of its transform (jigsaw patches, or a rotated
-image), and L the noise-contrastive loss against K bank rows (NCE, or its softmax form InfoNCE). After the step the row
-moves toward ``f(v_I)``. ``λ = 0`` is NPID (Wu et al. 2018): no transformed view is computed at all.
+Objective (PIRL eq. 5): ``loss = λ · L(m_I, g(v_It)) + (1 - λ) · L(m_I, f(v_I))``, where ``m_I`` is the memory-bank
+vector of image I, ``f(v_I)`` the embedding of the image, ``g(v_It)`` that of its transform (jigsaw patches, or a
+rotated image), and L the noise-contrastive loss against K vectors of the bank (NCE, or its softmax form InfoNCE). After
+the step ``m_I`` moves toward ``f(v_I)``. ``λ = 0`` is NPID (Wu et al. 2018): no transformed view is computed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sslfast.config import resumable
 from sslfast.distributed import ignore_in_ddp, mean_over_ranks
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.models import MemoryBank, PatchHead, ResNetConfig, build_trunk, seeded
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
+from sslfast.methods.shared.patches import jigsaw_view
+from sslfast.models import MemoryBank, PatchHead, build_trunk, seeded
 from sslfast.ops import estimate_z
-from sslfast.views import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.views import View, ViewConfig
 
 IMAGE, PRETEXT = "image", "pretext"
 
 
-def _jigsaw_view() -> ViewConfig:
-    return ViewConfig(crop=CropConfig(size=255, scale=(0.6, 1.0)), jigsaw=JigsawConfig())
-
-
+@register_method
 class PIRL(Method):
-    """The method as a module: ``method(views, rows, step=...)`` -> losses, then ``method.after_step()``.
+    """The method as a module: ``method(views, sample_ids, step=...)`` -> losses, then ``method.after_step()``.
 
     State in buffers: ``bank.vectors`` and ``z`` (NaN until the first batch has set it).
     """
@@ -41,7 +41,7 @@ class PIRL(Method):
         name: ClassVar[str] = "pirl"
 
         pretext: Literal["jigsaw", "rotation", "rotation+jigsaw"] = "jigsaw"
-        """Transform that the representation becomes invariant to."""
+        """Transform that the representation is made invariant to."""
         pretext_weight: float = 0.5
         """λ, weight of the transformed view's loss; the image view has 1 - λ. 0 is NPID."""
         dimensions: int = 128
@@ -49,37 +49,38 @@ class PIRL(Method):
         temperature: float = 0.07
         """τ of the scores."""
         negatives: Literal["sampled", "shared", "full"] = "sampled"
-        """sampled: K rows drawn for every sample, as published. shared: K rows drawn once for the batch. full: every
-        row of the bank, nothing drawn; faster than sampled from some batch size on (benchmarks/bench_crossover.py)."""
+        """sampled: K vectors of the bank drawn for every sample, as published. shared: K drawn once for the batch.
+        full: the whole bank, nothing drawn; faster than sampled from some batch size on
+        (benchmarks/studies/crossover.py)."""
         num_negatives: int = 32000
-        """K, bank rows drawn per sample and step; unused with negatives full."""
+        """K, negatives drawn per sample and step; not used with negatives full."""
         loss: Literal["nce", "infonce"] = "nce"
         """nce: binary loss with normaliser Z. infonce: softmax over the positive and the K negatives."""
         z: Literal["frozen", "running", "exact"] = "frozen"
-        """frozen: Z estimated from the first batch. running: moving average of the estimate of every batch. exact: Z of
-        each batch over every row of the bank, mean_q sum_j exp(q . m_j / τ), at the cost of a pass over the bank."""
+        """frozen: Z estimated from the first batch. running: moving average of the estimates of all batches. exact: Z
+        of each batch over the whole bank, mean_q sum_j exp(q . m_j / τ), at the cost of a pass over the bank."""
         z_momentum: float = 0.99
-        """Weight of the old value when z is running."""
+        """Weight of the old value with z running."""
         z_from: Literal["all", "pretext"] = "all"
         """Which views' scores estimate Z."""
         exclude_self: bool = True
-        """Never draw a sample's own row as its negative."""
+        """Never draw a sample's own vector as its negative."""
         separate_draws: bool = False
-        """Draw other negatives for the transformed view than for the image view."""
+        """Draw separate negatives for the transformed view and the image view."""
         bank_momentum: float = 0.5
-        """Weight of the old row in the bank update."""
+        """Weight of the old vector in the bank update."""
         running_stats: Literal["image", "mixed"] = "image"
-        """Whose batch statistics enter BatchNorm's running ones, which evaluations use. image: the image view's alone.
-        mixed: the transformed view's too, as VISSL's two trunk calls leave them; patches differ from images, and
-        features on mixed statistics vary from seed to seed. Training uses each call's own batch either way."""
+        """Which batch statistics update BatchNorm's running ones, which evaluations use. image: the image view's only.
+        mixed: also the transformed view's, as VISSL's two trunk calls do; patches differ from images, and features on
+        mixed statistics vary from seed to seed. Training normalises by each call's own batch either way."""
         bank_dtype: Literal["fp32", "bf16"] = "fp32"
         """Storage of the bank; sums are fp32 either way."""
-        bank_layout: Literal["replicated", "sharded"] = "replicated"
-        """replicated: every process holds the whole bank. sharded: each holds its part of the rows, and losses are
-        those of the whole bank; for banks that one device cannot hold (docs/scale.md)."""
+        bank_layout: Literal["replicated", "sharded"] = resumable("replicated")
+        """replicated: every process holds the whole bank. sharded: each holds its part of it, and losses are those of
+        the whole bank; for banks that do not fit one device (docs/scale.md)."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image I."""
-        jigsaw_view: ViewConfig = field(default_factory=_jigsaw_view)
+        jigsaw_view: ViewConfig = field(default_factory=jigsaw_view)
         """I_t for pretext jigsaw and rotation+jigsaw (rotation comes first)."""
         rotation_view: ViewConfig = field(default_factory=lambda: ViewConfig(rotation=True))
         """I_t for pretext rotation."""
@@ -118,22 +119,22 @@ class PIRL(Method):
             if self.z_from == PRETEXT and self.pretext_weight == 0:
                 raise ValueError("method.z_from=pretext needs pretext_weight > 0; NPID has only the image view")
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "PIRL":
-            """The module for a data set of ``num_rows`` samples."""
-            return PIRL(self, model=model, num_rows=num_rows, seed=seed)
+        def build(self, context: MethodContext) -> "PIRL":
+            """The module for a run."""
+            return PIRL(self, context)
 
     z: Tensor
 
-    def __init__(self, config: Config, *, model: ResNetConfig, num_rows: int, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
-        if num_rows < 2:
-            raise ValueError(f"PIRL contrasts images with one another and needs at least 2, got {num_rows}")
+        if context.num_rows < 2:
+            raise ValueError(f"PIRL contrasts images with one another and needs at least 2, got {context.num_rows}")
         self.config = config
-        self.seed = seed
-        self.trunk = build_trunk(model, seed=seed)
+        self.seed = context.seed
+        self.trunk = build_trunk(context.model, seed=context.seed)
         features, dimensions = self.trunk.out_features, config.dimensions
-        with seeded(seed + 1):
+        with seeded(context.seed + 1):
             self.image_head = nn.Linear(features, dimensions)
             self.pretext_head: nn.Module | None = None
             if config.pretext_weight > 0:
@@ -145,7 +146,12 @@ class PIRL(Method):
                 )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.bank_dtype]
         self.bank = MemoryBank(
-            num_rows, dimensions, momentum=config.bank_momentum, seed=seed, dtype=dtype, layout=config.bank_layout
+            context.num_rows,
+            dimensions,
+            momentum=config.bank_momentum,
+            seed=context.seed,
+            dtype=dtype,
+            layout=config.bank_layout,
         )
         if self.bank.is_sharded:
             ignore_in_ddp(self, ["bank.vectors"])
@@ -168,32 +174,32 @@ class PIRL(Method):
         embeddings.append(self.image_head(self.trunk(views[IMAGE].pixels)))
         return normalize(torch.stack(embeddings).float(), dim=-1)
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
             views: "image" and, unless λ is 0, "pretext".
-            rows: ``[B]`` int64, bank row of each sample.
-            step: number of the step: with the seed and the row it fixes the negatives.
+            sample_ids: ``[B]`` int64, manifest row of each sample, which is its position in the bank.
+            step: number of the step: with the seed and the sample id it fixes the negatives.
 
         Returns:
             ``loss`` (0-d, differentiable) and detached 0-d ``loss_image``, ``loss_pretext``, ``z``.
         """
         config = self.config
         queries = self.embed(views)  # [V, B, D]
-        self._pending.append((rows, queries[-1].detach()))
+        self._pending.append((sample_ids, queries[-1].detach()))
         if config.loss == "nce" and config.z == "exact":
-            self._set_z(self._exact_z(queries.detach(), rows))
+            self._set_z(self._exact_z(queries.detach(), sample_ids))
         elif config.loss == "nce" and not self._z_is_set:
-            # Asked in the next step, since a first one that is not finite may be undone, and Z with it.
+            # Read in the next step, since a first step with a non-finite loss may be undone, and Z with it.
             self._z_is_set = not bool(self.z.isnan())  # host sync: two steps of a run, one after a load
             if not self._z_is_set:
-                self._set_z(self._estimate_z(self._score(queries.detach(), rows, step=step, loss="infonce")[1]))
-        losses, lse = self._score(queries, rows, step=step, loss=config.loss)
+                self._set_z(self._estimate_z(self._score(queries.detach(), sample_ids, step=step, loss="infonce")[1]))
+        losses, lse = self._score(queries, sample_ids, step=step, loss=config.loss)
         if config.loss == "nce" and config.z == "running":
             self.z.lerp_(mean_over_ranks(self._estimate_z(lse)), 1 - config.z_momentum)
         per_view = losses.mean(dim=1)
-        logs = {"loss_image": per_view[-1].detach().clone()}  # compiled code returns no two views of one tensor
+        logs = {"loss_image": per_view[-1].detach().clone()}  # compiled code must not return two views of one tensor
         loss = per_view[-1].clone()
         if self.pretext_head is not None:
             loss = config.pretext_weight * per_view[0] + (1 - config.pretext_weight) * loss
@@ -203,7 +209,7 @@ class PIRL(Method):
         return {"loss": loss, **logs}
 
     def after_step(self) -> None:
-        """Moves the batch's bank rows toward the image embeddings of the step just taken."""
+        """Moves the batch's vectors in the bank toward the image embeddings of the step just taken."""
         if not self._pending:
             raise RuntimeError("PIRL.after_step was called before a forward pass")
         self.bank.update_(*(torch.cat(column) for column in zip(*self._pending, strict=True)))
@@ -218,7 +224,7 @@ class PIRL(Method):
         return self.bank.whole_vectors()
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """``state_dict()`` with the whole bank, as every layout loads it."""
+        """``state_dict()`` with the whole bank, which every layout loads."""
         return {**self.state_dict(), "bank.vectors": self.bank.whole_vectors()}
 
     def full_state_bytes(self) -> int:
@@ -227,7 +233,7 @@ class PIRL(Method):
 
     @contextmanager
     def _running_stats_kept(self) -> Iterator[None]:
-        """BatchNorm inside normalises by its batch as always, and leaves its running statistics as they are."""
+        """BatchNorm inside normalises by its batch and leaves its running statistics unchanged."""
         norms = [m for m in self.trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         if self.config.running_stats == "image":
@@ -240,7 +246,7 @@ class PIRL(Method):
                 norm.momentum = momentum
 
     def _score(
-        self, queries: Tensor, rows: Tensor, *, step: int | Tensor, loss: Literal["nce", "infonce"]
+        self, queries: Tensor, sample_ids: Tensor, *, step: int | Tensor, loss: Literal["nce", "infonce"]
     ) -> tuple[Tensor, Tensor]:
         """(losses ``[V, B]``, log-sum-exp of the scores ``[V, B]``)."""
         config = self.config
@@ -248,7 +254,7 @@ class PIRL(Method):
         parts = [
             self.bank.score(
                 part,
-                rows,
+                sample_ids,
                 temperature=config.temperature,
                 negatives=config.negatives,
                 num_negatives=config.num_negatives,
@@ -271,9 +277,9 @@ class PIRL(Method):
             used, num_negatives=num_rows - 1 if whole_bank else self.config.num_negatives, num_rows=num_rows
         )
 
-    def _exact_z(self, queries: Tensor, rows: Tensor) -> Tensor:
+    def _exact_z(self, queries: Tensor, sample_ids: Tensor) -> Tensor:
         options = {"temperature": self.config.temperature, "negatives": "full", "loss": "infonce"}
-        _, lse = self.bank.score(queries, rows, **options)  # the log-sum-exp over all N rows
+        _, lse = self.bank.score(queries, sample_ids, **options)  # the log-sum-exp over the whole bank
         return self._estimate_z(lse, whole_bank=True)
 
     @torch.no_grad()

@@ -1,38 +1,35 @@
-"""The methods that there are."""
+"""The method registry: configuration classes by name. A module outside this package adds its own."""
 
-from typing import TypeAlias, get_args
+from typing import Annotated, TypeAlias, TypeVar
 
-from sslfast.methods.autoencoder import Autoencoder
-from sslfast.methods.base import BaseConfig
-from sslfast.methods.colorization import Colorization
-from sslfast.methods.cpc import CPC
-from sslfast.methods.deepcluster import DeepCluster
-from sslfast.methods.inpainting import Inpainting
-from sslfast.methods.jigsaw import Jigsaw
-from sslfast.methods.moco import MoCo
-from sslfast.methods.pirl import PIRL
-from sslfast.methods.relative_position import RelativePosition
-from sslfast.methods.rotation import Rotation
-from sslfast.methods.sela import SeLa
-from sslfast.methods.simclr import SimCLR
-from sslfast.methods.super_resolution import SuperResolution
+from sslfast.config import OneOf
+from sslfast.methods.base import BaseConfig, Method
 
-MethodConfig: TypeAlias = (
-    PIRL.Config
-    | SimCLR.Config
-    | MoCo.Config
-    | CPC.Config
-    | Autoencoder.Config
-    | Colorization.Config
-    | Inpainting.Config
-    | SuperResolution.Config
-    | Jigsaw.Config
-    | Rotation.Config
-    | RelativePosition.Config
-    | DeepCluster.Config
-    | SeLa.Config
-)
-"""Configuration of any method; ``name`` says which."""
+M = TypeVar("M", bound=Method)
 
-METHODS: dict[str, type[BaseConfig]] = {config.name: config for config in get_args(MethodConfig)}
+METHODS: dict[str, type[BaseConfig]] = {}
 """Configuration classes by their name."""
+
+MethodConfig: TypeAlias = Annotated[
+    BaseConfig, OneOf(METHODS, "import the module that registers it, on the command line with --plugin MODULE")
+]
+"""Configuration of any registered method; ``name`` says which."""
+
+
+def register_method(method: type[M]) -> type[M]:
+    """Class decorator of a :class:`Method`: adds its ``Config`` to the registry under ``Config.name``.
+
+    Configurations with that name can then be read from ``config.json``, so runs of the method resume and evaluate.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    config = method.Config
+    known = METHODS.setdefault(config.name, config)
+    if (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
+        raise ValueError(
+            f"method name {config.name!r} is taken by {known.__module__}.{known.__qualname__}; "
+            f"choose another one for {config.__module__}.{config.__qualname__}"
+        )
+    METHODS[config.name] = config  # of the newest import, where a module is reloaded
+    return method

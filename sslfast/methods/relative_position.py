@@ -1,11 +1,11 @@
-"""Relative position: on which side of a patch does another one lie (Doersch, Gupta & Efros, ICCV 2015).
+"""Relative position: classify where a patch lies relative to another one (Doersch, Gupta & Efros, ICCV 2015).
 
 Objective: ``loss = -log softmax(h(f(x_centre), f(x_n)))_n``, where ``x_n`` is the patch of the n-th of the eight cells
-around the centre of a 3 x 3 grid, in reading order, f the trunk and h a head on the two features side by side. Either
+around the centre of a 3 x 3 grid, in reading order, f the trunk and h a head on the two concatenated features. Either
 one drawn neighbour of each image (the paper), or the mean over all eight from nine trunk passes (Kolesnikov, Zhai &
-Beyer, CVPR 2019). Against shortcuts, as in the paper: a gap between patches and a random place of each in
-its cell (the view's ``patch_size`` and ``max_offset``), and colour dropping, against chromatic aberration: of each
-patch one drawn channel is kept and the others become noise.
+Beyer, CVPR 2019). Against shortcuts, as in the paper: a gap between patches and a random position of each in its cell
+(the view's ``patch_size`` and ``max_offset``), and colour dropping, against chromatic aberration: one drawn channel of
+each patch is kept and the others become noise.
 """
 
 import math
@@ -17,37 +17,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.jigsaw import jigsaw_view
-from sslfast.methods.shared.patches import gather_patches, mosaic, slots_of_cells
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
+from sslfast.methods.shared.patches import gather_patches, jigsaw_view, mosaic, slots_of_cells
 from sslfast.methods.shared.reconstruction import PixelSpace
-from sslfast.models import PairHead, ResNetConfig, build_trunk, seeded
+from sslfast.models import PairHead, build_trunk, seeded
 from sslfast.ops.philox import Stream, random_uint32, uint32_below
 from sslfast.views import View, ViewConfig
 
 PATCHES = "patches"
 CELLS, CENTRE, NEIGHBOURS = 9, 4, 8
 NOISE = 0.01
-"""Deviation of the noise in a dropped channel, in deviations of the one that is kept (Doersch et al., section 3.1)."""
+"""Standard deviation of the noise in a dropped channel, in units of that of the kept one (Doersch et al., section
+3.1)."""
 
 
 @dataclass(kw_only=True)
 class Draws:
-    """Every random choice of a batch, a function of (seed, step, row)."""
+    """Every random choice of a batch, a function of (seed, step, sample id)."""
 
     neighbour: Tensor
-    """``[B]`` int64 in 0..7: the neighbour asked for where only one is."""
+    """``[B]`` int64 in 0..7: the neighbour, with ``pairs="drawn"``."""
     channel: Tensor
     """``[B, 9]`` int64 in 0..2: the channel that each cell's patch keeps."""
     noise: Tensor
-    """``[B, p, p]`` fp32 normal. One field for the dropped channels of all patches of a sample: it says nothing of
-    where a patch lies."""
+    """``[B, p, p]`` fp32 normal. The same for the dropped channels of all patches of a sample, so that it carries no
+    information on where a patch lies."""
 
 
-def draw(rows: Tensor, patch_size: int, *, seed: int, step: int | Tensor) -> Draws:
-    """Draw what a step needs: word 0 the neighbour, 1 to 9 the channels, then the noise by Box and Muller."""
+def draw(sample_ids: Tensor, patch_size: int, *, seed: int, step: int | Tensor) -> Draws:
+    """The draws of a step: word 0 the neighbour, words 1 to 9 the channels, then the noise (Box-Muller transform)."""
     half = (patch_size**2 + 1) // 2
-    words = random_uint32(rows, 1 + CELLS + 2 * half, seed=seed, stream=Stream.PRETEXT, step=step)
+    words = random_uint32(sample_ids, 1 + CELLS + 2 * half, seed=seed, stream=Stream.PRETEXT, step=step)
     uniform = (words[:, 1 + CELLS :].double() + 0.5) * 2.0**-32  # in (0, 1), fp64: the logarithm is finite
     radius, angle = (-2 * uniform[:, :half].log()).sqrt(), 2 * math.pi * uniform[:, half:]
     normal = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, : patch_size**2]
@@ -66,24 +67,25 @@ def drop_colours(patches: Tensor, channel: Tensor, noise: Tensor) -> Tensor:
     return torch.where(kept[..., None, None], patches, filled.to(patches.dtype))
 
 
+@register_method
 class RelativePosition(Method):
     """The method as a module. No state besides the weights."""
 
     @dataclass(kw_only=True)
     class Config(BaseConfig):
-        """Eight-way classification of a neighbour's place."""
+        """Eight-way classification of a neighbour's position."""
 
         name: ClassVar[str] = "relative-position"
 
         pairs: Literal["all", "drawn"] = "all"
-        """all: the centre with each of its eight neighbours, nine trunk passes for eight questions. drawn: with one,
-        two passes for one question, as published."""
+        """all: the centre with each of its eight neighbours, nine trunk passes for eight pairs. drawn: with one,
+        two passes for one pair, as published."""
         hidden_features: int = 4096
         """Columns of the head's hidden layer."""
         drop_colours: bool = True
         """Keep one drawn channel of each patch, against chromatic aberration."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
-        """Whole images, for evaluations alone."""
+        """Whole images, for evaluations only."""
         patch_view: ViewConfig = field(default_factory=jigsaw_view)
         """The 3 x 3 patches; their order in the view does not matter."""
 
@@ -91,19 +93,19 @@ class RelativePosition(Method):
             """The views that a step needs, in the order that numbers their random streams."""
             return {PATCHES: self.patch_view}
 
-        def preview_panels(self, views: Mapping[str, View], rows: Tensor, *, seed: int) -> dict[str, Tensor]:
-            """Centre and drawn neighbour side by side, then the answer: the nine patches with only these two shown."""
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """Centre and drawn neighbour side by side, then the answer: the 3 x 3 grid with these two patches only."""
             view = views[PATCHES]
             patches = PixelSpace(self.patch_view.augment).to_rgb(gather_patches(view.pixels, slots_of_cells(view)))
-            drawn = draw(rows, patches.shape[-1], seed=seed, step=0)
+            drawn = draw(sample_ids, patches.shape[-1], seed=seed, step=0)
             seen = patches
             if self.drop_colours:
                 pixels = gather_patches(view.pixels, slots_of_cells(view))
                 seen = PixelSpace(self.patch_view.augment).to_rgb(drop_colours(pixels, drawn.channel, drawn.noise))
             cell = cells_of_neighbours(drawn.neighbour)
             pair = torch.stack((torch.full_like(cell, CENTRE), cell), dim=1)  # [B, 2]
-            place = torch.arange(CELLS)
-            shown = (place == CENTRE) | (place == cell[:, None])
+            cells = torch.arange(CELLS)
+            shown = (cells == CENTRE) | (cells == cell[:, None])
             answer = torch.where(shown[..., None, None, None], patches, torch.ones(()))
             return {
                 "centre and which neighbour?": mosaic(gather_patches(seen, pair), 2),
@@ -119,23 +121,25 @@ class RelativePosition(Method):
                     f"got {jigsaw and jigsaw.grid}"
                 )
             if self.patch_view.rotation:
-                raise ValueError("method.patch_view.rotation must be False: turned images have other sides, got True")
+                raise ValueError(
+                    "method.patch_view.rotation must be False: rotation changes the relative positions, got True"
+                )
             self.check_at_least(1, "hidden_features")
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "RelativePosition":
-            """The module; ``num_rows`` does not matter."""
-            return RelativePosition(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "RelativePosition":
+            """The module for a run."""
+            return RelativePosition(self, context)
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
-        self.config, self.seed = config, seed
-        self.trunk = build_trunk(model, seed=seed)
-        with seeded(seed + 1):
+        self.config, self.seed = config, context.seed
+        self.trunk = build_trunk(context.model, seed=context.seed)
+        with seeded(context.seed + 1):
             self.head = PairHead(self.trunk.out_features, config.hidden_features, NEIGHBOURS)
 
     def logits(self, view: View, drawn: Draws) -> tuple[Tensor, Tensor]:
-        """(scores ``[Q, 8]``, answers ``[Q]``): Q = 8 B questions, or B where one neighbour is drawn."""
+        """(scores ``[Q, 8]``, answers ``[Q]``): Q = 8 B pairs, or B where one neighbour is drawn."""
         pixels = gather_patches(view.pixels, slots_of_cells(view))  # [B, 9, 3, p, p] by cell
         if self.config.drop_colours:
             pixels = drop_colours(pixels, drawn.channel, drawn.noise)
@@ -151,21 +155,21 @@ class RelativePosition(Method):
             centre, neighbour = features[0::2], features[1::2]
         return self.head(centre, neighbour), answers
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch and ``accuracy``, the share of places named right (detached).
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of correct positions (detached).
 
         Args:
             views: "patches".
-            rows: ``[B]`` int64, manifest row of each sample.
-            step: number of the step: with the seed and the row it fixes neighbour, channels and noise.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
+            step: number of the step: with the seed and the sample id it fixes neighbour, channels and noise.
         """
         view = views[PATCHES]
-        drawn = draw(rows, view.pixels.shape[-1], seed=self.seed, step=step)
+        drawn = draw(sample_ids, view.pixels.shape[-1], seed=self.seed, step=step)
         logits, answers = self.logits(view, drawn)
         accuracy = (logits.argmax(dim=1) == answers).float().mean()
         return {"loss": cross_entropy(logits.float(), answers), "accuracy": accuracy}
 
 
 def cells_of_neighbours(neighbour: Tensor) -> Tensor:
-    """Number 0..7 of a neighbour to its cell 0..8: the centre is left out."""
+    """Neighbour 0..7 to its cell 0..8, skipping the centre."""
     return neighbour + (neighbour >= CENTRE).long()

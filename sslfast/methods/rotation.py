@@ -1,8 +1,8 @@
-"""Rotation (RotNet): by how many quarter turns was the image turned (Gidaris, Singh & Komodakis, ICLR 2018).
+"""Rotation (RotNet): classify by how many quarter turns an image was rotated (Gidaris, Singh & Komodakis, ICLR 2018).
 
 Objective: ``loss = 1/4 Σ_k -log softmax(W f(rot_k(x)))_k`` over ``k = 0 .. 3`` quarter turns of every image (eq. 3), or
-the one term of a drawn ``k`` (VISSL). f is the trunk, W one linear layer. The crop is mirrored before it is turned, so
-that the answer is what can be seen; turning moves whole pixels and leaves no trace at the border.
+the one term of a drawn ``k`` (VISSL). f is the trunk, W one linear layer. The crop is flipped before it is rotated, so
+that the label matches the image; rotation moves whole pixels and leaves no artefacts at the border.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.models import ResNetConfig, build_trunk, seeded
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
+from sslfast.models import build_trunk, seeded
 from sslfast.ops import rotate90
 from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 
 
+@register_method
 class Rotation(Method):
     """The method as a module. No state besides the weights."""
 
@@ -31,17 +33,17 @@ class Rotation(Method):
         name: ClassVar[str] = "rotation"
 
         all_turns: bool = False
-        """True: every image in all four turns, four times the work a step, as in the paper. False: one drawn turn of
-        each, as VISSL does."""
+        """True: every image in all four rotations, four times the work of a step, as in the paper. False: one drawn
+        rotation of each, as in VISSL."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
-        """The upright image; the turn is added."""
+        """The upright image; the rotation is added."""
 
         def views(self) -> dict[str, ViewConfig]:
             """The views that a step needs, in the order that numbers their random streams."""
             return {IMAGE: replace(self.image_view, rotation=not self.all_turns)}
 
         def preview_views(self) -> dict[str, ViewConfig]:
-            """The turned image, also where a step turns it in all four ways."""
+            """The rotated image, also where a step uses all four rotations."""
             return {IMAGE: replace(self.image_view, rotation=True)}
 
         def validate(self) -> None:
@@ -52,29 +54,29 @@ class Rotation(Method):
                     f"rotation={self.image_view.rotation}; set neither"
                 )
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Rotation":
-            """The module; ``num_rows`` does not matter."""
-            return Rotation(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "Rotation":
+            """The module for a run."""
+            return Rotation(self, context)
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.trunk = build_trunk(model, seed=seed)
-        with seeded(seed + 1):
+        self.trunk = build_trunk(context.model, seed=context.seed)
+        with seeded(context.seed + 1):
             self.head = nn.Linear(self.trunk.out_features, 4)
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch and ``accuracy``, the share of turns named right (detached).
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of correct rotations (detached).
 
         Args:
-            views: "image", with quarter turns unless all of them are asked.
-            rows: ``[B]`` int64; not used.
+            views: "image", with quarter turns unless ``all_turns``.
+            sample_ids: ``[B]`` int64; not used.
             step: not used.
         """
         pixels, turns = views[IMAGE].pixels, views[IMAGE].quarter_turns
         if self.config.all_turns:
-            # [4 B]: the four turns of an image stand side by side, as its gradients are summed.
+            # [4 B]: the four rotations of an image are adjacent, as their gradients are summed.
             turns = torch.arange(4, device=pixels.device).repeat(len(pixels))
             pixels = rotate90(pixels.repeat_interleave(4, dim=0), turns)
         if turns is None:

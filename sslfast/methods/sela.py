@@ -7,42 +7,43 @@ Objective, alternately (section 3), for each of H heads with its own weights: th
 smoothed by an entropy of weight 1/λ, so that ``Q = diag(α) P^λ diag(β)`` by Sinkhorn and Knopp (``sinkhorn.py``), and
 ``y_n = argmax_k Q_nk``; then the trunk and all heads minimise ``mean_h mean_n -log softmax(W_h f(x_n))_{y_n^h}``.
 
-As here: a pass over the data before a labelling keeps features (``pseudo_labels.py``), and the heads make logits of
-them as they are needed, so the memory is N x D for all heads and not N x K for each. The pass shows central squares in
-evaluation mode. The first labels come from the untrained network, as in the paper. Labels change at the start of
-epochs; the paper's schedule of labellings, dense at the beginning, is rounded to them.
+Implementation: a feature pass before a labelling stores features (``pseudo_labels.py``), and the heads compute logits
+from them when they are needed, so the memory is N x D for all heads and not N x K for each. The pass uses central
+squares and evaluation mode. The first labels come from the untrained network, as in the paper. Labels change at the
+start of epochs; the paper's schedule of labellings, dense at the beginning, is rounded to them.
 
-Under several processes every rank holds all features and labels, and works on its share of the rows.
+Under several processes every rank holds all features and labels, and labels its share of the rows.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sslfast.methods.base import BaseConfig, Method
+from sslfast.distributed import gather_uneven, own_rows
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
 from sslfast.methods.shared.pseudo_labels import (
     UNLABELLED,
     CollectedFeatures,
     central_view,
-    gather_shares,
     label_accuracy,
     pseudo_label_loss,
-    share,
 )
 from sslfast.methods.shared.sinkhorn import sinkhorn
-from sslfast.models import ResNetConfig, build_trunk, seeded
+from sslfast.models import build_trunk, seeded
 from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 _CACHE_BYTES = 1 << 30
-"""Logits of one head up to this size are kept during a labelling instead of being computed in every iteration."""
+"""Logits of one head up to this size are cached during a labelling instead of being computed in every iteration."""
 
 
+@register_method
 class SeLa(Method):
     """The method as a module. State in buffers: ``features`` and ``labels`` ``[H, N]`` int32 (-1: none yet)."""
 
@@ -57,25 +58,31 @@ class SeLa(Method):
         clusters: int = 3000
         """K of each head."""
         sharpness: float = 25.0
-        """λ: the larger, the nearer to the unsmoothed transport and the slower."""
+        """λ: the larger, the closer to the transport without entropy and the slower."""
         every_epochs: int = 1
         """Epochs between two labellings, where ``labellings`` is 0."""
         labellings: int = 0
-        """n: labellings over ``labelling_epochs`` epochs, the k-th at the share ((k - 1) / n)² of them, rounded down;
-        several in one epoch are one. 0: every ``every_epochs``."""
+        """n: labellings over ``labelling_epochs`` epochs, the k-th after ((k - 1) / n)² of them, rounded down; several
+        in one epoch are one. 0: every ``every_epochs``."""
         labelling_epochs: int = 0
-        """Epochs that ``labellings`` are spread over: those of the run."""
+        """Epochs that ``labellings`` are spread over. 0: those of the run."""
         tolerance: float = 1e-2
-        """Relative error of the clusters' masses at which the transport is solved."""
+        """Relative error of the cluster masses at which Sinkhorn stops."""
         max_iterations: int = 500
-        """Sinkhorn iterations at the most."""
+        """Maximum number of Sinkhorn iterations."""
         feature_dtype: Literal["fp32", "bf16"] = "fp32"
         """Storage of the features of all rows; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image."""
 
+        def resolve(self, context: MethodContext) -> Self:
+            """With ``labelling_epochs``, which default to the epochs of the run."""
+            epochs = self.labelling_epochs or (context.epochs if self.labellings else 0)
+            return replace(self, labelling_epochs=epochs)
+
         def labels_in(self, epoch: int) -> bool:
-            """Whether the rows are labelled before this epoch; always before the first."""
+            """Whether the rows are labelled before this epoch, always before the first; for a resolved
+            configuration."""
             if not self.labellings:
                 return epoch % self.every_epochs == 0
             times = ((k / self.labellings) ** 2 for k in range(self.labellings))
@@ -90,33 +97,29 @@ class SeLa(Method):
             self.check_whole_image()
             self.check_at_least(1, "heads", "every_epochs", "max_iterations")
             self.check_at_least(2, "clusters")
-            self.check_at_least(0, "labellings")
+            self.check_at_least(0, "labellings", "labelling_epochs")
             self.check_positive("sharpness", "tolerance")
-            if self.labellings and self.labelling_epochs < 1:
-                raise ValueError(
-                    f"method.labelling_epochs must be the epochs of the run, 1 or more, where labellings="
-                    f"{self.labellings}, got {self.labelling_epochs}"
-                )
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "SeLa":
-            """The module for a data set of ``num_rows`` samples.
+        def build(self, context: MethodContext) -> "SeLa":
+            """The module for a run.
 
             Raises:
                 ValueError: a bad field, or fewer samples than clusters.
             """
-            return SeLa(self, model=model, num_rows=num_rows, seed=seed)
+            return SeLa(self, context)
 
     labels: Tensor
 
-    def __init__(self, config: Config, *, model: ResNetConfig, num_rows: int, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
+        num_rows = context.num_rows
         if config.clusters > num_rows:
             raise ValueError(f"method.clusters must be at most the {num_rows} images, got {config.clusters}; lower it")
-        self.config = config
-        self.trunk = build_trunk(model, seed=seed)
+        self.config = config.resolve(context)
+        self.trunk = build_trunk(context.model, seed=context.seed)
         width = self.trunk.out_features
-        with seeded(seed + 1):
+        with seeded(context.seed + 1):
             self.head = nn.Linear(width, config.heads * config.clusters)  # head h has rows h K .. (h + 1) K
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
         self.features = CollectedFeatures(num_rows, width, dtype=dtype)
@@ -126,9 +129,9 @@ class SeLa(Method):
         """Where the schedule labels."""
         return self.config.labels_in(epoch)
 
-    def collect(self, views: Mapping[str, View], rows: Tensor) -> None:
-        """Keeps the features of a batch."""
-        self.features.store_(rows, self.trunk(views[IMAGE].pixels))
+    def store_features(self, views: Mapping[str, View], sample_ids: Tensor) -> None:
+        """Stores the features of a batch."""
+        self.features.store_(sample_ids, self.trunk(views[IMAGE].pixels))
 
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
@@ -136,52 +139,53 @@ class SeLa(Method):
         if not self.config.labels_in(epoch):
             return
         seen = self.features.seen.nonzero()[:, 0]
-        own = seen[share(len(seen))]
+        part = own_rows(len(seen))
+        own = seen[part.start : part.stop]
         weights = self.head.weight.unflatten(0, (self.config.heads, -1))
         biases = self.head.bias.unflatten(0, (self.config.heads, -1))
         self.labels.fill_(UNLABELLED)
         for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            self.labels[head, seen] = gather_shares(self._label(own, weight, bias), len(seen)).int()
+            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias)).int()
 
-    def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """``[n]`` int64 labels of this rank's ``rows`` ``[n]`` by one head."""
+    def _label(self, sample_ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``[n]`` int64 labels of the samples ``[n]`` of this rank, by one head."""
         config = self.config
         cache: dict[int, Tensor] = {}
-        caches = len(rows) * config.clusters * 4 <= _CACHE_BYTES
+        caches = len(sample_ids) * config.clusters * 4 <= _CACHE_BYTES
 
         def scores(part: slice) -> Tensor:
             logits = cache.get(part.start)
             if logits is None:
-                logits = linear(self.features.vectors[rows[part]].float(), weight, bias)
+                logits = linear(self.features.vectors[sample_ids[part]].float(), weight, bias)
                 if caches:
                     cache[part.start] = logits
-            return config.sharpness * logits.double()  # log-probabilities up to a number of each row
+            return config.sharpness * logits.double()  # log-probabilities up to a constant of each row
 
         return sinkhorn(
             scores,
-            len(rows),
+            len(sample_ids),
             config.clusters,
             tolerance=config.tolerance,
             max_iterations=config.max_iterations,
             device=weight.device,
         ).labels
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
-        """``loss`` of one batch and ``accuracy``, the share of labels named right.
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+        """``loss`` of one batch and ``accuracy``, the share of correct labels.
 
         Args:
             views: "image".
-            rows: ``[B]`` int64, manifest row of each sample.
+            sample_ids: ``[B]`` int64, manifest row of each sample.
             step: not used.
         """
         features = self.trunk(views[IMAGE].pixels)
-        logits = self.head(features).view(len(rows) * self.config.heads, -1)  # [B H, K]
-        labels = self.labels[:, rows].T.flatten().long()
+        logits = self.head(features).view(len(sample_ids) * self.config.heads, -1)  # [B H, K]
+        labels = self.labels[:, sample_ids].T.flatten().long()
         loss = pseudo_label_loss(logits, labels, torch.ones_like(labels, dtype=torch.float32))
         return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
 
     def embeddings(self) -> Tensor:
-        """Features of each row, as the last pass made them."""
+        """Features of each row, as the last pass computed them."""
         return self.features.vectors
 
     def replicated(self) -> list[Tensor]:

@@ -2,9 +2,9 @@
 
 Objective (eq. 1, NT-Xent), the mean over the 2B views of a batch of ``loss_i = -log( exp(z_i·z_p(i)/τ) /
 sum_{j≠i} exp(z_i·z_j/τ) )``, where z are unit embeddings behind an MLP and p(i) is the other view of the same image.
-Under several processes a view is contrasted with those of all ranks, and BatchNorm should see them all (section 2.2:
-else the positive can be told by the statistics of its rank): ``sync_batchnorm``, which the recipe sets. The
-``[2B, 2B]`` matrix is never kept: see ``models/contrast.py``.
+Under several processes a view is contrasted with those of all ranks, and BatchNorm should be synchronised (section 2.2:
+else the statistics of a rank give its positives away): ``sync_batchnorm``, which the recipe sets. The ``[2B, 2B]``
+matrix is never stored: see ``models/contrast.py``.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.distributed import gather_rows_with_gradient, rank
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.models import MLPHead, ResNetConfig, build_trunk, info_nce, seeded
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.registry import register_method
+from sslfast.models import MLPHead, build_trunk, info_nce, seeded
 from sslfast.views import View, ViewConfig
 
 FIRST, SECOND = "first", "second"
 
 
+@register_method
 class SimCLR(Method):
-    """The method as a module: trunk and head, no further state."""
+    """The method as a module: trunk and head. No state besides the weights."""
 
     @dataclass(kw_only=True)
     class Config(BaseConfig):
@@ -35,11 +37,11 @@ class SimCLR(Method):
         hidden_features: int = 2048
         """Width of the head's hidden layer."""
         dimensions: int = 128
-        """Columns of an embedding."""
+        """Dimensions of an embedding."""
         temperature: float = 0.1
         """τ of the scores."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
-        """Both views: two draws of it."""
+        """The view that both views are draws of."""
 
         def views(self) -> dict[str, ViewConfig]:
             """Two draws of the image view."""
@@ -51,25 +53,25 @@ class SimCLR(Method):
             self.check_positive("temperature")
             self.check_whole_image()
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "SimCLR":
-            """The module for a data set of ``num_rows`` samples."""
-            return SimCLR(self, model=model, seed=seed)
+        def build(self, context: MethodContext) -> "SimCLR":
+            """The module for a run."""
+            return SimCLR(self, context)
 
-    def __init__(self, config: Config, *, model: ResNetConfig, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.trunk = build_trunk(model, seed=seed)
-        with seeded(seed + 1):
+        self.trunk = build_trunk(context.model, seed=context.seed)
+        with seeded(context.seed + 1):
             self.projection = MLPHead(self.trunk.out_features, config.hidden_features, config.dimensions)
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.
 
         Args:
             views: "first" and "second".
-            rows: ``[B]`` int64, manifest row of each sample; unused.
-            step: of the run; unused.
+            sample_ids: ``[B]`` int64; not used.
+            step: not used.
 
         Returns:
             ``loss`` (0-d, differentiable) and detached 0-d ``similarity``, the mean of z_i·z_p(i).
@@ -87,13 +89,14 @@ def nt_xent(embeddings: Tensor, *, temperature: float) -> Tensor:
     """NT-Xent of this rank's views against those of all ranks.
 
     Args:
-        embeddings: ``[2B, D]`` unit rows, the second views of the images in the order of the first ones.
+        embeddings: ``[2B, D]`` unit vectors: B first views, then the B second views in the same order.
         temperature: τ > 0.
 
     Returns:
-        ``[2B]`` losses. Their mean's gradient is that of the mean over ranks once gradients are averaged over ranks.
+        ``[2B]`` losses. Once gradients are averaged over ranks, the gradient of their mean is that of the mean over all
+        ranks.
     """
     count = len(embeddings)
     own = torch.arange(count, device=embeddings.device) + rank() * count
-    everyone = gather_rows_with_gradient(embeddings)
-    return info_nce(embeddings, everyone, own.roll(count // 2), temperature=temperature, excluded=own)
+    keys = gather_rows_with_gradient(embeddings)
+    return info_nce(embeddings, keys, own.roll(count // 2), temperature=temperature, excluded=own)

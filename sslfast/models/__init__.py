@@ -1,14 +1,17 @@
-"""Trunks, heads and memory banks as modules. Imports ``distributed`` and ``ops``."""
+"""Trunks, heads, decoders and memory banks as modules. Imports ``config``, ``distributed`` and ``ops``."""
 
+from sslfast.models.build import TrunkConfig, build_trunk, read_trunk_config, require_resnet, trunk_stride
 from sslfast.models.context import RowContext
 from sslfast.models.contrast import info_nce
-from sslfast.models.decoder import Decoder, trunk_stride
+from sslfast.models.decoder import Decoder
 from sslfast.models.heads import JigsawHead, MLPHead, PairHead, PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
-from sslfast.models.resnet import ResNetConfig, ResNetTrunk, build_trunk
+from sslfast.models.resnet import ResNetConfig, ResNetTrunk
+from sslfast.models.trunk import CustomTrunkConfig, Trunk, trunk_factory
 
 __all__ = [
+    "CustomTrunkConfig",
     "Decoder",
     "JigsawHead",
     "MLPHead",
@@ -18,9 +21,14 @@ __all__ = [
     "ResNetConfig",
     "ResNetTrunk",
     "RowContext",
+    "Trunk",
+    "TrunkConfig",
     "build_trunk",
     "info_nce",
     "initial_rows",
+    "read_trunk_config",
+    "require_resnet",
     "seeded",
+    "trunk_factory",
     "trunk_stride",
 ]

@@ -1,4 +1,4 @@
-"""Context network of CPC: a column of masked convolutions over a grid of features."""
+"""Context network of CPC: a stack of masked convolutions over a grid of features."""
 
 from typing import cast
 
@@ -7,7 +7,7 @@ from torch.nn.functional import pad, relu
 
 
 class _Block(nn.Module):
-    """Residual: 1x1, then 1x3 along the row, then 2x1 that sees this row and the one before, then 1x1."""
+    """Residual: 1x1, then 1x3 along the row, then 2x1 over this row and the one above, then 1x1."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
@@ -18,15 +18,15 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.along(relu(self.reduce(x)))
-        hidden = self.down(pad(hidden, (0, 0, 1, 0)))  # a row of zeros above: row i sees rows i - 1 and i
+        hidden = self.down(pad(hidden, (0, 0, 1, 0)))  # zero padding above: row i sees rows i - 1 and i
         return cast(Tensor, x + self.expand(relu(hidden)))
 
 
 class RowContext(nn.Module):
-    """``[B, C, G, G]`` -> ``[B, C, G, G]``: what row i holds depends on rows 0 .. i (to ``blocks`` above) alone.
+    """``[B, C, G, G]`` -> ``[B, C, G, G]``: output row i depends on input rows i - ``blocks`` .. i only.
 
-    Masked convolutions without a blind spot in the manner of PixelCNN: all of the own row is seen, no row below
-    (van den Oord et al. 2018, section 3.3).
+    Masked convolutions as in PixelCNN, without its blind spot: all of the own row is visible, no row below (van den
+    Oord et al. 2018, section 3.3).
     """
 
     def __init__(self, features: int, hidden: int, blocks: int) -> None:

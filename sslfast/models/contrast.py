@@ -1,6 +1,7 @@
-"""InfoNCE between embeddings of one batch, streamed: gradients reach queries and keys, and no matrix of scores is kept.
+"""InfoNCE between the embeddings of one batch in blocks: gradients flow to queries and keys, the score matrix is never
+stored.
 
-``sslfast.ops.bank_nce`` is for banks and queues, whose rows take no gradient.
+``sslfast.ops.bank_nce`` is for banks and queues, whose vectors take no gradient.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 1 << 21
-"""Scores in memory at a time (8 MiB in fp32), as far as whole rows allow."""
+"""Scores per block (8 MiB in fp32), rounded to whole rows, at least one."""
 
 
 def info_nce(
@@ -22,9 +23,9 @@ def info_nce(
     Args:
         queries: ``[N, D]`` floating.
         keys: ``[M, D]`` floating.
-        positives: ``[N]`` int64, key that each query should find.
+        positives: ``[N]`` int64, the positive key of each query.
         temperature: τ > 0.
-        excluded: ``[N]`` int64, key that does not count for a query, for example itself. None: all count.
+        excluded: ``[N]`` int64, key that is left out for a query, for example itself. None: no key is.
 
     Returns:
         ``[N]`` fp32 (fp64 for fp64) losses in nats, differentiable once in ``queries`` and ``keys``.
@@ -36,7 +37,7 @@ def info_nce(
 
 
 class _LogSumExp(torch.autograd.Function):
-    """``[N]``: ``log sum_j exp(scale q_i . k_j)``; blocks of rows of scores are made twice, forward and backward."""
+    """``[N]``: ``log sum_j exp(scale q_i . k_j)``; blocks of scores are computed twice, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, excluded: Tensor | None, scale: float) -> Tensor:
@@ -60,7 +61,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _scores(queries: Tensor, keys: Tensor, excluded: Tensor | None, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and their scores against every key, a block at a time; autocast would round the products to bf16."""
+    """Slices of queries, and their scores against all keys; without autocast, which would round them to bf16."""
     size = max(1, _BLOCK // max(1, len(keys)))
     for start in range(0, len(queries), size):
         rows = slice(start, min(start + size, len(queries)))

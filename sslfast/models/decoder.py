@@ -1,18 +1,11 @@
-"""From res5 back to pixels, for the methods that reconstruct."""
+"""Decoder from res5 to pixels, for the methods that reconstruct images."""
 
 from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sslfast.models.resnet import ResNetConfig
-
 _LEAST_CHANNELS = 32
-
-
-def trunk_stride(model: ResNetConfig) -> int:
-    """Pixels of the image per pixel of res5, along a side."""
-    return {"imagenet": 32, "small": 8}[model.stem]
 
 
 class Decoder(nn.Module):
@@ -20,18 +13,18 @@ class Decoder(nn.Module):
 
     A 1x1 convolution to ``width`` channels; then, for every halving of the stride, nearest-neighbour upsampling and a
     3x3 convolution to half the channels (32 at least), each with BatchNorm and ReLU; a 3x3 convolution to the output.
-    Upsampling before the convolution leaves no checkerboard as strided transposed ones do (Odena et al. 2016), and its
-    gradient is the same at every run, unlike bilinear upsampling's on CUDA devices.
+    Upsampling before the convolution avoids the checkerboard artefacts of transposed convolutions (Odena et al. 2016),
+    and its gradient is deterministic, unlike that of bilinear upsampling on CUDA devices.
 
     Args:
         in_features: channels of the map.
         out_channels: of the output, which has no activation.
         in_stride: pixels of the image per pixel of the map along a side, a power of two.
-        out_stride: likewise of the output, a power of two, at most ``in_stride``.
+        out_stride: the same for the output, a power of two, at most ``in_stride``.
         width: channels of the first map.
 
     Raises:
-        ValueError: strides that no number of doublings joins, or a width below 1.
+        ValueError: a stride that is no power of two or ``out_stride`` above ``in_stride``, or a width below 1.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Projection heads from trunk features to the embedding that the memory bank holds."""
+"""Heads on trunk features: projections to embeddings, and classifiers of patches."""
 
 from typing import cast
 
@@ -42,7 +42,7 @@ class JigsawHead(nn.Module):
 
 
 class PairHead(nn.Module):
-    """Scores of a pair: both features side by side through linear, BatchNorm, ReLU and linear.
+    """Scores of a pair: both features concatenated, then linear, BatchNorm, ReLU and linear.
 
     Two of ``[B, C]``, in order -> ``[B, 2 * C]`` -> ``[B, H]`` -> ``[B, K]`` (Doersch et al. 2015, figure 3).
     """

@@ -1,4 +1,4 @@
-"""The memory bank: one unit row per training image, on every rank or split over ranks."""
+"""The memory bank: one unit vector per training image, on every rank or split over ranks."""
 
 from typing import Any, Literal, cast
 
@@ -9,13 +9,13 @@ from sslfast.distributed import gather_rows, gather_to_rank0, rank, shard_bounds
 from sslfast.ops import bank_nce, bank_update_
 from sslfast.ops.philox import Stream, random_uniform
 
-_INIT_CHUNK = 65536  # rows drawn at a time: bounds the int64 temporaries of the Philox rounds
+_INIT_CHUNK = 65536  # rows per block: bounds the int64 temporaries of the Philox rounds
 
 
 def initial_rows(
     num_rows: int, dimensions: int, *, seed: int, dtype: torch.dtype = torch.float32, first_row: int = 0
 ) -> Tensor:
-    """``[num_rows, dimensions]`` random unit rows from ``first_row`` on; row r depends on (seed, r) alone.
+    """``[num_rows, dimensions]`` random unit vectors, rows from ``first_row`` on; row r depends on (seed, r) alone.
 
     Uniform in a cube, then normalised, as the public NPID and PIRL code does (lemniscate, VISSL).
     """
@@ -28,10 +28,10 @@ def initial_rows(
 
 
 class MemoryBank(nn.Module):
-    """N unit rows of D columns (Wu et al. 2018, section 3.2), which never receive gradients.
+    """N unit vectors of D dimensions (Wu et al. 2018, section 3.2), which take no gradient.
 
     ``vectors`` is a buffer. ``layout="replicated"``: every rank holds all N and applies the same updates in the same
-    order, so banks stay equal to the bit. ``"sharded"``: rank r holds rows ``N r / R`` up to ``N (r + 1) / R``, 1/R of
+    order, so banks stay bit-equal. ``"sharded"``: rank r holds rows ``N r / R`` up to ``N (r + 1) / R``, 1/R of
     the memory; queries and updates of all ranks go to every rank, see ``sharded_bank.py``. Losses and gradients
     are the same up to rounding.
 
@@ -41,10 +41,10 @@ class MemoryBank(nn.Module):
     Args:
         num_rows: N; sharded, at least 2 for every rank.
         dimensions: D.
-        momentum: weight of the old row in :meth:`update_`.
-        seed: of the initial rows, see :func:`initial_rows`.
+        momentum: weight of the old vector in :meth:`update_`.
+        seed: of the initial vectors, see :func:`initial_rows`.
         dtype: storage; sums are fp32 (fp64 for fp64).
-        layout: over the ranks that have joined when the bank is made.
+        layout: over the ranks of the process group at construction.
 
     Raises:
         ValueError: a shard would hold fewer than 2 rows.
@@ -90,9 +90,8 @@ class MemoryBank(nn.Module):
             ``(losses, log-sum-exps of the scores)``, each ``[V, B]``; gradient flows to ``query`` through the losses.
         """
         if self.is_sharded:
-            from sslfast.models.sharded_bank import (
-                score_over_shards,  # loads torch.compile, seconds that others need not wait
-            )
+            # Imported here, since it loads torch.compile, which takes seconds.
+            from sslfast.models.sharded_bank import score_over_shards
 
             return score_over_shards(query, self.vectors, index, shard=(self.first_row, self.num_rows), **options)
         return cast(tuple[Tensor, Tensor], bank_nce(query, self.vectors, index, **options, return_lse=True))
@@ -101,8 +100,8 @@ class MemoryBank(nn.Module):
     def update_(self, index: Tensor, features: Tensor) -> None:
         """``vectors[index] = normalize(momentum * vectors[index] + (1 - momentum) * features)``, samples of all ranks.
 
-        Every rank sees the whole batch in the same order and moves the rows that it holds; of a repeated index the last
-        occurrence wins.
+        Every rank gets the whole batch in the same order and updates the rows that it holds; of a repeated index the
+        last occurrence counts.
         """
         index, features = gather_rows(index), gather_rows(features)
         if self.is_sharded:
@@ -113,14 +112,14 @@ class MemoryBank(nn.Module):
         bank_update_(self.vectors, index, features, momentum=self.momentum)
 
     def replicated(self) -> list[Tensor]:
-        """What must be equal on all ranks: the rows, or, where they are split, a checksum of every update so far."""
+        """What must be equal on all ranks: the vectors, or, where they are sharded, a checksum of all updates so
+        far."""
         return [self.updates if self.is_sharded else self.vectors]
 
     def whole_vectors(self) -> Tensor:
-        """All N rows for a checkpoint. Sharded: every rank calls this, and the first gets them, on its host.
+        """All N vectors for a checkpoint. Sharded: every rank calls this, and rank 0 gets them, in host memory.
 
-        The host of the first rank needs ``N D`` elements of memory; other ranks get their shard back, which nobody
-        saves.
+        The host of rank 0 needs memory for ``N D`` elements; other ranks get their own shard, which is not saved.
         """
         if not self.is_sharded:
             return self.vectors
@@ -133,7 +132,7 @@ class MemoryBank(nn.Module):
         return self.num_rows * self.vectors.shape[1] * self.vectors.element_size()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "rows" in state_dict:  # the name in checkpoints written before vectors had theirs
+        if prefix + "rows" in state_dict:  # name in older checkpoints
             state_dict[prefix + "vectors"] = state_dict.pop(prefix + "rows")
         whole = state_dict.get(prefix + "vectors")
         if self.is_sharded and whole is not None and len(whole) == self.num_rows:

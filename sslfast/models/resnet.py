@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sslfast.models.init import seeded
+from sslfast.models.trunk import Trunk
 
 
 @dataclass(kw_only=True)
@@ -22,13 +22,17 @@ class ResNetConfig:
     for images up to 64 px."""
     norm: Literal["batch", "layer"] = "batch"
     """batch: BatchNorm. layer: every image by its own mean and variance over channels and pixels (GroupNorm of one
-    group), nothing of other images; torchvision's weights do not fit it."""
+    group), independent of other images; torchvision's weights do not fit it."""
     width: float = 1.0
     """Factor on the channels of every layer: 2 is PIRL-c2x (table 2 of the paper, 98 M parameters with ResNet-50)."""
 
     def __post_init__(self) -> None:
         if not self.width > 0 or 64 * self.width % 8:
             raise ValueError(f"model.width must be a positive multiple of 1/8, got {self.width}")
+
+    def build(self) -> "ResNetTrunk":
+        """The network, its weights drawn from torch's global generator; see :func:`sslfast.models.build_trunk`."""
+        return ResNetTrunk(self)
 
 
 def norm_layer(config: ResNetConfig) -> Callable[[int], nn.Module]:
@@ -39,8 +43,8 @@ def norm_layer(config: ResNetConfig) -> Callable[[int], nn.Module]:
 class _StridedConv(nn.Conv2d):
     """A strided 3x3 convolution that takes stride 1 on 1x1 maps, where the stride changes nothing.
 
-    oneDNN's bf16 weight gradient of the strided form reads memory there that it never wrote (torch 2.11, CPU): random,
-    often NaN. Patches of 16 px reach res5 as 1x1 maps.
+    There oneDNN's bf16 weight gradient of the strided convolution reads uninitialised memory (torch 2.11, CPU): random
+    values, often NaN. Patches of 16 px are 1x1 maps in res5.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,15 +70,15 @@ def _wide(config: ResNetConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
     return net
 
 
-class ResNetTrunk(nn.Module):
+class ResNetTrunk(Trunk):
     """Images to pooled res5 features.
 
     ``forward``: float ``[B, 3, S, S]`` -> ``[B, out_features]``, the spatial mean of res5 (512 columns for ResNet-18
-    and 34, 2048 for ResNet-50, times the width). ``stages`` returns every stage for probes of single layers. Parameter
-    names are torchvision's, so exported weights load there with ``strict=False`` (only ``fc`` is missing).
+    and 34, 2048 for ResNet-50, times the width). ``stages`` returns the map of every stage, for evaluations of single
+    layers. Parameter names are torchvision's, so exported weights load there with ``strict=False`` (only ``fc`` is
+    missing).
     """
 
-    out_features: int
     conv1: nn.Module
     bn1: nn.Module
     relu: nn.Module
@@ -123,9 +127,3 @@ class ResNetTrunk(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, x.mean(dim=(2, 3)))
-
-
-def build_trunk(config: ResNetConfig, *, seed: int) -> ResNetTrunk:
-    """A trunk whose initial weights depend on ``seed`` alone; the global generator is left as it was."""
-    with seeded(seed):
-        return ResNetTrunk(config)

@@ -1,4 +1,4 @@
-"""Scoring against a bank whose rows are split over ranks: queries travel to the rows, sums travel back.
+"""Scoring against a bank whose rows are split over ranks: queries are gathered, sums are scattered back.
 
 Every rank scores the queries of all ranks against its own rows (``bank_nce(shard=...)``). Rank r has log-sum-exp
 ``e_r``, loss part ``l_r`` and that part's gradient ``g_r``; rank p holds the positive, ``m_0`` with score ``s_0``:
@@ -22,10 +22,10 @@ from sslfast.distributed import gather_rows, max_over_ranks, rank, reduce_scatte
 from sslfast.ops import bank_nce
 
 
-@torch.compiler.disable  # exchanges and a derivative taken on the way: compiled code breaks off here and goes on behind
+@torch.compiler.disable  # graph break: collectives, and a derivative inside the forward pass
 def score_over_shards(
     query: Tensor,
-    rows: Tensor,
+    vectors: Tensor,
     index: Tensor,
     *,
     shard: tuple[int, int],
@@ -33,13 +33,14 @@ def score_over_shards(
     temperature: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`sslfast.ops.bank_nce` gives for this rank's queries against the bank of all ranks.
+    """The result of :func:`sslfast.ops.bank_nce` for this rank's queries against the bank of all ranks.
 
     Args:
-        query: ``[V, B, D]`` floating, B the same on every rank; differentiable, computed in fp32 (fp64 for fp64 rows).
-        rows: ``[n, D]``, this rank's shard.
+        query: ``[V, B, D]`` floating, B the same on every rank; differentiable, computed in fp32 (fp64 for fp64
+        vectors).
+        vectors: ``[n, D]``, this rank's shard.
         index: ``[B]`` int64, rows of the whole bank.
-        shard: (first row here, rows of the whole bank).
+        shard: (first row of this shard, rows of the whole bank).
         loss, temperature, options: of ``bank_nce``; NCE needs ``z``.
 
     Returns:
@@ -48,26 +49,28 @@ def score_over_shards(
     Raises:
         ValueError, RuntimeError: as ``bank_nce`` does.
     """
-    query = query if rows.dtype == torch.float64 else query.float()
+    query = query if vectors.dtype == torch.float64 else query.float()
     options |= {"shard": shard, "loss": loss, "temperature": temperature}
-    return cast(tuple[Tensor, Tensor], _ScoreOverShards.apply(query, rows, index, options))
+    return cast(tuple[Tensor, Tensor], _ScoreOverShards.apply(query, vectors, index, options))
 
 
 class _ScoreOverShards(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, rows: Tensor, index: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, query: Tensor, vectors: Tensor, index: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         batch, infonce = query.shape[1], options["loss"] == "infonce"
         index = gather_rows(index)  # [R B]
-        everyone = gather_rows(query.detach().transpose(0, 1)).transpose(0, 1)  # [V, R B, D]
+        gathered = gather_rows(query.detach().transpose(0, 1)).transpose(0, 1)  # [V, R B, D]
         local = index - options["shard"][0]
-        here = (local >= 0) & (local < len(rows))
+        here = (local >= 0) & (local < len(vectors))
 
         with torch.enable_grad():
-            everyone.requires_grad_(ctx.needs_input_grad[0])
+            gathered.requires_grad_(ctx.needs_input_grad[0])
             part, part_lse = cast(
-                tuple[Tensor, Tensor], bank_nce(everyone, rows, index, **options, return_lse=True)
+                tuple[Tensor, Tensor], bank_nce(gathered, vectors, index, **options, return_lse=True)
             )  # [V, R B]
-            grad = torch.autograd.grad(part.sum(), everyone)[0] if everyone.requires_grad else None
+            grad = torch.autograd.grad(part.sum(), gathered)[0] if gathered.requires_grad else None
 
         highest = max_over_ranks(part_lse)  # finite: one rank holds the positive
         lse = highest + sum_over_ranks((part_lse - highest).exp()).log()
@@ -76,9 +79,9 @@ class _ScoreOverShards(torch.autograd.Function):
         if grad is not None:
             if infonce:
                 weight = (part_lse - lse).exp()
-                positive = rows[local.clamp(0, len(rows) - 1)].to(grad.dtype) / options["temperature"]
-                away = torch.where(here, 1 - weight, 0.0)
-                grad = weight[..., None] * grad - away[..., None] * positive
+                positive = vectors[local.clamp(0, len(vectors) - 1)].to(grad.dtype) / options["temperature"]
+                other = torch.where(here, 1 - weight, 0.0)
+                grad = weight[..., None] * grad - other[..., None] * positive
             columns.append(grad)
         summed = reduce_scatter_rows(torch.cat(columns, dim=-1).transpose(0, 1)).transpose(0, 1)  # [V, B, 1 + D]
 

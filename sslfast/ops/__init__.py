@@ -1,4 +1,7 @@
-"""The ops of sslfast. Importing this needs torch and the compiled core, nothing else."""
+"""Ops: the C++ and CUDA kernels as functions on tensors (losses against a memory bank, updates of banks and momentum
+encoders, the view stage), each with a reference in torch that specifies it; counter-based random numbers (``philox``);
+and the pixel operations of the view stage in torch (``pixels``). Imports torch and the compiled core, nothing else.
+"""
 
 from sslfast.ops import philox, pixels
 from sslfast.ops._library import build_info
@@ -12,8 +15,10 @@ from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 from sslfast.ops.render_views import render_views, render_views_reference
 from sslfast.ops.rgb_to_lab import rgb_to_lab, rgb_to_lab_reference
 from sslfast.ops.rotate90 import rotate90, rotate90_reference
+from sslfast.ops.view_parameters import ViewParameter, neutral_parameters
 
 __all__ = [
+    "ViewParameter",
     "bank_enqueue_",
     "bank_enqueue_reference",
     "bank_nce",
@@ -30,6 +35,7 @@ __all__ = [
     "jigsaw_patches_reference",
     "negative_rows",
     "negative_rows_reference",
+    "neutral_parameters",
     "philox",
     "pixels",
     "render_views",

@@ -1,4 +1,4 @@
-"""Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``; one helpful error if it cannot."""
+"""Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``, and checks shared by the ops."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 
-_OPTIONAL = {"negatives", "rows", "step", "z"}  # arguments of ops that None leaves out
+_OPTIONAL = {"negatives", "step", "z"}  # arguments of ops that may be None
 
 
 def build_info() -> dict[str, Any]:
@@ -23,29 +23,29 @@ def build_info() -> dict[str, Any]:
 
 
 def step_arguments(step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
-    """Splits a public ``step`` into the schema's ``(step_tensor, step)``; draws use a step modulo 2**32."""
+    """Split a public ``step`` into the schema's ``(step_tensor, step)``; draws use a step modulo 2**32."""
     if isinstance(step, torch.Tensor):
         return step, 0
     return None, step % 2**32 if isinstance(step, int | torch.SymInt) else step
 
 
 def check_seed(op: str, seed: int) -> None:
-    """Raises ValueError unless ``0 <= seed < 2**63``."""
+    """Raise ValueError unless ``0 <= seed < 2**63``."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed=}")
 
 
 def mark_updated(*tensors: torch.Tensor) -> None:
-    """Tells autograd that tensors changed in place: a backward that saved one of them then stops instead of using it.
+    """Tell autograd that tensors changed in place, so that a backward pass that saved one of them raises an error.
 
-    Library ops do not do this by themselves. Traced code needs it not: there the schema says what an op changes.
+    Custom ops do not do this by themselves. Traced code does not need it: there the schema says what an op mutates.
     """
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raises TypeError unless all that is given are tensors, ValueError unless on the device of the first."""
+    """Raise TypeError unless all arguments are tensors, ValueError unless they are on the device of the first."""
     given: list[tuple[str, Any]] = [
         (name, tensor) for name, tensor in tensors.items() if tensor is not None or name not in _OPTIONAL
     ]

@@ -1,4 +1,4 @@
-"""bank_enqueue_: a ring of the newest keys, in place."""
+"""bank_enqueue_: first-in, first-out queue of keys, in place."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,15 @@ def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
     """Write keys over the oldest rows of a ring and move its head.
 
     ``bank[(head + b) % N] = keys[b]`` for b = 0 .. B-1 in this order, then ``head = (head + B) % N``: the first-in,
-    first-out dictionary of MoCo (He et al. 2020, section 3.1). B need not divide N, and of more keys than rows the last
-    N stay. The head lives on the device, is read and moved there (no host sync, captured graphs replay it), and
-    is part of the state to save. Rows written are distinct, so the result does not depend on threads.
+    first-out dictionary of MoCo (He et al. 2020, section 3.1). B need not divide N, and of more than N keys the last N
+    are kept. The head is a tensor on the device, read and advanced there (no host sync; captured graphs replay it), and
+    is part of the state to save. The rows written are distinct, so the result does not depend on threads.
 
     Args:
         bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous, N >= 1; updated in place.
-        head: 0-d int64 in [0, N), the row that the next key goes to; updated in place.
-        keys: ``[B, D]`` fp32, fp64, bf16 or fp16, rounded to the bank's dtype; stored as given (normalise before), no
-            gradient flows, no memory shared with the bank.
+        head: 0-d int64 in [0, N), the row of the next key; updated in place.
+        keys: ``[B, D]`` fp32, fp64, bf16 or fp16, rounded to the bank's dtype; stored as given (normalise before); no
+            gradient flows; must not share memory with the bank.
 
     Raises:
         ValueError: tensors on different devices.

@@ -37,7 +37,7 @@ def bank_nce(
       (Wu et al. 2018, eqs. 5 to 8; PIRL section 3.2). Equal to binary cross-entropy on ``s_k - log(z K / N)``.
 
     One pass over the rows gives loss and gradient for all views together; no ``[B, K, D]`` or ``[B, K]`` tensor exists.
-    Neither query nor bank is normalised here. Gradient flows to ``query`` alone and is computed in the forward pass;
+    Neither query nor bank is normalised here. Gradient flows to ``query`` only and is computed in the forward pass;
     a second derivative is not defined.
 
     Args:
@@ -46,26 +46,26 @@ def bank_nce(
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64; sums are fp32 (fp64 for fp64).
         index: ``[B]`` int64, bank row of the positive.
         temperature: τ > 0.
-        negatives: whom a sample is contrasted with.
+        negatives: the bank rows that a sample is contrasted with.
             "sampled": K rows drawn for each sample, exactly ``negative_rows(index, ...)`` (the papers' form).
-            "shared": K rows drawn once for the batch, exactly ``negative_rows(index, ..., shared=True)``: products of
-            matrices, and K rows read instead of B K.
+            "shared": K rows drawn once for the batch, exactly ``negative_rows(index, ..., shared=True)``: matrix
+            products, and K rows read instead of B K.
             "full": every row of the bank, K = N - 1, exact; nothing is drawn.
-            int64 rows ``[K]`` or ``[B, K]``: scored as they are.
+            int64 rows ``[K]`` or ``[B, K]``: scored as given.
         num_negatives: K for "sampled" and "shared"; ignored otherwise.
         loss: "infonce" or "nce".
-        z: normaliser of nce, float or 0-d floating tensor (stays on the device). None: estimated from this very batch,
+        z: normaliser of nce, float or 0-d floating tensor (stays on the device). None: estimated from this batch,
             ``N * mean(exp(s))`` over all views, samples and K + 1 scores, at the cost of a second pass;
             exact for "full".
         exclude_self: sampled negatives never hold the positive row; shared rows that are a sample's own are left out
             for that sample.
         seed, step: fix the draw together with ``index``; see :func:`sslfast.ops.negative_rows`.
-        shard: ``(first, N)``: ``bank`` holds rows ``first ..`` of a bank of N rows; index and negatives stay rows of
-            that whole bank, and those that lie elsewhere are skipped. A query whose positive lies elsewhere gets
+        shard: ``(first, N)``: ``bank`` holds rows ``first ..`` of a bank of N rows; index and negatives are rows of
+            the whole bank, and those of other shards are skipped. A query whose positive is in another shard gets
             ``logsumexp(s_k)`` (``sum softplus(u_k)``) of the rows here as its loss, -inf (0) where there are none.
             The parts of all shards merge: see ``sslfast/models/sharded_bank.py``.
-            With "shared" CUDA waits for the device, once.
-        return_lse: also return ``logsumexp(s_0 .. s_K)`` (detached), from which :func:`estimate_z` gets Z.
+            With "shared" on CUDA, one host sync.
+        return_lse: also return ``logsumexp(s_0 .. s_K)`` (detached), from which :func:`estimate_z` computes Z.
 
     Returns:
         ``[..., B]`` fp32 loss per query in nats (fp64 for fp64), or ``(loss, lse)``.
@@ -89,7 +89,7 @@ def bank_nce(
     flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
     if flat.dtype != torch.float64:
         flat = flat.float()
-    # Given rows are scored as they are, and the whole bank holds each positive once.
+    # Given rows are scored as given, and the whole bank holds each positive once.
     exclude_self = exclude_self and mode in ("sampled", "shared")
     if mode == "shared":
         rows = negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, shared=True)
@@ -98,7 +98,7 @@ def bank_nce(
     if shard is not None and dense:
         positive, rows, own_share = _dense_rows_of_shard(index, rows, first_row, bank.shape[0], num_rows)
         dense = rows is None or rows.dim() == 1
-        # The op takes Z K / N with the K and N that it sees.
+        # The op computes Z K / N from the K and N of its own arguments.
         z = (
             z
             if z is None
@@ -108,7 +108,14 @@ def bank_nce(
     def run(query: Tensor, loss: Literal["infonce", "nce"], z: float | Tensor) -> tuple[Tensor, Tensor]:
         if dense:
             return bank_nce_dense(
-                query, bank, positive, rows=rows, temperature=temperature, loss=loss, z=z, exclude_self=exclude_self
+                query,
+                bank,
+                positive,
+                negatives=rows,
+                temperature=temperature,
+                loss=loss,
+                z=z,
+                exclude_self=exclude_self,
             )
         z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
         losses, lse, _ = torch.ops.sslfast.bank_nce(
@@ -172,7 +179,7 @@ def bank_nce_reference(
         rows = negative_rows_reference(index, **draw, shared=True) if negatives == "shared" else None
         flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
         own = exclude_self and rows is not None
-        kwargs: dict[str, Any] = {"rows": rows, "temperature": temperature, "exclude_self": own}
+        kwargs: dict[str, Any] = {"negatives": rows, "temperature": temperature, "exclude_self": own}
         if z is None:
             _, lse = bank_nce_dense_reference(flat.detach(), bank, index, **kwargs)
             z = estimate_z(lse, num_negatives=num_rows - 1 if rows is None else len(rows), num_rows=num_rows)
@@ -199,7 +206,7 @@ def _shard_reference(
     query: Tensor, bank: Tensor, index: Tensor, negatives: str | Tensor, first_row: int, draw: dict[str, Any],
     exclude_self: bool, temperature: float, loss: str, z: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every mode as one list of rows of the whole bank, of which those elsewhere and those left out score -inf."""
+    """Every mode as one list of rows of the whole bank, of which those of other shards and excluded ones score -inf."""
     num_rows, left_out = draw["num_rows"], False
     if isinstance(negatives, Tensor):
         rows_BK = negatives.expand(index.shape[0], -1)
@@ -246,11 +253,13 @@ def _tensor_or_none(value: object) -> Tensor | None:
 def _dense_rows_of_shard(
     index: Tensor, rows: Tensor | None, first_row: int, held: int, num_rows: int
 ) -> tuple[Tensor, Tensor | None, float]:
-    """Positives and listed rows as rows of the shard, and the K / N that the op will see."""
+    """Positives and listed rows as rows of the shard, and the K / N of the op's arguments."""
     positive = torch.where((index >= first_row) & (index < first_row + held), index - first_row, -1)
     if rows is None:
         return positive, None, (held - 1) / held
-    here = rows[(rows >= first_row) & (rows < first_row + held)] - first_row  # waits for the device
+    here = (
+        rows[(rows >= first_row) & (rows < first_row + held)] - first_row
+    )  # host sync: the number of rows in this shard is a shape
     if len(here):
         return positive, here, len(here) / held
     return positive, rows[:1].expand(len(index), 1), 1 / num_rows  # a row of another shard: none is scored
@@ -264,7 +273,7 @@ def _check_shard(bank: Tensor, shard: tuple[int, int], loss: str, z: float | Ten
             f"and bank has {bank.shape[0]}"
         )
     if loss == "nce" and z is None:
-        raise ValueError("bank_nce: nce on a shard needs z: no shard alone can estimate it")
+        raise ValueError("bank_nce: nce on a shard needs z: a single shard cannot estimate it")
 
 
 def _check(
@@ -302,13 +311,13 @@ def _(
     query: Tensor,
     bank: Tensor,
     index: Tensor,
-    rows: Tensor | None,
+    negatives: Tensor | None,
     step_tensor: Tensor | None,
     step: int,
     z_tensor: Tensor | None,
     *_args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = {"negatives": rows, "step": step_tensor, "z": z_tensor}
+    options = {"negatives": negatives, "step": step_tensor, "z": z_tensor}
     _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
     torch._check(bank.dim() == 2, lambda: f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
     torch._check(query.dim() == 3, lambda: f"bank_nce: query must have shape [V, B, D], got {list(query.shape)}")

@@ -14,7 +14,7 @@ def bank_nce_dense(
     bank: Tensor,
     index: Tensor,
     *,
-    rows: Tensor | None = None,
+    negatives: Tensor | None = None,
     temperature: float = 0.07,
     loss: Literal["infonce", "nce"] = "infonce",
     z: float | Tensor = 1.0,
@@ -22,15 +22,15 @@ def bank_nce_dense(
 ) -> tuple[Tensor, Tensor]:
     """Contrast every query with its own bank row against the whole bank, or against one list of rows for all.
 
-    What ``bank_nce(negatives="full")`` and ``"shared"`` run. With scores ``s_j = query . bank[j] / temperature`` and
-    the positive's ``s_0``, over the rows j of the bank (``rows=None``, K = N - 1) or of the list and the positive:
+    ``bank_nce(negatives="full")`` and ``"shared"`` run this op. With scores ``s_j = query . bank[j] / temperature`` and
+    the positive's ``s_0``, over the rows j of the bank (``negatives=None``, K = N - 1) or of the list and the positive:
 
     - ``infonce``: ``logsumexp_j(s_j) - s_0``;
     - ``nce``: ``softplus(-u_0) + sum_j softplus(u_j)`` over the negatives, ``u = s - log(z K / N)``.
 
     The rows are streamed in tiles with a running log-sum-exp; loss and gradient come out of one pass, and no ``[B, N]``
-    or ``[B, K]`` tensor exists. A bank cut into shards merges: a query whose ``index`` is -1 has no positive here, and
-    gets ``logsumexp_j(s_j)`` (``sum_j softplus(u_j)``) as its loss; its gradient is the derivative of that.
+    or ``[B, K]`` tensor exists. Results of the shards of a bank can be merged: a query whose ``index`` is -1 has no
+    positive here and gets ``logsumexp_j(s_j)`` (``sum_j softplus(u_j)``) as its loss, and its derivative as gradient.
 
     CUDA: for a bank in bf16 or fp16 the products take query and weights in the bank's type and sum in fp32.
 
@@ -38,11 +38,11 @@ def bank_nce_dense(
         query: ``[V, B, D]`` fp32, fp64 for an fp64 bank; V views.
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64.
         index: ``[B]`` int64, bank row of the positive, or -1.
-        rows: ``[K]`` int64 or None.
+        negatives: ``[K]`` int64 bank rows that every query is contrasted with; None: the whole bank.
         temperature: τ > 0.
         loss: "infonce" or "nce".
         z: normaliser of nce, float or 0-d floating tensor.
-        exclude_self: leave entries of ``rows`` that are the sample's own row out for that sample.
+        exclude_self: leave out, for each sample, the entries of ``negatives`` that are its own row.
 
     Returns:
         ``(loss, lse)``, each ``[V, B]``: the loss in nats, differentiable in ``query``, and the log-sum-exp of all
@@ -59,9 +59,9 @@ def bank_nce_dense(
     if not isinstance(z, Tensor) and not z > 0:
         raise ValueError(f"bank_nce_dense: z must be positive, got {z=}")
     z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
-    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, rows=rows, z=z_tensor)
+    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, negatives=negatives, z=z_tensor)
     losses, lse, _ = torch.ops.sslfast.bank_nce_dense(
-        query, bank, index, rows, z_tensor, z_number, temperature, loss == "nce", exclude_self
+        query, bank, index, negatives, z_tensor, z_number, temperature, loss == "nce", exclude_self
     )
     return losses, lse.detach()
 
@@ -71,7 +71,7 @@ def bank_nce_dense_reference(
     bank: Tensor,
     index: Tensor,
     *,
-    rows: Tensor | None = None,
+    negatives: Tensor | None = None,
     temperature: float = 0.07,
     loss: Literal["infonce", "nce"] = "infonce",
     z: float | Tensor = 1.0,
@@ -80,11 +80,11 @@ def bank_nce_dense_reference(
     """The same loss written out in torch, any float type, gradients by autograd: the specification."""
     num_rows = bank.shape[0]
     query, here = query.to(torch.promote_types(query.dtype, torch.float32)), index >= 0
-    listed = torch.arange(num_rows, device=bank.device) if rows is None else rows
+    listed = torch.arange(num_rows, device=bank.device) if negatives is None else negatives
     own = listed == index[:, None]  # [B, K]
     scores = torch.einsum("vbd,kd->vbk", query, bank[listed].to(query.dtype)) / temperature
     positive = torch.einsum("vbd,bd->vb", query, bank[index.clamp_min(0)].to(query.dtype)) / temperature
-    if rows is not None:
+    if negatives is not None:
         scores = scores.masked_fill(own & exclude_self, -torch.inf)
         extra = positive.masked_fill(~here, -torch.inf)
         lse = torch.cat((scores, extra[..., None]), dim=-1).logsumexp(-1)
@@ -92,19 +92,19 @@ def bank_nce_dense_reference(
         lse = scores.logsumexp(-1)
     if loss == "infonce":
         return torch.where(here, lse - positive, lse), lse.detach()
-    num_negatives = num_rows - 1 if rows is None else len(listed)
+    num_negatives = num_rows - 1 if negatives is None else len(listed)
     offset = (torch.as_tensor(z, dtype=query.dtype, device=query.device) * num_negatives / num_rows).log()
     terms = -logsigmoid(offset - scores)
-    if rows is None:
+    if negatives is None:
         terms = terms.masked_fill(own, 0.0)
     return terms.sum(-1) - torch.where(here, logsigmoid(positive - offset), 0.0), lse.detach()
 
 
 @torch.library.register_fake("sslfast::bank_nce_dense")
 def _(
-    query: Tensor, bank: Tensor, index: Tensor, rows: Tensor | None, z_tensor: Tensor | None, *_args: Any
+    query: Tensor, bank: Tensor, index: Tensor, negatives: Tensor | None, z_tensor: Tensor | None, *_args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, rows=rows, z=z_tensor)
+    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, negatives=negatives, z=z_tensor)
     torch._check(bank.dim() == 2, lambda: f"bank_nce_dense: bank must have shape [N, D], got {list(bank.shape)}")
     torch._check(query.dim() == 3, lambda: f"bank_nce_dense: query must have shape [V, B, D], got {list(query.shape)}")
     torch._check(

@@ -7,18 +7,18 @@ from sslfast.ops import _library
 
 
 def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: float = 0.5) -> None:
-    """Move rows of a memory bank toward new features and put them back on the unit sphere.
+    """Move rows of a memory bank toward new features and normalise them to unit length.
 
-    ``bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features)``, where ``momentum`` weighs the OLD
+    ``bank[index] = normalize(momentum * bank[index] + (1 - momentum) * features)``, where ``momentum`` weighs the old
     row (PIRL section 3.2, NPID section 3.2; VISSL, PyContrast and lemniscate share this convention, mmselfsup has the
     opposite one). When an index repeats, the last occurrence wins and blends with the row as it was before the call, so
-    the result does not depend on threads; an index of -1 (a row that another shard holds) moves nothing. A blend
+    the result does not depend on threads; an index of -1 (a row of another shard) is skipped. A blend
     shorter than 1e-12 is divided by 1e-12. No host sync.
 
     Args:
         bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous; updated in place.
-        index: ``[B]`` int64, or -1.
-        features: ``[B, D]`` fp32, fp64, bf16 or fp16, in other memory than bank; no gradient flows.
+        index: ``[B]`` int64 rows of the bank, or -1.
+        features: ``[B, D]`` fp32, fp64, bf16 or fp16, not sharing memory with bank; no gradient flows.
         momentum: weight of the old row in [0, 1].
 
     Raises:

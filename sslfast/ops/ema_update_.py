@@ -15,21 +15,22 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     ``target + (1 - momentum) * (source - target)`` in fp32 (fp64 where one of the two is), so that momentum 0, momentum
     1 and equal tensors are exact. One launch per pair of dtypes and 168 tensors on CUDA (ResNet-50's 161 parameters are
     one), threads over all elements on the CPU; no gradient flows, no host sync. Pairs that are dense with equal strides
-    (contiguous, channels_last) are updated where they lie, others through contiguous copies.
+    (contiguous, channels_last) are updated in place, others through contiguous copies.
 
     Args:
-        targets: tensors of any shape, fp32, fp64, bf16 or fp16, updated in place, each with memory of its own. Steps of
-            ``1 - momentum`` below half a unit in the last place are lost: keep targets in fp32 for momentum near 1.
+        targets: tensors of any shape, fp32, fp64, bf16 or fp16, updated in place; they must not share memory.
+            Steps of ``1 - momentum`` below half a unit in the last place are lost: keep targets in fp32 for momentum
+            near 1.
         sources: as many tensors of the same shapes on the same device, fp32, fp64, bf16 or fp16. A source may be its
             own target; otherwise the lists must not share memory.
-        momentum: weight of the old target in [0, 1]; or a 0-d fp32 or fp64 tensor on the same device, which is read
-            when the kernel runs, so that a schedule advances inside a captured graph (CUDA does not check its value).
+        momentum: weight of the old target in [0, 1]; or a 0-d fp32 or fp64 tensor on the same device, read when the
+            kernel runs, so that a schedule advances inside a captured graph (CUDA does not check its value).
 
     Raises:
         ValueError: momentum out of range, lists of different length, tensors on different devices.
-        RuntimeError: different shapes, a dtype that is not floating (leave integer buffers such as BatchNorm's
-            ``num_batches_tracked`` out and copy them), a target that is expanded or overlaps itself, tensors that share
-            memory (columns that interleave are not looked into).
+        RuntimeError: different shapes, a dtype that is not floating (leave out integer buffers such as BatchNorm's
+            ``num_batches_tracked`` and copy them), a target that is expanded or overlaps itself, tensors that share
+            memory (interleaved columns are not detected).
     """
     targets, sources = list(targets), list(sources)
     momentum_tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)

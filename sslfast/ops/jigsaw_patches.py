@@ -1,4 +1,4 @@
-"""jigsaw_patches: cut every image into a grid of cells and take one patch of each, in permuted order."""
+"""jigsaw_patches: cut every image into a grid of cells and take one patch per cell, in permuted order."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ def jigsaw_patches(
     cells of 85 pixels, patches of 64).
 
     Args:
-        images: ``[N, C, H, W]``, any dtype of 1, 2, 4 or 8 bytes an element. Other than contiguous memory is copied
-            first. Where ``grid`` does not divide a side, the rest at the lower right is never shown.
-        permutation: ``[N, grid**2]`` int64 cell numbers in ``[0, grid**2)``; a cell may be shown twice.
+        images: ``[N, C, H, W]``, any dtype of 1, 2, 4 or 8 bytes per element. Non-contiguous memory is copied
+            first. If ``grid`` does not divide a side, the remainder at the lower right is never shown.
+        permutation: ``[N, grid**2]`` int64 cell indices in ``[0, grid**2)``; a cell may be repeated.
         offsets: ``[N, grid**2, 2]`` int64 (y, x), by cell, in ``[0, H // grid - patch_size]`` and
             ``[0, W // grid - patch_size]``.
         grid: cells per side.
@@ -64,7 +64,7 @@ def _check(images: Tensor, grid: int, patch_size: int) -> None:
 
 
 def _pixels(permutation: Tensor, offsets: Tensor, height: int, width: int, grid: int, patch_size: int) -> Tensor:
-    """``[N, P, p, p]`` int64: the pixel ``y * W + x`` that each place of each slot shows."""
+    """``[N, P, p, p]`` int64: the pixel ``y * W + x`` that each position of each slot shows."""
     offset = offsets.gather(1, permutation[:, :, None].expand(-1, -1, 2))  # [N, P, 2], by slot
     y = permutation // grid * (height // grid) + offset[:, :, 0]
     x = permutation % grid * (width // grid) + offset[:, :, 1]

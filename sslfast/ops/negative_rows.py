@@ -17,10 +17,10 @@ def negative_rows(
     exclude_self: bool = True,
     shared: bool = False,
 ) -> Tensor:
-    """Rows that ``bank_nce`` scores for negatives "sampled" and "shared", drawn with replacement, equal on all devices.
+    """Rows that ``bank_nce`` scores for negatives "sampled" and "shared": with replacement, the same on every device.
 
-    Row ``k`` of sample ``b`` is uniform over the ``num_rows`` rows (over all but ``index[b]`` when ``exclude_self``)
-    and a function of ``(seed, step, index[b], k)`` alone: neither batch size nor order change it. Shared rows are one
+    Row ``k`` of sample ``b`` is uniform over the ``num_rows`` rows (over all but ``index[b]`` with ``exclude_self``)
+    and a function of ``(seed, step, index[b], k)`` only: neither batch size nor order change it. Shared rows are one
     draw for the whole batch from all rows, a function of ``(seed, step, k)``.
 
     Args:
@@ -30,8 +30,8 @@ def negative_rows(
         seed: ``0 <= seed < 2**63``.
         step: int or 0-d int64 tensor on the device of ``index`` (advances inside a captured graph); used modulo 2**32.
         exclude_self: never draw ``index[b]`` for sample ``b`` (PIRL section 3: negatives from D without I). A shared
-            draw excludes nobody; ``bank_nce`` leaves a sample's own row out where it scores.
-        shared: one draw for the batch; ``index`` gives the device alone.
+            draw excludes no row; ``bank_nce`` skips a sample's own row when scoring.
+        shared: one draw for the batch; only the device of ``index`` is used.
 
     Returns:
         ``[B, K]`` int64; ``[K]`` when shared.

@@ -1,10 +1,10 @@
 """The pixel operations of the view stage in torch: the readable specification of ``render_views``.
 
-Everything works on float32 ``[N, 3, H, W]`` RGB pixels on the 0..255 scale, with one parameter per image, and
-without a Python loop over images. Names ending in ``_`` write into their first argument and return it.
+Everything works on float32 ``[N, 3, H, W]`` RGB pixels on the 0..255 scale, with one parameter per image and no
+Python loop over images. Names ending in ``_`` modify their first argument in place and return it.
 
 Agreement with torchvision.transforms.v2.functional (float images) and with PIL, in levels of 255, is stated at each
-function and held by ``tests/loaders/test_color.py``.
+function and held by ``tests/views/test_augment.py``.
 """
 
 import math
@@ -12,16 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+from sslfast.ops.view_parameters import ViewParameter, neutral_parameters
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = tuple((a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3)
-"""All 24 orders of the four jitters in lexicographic order: what an order code stands for."""
-PARAMETERS = (
-    "flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "photometric", "posterize_bits",
-    "sharpness", "solarize_threshold", "grayscale", "blur_sigma",
-)  # fmt: skip
-"""What the numbers of a picture are, in order."""
-
-MAX_BLUR_SIGMA = 5.0
+"""All 24 orders of the four jitters, lexicographic; ``ViewParameter.JITTER_ORDER`` is an index into them."""
+MAX_BLUR_SIGMA = ViewParameter.BLUR_SIGMA.highest
 """Largest sigma of the Gaussian blur in pixels."""
 
 _LUMINANCE = (0.2989, 0.587, 0.114)
@@ -38,7 +34,7 @@ def luminance(pixels: Tensor) -> Tensor:
 
 
 def blend_(pixels: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, each image its own: ``clamp(f * x + (1 - f) * target, 0, 255)``.
+    """Brightness, contrast or saturation, chosen per image: ``clamp(f * x + (1 - f) * target, 0, 255)``.
 
     The target is black (``kind`` 0), the image's mean luminance (1) or each pixel's luminance (2). torchvision's
     ``adjust_brightness``, ``adjust_contrast`` and ``adjust_saturation`` on float images, to 1e-3 levels; PIL's
@@ -51,14 +47,14 @@ def blend_(pixels: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     """
     gray = luminance(pixels)
     rest = 1.0 - factor
-    # Row by row: the sum of an image does not depend on how many images or threads there are.
+    # Row by row, so that the sum of an image does not depend on the number of images or threads.
     level = gray.mean(dim=3).mean(dim=(1, 2)) * rest * (kind == CONTRAST)
     target = gray.mul_(_per_image(rest * (kind == SATURATION))).add_(_per_image(level))
     return torch.addcmul(target, pixels, _per_image(factor), out=pixels).clamp_(0.0, 255.0)
 
 
 def shift_hue_(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue by ``turns`` (1 = all the way round) at fixed HSV saturation and value.
+    """Rotate the hue by ``turns`` (1 = a full turn) at fixed HSV saturation and value.
 
     torchvision's ``adjust_hue`` on float images to 1e-2 levels. PIL's HSV keeps hue and saturation in 8 bits: its
     result differs by 0.7 levels on average, 11 at most on the test images.
@@ -75,7 +71,7 @@ def shift_hue_(pixels: Tensor, turns: Tensor) -> Tensor:
     not_red, not_green = ((largest - channel).mul_(1e30).clamp_(max=1.0) for channel in (red, green))
     sextant = torch.lerp((blue - red).add_(chroma, alpha=2.0), (red - green).add_(chroma, alpha=4.0), not_green)
     sextant = torch.lerp(green - blue, sextant, not_red)
-    # Grey pixels have no hue and no chroma: any finite sextant leaves them as they are.
+    # Grey pixels have no hue and no chroma: any finite sextant leaves them unchanged.
     sextant = sextant.div_(chroma.clamp(min=1e-6)).add_((turns * 6.0)[:, None, None]).remainder_(6.0)
     # Trapezoids over the sextant 0..6: red is high around 0, green around 2, blue around 4.
     ramp = (sextant - 3.0).abs_().sub_(1.0).clamp_(0.0, 1.0)
@@ -96,7 +92,7 @@ def posterize_(pixels: Tensor, bits: Tensor) -> Tensor:
 def sharpen_(pixels: Tensor, factor: Tensor) -> Tensor:
     """``floor(s + f * (x - s))`` where ``s`` is the image smoothed by [[1,1,1],[1,5,1],[1,1,1]]/13, rounded.
 
-    The outermost pixels stay, as do images with a side below 3. Integer levels in and out. PIL's
+    The outermost pixels are unchanged, as are images with a side below 3. Integer levels in and out. PIL's
     ``ImageEnhance.Sharpness`` to 1 level (equal but for float32 rounding of whole numbers).
 
     Args:
@@ -122,7 +118,7 @@ def solarize_(pixels: Tensor, threshold: Tensor) -> Tensor:
 
 
 def autocontrast_(pixels: Tensor) -> Tensor:
-    """Stretch every channel to 0..255: ``floor(255 * (x - low) / (high - low))``; a flat channel stays.
+    """Stretch every channel to 0..255: ``floor(255 * (x - low) / (high - low))``; a constant channel is unchanged.
 
     Integer levels in and out. PIL's ``ImageOps.autocontrast`` to 1 level, below this one where PIL's float64
     look-up table falls just short of a whole number.
@@ -137,8 +133,8 @@ def autocontrast_(pixels: Tensor) -> Tensor:
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     """Weighted mean of each pixel's neighbours, ``w(y, x) ~ exp(-(y**2 + x**2) / (2 sigma**2))``; sigma 0: unchanged.
 
-    Taps reach ``r = ceil(3 sigma)`` pixels to each side, where 0.3 % of the kernel's mass is left, and at most the side
-    less one; the border is mirrored without repeating the outermost pixel. torchvision's ``gaussian_blur`` on float
+    The kernel reaches ``r = ceil(3 sigma)`` pixels to each side (0.3 % of its mass lies beyond), at most the side minus
+    one; the border is mirrored without repeating the outermost pixel. torchvision's ``gaussian_blur`` on float
     images with ``kernel_size=2 * r + 1``, to 1e-3 levels; with SimCLR's kernel of a tenth of the side (23 for 224
     pixels), to 0.5 levels up to sigma 2. PIL's GaussianBlur is three box blurs in 8 bits, which repeat the border: from
     sigma 1 on within 5 levels inside the test images, noise among them.
@@ -148,33 +144,34 @@ def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
         sigma: ``[N]`` float in [0, 5], in pixels.
     """
 
-    def mirrored(side: int) -> Tensor:  # [N, 1, side, side]: row y holds the weights of what pixel y becomes
+    def mirrored(side: int) -> Tensor:  # [N, 1, side, side]: row y holds the weights of output pixel y
         reach = min(math.ceil(3 * MAX_BLUR_SIGMA), side - 1)
         taps = torch.arange(-reach, reach + 1, device=pixels.device)
         radius = (3.0 * sigma).ceil()[:, None]
         weights = (-0.5 * (taps / sigma.clamp(min=1e-30)[:, None]).square()).exp() * (taps.abs() <= radius)
         weights /= weights.sum(dim=1, keepdim=True)
-        places = (torch.arange(side, device=pixels.device)[:, None] + taps).abs()
-        places = torch.where(places < side, places, 2 * side - 2 - places)  # [side, taps]
+        sources = (torch.arange(side, device=pixels.device)[:, None] + taps).abs()
+        sources = torch.where(sources < side, sources, 2 * side - 2 - sources)  # [side, taps]
         shape = (len(sigma), side, len(taps))
         matrix = pixels.new_zeros(len(sigma), side, side)
-        return matrix.scatter_add_(2, places.expand(shape), weights[:, None].expand(shape))[:, None]
+        return matrix.scatter_add_(2, sources.expand(shape), weights[:, None].expand(shape))[:, None]
 
     height, width = pixels.shape[-2:]
     return mirrored(height) @ pixels @ mirrored(width).mT
 
 
 def jitter_(pixels: Tensor, parameters: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue in each image's own order, where its gate is open.
+    """Brightness, contrast, saturation and hue in each image's own order, if its gate is open.
 
     Args:
         pixels: ``[N, 3, H, W]`` float.
-        parameters: ``[N, 13]`` float, as :data:`PARAMETERS` names them.
+        parameters: ``[N, len(ViewParameter)]`` float.
     """
-    order = torch.tensor(ORDERS, device=pixels.device)[parameters[:, 2].long()]  # [N, 4]
-    gate = parameters[:, 1] != 0
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=pixels.device)
-    values = torch.where(gate[:, None], parameters[:, 3:7], neutral)
+    order = torch.tensor(ORDERS, device=pixels.device)[parameters[:, ViewParameter.JITTER_ORDER].long()]  # [N, 4]
+    gate = parameters[:, ViewParameter.JITTER] != 0
+    four = slice(ViewParameter.BRIGHTNESS, ViewParameter.HUE + 1)
+    neutral = torch.tensor(neutral_parameters()[four], device=pixels.device)
+    values = torch.where(gate[:, None], parameters[:, four], neutral)
     for step in range(4):
         kind = order[:, step]
         factor = values.gather(1, kind[:, None])[:, 0]
@@ -188,9 +185,9 @@ def jitter_(pixels: Tensor, parameters: Tensor) -> Tensor:
 
 def photometric_(pixels: Tensor, parameters: Tensor) -> Tensor:
     """Round to levels, then posterize, sharpness, solarize, autocontrast, in VISSL's order."""
-    pixels = posterize_(pixels.round_(), parameters[:, 8])
-    pixels = sharpen_(pixels, parameters[:, 9])
-    return autocontrast_(solarize_(pixels, parameters[:, 10]))
+    pixels = posterize_(pixels.round_(), parameters[:, ViewParameter.POSTERIZE_BITS])
+    pixels = sharpen_(pixels, parameters[:, ViewParameter.SHARPNESS])
+    return autocontrast_(solarize_(pixels, parameters[:, ViewParameter.SOLARIZE_THRESHOLD]))
 
 
 def augment(
@@ -200,17 +197,21 @@ def augment(
 
     Args:
         pictures: ``[N, 3, H, W]`` uint8.
-        parameters: ``[N, 13]`` float, as :data:`PARAMETERS` names them.
+        parameters: ``[N, len(ViewParameter)]`` float.
         blur: False: every sigma is 0.
 
     Returns:
         ``[N, 3, H, W]`` float32.
     """
-    flipped = torch.where(_per_image(parameters[:, 0] != 0), pictures.flip(-1), pictures)
+
+    def gate(parameter: ViewParameter) -> Tensor:
+        return _per_image(parameters[:, parameter] != 0)
+
+    flipped = torch.where(gate(ViewParameter.FLIP), pictures.flip(-1), pictures)
     pixels = jitter_(flipped.to(torch.float32), parameters)
-    pixels = torch.where(_per_image(parameters[:, 7] != 0), photometric_(pixels.clone(), parameters), pixels)
-    pixels = torch.where(_per_image(parameters[:, 11] != 0), luminance(pixels), pixels)
+    pixels = torch.where(gate(ViewParameter.PHOTOMETRIC), photometric_(pixels.clone(), parameters), pixels)
+    pixels = torch.where(gate(ViewParameter.GRAYSCALE), luminance(pixels), pixels)
     if blur:
-        pixels = gaussian_blur(pixels, parameters[:, 12])
+        pixels = gaussian_blur(pixels, parameters[:, ViewParameter.BLUR_SIGMA])
     center, spread = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
     return (pixels - center * 255.0) / (spread * 255.0)

@@ -28,32 +28,29 @@ def render_views(
     photometric: bool = True,
     blur: bool = True,
 ) -> Tensor:
-    """Turn every crop, cut it into jigsaw patches, augment each patch (or the whole crop), normalise.
+    """Rotate every crop, cut it into jigsaw patches, augment each patch (or the whole crop), normalise.
 
     A picture is one patch, or the whole crop where ``permutation`` is None: then M = 1 and p = S, else M = grid**2.
-    Order: ``rotate90`` of the crop, the patch of ``jigsaw_patches``, then per picture flip, jitter (brightness,
-    contrast, saturation, hue in the picture's own order), rounding and photometric operations (posterize, sharpness,
-    solarize, autocontrast), grayscale, Gaussian blur, ``(x / 255 - mean) / std``. The arithmetic is float32. Contrast
-    takes the mean luminance, autocontrast the extremes and blur the borders of the picture, not of the crop. Each
-    operation is that of torchvision.transforms.v2.functional and PIL, with the tolerances that
-    ``sslfast/ops/pixels.py`` states. Source: PIRL section 3.1 (jigsaw patches, colour), SimCLR appendix A (blur).
+    Order: ``rotate90`` of the crop, the patch of ``jigsaw_patches``, then per picture the operations of
+    :func:`sslfast.ops.pixels.augment`, last ``(x / 255 - mean) / std``. The arithmetic is float32. Contrast takes the
+    mean luminance, autocontrast the extremes and blur the borders of the picture, not of the crop. Each operation is
+    that of torchvision.transforms.v2.functional and PIL, with the tolerances that ``sslfast/ops/pixels.py`` states.
+    Source: PIRL section 3.1 (jigsaw patches, colour), SimCLR appendix A (blur).
 
     Args:
-        crops: ``[B, 3, S, S]`` uint8. Other than contiguous memory is copied first.
-        parameters: ``[B, M, 13]`` fp32, one row for each picture by slot: flip (0 or 1), jitter gate, order code 0..23
-            (rank of the four jitters' order), brightness, contrast, saturation (factors, 1 = unchanged), hue (turns),
-            photometric gate, posterize bits 0..8, sharpness, solarize threshold (256 = none), grayscale, blur sigma
-            0..5 in pixels (0 = none).
-        quarter_turns: ``[B]`` int64, counter-clockwise, modulo 4; None: not turned.
+        crops: ``[B, 3, S, S]`` uint8. Non-contiguous memory is copied first.
+        parameters: ``[B, M, len(ViewParameter)]`` fp32, for each picture by slot the numbers that
+            :class:`~sslfast.ops.view_parameters.ViewParameter` declares, with their ranges.
+        quarter_turns: ``[B]`` int64, counter-clockwise, modulo 4; None: not rotated.
         permutation: ``[B, grid**2]`` int64, cell that each slot shows; None: no jigsaw.
         offsets: ``[B, grid**2, 2]`` int64 (y, x) by cell; needed with ``permutation``.
         grid: cells per side; ignored without ``permutation``, like ``patch_size``.
         patch_size: p, side of a patch in pixels.
-        mean, std: of normalisation, per channel, on the 0..1 scale.
+        mean, std: of the normalisation, per channel, on the 0..1 scale.
         dtype: torch.float32, torch.bfloat16 or torch.float16.
         channels_last: memory format of the pictures.
-        photometric: False promises that no picture has the photometric gate open, which saves shared memory on a GPU.
-        blur: False promises that no picture has a sigma, which saves ``[B * M, 3, p, p]`` float32 on a GPU.
+        photometric: False asserts that no picture has the photometric gate open, which saves shared memory on a GPU.
+        blur: False asserts that every sigma is 0, which saves ``[B * M, 3, p, p]`` float32 on a GPU.
 
     Returns:
         ``[B * M, 3, p, p]``; picture ``b * M + j`` is slot ``j`` of sample ``b``.

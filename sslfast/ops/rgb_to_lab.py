@@ -1,4 +1,4 @@
-"""rgb_to_lab: sRGB pixels to CIE Lab, what colorization predicts."""
+"""rgb_to_lab: sRGB pixels to CIE Lab, the colour space that colorization predicts in."""
 
 import torch
 from torch import Tensor
@@ -18,18 +18,18 @@ def rgb_to_lab(pixels: Tensor) -> Tensor:
     ``linear = x / 12.92`` up to 0.04045, else ``((x + 0.055) / 1.055)**2.4``; ``X, Y, Z`` over the white's by sRGB's
     matrix; ``f(t) = t**(1/3)`` above ``216/24389``, else ``(24389/27 t + 16) / 116``; ``L = 116 f(Y) - 16``,
     ``a = 500 (f(X) - f(Y))``, ``b = 200 (f(Y) - f(Z))``. Within 1e-3 of the same in float64, and within 0.02 of
-    scikit-image's ``rgb2lab``, whose white is off by that much. One pass over the bytes. Not differentiable.
+    scikit-image's ``rgb2lab``, whose white point differs. One pass over the bytes. Not differentiable.
     Source: IEC 61966-2-1 (sRGB), CIE 15 (Lab); colorization: Zhang et al., ECCV 2016, section 2.
 
     Args:
-        pixels: ``[N, 3, H, W]`` float32, float64, bfloat16 or float16 on the 0..1 scale, which is not enforced. Other
-            than contiguous or channels_last memory is copied first.
+        pixels: ``[N, 3, H, W]`` float32, float64, bfloat16 or float16 on the 0..1 scale, which is not enforced. Memory
+            that is neither contiguous nor channels_last is copied first.
 
     Returns:
         ``[N, 3, H, W]`` float32 in the memory format of ``pixels``: L in 0..100, a in -86.2..98.2, b in -107.9..94.5.
 
     Raises:
-        ValueError: ``pixels`` require a gradient, which the op does not have.
+        ValueError: ``pixels`` require a gradient, which the op does not provide.
         RuntimeError: wrong dtype or shape.
     """
     _library.check_same_device("rgb_to_lab", pixels=pixels)

@@ -1,4 +1,4 @@
-"""rotate90: turn every image of a batch by its own number of quarter turns."""
+"""rotate90: rotate every image of a batch by its own number of quarter turns."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def rotate90(images: Tensor, quarter_turns: Tensor) -> Tensor:
     section 2.1) and of PIRL (appendix A.2).
 
     Args:
-        images: ``[N, C, S, S]``, any dtype of 1, 2, 4 or 8 bytes an element; square. Other than contiguous memory is
+        images: ``[N, C, S, S]``, any dtype of 1, 2, 4 or 8 bytes per element; square. Non-contiguous memory is
             copied first.
         quarter_turns: ``[N]`` int64, any integers; 4 is 0 and -1 is 3.
 

@@ -1,15 +1,14 @@
-"""Recipes of the methods that label the data set themselves: DeepCluster, SeLa.
+"""Recipes of the methods that train on pseudo-labels: DeepCluster, SeLa.
 
 Sources: the papers; mmselfsup's ``configs/selfsup/deepcluster/r50_withoutsobel.py``, since DeepCluster was published
 for AlexNet and VGG alone; SeLa's ``main.py`` and ``scripts/resnet.sh``.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
-from sslfast.methods import DeepCluster, MethodConfig, SeLa
+from sslfast.methods import DeepCluster, SeLa
 from sslfast.optim import OptimConfig
-from sslfast.recipes.pirl import pirl_small, small_method
+from sslfast.recipes.common import small, small_view
 from sslfast.training import TrainConfig
 from sslfast.views import AugmentConfig, ViewConfig
 
@@ -35,7 +34,8 @@ def sela() -> TrainConfig:
     """SeLa: ResNet-50, 10 heads of 3,000 clusters, λ = 25, 100 labellings over the run.
 
     From the authors' ``main.py`` and ``scripts/resnet.sh``: 400 epochs of batch 256, learning rate 0.08, tenfold less
-    after epochs 150, 300 and 350, weight decay 1e-5, the labellings' times up to whole epochs, jitter 0.4, gray 0.2.
+    after epochs 150, 300 and 350, weight decay 1e-5, the times of the labellings, rounded to whole epochs, jitter 0.4,
+    gray 0.2.
     Chosen here: bf16 features (5.2 GB for ImageNet).
     """
     return TrainConfig(
@@ -45,7 +45,6 @@ def sela() -> TrainConfig:
             clusters=3000,
             sharpness=25.0,
             labellings=100,
-            labelling_epochs=400,
             feature_dtype="bf16",
             image_view=ViewConfig(augment=AugmentConfig(hue=0.4)),
         ),
@@ -62,23 +61,18 @@ def sela() -> TrainConfig:
     )
 
 
-def _small(recipe: str, method: MethodConfig) -> TrainConfig:
-    """ResNet-18 with the small stem, batch 256, 200 epochs; all chosen here."""
-    return replace(pirl_small(), recipe=recipe, method=method)
-
-
 def deepcluster_small() -> TrainConfig:
     """DeepCluster for images up to about 64 px: ResNet-18 with the small stem, 250 clusters, 64 whitened components,
     batch 256, 200 epochs. Clustered every 4 epochs: a new classifier needs some hundred steps, and epochs are short.
     """
-    method = DeepCluster.Config(clusters=250, every_epochs=4, pca_dimensions=64, image_view=small_method().image_view)
-    return _small("deepcluster-small", method)
+    method = DeepCluster.Config(clusters=250, every_epochs=4, pca_dimensions=64, image_view=small_view())
+    return small("deepcluster-small", method)
 
 
 def sela_small() -> TrainConfig:
     """SeLa for images up to about 64 px: ResNet-18 with the small stem, 10 heads of 128 clusters, labelled every
     epoch, batch 256, 200 epochs."""
-    return _small("sela-small", SeLa.Config(heads=10, clusters=128, image_view=small_method().image_view))
+    return small("sela-small", SeLa.Config(heads=10, clusters=128, image_view=small_view()))
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {

@@ -1,9 +1,9 @@
-"""Recipes of the methods that reconstruct a picture: autoencoder, colorization, super-resolution, inpainting.
+"""Recipes of the methods that reconstruct an image: autoencoder, colorization, super-resolution, inpainting.
 
-None of the four was published with a ResNet-50 on ImageNet by its authors, so a recipe takes from its paper what is
-not tied to another network (each docstring names the section), and the rest is chosen here: ResNet-50, 224 px crops of
-20 to 100 % of the picture with flips, batch 256, 100 epochs, SGD with the learning rate 0.05 per 256 pictures, an
-epoch of warm-up and a cosine.
+None of the four was published with a ResNet-50 on ImageNet by its authors, so a recipe takes from its paper what does
+not depend on another network (each docstring names the section), and the rest is chosen here: ResNet-50, 224 px crops
+of 20 to 100 % of the image with flips, batch 256, 100 epochs, SGD with the learning rate 0.05 per 256 images, one epoch
+of warm-up and a cosine.
 """
 
 from collections.abc import Callable
@@ -11,29 +11,26 @@ from dataclasses import replace
 
 from sslfast.methods import Autoencoder, Colorization, Inpainting, MethodConfig, SuperResolution, clean_view
 from sslfast.optim import OptimConfig
-from sslfast.recipes.pirl import pirl_small
+from sslfast.recipes.common import small
 from sslfast.training import TrainConfig
 
 
+def _optim() -> OptimConfig:
+    return OptimConfig(lr_per_256_images=0.05, final_lr_per_256_images=0.0, lr_update="step", warmup_epochs=1.0)
+
+
 def _large(recipe: str, method: MethodConfig) -> TrainConfig:
-    return TrainConfig(
-        recipe=recipe,
-        method=method,
-        optim=OptimConfig(lr_per_256_images=0.05, final_lr_per_256_images=0.0, lr_update="step", warmup_epochs=1.0),
-        epochs=100,
-        batch_size=256,
-    )
+    return TrainConfig(recipe=recipe, method=method, optim=_optim(), epochs=100, batch_size=256)
 
 
 def _small(recipe: str, method: MethodConfig) -> TrainConfig:
-    optim = OptimConfig(lr_per_256_images=0.05, final_lr_per_256_images=0.0, lr_update="step", warmup_epochs=1.0)
-    return replace(pirl_small(), recipe=recipe, method=method, optim=optim)
+    return replace(small(recipe, method), optim=_optim())
 
 
 def autoencoder() -> TrainConfig:
     """Denoising autoencoder: ResNet-50, a quarter of the pixels destroyed, squared error.
 
-    A quarter is one of the paper's shares of destroyed inputs (Vincent 2008, section 4). Chosen here: all else.
+    A quarter is one of the paper's shares of destroyed inputs (Vincent 2008, section 4). Chosen here: everything else.
     """
     return _large("autoencoder", Autoencoder.Config())
 
@@ -41,8 +38,8 @@ def autoencoder() -> TrainConfig:
 def colorization() -> TrainConfig:
     """Colorization: ResNet-50, ab bins from lightness at a quarter of the resolution, rare colours weighted up.
 
-    From Zhang 2016, section 2.1 and 2.2: bins of 10, 5 neighbours, σ = 5, λ = 1/2, prediction at stride 4. Chosen here:
-    all else; the paper trains a VGG-like network.
+    From Zhang 2016, sections 2.1 and 2.2: bins of 10, 5 neighbours, σ = 5, λ = 1/2, prediction at stride 4. Chosen
+    here: everything else; the paper trains a VGG-like network.
     """
     return _large("colorization", Colorization.Config())
 
@@ -53,10 +50,10 @@ def super_resolution() -> TrainConfig:
 
 
 def inpainting() -> TrainConfig:
-    """Inpainting: ResNet-50, random square holes over at most a quarter of the picture, squared error.
+    """Inpainting: ResNet-50, random square holes over at most a quarter of the image, squared error.
 
-    From Pathak 2016, section 3.2 and 3.3: random blocks up to a quarter of the picture, a band of 7 px with weight 10.
-    Chosen here: all else; the paper trains an AlexNet encoder and, for its pictures, an adversarial term too.
+    From Pathak 2016, sections 3.2 and 3.3: random blocks up to a quarter of the image, a band of 7 px with weight 10.
+    Chosen here: everything else; the paper trains an AlexNet encoder and, for sharper images, an adversarial term too.
     """
     return _large("inpainting", Inpainting.Config())
 

@@ -7,29 +7,27 @@ recipe's docstring names it and its source.
 
 from dataclasses import replace
 
-from sslfast.methods import PIRL
+from sslfast.methods import PIRL, jigsaw_view
 from sslfast.models import ResNetConfig
 from sslfast.optim import OptimConfig
+from sslfast.recipes.common import COLOURS, small, small_view
 from sslfast.training import TrainConfig
-from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
+from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
 
 def paper_method() -> PIRL.Config:
-    """PIRL with jigsaw, NCE, 32,000 negatives, never the sample."""
+    """PIRL with jigsaw, NCE, 32,000 negatives without the sample itself."""
     colour = AugmentConfig(hue=0.4, photometric_probability=0.66)
     return PIRL.Config(
         image_view=ViewConfig(augment=colour),
-        jigsaw_view=ViewConfig(
-            crop=CropConfig(size=255, scale=(0.6, 1.0)),
-            jigsaw=JigsawConfig(grid=3, patch_size=64),
-            augment=replace(colour, flip_probability=0.0),
-        ),
+        jigsaw_view=jigsaw_view(augment=replace(colour, flip_probability=0.0)),
         rotation_view=ViewConfig(rotation=True, augment=colour),
     )
 
 
 def pirl_paper() -> TrainConfig:
-    """PIRL with jigsaw as published: ResNet-50, 800 epochs, batch 1024, NCE, 32,000 negatives, never the sample.
+    """PIRL with jigsaw as published: ResNet-50, 800 epochs, batch 1024, NCE, 32,000 negatives without the
+    sample itself.
 
     Open in the paper: the photometric gate and Z from the first batch, taken from VISSL; all four colour strengths 0.4,
     as NPID's code has them (VISSL: hue 0.2), and patches without flips of their own (VISSL flips each).
@@ -40,8 +38,8 @@ def pirl_paper() -> TrainConfig:
 def pirl_vissl() -> TrainConfig:
     """PIRL with jigsaw as VISSL runs it.
 
-    NCE with Z frozen from the first batch's patch scores, negatives drawn per view from all rows (the sample's own
-    included), every augmentation on each patch, patch offsets 0 to 20.
+    NCE with Z frozen from the first batch's patch scores, negatives drawn per view from all rows (including the
+    sample's own), every augmentation on each patch, patch offsets 0 to 20.
     """
     colour = AugmentConfig(hue=0.2, photometric_probability=0.66)
     return TrainConfig(
@@ -52,11 +50,7 @@ def pirl_vissl() -> TrainConfig:
             exclude_self=False,
             separate_draws=True,
             image_view=ViewConfig(augment=colour),
-            jigsaw_view=ViewConfig(
-                crop=CropConfig(size=255, scale=(0.6, 1.0)),
-                jigsaw=JigsawConfig(grid=3, patch_size=64, max_offset=20),
-                augment=colour,
-            ),
+            jigsaw_view=jigsaw_view(max_offset=20, augment=colour),
             rotation_view=ViewConfig(rotation=True, augment=colour),
         ),
     )
@@ -75,11 +69,11 @@ def pirl_rotation_jigsaw() -> TrainConfig:
 
 
 def npid() -> TrainConfig:
-    """NPID of Wu, Xiong, Yu & Lin, CVPR 2018 (sections 3.2 and 3.3): ResNet-50, 200 epochs, batch 256, rate 0.03, NCE,
-    4,096 negatives uniform over all rows (the sample's own included), τ 0.07.
+    """NPID of Wu, Xiong, Yu & Lin, CVPR 2018 (sections 3.2 and 3.3): ResNet-50, 200 epochs, batch 256, learning
+    rate 0.03, NCE, 4,096 negatives uniform over all rows (including the sample's own), τ 0.07.
 
-    The rate falls tenfold after epochs 120 and 160. From the authors' code: crop scale, colour strengths, decay of
-    every parameter, bank momentum 0.5, Z from the first batch. Departure: no proximal term.
+    The learning rate is divided by 10 after epochs 120 and 160. From the authors' code: crop scale, colour strengths,
+    decay of every parameter, bank momentum 0.5, Z from the first batch. Departure: no proximal term.
     """
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=AugmentConfig(hue=0.4))
     return TrainConfig(
@@ -107,17 +101,12 @@ def npid_plus_plus() -> TrainConfig:
 
 def small_method() -> PIRL.Config:
     """PIRL for images of about 64 px: 64 px crops, 3 x 3 cells of 21 px with 16 px patches, InfoNCE."""
-    colour = AugmentConfig(hue=0.1, jitter_probability=0.8)
     return PIRL.Config(
         num_negatives=4096,
         loss="infonce",
-        image_view=ViewConfig(crop=CropConfig(size=64, scale=(0.2, 1.0)), augment=colour),
-        jigsaw_view=ViewConfig(
-            crop=CropConfig(size=63, scale=(0.6, 1.0)),
-            jigsaw=JigsawConfig(grid=3, patch_size=16),
-            augment=replace(colour, flip_probability=0.0),
-        ),
-        rotation_view=ViewConfig(rotation=True, crop=CropConfig(size=64, scale=(0.2, 1.0)), augment=colour),
+        image_view=small_view(),
+        jigsaw_view=jigsaw_view(63, 16, augment=replace(COLOURS, flip_probability=0.0)),
+        rotation_view=replace(small_view(), rotation=True),
     )
 
 
@@ -126,27 +115,18 @@ def pirl_small() -> TrainConfig:
 
     InfoNCE departs from the paper's NCE, whose Z from one batch does not suit a few thousand rows.
     """
-    return TrainConfig(
-        recipe="pirl-small",
-        method=small_method(),
-        model=ResNetConfig(name="resnet18", stem="small"),
-        optim=OptimConfig(lr_per_256_images=0.06, final_lr_per_256_images=6e-5, lr_update="step", weight_decay=5e-4),
-        epochs=200,
-        batch_size=256,
-        checkpoint_every_steps=500,
-    )
+    return small("pirl-small", small_method())
 
 
 def npid_small() -> TrainConfig:
     """NPID for images up to about 64 px: ``pirl-small`` with λ = 0."""
-    return replace(pirl_small(), recipe="npid-small", method=replace(small_method(), pretext_weight=0.0))
+    return small("npid-small", replace(small_method(), pretext_weight=0.0))
 
 
 def demo() -> TrainConfig:
     """PIRL in minutes on two CPU cores, for the crops of ``sslfast demo``: ResNet-18 with the ImageNet stem on 48 px,
-    batch 32 (so small a set needs many steps more than large batches), InfoNCE with temperature 0.1."""
-    colour = AugmentConfig(hue=0.1, jitter_probability=0.8)
-    image = ViewConfig(crop=CropConfig(size=48, scale=(0.2, 1.0)), augment=colour)
+    batch 32 (on so small a data set more steps matter more than large batches), InfoNCE with temperature 0.1."""
+    image = small_view(size=48)
     return TrainConfig(
         recipe="demo",
         method=PIRL.Config(
@@ -154,11 +134,7 @@ def demo() -> TrainConfig:
             loss="infonce",
             temperature=0.1,
             image_view=image,
-            jigsaw_view=ViewConfig(
-                crop=CropConfig(size=48, scale=(0.6, 1.0)),
-                jigsaw=JigsawConfig(grid=3, patch_size=14),
-                augment=replace(colour, flip_probability=0.0),
-            ),
+            jigsaw_view=jigsaw_view(48, 14, augment=replace(COLOURS, flip_probability=0.0)),
             rotation_view=replace(image, rotation=True),
         ),
         model=ResNetConfig(name="resnet18", stem="imagenet"),

@@ -1,7 +1,6 @@
-"""What a person looks at: HTML report, preview and neighbour sheets, charts. Imports ``evaluation`` and what lies
+"""What a person looks at: HTML report, preview and neighbour sheets. Imports ``evaluation`` and what lies
 below."""
 
-from sslfast.report.bars import draw_bars
 from sslfast.report.build import ReportConfig, report
 from sslfast.report.neighbours import NeighboursConfig, run_neighbours, write_neighbours
 from sslfast.report.preview import write_preview
@@ -9,7 +8,6 @@ from sslfast.report.preview import write_preview
 __all__ = [
     "NeighboursConfig",
     "ReportConfig",
-    "draw_bars",
     "report",
     "run_neighbours",
     "write_neighbours",

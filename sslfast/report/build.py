@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sslfast.config import load_json
-from sslfast.data import ImageLocation, decode_full, quiet_pillow, read_image_bytes
+from sslfast.data import ImageLocation, decode_full, quiet_pillow
 from sslfast.evaluation import (
     L2_STRENGTHS,
     TRAINED,
@@ -344,7 +344,7 @@ def _published() -> str:
 
 def _thumbnail(location: ImageLocation, side: int) -> Image.Image:
     """The centre square of a picture."""
-    picture = Image.fromarray(decode_full(read_image_bytes(location))).convert("RGB")
+    picture = Image.fromarray(decode_full(location.read())).convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.data import ImageLocation, decode_full, quiet_pillow, read_image_bytes
+from sslfast.data import ImageLocation, decode_full, quiet_pillow
 from sslfast.evaluation import EvaluationSet, FeatureConfig, load_evaluation_set, nearest_neighbours
 
 _TILE, _GAP, _FRAME = 96, 10, 4
@@ -195,7 +195,7 @@ def _share(name: str, queries: Sequence[Query]) -> str:
 
 def _framed(location: ImageLocation, colour: str) -> Image.Image:
     """The whole picture on a square mat inside a frame."""
-    picture = Image.fromarray(decode_full(read_image_bytes(location)))
+    picture = Image.fromarray(decode_full(location.read()))
     scale = _TILE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     if size != picture.size:

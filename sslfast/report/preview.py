@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.data import Manifest, decode_full, open_data, quiet_pillow, read_image_bytes
-from sslfast.loaders import BatchDecoder, PackedLocations, epoch_order
+from sslfast.data import Manifest, decode_full, open_data, quiet_pillow
+from sslfast.loaders import BatchDecoder, epoch_order
 from sslfast.views import AugmentConfig, Batch, View, ViewConfig, ViewStage, crop_boxes, crop_draws
 
 _TILE = 216
@@ -117,12 +117,12 @@ def write_preview(
     if output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
     manifest = open_data(Path(data), on_bad_image="skip", progress=True)
-    if manifest.archive is not None:
+    if manifest.source.loader is not None:
         raise ValueError(
             f"a preview is drawn from image files and {data} is a .beton file: name what it was made of "
             f"({manifest.root})"
         )
-    decode = BatchDecoder(places=PackedLocations(manifest), views=views, seed=seed, on_bad_image="skip")
+    decode = BatchDecoder(source=manifest.source, views=views, seed=seed, on_bad_image="skip")
     decoded = decode(0, epoch_order(len(manifest), seed=seed, epoch=0)[:count])
     batch = Batch(sample_ids=decoded.sample_ids, crops=decoded.crops, epoch=0)
     title = f"{manifest.root.resolve().name}: what the network sees in epoch 0, seed {seed}"
@@ -134,9 +134,7 @@ def write_preview(
 
 def _originals(manifest: Manifest, batch: Batch, views: Mapping[str, ViewConfig], seed: int) -> list[Original]:
     with quiet_pillow():
-        pictures = [
-            Image.fromarray(decode_full(read_image_bytes(manifest.location(int(row))))) for row in batch.sample_ids
-        ]
+        pictures = [Image.fromarray(decode_full(manifest.source.read(int(row)))) for row in batch.sample_ids]
     sizes = np.array([picture.size for picture in pictures], dtype=np.int64)
     boxes = {
         name: crop_boxes(

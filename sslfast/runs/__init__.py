@@ -1,36 +1,35 @@
-"""A run on disk: directory, lock, log, checkpoints, resume. Imports ``config`` and ``files``."""
+"""A run on disk: directory, lock, log, checkpoints, resume. Imports ``config``, ``distributed`` and ``files``."""
 
-from sslfast.runs.checkpoint import (
+from sslfast.runs.checkpoint import HashedFileStore, list_checkpoints, load_checkpoint, load_latest
+from sslfast.runs.checkpoint_store import (
+    CheckpointStore,
     CheckpointWriteError,
-    checkpoint_path,
-    checkpoint_step,
-    list_checkpoints,
-    load_checkpoint,
-    load_latest,
-    prune_checkpoints,
-    remove_leftovers,
-    save_checkpoint,
+    CorruptCheckpointError,
+    load_newest,
+    prune,
     set_aside_newer,
+    stored_bytes,
 )
 from sslfast.runs.directory import RunDirectory, versions
 from sslfast.runs.log import LogFile, read_log
 from sslfast.runs.resume import check_same_run, find_checkpoint
 
 __all__ = [
+    "CheckpointStore",
     "CheckpointWriteError",
+    "CorruptCheckpointError",
+    "HashedFileStore",
     "LogFile",
     "RunDirectory",
     "check_same_run",
-    "checkpoint_path",
-    "checkpoint_step",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_latest",
-    "prune_checkpoints",
+    "load_newest",
+    "prune",
     "read_log",
-    "remove_leftovers",
-    "save_checkpoint",
     "set_aside_newer",
+    "stored_bytes",
     "versions",
 ]

@@ -1,34 +1,87 @@
-"""Checkpoints that survive a kill at any moment: written whole or not at all, checked by a sum, newest good one used.
+"""The store of one file per checkpoint: atomic writes, a SHA-256 beside each file.
 
-Each checkpoint is a plain ``torch.load`` file ``step_00001000.pt`` beside ``step_00001000.pt.sha256``. Rename and
-fsync protect against a crash of the program or the machine. The checksum is for what they cannot see: a copy cut
-short, a full disk on another machine, a flipped bit; ``torch.load`` itself checks no sums, and a wrong weight would
-train on unnoticed. It lies in a file of its own, in the format of ``sha256sum -c``, so that ``.pt`` stays readable
-by anything; it is renamed into place before the ``.pt``, so a checkpoint never exists without it.
+A checkpoint is a plain ``torch.load`` file ``step_00001000.pt`` beside ``step_00001000.pt.sha256``. Rename and fsync
+protect against a crash of the program or the machine. The checksum detects what they cannot: a truncated copy, a full
+disk on another machine, a flipped bit. ``torch.load`` verifies no checksum, so training would continue from wrong
+weights unnoticed. The checksum has a file of its own, in the format of ``sha256sum -c``, so that any program can read
+the ``.pt``; it is renamed into place before the ``.pt``, so that no checkpoint exists without it.
 """
 
 import hashlib
 import os
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from sslfast.distributed import broadcast_object, is_main
 from sslfast.files import fsync_directory
+from sslfast.runs.checkpoint_store import CheckpointWriteError, CorruptCheckpointError, load_newest
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
-class CheckpointWriteError(OSError):
-    """A checkpoint that could not be written; those before it are untouched, and nothing is left of it."""
+class HashedFileStore:
+    """A :class:`~sslfast.runs.checkpoint_store.CheckpointStore` of one file per step, which rank 0 writes and every
+    rank reads.
+
+    Args:
+        directory: made by the first :meth:`save`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def list(self) -> Sequence[int]:
+        return [checkpoint_step(path) for path in list_checkpoints(self.directory)]
+
+    def path(self, step: int) -> Path:
+        return checkpoint_path(self.directory, step)
+
+    def save(self, state: dict[str, Any], step: int) -> None:
+        error = None
+        if is_main():
+            try:
+                save_checkpoint(self.directory, state, step)
+            except CheckpointWriteError as problem:
+                error = str(problem)
+        error = broadcast_object(error)
+        if error is not None:
+            raise CheckpointWriteError(error)
+
+    def load(self, step: int) -> dict[str, Any]:
+        return load_checkpoint(self.path(step))
+
+    def delete(self, step: int) -> None:
+        if is_main():
+            self.path(step).unlink()
+            _sum_path(self.path(step)).unlink(missing_ok=True)
+
+    def set_aside(self, step: int) -> Path:
+        path = self.path(step)
+        aside = path.with_name(path.name + ".superseded")
+        if is_main():
+            os.replace(path, aside)
+            _sum_path(path).unlink(missing_ok=True)
+        return aside
+
+    def clean(self) -> None:
+        if is_main() and self.directory.is_dir():
+            for path in self.directory.glob(".step_*.tmp"):
+                path.unlink()
+            for path in self.directory.glob("step_*.pt.sha256"):
+                if not path.with_name(path.name.removesuffix(".sha256")).exists():
+                    path.unlink()
 
 
-class CorruptCheckpointError(ValueError):
-    """A checkpoint whose bytes are not the ones that were written."""
+def load_latest(directory: Path, *, report: Callable[[str], None] | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """Path and state of the newest good checkpoint file of a directory; arguments and errors as
+    :func:`~sslfast.runs.checkpoint_store.load_newest`."""
+    found = load_newest(HashedFileStore(directory), report=report)
+    return None if found is None else (checkpoint_path(directory, found[0]), found[1])
 
 
 def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
@@ -52,7 +105,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
     try:
         _write(path, state)
     except OSError as error:
-        with suppress(OSError):  # a disk that fails may not let them go either: remove_leftovers does at the next start
+        with suppress(OSError):  # a failing disk may refuse this too; clean() does it at the next start
             for leftover in (path, _sum_path(path)):
                 leftover.with_name(f".{leftover.name}.tmp").unlink(missing_ok=True)
             if not path.exists():
@@ -73,7 +126,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, hashing)  # type: ignore[arg-type]
         except RuntimeError:
-            # torch finds its position wrong after a write that failed, and hides why.
+            # After a failed write torch raises its own error about the file position, which hides the cause.
             raise hashing.error or RuntimeError(f"torch cannot save the state of {path}") from None
         file.flush()
         os.fsync(file.fileno())
@@ -93,7 +146,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         CorruptCheckpointError: the checksum is missing or does not match, or the content is no checkpoint.
     """
-    verify_checkpoint(path)
+    _verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -104,7 +157,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def verify_checkpoint(path: Path) -> None:
+def _verify(path: Path) -> None:
     """Compare the file with its checksum; raises as :func:`load_checkpoint` does."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; give the path of a step_*.pt file")
@@ -142,71 +195,8 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}.pt"
 
 
-def latest_checkpoint(directory: Path, *, report: Callable[[str], None] | None = None) -> Path | None:
-    """The newest good checkpoint, None where there is none at all.
-
-    Each damaged one on the way is named in one line by ``report`` (default: standard error).
-
-    Raises:
-        CorruptCheckpointError: there are checkpoints and every one is damaged.
-    """
-    found = load_latest(directory, report=report, load=False)
-    return None if found is None else found[0]
-
-
-def load_latest(
-    directory: Path, *, report: Callable[[str], None] | None = None, load: bool = True
-) -> tuple[Path, dict[str, Any]] | None:
-    """Path and state of the newest good checkpoint; as :func:`latest_checkpoint`. ``load=False`` only verifies."""
-    report = report or _print_error
-    paths = list_checkpoints(directory)
-    for position in range(len(paths) - 1, -1, -1):
-        path = paths[position]
-        try:
-            if load:
-                return path, load_checkpoint(path)
-            verify_checkpoint(path)
-            return path, {}
-        except CorruptCheckpointError as error:
-            if position:
-                report(f"{error}; trying the one before, {paths[position - 1].name}")
-    if paths:
-        raise CorruptCheckpointError(
-            f"every checkpoint in {directory} is damaged ({', '.join(p.name for p in paths)}); "
-            "restore one from a copy or start again with another output directory"
-        )
-    return None
-
-
-def prune_checkpoints(directory: Path, *, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete all but the newest ``keep`` and those whose step is a multiple of ``keep_every_steps`` (0: none)."""
-    for path in list_checkpoints(directory)[:-keep]:
-        if not (keep_every_steps and checkpoint_step(path) % keep_every_steps == 0):
-            path.unlink()
-            _sum_path(path).unlink(missing_ok=True)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Delete what a killed :func:`save_checkpoint` left; only the owner of the run directory may call it."""
-    if directory.is_dir():
-        for path in directory.glob(".step_*.tmp"):
-            path.unlink()
-        for path in directory.glob("step_*.pt.sha256"):
-            if not path.with_name(path.name.removesuffix(".sha256")).exists():
-                path.unlink()
-
-
-def set_aside_newer(directory: Path, step: int) -> list[Path]:
-    """Rename the checkpoints above ``step`` to ``*.superseded``, so that no later resume takes them up."""
-    newer = [path for path in list_checkpoints(directory) if checkpoint_step(path) > step]
-    for path in newer:
-        os.replace(path, path.with_name(path.name + ".superseded"))
-        _sum_path(path).unlink(missing_ok=True)
-    return newer
-
-
 class _HashingWriter:
-    """File face for ``torch.save``, which writes front to back: the checksum costs no second read."""
+    """Hashing file wrapper for ``torch.save``, which writes sequentially: the checksum costs no second read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -227,7 +217,3 @@ class _HashingWriter:
 
 def _sum_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def _print_error(line: str) -> None:
-    print(f"sslfast: {line}", file=sys.stderr, flush=True)

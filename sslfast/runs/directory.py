@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from sslfast.config import load_json, save_json
-from sslfast.runs.checkpoint import list_checkpoints
 
 _WAIT_SECONDS = 120.0  # a network file system frees the lock of a machine that is gone after its lease
 
@@ -60,12 +59,11 @@ class RunDirectory:
         return shutil.disk_usage(path).free
 
     def check_space(self, needed: int) -> None:
-        """Raises ValueError unless checkpoints of ``needed`` bytes fit, with those that are there already."""
-        own = sum(path.stat().st_size for path in list_checkpoints(self.checkpoints))
+        """Raises ValueError unless ``needed`` more bytes of checkpoints fit."""
         free = self.free_bytes()
-        if free < needed - own:
+        if free < needed:
             raise ValueError(
-                f"the checkpoints need {(needed - own) / 1e9:.2f} GB and {self.path} has {free / 1e9:.2f} GB free; "
+                f"the checkpoints need {needed / 1e9:.2f} GB and {self.path} has {free / 1e9:.2f} GB free; "
                 "free some space, lower keep_checkpoints, or choose another output directory"
             )
 

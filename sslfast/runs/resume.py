@@ -1,75 +1,74 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run is resumed from, and whether configuration and data allow it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sslfast.config import differences, from_dict, to_dict
-from sslfast.runs.checkpoint import CorruptCheckpointError, list_checkpoints, load_checkpoint, load_latest
+from sslfast.config import differences, from_dict, resumable_fields, to_dict
+from sslfast.distributed import broadcast_object
+from sslfast.runs.checkpoint import load_checkpoint
+from sslfast.runs.checkpoint_store import CheckpointStore, CorruptCheckpointError, load_newest
 from sslfast.runs.directory import RunDirectory
 
 KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manifest_digest")
 """What a checkpoint of a run holds."""
 
-FREE_AT_RESUME = (
-    "recipe",
-    "device",
-    "compile",
-    "on_nonfinite",
-    "nonfinite_limit",
-    "log_every_steps",
-    "knn_every_epochs",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "keep_every_steps",
-    "tensorboard",
-    "progress",
-    "method.bank_layout",
-    "loader.workers",
-    "loader.on_bad_image",
-)
-"""Fields that may change at a resume: none of them changes what a step computes, but for rounding. Every other one may
-not; ``epochs`` neither, since the learning rate of the steps already done depends on it."""
-
 
 def find_checkpoint(
-    run: RunDirectory, resume: str, *, report: Callable[[str], None]
+    run: RunDirectory,
+    resume: str,
+    *,
+    open_store: Callable[[Path], CheckpointStore],
+    report: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Path and state of the checkpoint to go on from; None for a new run.
+    """Path and state of the checkpoint to resume from; None for a new run. Every rank calls it.
 
     Args:
         run: directory that the run writes to.
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run directory.
+        open_store: the store in a directory.
         report: takes a line for every damaged checkpoint that is passed over.
 
     Raises:
         ValueError, FileNotFoundError: ``run`` or ``resume`` does not allow it; names the remedy.
     """
-    kept = list_checkpoints(run.checkpoints)
+    store = open_store(run.checkpoints)
+    holds_checkpoints, holds_log = broadcast_object((bool(store.list()), run.log.exists()))
     if resume == "never":
-        if kept or run.log.exists():
+        if holds_checkpoints or holds_log:
             raise ValueError(
-                f"{run.path} already holds a run; choose another output directory, or go on with --resume auto"
+                f"{run.path} already holds a run; choose another output directory, or resume it with --resume auto"
             )
         return None
     if resume == "auto":
-        return load_latest(run.checkpoints, report=report)
+        return _newest(store, report)
     path = Path(resume)
-    if path.is_dir():
-        found = load_latest(RunDirectory(path).checkpoints, report=report)
-        if found is None:
+    siblings = open_store(path.parent)
+    step = next((step for step in siblings.list() if siblings.path(step) == path), None)
+    if step is not None:
+        found = path, siblings.load(step)
+    elif path.is_dir():
+        newest = _newest(open_store(RunDirectory(path).checkpoints), report)
+        if newest is None:
             raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
+        found = newest
     else:
         found = path, load_checkpoint(path)
-    if kept and found[0].resolve().parent != run.checkpoints.resolve():
+    if holds_checkpoints and found[0].resolve().parent != run.checkpoints.resolve():
         raise ValueError(f"{run.path} already holds another run; choose a new output directory to resume {path} in")
     return found
 
 
-def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifest_digest: str) -> None:
-    """Whether a run of ``config``, a TrainConfig, on these images may go on from ``state``.
+def _newest(store: CheckpointStore, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    found = load_newest(store, report=report, all_ranks=True)
+    return None if found is None else (store.path(found[0]), found[1])
 
-    Fields that the checkpoint is older than had their defaults when it was written.
+
+def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifest_digest: str) -> None:
+    """Check that a run of ``config``, a TrainConfig, on these images may be resumed from ``state``.
+
+    Fields declared :func:`~sslfast.config.resumable` may differ. Fields that did not exist when the checkpoint was
+    written had their present defaults then.
 
     Raises:
         ValueError: one line with every field that differs, its old and its new value.
@@ -81,10 +80,9 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
         before = to_dict(from_dict(type(config), state["config"]))
     except ValueError as error:
         raise ValueError(f"cannot resume {path}: {error}; choose another output directory") from None
+    free = resumable_fields(config)
     changed = [
-        f"{name} was {old!r}, is {new!r}"
-        for name, old, new in differences(before, to_dict(config))
-        if name not in FREE_AT_RESUME
+        f"{name} was {old!r}, is {new!r}" for name, old, new in differences(before, to_dict(config)) if name not in free
     ]
     if changed:
         raise ValueError(

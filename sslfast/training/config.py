@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sslfast.config import resumable
 from sslfast.loaders import LoaderConfig
 from sslfast.methods import PIRL, MethodConfig
-from sslfast.models import ResNetConfig
+from sslfast.models import ResNetConfig, TrunkConfig
 from sslfast.optim import OptimConfig
 
 
@@ -13,11 +14,11 @@ from sslfast.optim import OptimConfig
 class TrainConfig:
     """Everything that decides a pretraining run, except the data folder and the run directory."""
 
-    recipe: str = "custom"
+    recipe: str = resumable("custom")
     """Recipe that the values started from; kept for the record."""
     method: MethodConfig = field(default_factory=PIRL.Config)
     """The pretraining method."""
-    model: ResNetConfig = field(default_factory=ResNetConfig)
+    model: TrunkConfig = field(default_factory=ResNetConfig)
     """The trunk."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How samples are read."""
@@ -35,7 +36,7 @@ class TrainConfig:
     """BatchNorm over the samples of all processes, as in SimCLR. The PIRL paper's runs normalise each device's own."""
     seed: int = 0
     """Every random draw is a function of this, the step or epoch, and the sample's row."""
-    device: str = "auto"
+    device: str = resumable("auto")
     """auto (the first CUDA device if there is one, else the CPU), cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
@@ -43,28 +44,30 @@ class TrainConfig:
     channels_last: bool | None = None
     """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
     devices alone, since on CPUs the other one is the faster."""
-    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    compile: Literal["off", "default", "reduce-overhead"] = resumable("off")
     """Compile the method's forward and backward with torch.compile, in its mode default or reduce-overhead (CUDA
     graphs). The first step takes minutes; losses round differently."""
-    on_nonfinite: Literal["error", "skip"] = "error"
+    on_nonfinite: Literal["error", "skip"] = resumable("error")
     """What happens where a loss is not finite. error: the run stops, naming the step and its samples. skip: that step
     (a gradient counts too) is undone on the device, at the cost of a second copy of parameters, bank and momentum."""
-    nonfinite_limit: int = 10
+    nonfinite_limit: int = resumable(10)
     """Most steps in a row that on_nonfinite=skip undoes; with more the run stops."""
-    log_every_steps: int = 10
+    log_every_steps: int = resumable(10)
     """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
-    knn_every_epochs: int = 0
+    knn_every_epochs: int = resumable(0)
     """Epochs between two measurements of knn_top1 (0: none): the leave-one-out accuracy of 20 nearest neighbours among
     the rows of the memory bank, or features kept for clustering, with folders as classes. No image is read for it."""
-    checkpoint_every_steps: int = 1000
+    checkpoint_every_steps: int = resumable(1000)
     """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGINT."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = resumable(2)
     """Newest checkpoints that are kept."""
-    keep_every_steps: int = 0
+    keep_every_steps: int = resumable(0)
     """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
-    tensorboard: bool = True
+    tensorboard: bool = resumable(True)
     """Also write TensorBoard event files (needs the package tensorboard)."""
-    progress: Literal["auto", "bar", "plain", "off"] = "auto"
+    loggers: tuple[str, ...] = resumable(())
+    """Further logs besides log.jsonl: names of LOGGERS, or module:factory of a log of your own."""
+    progress: Literal["auto", "bar", "plain", "off"] = resumable("auto")
     """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
 
     def __post_init__(self) -> None:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
-from sslfast.models import trunk_stride
-from sslfast.optim import learning_rate
-from sslfast.runs import checkpoint_step, list_checkpoints
+from sslfast.models import ResNetConfig, trunk_stride
 from sslfast.training.trainer import Trainer
 from sslfast.views import View, ViewConfig
 
@@ -20,8 +18,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     """What ``trainer.fit()`` would do, as (name, value) lines."""
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
-    kept = list_checkpoints(trainer.run.checkpoints)
-    start = f"resumes after step {checkpoint_step(kept[-1])}" if kept and trainer.resume == "auto" else "new run"
+    kept = trainer.store.list()
+    start = f"resumes after step {kept[-1]}" if kept and trainer.resume == "auto" else "new run"
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
@@ -56,6 +54,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 
 def _res5(trainer: Trainer) -> str:
     """Cells that the trunk's last stage has of each view."""
+    if not isinstance(trainer.config.model, ResNetConfig):
+        return f"unknown: {trainer.config.model.factory} is no ResNet"
     stride = trunk_stride(trainer.config.model)
     words, fewest = [], stride
     for name, view in trainer.config.method.views().items():
@@ -69,11 +69,10 @@ def _res5(trainer: Trainer) -> str:
 
 def _schedule(trainer: Trainer) -> str:
     optim, scale = trainer.config.optim, trainer.config.batch_size / 256
-    peak, final = optim.lr_per_256_images * scale, optim.final_lr_per_256_images * scale
+    peak, final = optim.peak_lr(trainer.config.batch_size), optim.final_lr_per_256_images * scale
     warmup, epochs = optim.warmup_epochs, trainer.config.epochs
     if warmup >= epochs:
-        steps = {"batch_size": trainer.config.batch_size, "steps_per_epoch": trainer.steps_per_epoch}
-        last = learning_rate(trainer.total_steps - 1, optim, epochs=epochs, **steps)
+        last = trainer.learning_rate(trainer.total_steps - 1)
         return f"grows to {last:.4g}: the {warmup:g} epochs of warm-up (optim.warmup_epochs) last to the end"
     words = f"{peak:.4g} after {warmup:g} epochs of warm-up" if warmup else f"{peak:.4g}"
     if optim.schedule == "cosine":

@@ -17,7 +17,7 @@ class FeaturePass:
     afterwards. A pass depends on the weights and the epoch alone: one that was interrupted is made again in full.
 
     Args:
-        method: :meth:`Method.needs_feature_pass` says whether, :meth:`Method.collect` takes every batch.
+        method: :meth:`Method.needs_feature_pass` says whether, :meth:`Method.store_features` takes every batch.
         loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of
             an epoch are those that it trains on.
         stage: renders these views.
@@ -53,7 +53,7 @@ class FeaturePass:
         for batch in watch(self.loader.epoch(epoch)):
             views = self.stage(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                self.method.collect(views, batch.sample_ids)
+                self.method.store_features(views, batch.sample_ids)
             found = stop()
             if found is not None:
                 break

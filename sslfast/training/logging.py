@@ -1,117 +1,76 @@
-"""What a run writes while it trains: log records, TensorBoard, progress on the terminal, and the clock."""
+"""Logs of a run: the interface of a log, the table of logs, and the recorder that the trainer reports to."""
 
-import sys
+import importlib
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from sslfast.runs import LogFile, RunDirectory
 from sslfast.training.config import TrainConfig
-from sslfast.training.metrics import T
+from sslfast.training.progress import Progress
+
+T = TypeVar("T")
 
 
-class TensorBoardLog:
-    """Scalars as TensorBoard event files; needs the package tensorboard."""
-
-    def __init__(self, directory: Path, *, last_step: int) -> None:
-        check_tensorboard()
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what an earlier process wrote after the checkpoint that this one goes on from.
-        self._writer = SummaryWriter(str(directory), purge_step=last_step + 1)
+class Logger(Protocol):
+    """Takes the log records of a run, in the order of steps, on rank 0 alone. A subclass inherits the methods that it
+    has no use for."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        step = record["step"]
-        for name, value in [*record.items(), *((f"time/{k}", v) for k, v in record["time"].items())]:
-            if isinstance(value, int | float) and name not in ("step", "time/unix_seconds"):
-                self._writer.add_scalar(name, value, step)
+        """Log a record: ``step``, ``epoch``, ``lr``, ``loss``, the method's values, and under ``time`` a table of what
+        depends on the clock (``unix_seconds``, ``samples_per_second``, ``loader_wait_share``)."""
+
+    def sync(self) -> None:
+        """Make all records durable. Called before each checkpoint: a run resumed from it does not write them again."""
 
     def close(self) -> None:
-        self._writer.close()
+        """The run ends, or stops."""
 
 
-def check_tensorboard() -> None:
-    """Raises ValueError where TensorBoard files cannot be written."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"tensorboard=True needs the package tensorboard ({error}); "
-            "pip install tensorboard, or pass --no-tensorboard"
-        ) from None
+@dataclass(frozen=True, kw_only=True)
+class LogContext:
+    """What a logger is made from."""
+
+    config: TrainConfig
+    run: RunDirectory
+    first_step: int
+    """Steps done before this start of the run. Records after it, which an earlier start may have written, come anew: a
+    log cuts them off."""
+    total_steps: int
+    """Of the whole run."""
 
 
-class Progress:
-    """Progress on the terminal: a bar, one line per log record, or nothing.
+LOGGERS: dict[str, str] = {
+    "tensorboard": "sslfast.training.tensorboard_log:TensorBoardLog",
+    "csv": "sslfast.training.csv_log:CSVLog",
+}
+"""Logs that a run can write besides ``log.jsonl``: name -> ``module:factory``, a callable that takes a
+:class:`LogContext` and returns a :class:`Logger`. To add a log: its module and a line here; or, without a line here,
+``loggers=("module:factory",)``."""
 
-    Args:
-        mode: ``auto`` (bar on a terminal with rich installed, else lines), ``bar``, ``plain`` or ``off``.
-        total_steps: steps of the whole run.
-        first_step: steps that were finished before this process.
+
+def find_loggers(config: TrainConfig) -> list[Callable[[LogContext], Logger]]:
+    """Factories of the logs that ``config`` names, each once.
+
+    Raises:
+        ValueError: a log is unknown, or a package that it needs is missing.
     """
+    names = dict.fromkeys([*(("tensorboard",) if config.tensorboard else ()), *config.loggers])
+    return [_factory(name) for name in names]
 
-    def __init__(self, mode: str, *, total_steps: int, first_step: int, stream: TextIO | None = None) -> None:
-        self._total, self._step = total_steps, first_step
-        self._stream = stream or sys.stderr
-        self._steps_per_second = 0.0
-        self._bar: Any = None
-        self._mode = mode
-        if mode == "bar" or (mode == "auto" and self._stream.isatty()):
-            self._start_bar(required=mode == "bar")
 
-    def step(self) -> None:
-        """One step is done (or on its way on the device)."""
-        self._step += 1
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._step)
-
-    def record(self, record: Mapping[str, Any], *, steps_per_second: float) -> None:
-        """Show a log record."""
-        smoothed = self._steps_per_second or steps_per_second
-        self._steps_per_second = 0.5 * smoothed + 0.5 * steps_per_second
-        clock = record["time"]
-        words = (
-            f"loss {record['loss']:.4f}  {clock['samples_per_second']:.0f} samples/s  "
-            f"waiting for data {clock['loader_wait_share']:.0%}  left {self._left(record['step'])}"
-        )
-        if "knn_top1" in record:
-            words = f"kNN {record['knn_top1']:.1%}  {words}"
-        if self._bar is not None:
-            self._bar.update(self._task, words=words)
-        elif self._mode != "off":
-            self.say(
-                f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  lr {record['lr']:.4g}  {words}"
-            )
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _left(self, step: int) -> str:
-        seconds = round((self._total - step) / self._steps_per_second) if self._steps_per_second else 0
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-    def _start_bar(self, *, required: bool) -> None:
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-            from rich.progress import Progress as Bar
-        except ImportError:
-            if required:
-                raise ValueError("progress=bar needs the package rich; pip install rich, or --progress plain") from None
-            return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[words]}"))
-        self._bar = Bar(*columns, console=Console(file=self._stream), refresh_per_second=4)
-        self._task = self._bar.add_task("", total=self._total, completed=self._step, words="starting")
-        self._bar.start()
+def _factory(name: str) -> Callable[[LogContext], Logger]:
+    module, colon, attribute = LOGGERS.get(name, name).partition(":")
+    if not colon:
+        raise ValueError(f"loggers must be of {', '.join(LOGGERS)}, or module:factory, got {name!r}")
+    try:
+        factory: Callable[[LogContext], Logger] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        remedy = "" if name in LOGGERS else "; correct it or leave it out of loggers"
+        raise ValueError(f"logger {name} cannot be used: {error}{remedy}") from None
+    return factory
 
 
 class LoaderTimer:
@@ -123,7 +82,7 @@ class LoaderTimer:
         self._lap_step, self._lap_start, self._lap_waited = step, time.perf_counter(), 0.0
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the time they take to come is counted."""
+        """The same batches, with the time to the arrival of each one counted."""
         while True:
             start = time.perf_counter()
             self.is_waiting = True
@@ -145,7 +104,7 @@ class LoaderTimer:
 
 
 class Recorder:
-    """Log file, TensorBoard, progress and clock.
+    """Composes the log records of a run and hands them to its loggers.
 
     Args:
         config: of the run.
@@ -161,20 +120,28 @@ class Recorder:
         self.timer = LoaderTimer(first_step)
         self.last: dict[str, Any] = {}
         """The last record."""
+        self.loggers: list[Logger] = []
         self._batch_size = config.batch_size
-        self._log = LogFile(run.log, last_step=first_step) if is_main else None
-        self._board = TensorBoardLog(run.tensorboard, last_step=first_step) if is_main and config.tensorboard else None
-        progress = config.progress if is_main else "off"
-        self._progress = Progress(progress, total_steps=total_steps, first_step=first_step)
+        self._progress = Progress(
+            config.progress if is_main else "off",
+            total_steps=total_steps,
+            first_step=first_step,
+            batch_size=config.batch_size,
+        )
+        if is_main:
+            context = LogContext(config=config, run=run, first_step=first_step, total_steps=total_steps)
+            self.loggers.append(LogFile(run.log, last_step=first_step))
+            self.loggers += [factory(context) for factory in find_loggers(config)]
+            self.loggers.append(self._progress)
 
     def step(self) -> None:
-        """One step is done (or on its way on the device)."""
+        """One step is done (or queued on the device)."""
         self._progress.step()
 
     def write(self, *, step: int, epoch: float, lr: float, values: Mapping[str, float]) -> None:
         """One record of the steps since the last."""
         steps, seconds, waited = self.timer.lap(step)
-        if self._log is None:
+        if not self.loggers:
             return
         self.last = {
             "step": step,
@@ -187,20 +154,16 @@ class Recorder:
                 "loader_wait_share": round(waited / seconds, 4),
             },
         }
-        self._log.write(self.last)
-        if self._board is not None:
-            self._board.write(self.last)
-        self._progress.record(self.last, steps_per_second=steps / seconds)
+        for logger in self.loggers:
+            logger.write(self.last)
 
     def sync(self) -> None:
         """Make all records durable."""
-        if self._log is not None:
-            self._log.sync()
+        for logger in self.loggers:
+            logger.sync()
 
     def close(self) -> None:
-        """Close the files."""
-        self._progress.close()
-        if self._log is not None:
-            self._log.close()
-        if self._board is not None:
-            self._board.close()
+        """Close every logger, also where one of them fails."""
+        with ExitStack() as stack:
+            for logger in self.loggers:
+                stack.callback(logger.close)

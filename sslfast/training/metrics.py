@@ -1,14 +1,12 @@
-"""What a run reports: device-side means, the JSON-lines log, TensorBoard, and the line or bar on the terminal."""
+"""Means of losses and other values over a log interval, kept on the device."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sslfast.distributed import max_over_ranks, mean_over_ranks, world_size
-
-T = TypeVar("T")
 
 
 class DeviceMeans:

@@ -4,36 +4,35 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 
 from sslfast import distributed
 from sslfast.config import save_json, to_dict
 from sslfast.device import resolve_device, resolve_precision
-from sslfast.methods import Method
-from sslfast.optim import build_optimizer, learning_rate, load_optimizer, set_learning_rate
+from sslfast.methods import Method, MethodContext
+from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
 from sslfast.runs import (
+    CheckpointStore,
     CheckpointWriteError,
+    HashedFileStore,
     RunDirectory,
     check_same_run,
-    checkpoint_path,
     find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
+    prune,
     read_log,
-    remove_leftovers,
-    save_checkpoint,
     set_aside_newer,
+    stored_bytes,
     versions,
 )
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
-from sslfast.training.logging import Recorder, check_tensorboard
+from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
@@ -78,6 +77,7 @@ class Trainer:
         resume: ``auto`` (go on from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         report: takes single lines for the user.
+        open_store: the checkpoint store in a directory; rank 0 writes one hashed file per checkpoint by default.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Trainer:
         *,
         resume: str | Path = "auto",
         report: Callable[[str], None] = print,
+        open_store: Callable[[Path], CheckpointStore] = HashedFileStore,
     ) -> None:
         group = distributed.process_group()
         self.is_main = group.is_main
@@ -97,9 +98,9 @@ class Trainer:
         distributed.init_process_group(group, self.device)
         self.dtype = resolve_precision(config.precision, self.device)
         self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
-        if config.tensorboard:
-            check_tensorboard()
+        find_loggers(config)  # a missing package is an error before the run starts
         self.run = RunDirectory(output)
+        self.open_store, self.store = open_store, open_store(self.run.checkpoints)
         views = config.method.views()
         self.data = RunData(config, data, self.run, device=self.device)
         self.manifest = self.data.manifest
@@ -117,7 +118,15 @@ class Trainer:
             )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.stage = self._stage(views)
-        method = config.method.build(model=config.model, num_rows=self.loader.num_rows, seed=config.seed)
+        context = MethodContext(
+            model=config.model,
+            num_rows=self.loader.num_rows,
+            seed=config.seed,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        self.config = config = replace(config, method=config.method.resolve(context))
+        method = config.method.build(context)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -130,7 +139,10 @@ class Trainer:
         if collected := config.method.feature_views():
             loader, stage = self.data.loader(collected), self._stage(collected)
             self.feature_pass = FeaturePass(self.method, loader, stage, device=self.device, dtype=self.dtype)
-        self.optimizer = build_optimizer(self.method, config.optim, batch_size=config.batch_size)
+        self.optimizer = build_optimizer(self.method, config.optim, lr=config.optim.peak_lr(config.batch_size))
+        self.learning_rate = config.optim.learning_rate(
+            batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs
+        )
         self.knn = OnlineKnn(
             self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
         )
@@ -184,7 +196,7 @@ class Trainer:
         """
         # The first rank writes; the others read what it has read, and compute.
         if self.is_main:
-            self.run.check_space(self.disk_bytes())
+            self.check_space()
             self.run.create()
         try:
             with self.run.locked(is_restart=distributed.is_restart()) if self.is_main else nullcontext():
@@ -202,11 +214,13 @@ class Trainer:
             ValueError, FileNotFoundError: with the remedy.
         """
         if self.is_main:
-            self.run.check_space(self.disk_bytes())
+            self.check_space()
             self.run.check_unlocked()
-            found = find_checkpoint(self.run, self.resume, report=self.report)
-            if found is not None:
-                check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
+        self._find_checkpoint()
+
+    def check_space(self) -> None:
+        """Raises ValueError unless the checkpoints of the whole run fit on the disk."""
+        self.run.check_space(self.disk_bytes() - stored_bytes(self.store))
 
     def close(self) -> None:
         """End loader processes and let go of the process group. :meth:`fit` ends with it."""
@@ -309,17 +323,10 @@ class Trainer:
         records = read_log(self.run.log)
         assert self.recorder is not None
         self.recorder.last = records[-1] if records else {}
-        return checkpoint_path(self.run.checkpoints, self.step)
+        return self.store.path(self.step)
 
     def _set_learning_rate(self) -> None:
-        config = self.config
-        self.lr = learning_rate(
-            self.step,
-            config.optim,
-            batch_size=config.batch_size,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=config.epochs,
-        )
+        self.lr = self.learning_rate(self.step)
         set_learning_rate(self.optimizer, self.lr)
 
     def _after_step(self) -> None:
@@ -342,8 +349,8 @@ class Trainer:
         means, bad_step = self.means.read()
         skipped, too_many = self.nonfinite.read()
         if bad_step is not None or too_many:
-            kept = list_checkpoints(self.run.checkpoints)
-            good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
+            last = self._last_checkpoint()
+            good = "no checkpoint was saved before it" if last is None else f"the last good checkpoint is {last}"
             what = f"the loss of step {(bad_step or 0) + 1} is not finite"
             if too_many:
                 what = f"more than nonfinite_limit={self.config.nonfinite_limit} steps in a row, up to step {self.step}"
@@ -361,15 +368,11 @@ class Trainer:
         self._read_means()
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         self._list_bad_images()
-        path = checkpoint_path(self.run.checkpoints, self.step)
-        method = self.method.full_state_dict()
-        if not self.is_main:
-            return path
         if self.recorder is not None:
             self.recorder.sync()
         state = {
             "step": self.step,
-            "method": method,
+            "method": self.method.full_state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "metrics": self.means.state_dict(),
             "nonfinite": self.nonfinite.state_dict(),
@@ -378,34 +381,38 @@ class Trainer:
             "manifest_digest": self.data.digest(),
         }
         try:
-            save_checkpoint(self.run.checkpoints, state, self.step)
+            self.store.save(state, self.step)
         except CheckpointWriteError as error:
-            kept = list_checkpoints(self.run.checkpoints)
-            line = f"{error}; {f'the last good one is {kept[-1].name}' if kept else 'there is none before it'}"
+            last = self._last_checkpoint()
+            line = f"{error}; {'there is none before it' if last is None else f'the last good one is {last.name}'}"
             if must:
                 raise CheckpointWriteError(line) from None
             self.report(f"{line}; training goes on, the next one is due in {self.config.checkpoint_every_steps} steps")
-            return path
-        prune_checkpoints(
-            self.run.checkpoints, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps
-        )
-        return path
+        else:
+            prune(self.store, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps)
+        return self.store.path(self.step)
+
+    def _last_checkpoint(self) -> Path | None:
+        steps = self.store.list()
+        return self.store.path(steps[-1]) if steps else None
+
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to resume from, checked to be of this run; None for a new run."""
+        found = find_checkpoint(self.run, self.resume, open_store=self.open_store, report=self.report)
+        if found is not None:
+            check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
+        return found
 
     def _resume(self) -> None:
-        """Take up a checkpoint if ``self.resume`` and the run directory say so."""
-        found = None
-        if self.is_main:
-            remove_leftovers(self.run.checkpoints)
-            found = find_checkpoint(self.run, self.resume, report=self.report)
-        chosen = distributed.broadcast_object(None if found is None else found[0])
-        if chosen is None:
+        """Restore the state of the checkpoint that ``self.resume`` and the run directory name, if there is one."""
+        self.store.clean()
+        found = self._find_checkpoint()
+        if found is None:
             return
-        path, state = (chosen, load_checkpoint(chosen)) if found is None else found
-        check_same_run(path, state, config=self.config, manifest_digest=self.data.digest())
-        distributed.barrier()  # everyone has read it
-        if self.is_main:
-            for superseded in set_aside_newer(self.run.checkpoints, state["step"]):
-                self.report(f"set aside {superseded.name}.superseded, newer than {path.name}")
+        path, state = found
+        distributed.barrier()  # every rank has read it
+        for aside in set_aside_newer(self.store, state["step"]):
+            self.report(f"set aside {aside.name}, newer than {path.name}")
         self.method.load_state_dict(state["method"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.means.load_state_dict(state["metrics"])

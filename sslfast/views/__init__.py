@@ -1,13 +1,11 @@
-"""Views: crop boxes, view parameters, and the stage that renders crops into network input. Imports
-``sslfast.ops``."""
+"""Views: their configuration, random crop boxes, random view parameters, and the stage that renders uint8 crops into
+network input. Imports ``sslfast.ops``."""
 
+from sslfast.views.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from sslfast.views.crops import crop_boxes, crop_draws
 from sslfast.views.parameters import draw_view
 from sslfast.views.stage import ViewStage
 from sslfast.views.types import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    AugmentConfig,
     Batch,
     CropConfig,
     JigsawConfig,

@@ -7,13 +7,13 @@ from torch import Tensor
 from sslfast.ops.philox import Stream, random_uniform
 from sslfast.views.types import CropConfig
 
-ATTEMPTS = 10  # boxes tried before the central crop, as torchvision's RandomResizedCrop
+ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision's RandomResizedCrop
 
 
-def crop_draws(rows: Tensor, *, seed: int, epoch: int, position: int) -> NDArray[np.float64]:
-    """``[B, 2 * ATTEMPTS + 2]`` uniform in [0, 1): (area, aspect) of each attempt, then place (y, x)."""
+def crop_draws(sample_ids: Tensor, *, seed: int, epoch: int, position: int) -> NDArray[np.float64]:
+    """``[B, 2 * ATTEMPTS + 2]`` uniform in [0, 1): (area, aspect) of each attempt, then position (y, x)."""
     stream = Stream.CROP + position
-    return random_uniform(rows, 2 * ATTEMPTS + 2, seed=seed, stream=stream, step=epoch).double().numpy()
+    return random_uniform(sample_ids, 2 * ATTEMPTS + 2, seed=seed, stream=stream, step=epoch).double().numpy()
 
 
 def crop_boxes(draws: NDArray[np.float64], sizes: NDArray[np.int64], config: CropConfig) -> NDArray[np.int64]:
@@ -21,13 +21,13 @@ def crop_boxes(draws: NDArray[np.float64], sizes: NDArray[np.int64], config: Cro
 
     Attempt k: area ``A = W H (s0 + u_2k (s1 - s0))``, aspect ``a = r0 (r1 / r0) ** u_(2k+1)``, box
     ``w = round(sqrt(A a))``, ``h = round(sqrt(A / a))``. The first attempt with ``w <= W`` and ``h <= H`` is placed
-    uniformly on the whole pixels. If none fits: the largest central box whose aspect is nearest to the image's
-    within the range.
+    uniformly at integer pixels. If none fits: the largest central box whose aspect is the image's, clipped to the
+    range.
 
     Args:
         draws: ``[B, 2 * ATTEMPTS + 2]`` from :func:`crop_draws`.
         sizes: ``[B, 2]`` int64, width and height of the upright images.
-        config: the view's crop.
+        config: crop of the view.
 
     Returns:
         ``[B, 4]`` int64 left, top, right, bottom; inside the image, at least 1 x 1.

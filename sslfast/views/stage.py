@@ -1,27 +1,21 @@
 """The view stage: uint8 crops to network input, on the device of the crops.
 
-A view is drawn first (:func:`draw_view`: every random number of it, a function of seed, view position, epoch and
-row), then rendered (:func:`render`: a pure function of crops and drawn parameters). Order of a rendering: rotate by
-quarter turns, cut into jigsaw patches, then per image or patch flip, jitter, photometric operations, grayscale, blur
-and normalisation (``ops/render_views.py``). A view that turns and has no jigsaw is mirrored before it is turned.
+A view is drawn first (:func:`draw_view`: all of its random parameters, a function of seed, view position, epoch and
+sample id), then rendered (:func:`render`: a pure function of crops and drawn parameters). Rendering rotates by quarter
+turns, cuts into jigsaw patches, and augments each image or patch (``ops/render_views.py``). A view that rotates and has
+no jigsaw is mirrored before it is rotated.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslfast.ops.render_views import DTYPES, render_views
-from sslfast.views.parameters import (
-    ViewParameters,
-    draw_view,
-)
-from sslfast.views.types import (
-    Batch,
-    View,
-    ViewConfig,
-    check_views,
-)
+from sslfast.ops import ViewParameter, render_views
+from sslfast.ops.render_views import DTYPES
+from sslfast.views.parameters import ViewParameters, draw_view
+from sslfast.views.types import Batch, View, ViewConfig, check_views
 
 
 def render(
@@ -36,56 +30,47 @@ def render(
 
     Args:
         crops: ``[B, 3, S, S]`` uint8.
-        config: of the view.
-        parameters: as drawn for it, on the device of the crops.
+        config: configuration of the view.
+        parameters: as drawn for this config, on the device of the crops.
         dtype: of the pixels.
         channels_last: memory format of the images, or of every patch.
 
     Returns:
         :class:`View` with pixels ``[B, 3, S, S]``, or ``[B, P, 3, p, p]`` where the view has a jigsaw.
     """
-    pixel, turns = parameters.pixel, parameters.quarter_turns
-    augment = config.augment
-    if config.jigsaw is None:
-        if turns is not None:
-            # Turning the other way before mirroring is mirroring before turning: the number of turns stays what can be
-            # seen in the picture. Patches are mirrored one by one.
-            turns = torch.where(pixel.flip[:, 0], -turns, turns)
-        pixels = render_views(
-            crops,
-            pixel.pack(),
-            quarter_turns=turns,
-            mean=augment.mean,
-            std=augment.std,
-            dtype=dtype,
-            channels_last=channels_last,
-            photometric=augment.photometric_probability > 0,
-            blur=augment.blur_probability > 0,
-        )
-        return View(pixels=pixels, quarter_turns=parameters.quarter_turns)
+    turns, pixel, jigsaw = parameters.quarter_turns, parameters.pixel, config.jigsaw
     permutation, offsets = parameters.permutation, parameters.offsets
-    if permutation is None or offsets is None:
-        raise ValueError("parameters were drawn for a view without a jigsaw; draw them with this config")
+    placement: dict[str, Any] = {}
+    if jigsaw is not None:
+        if permutation is None or offsets is None:
+            raise ValueError("parameters were drawn for a view without a jigsaw; draw them with this config")
+        pixel = torch.take_along_dim(pixel, permutation[:, :, None], dim=1)  # from cells to slots
+        placement = {
+            "permutation": permutation,
+            "offsets": offsets,
+            "grid": jigsaw.grid,
+            "patch_size": jigsaw.patch_size,
+        }
+    elif turns is not None:
+        # Rotating the other way before mirroring equals mirroring before rotating: quarter_turns stays the rotation
+        # that is visible in the picture. Patches are mirrored one by one.
+        turns = torch.where(pixel[:, 0, ViewParameter.FLIP] != 0, -turns, turns)
     pixels = render_views(
         crops,
-        pixel.permute(permutation).pack(),
+        pixel,
         quarter_turns=turns,
-        permutation=permutation,
-        offsets=offsets,
-        grid=config.jigsaw.grid,
-        patch_size=config.jigsaw.patch_size,
-        mean=augment.mean,
-        std=augment.std,
+        **placement,
+        mean=config.augment.mean,
+        std=config.augment.std,
         dtype=dtype,
         channels_last=channels_last,
-        photometric=augment.photometric_probability > 0,
-        blur=augment.blur_probability > 0,
+        photometric=config.augment.photometric_probability > 0,
+        blur=config.augment.blur_probability > 0,
     )
-    return View(
-        pixels=pixels.unflatten(0, permutation.shape),
-        permutation=permutation,
-        quarter_turns=parameters.quarter_turns,
-    )
+    if jigsaw is None or permutation is None:
+        return View(pixels=pixels, quarter_turns=parameters.quarter_turns)
+    pixels = pixels.unflatten(0, permutation.shape)
+    return View(pixels=pixels, permutation=permutation, quarter_turns=parameters.quarter_turns)
 
 
 class ViewStage:

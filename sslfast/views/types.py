@@ -1,14 +1,11 @@
-"""What every loader takes and yields: the crop recipe of each view, and a batch of uint8 crops with their rows."""
+"""Configuration of the views of a recipe, the batch of uint8 crops that a loader yields, and a rendered view."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sslfast.ops.pixels import MAX_BLUR_SIGMA
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from sslfast.views.augment import AugmentConfig, check_augment
 
 
 @dataclass(kw_only=True)
@@ -25,40 +22,14 @@ class CropConfig:
 
 @dataclass(kw_only=True)
 class JigsawConfig:
-    """Cut the crop into ``grid`` x ``grid`` cells, take one patch at a random place of each, permute them."""
+    """Cut the crop into ``grid`` x ``grid`` cells, take a patch at a random offset in each, permute the patches."""
 
     grid: int = 3
     """Cells per side. The cell side is ``crop.size // grid``."""
     patch_size: int = 64
     """Side of a patch in pixels, at most the cell side."""
     max_offset: int | None = None
-    """Largest offset of a patch inside its cell, both axes; None: as far as the cell allows (85 - 64 = 21)."""
-
-
-@dataclass(kw_only=True)
-class AugmentConfig:
-    """Pixel augmentation, applied to every image or to every patch independently, in this order:
-    flip, jitter (brightness, contrast, saturation, hue in random order), photometric, grayscale, blur, normalise."""
-
-    flip_probability: float = 0.5
-    """Horizontal flip."""
-    jitter_probability: float = 1.0
-    """Gate of the four jitters together."""
-    brightness: float = 0.4
-    """Factor uniform in [1 - b, 1 + b]; 0 switches it off; likewise contrast and saturation."""
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.2
-    """Hue shift uniform in [-hue, hue] turns."""
-    photometric_probability: float = 0.0
-    """Gate of posterize (4 to 8 bits), sharpness (0.1 to 1.9), solarize (threshold 0 to 256), autocontrast together."""
-    grayscale_probability: float = 0.2
-    blur_probability: float = 0.0
-    """Gate of the Gaussian blur; 0.5 in MoCo v2 and SimCLR."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest sigma of the blur, drawn uniformly, in pixels of the picture; at most 5."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    """Largest offset of a patch inside its cell, both axes; None: as large as the cell allows (85 - 64 = 21)."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +38,7 @@ class ViewConfig:
 
     crop: CropConfig = field(default_factory=CropConfig)
     rotation: bool = False
-    """Rotate the crop by a random number of quarter turns; without jigsaw the flip comes before it."""
+    """Rotate the crop by a random number of quarter turns; without jigsaw the flip is applied before the rotation."""
     jigsaw: JigsawConfig | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -77,7 +48,7 @@ class Batch:
     """One step's samples as a loader yields them, before the view stage.
 
     ``sample_ids``: ``[B]`` int64, manifest rows, on the device. ``crops``: view name -> uint8 ``[B, 3, S, S]`` on the
-    device. ``epoch``: the epoch that the crop boxes were drawn for; the view stage draws with the same number.
+    device. ``epoch``: the epoch for which the crop boxes were drawn; the view stage draws its parameters for the same.
     """
 
     sample_ids: Tensor
@@ -112,7 +83,7 @@ def check_views(views: Mapping[str, ViewConfig]) -> None:
             raise ValueError(f"view {name!r}: crop.ratio must be 0 < smallest <= largest, got {config.crop.ratio}")
         if config.jigsaw is not None:
             _check_jigsaw(name, config, config.jigsaw)
-        _check_augment(name, config.augment)
+        check_augment(name, config.augment)
 
 
 def _check_jigsaw(name: str, config: ViewConfig, jigsaw: JigsawConfig) -> None:
@@ -128,25 +99,4 @@ def _check_jigsaw(name: str, config: ViewConfig, jigsaw: JigsawConfig) -> None:
         raise ValueError(
             f"view {name!r}: jigsaw.max_offset must be in [0, {cell - jigsaw.patch_size}], cell side less patch side, "
             f"got {jigsaw.max_offset}"
-        )
-
-
-def _check_augment(name: str, augment: AugmentConfig) -> None:
-    for gate in ("flip", "jitter", "photometric", "grayscale", "blur"):
-        field = f"{gate}_probability"
-        if not 0 <= getattr(augment, field) <= 1:
-            raise ValueError(f"view {name!r}: {field} must be in [0, 1], got {getattr(augment, field)}")
-    for field in ("brightness", "contrast", "saturation"):
-        if not 0 <= getattr(augment, field) < float("inf"):
-            raise ValueError(f"view {name!r}: {field} must be at least 0, got {getattr(augment, field)}")
-    if not 0 <= augment.hue <= 0.5:
-        raise ValueError(f"view {name!r}: hue must be in [0, 0.5] turns, got {augment.hue}")
-    low, high = augment.blur_sigma
-    if not 0 < low <= high <= MAX_BLUR_SIGMA:
-        raise ValueError(
-            f"view {name!r}: blur_sigma must hold two sigmas, 0 < low <= high <= {MAX_BLUR_SIGMA}, got {low} and {high}"
-        )
-    if len(augment.mean) != 3 or len(augment.std) != 3 or min(augment.std) <= 0:
-        raise ValueError(
-            f"view {name!r}: mean and std must have 3 values, std above 0, got {augment.mean} and {augment.std}"
         )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sslfast.config import save_json
+from sslfast.config import save_json, to_dict
 from sslfast.files import replacing
 from sslfast.models import ResNetConfig
 from sslfast.weights.load import Weights, import_safetensors, read_weights
@@ -48,9 +48,16 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
     if output.suffix != SUFFIX[format]:
         raise ValueError(f"a {format} file ends in {SUFFIX[format]}, got {str(output)!r}")
     weights = read_weights(run)
-    if format in ("torchvision", "timm", "detectron2"):
-        usual = ResNetConfig(name=weights.model.name)
-        for name, value in vars(weights.model).items():
+    model = weights.model
+    if not isinstance(model, ResNetConfig):
+        if format != "onnx":
+            raise ValueError(
+                f"a {format} file holds a ResNet, got model.factory={model.factory}; export as onnx, "
+                "or load the run with sslfast.load"
+            )
+    elif format in ("torchvision", "timm", "detectron2"):
+        usual = ResNetConfig(name=model.name)
+        for name, value in vars(model).items():
             if value != getattr(usual, name):
                 raise ValueError(
                     f"{name}={value} is not of a network that {format} has; export as safetensors or onnx, "
@@ -136,7 +143,7 @@ def _checked(weights: Weights) -> dict[str, Tensor]:
 def _write_card(weights: Weights, output: Path, format: Format) -> None:
     card = {
         "format": format,
-        "model": weights.model.__dict__,
+        "model": to_dict(weights.model),
         "mean": list(weights.mean),
         "std": list(weights.std),
         "size": weights.size,

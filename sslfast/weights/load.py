@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.config import from_dict, load_json
-from sslfast.models import ResNetConfig, ResNetTrunk, build_trunk
+from sslfast.config import load_json
+from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, read_trunk_config
 from sslfast.runs import RunDirectory, list_checkpoints, load_checkpoint, load_latest
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 
@@ -25,7 +25,7 @@ _HEAD = "fc."
 class Weights:
     """A trunk's weights and what belongs to them."""
 
-    model: ResNetConfig
+    model: TrunkConfig
     """Which trunk they are of."""
     state: dict[str, Tensor]
     """Its state dict, torchvision's names without ``fc``."""
@@ -41,7 +41,7 @@ class Weights:
     facts: dict[str, Any] = field(default_factory=dict)
     """Recipe, method, step and seed where they are known."""
 
-    def build(self) -> ResNetTrunk:
+    def build(self) -> Trunk:
         """The trunk with these weights, in eval mode.
 
         Raises:
@@ -78,7 +78,7 @@ LAYOUTS = (
 learning/contrast_trainer.py and detection/convert_pretrained.py; MoCo main_moco.py."""
 
 
-def load_trunk(path: Path | str) -> ResNetTrunk:
+def load_trunk(path: Path | str) -> Trunk:
     """The pretrained trunk behind a path, in eval mode, on the CPU.
 
     ``load(path)(images)``: float ``[B, 3, S, S]``, normalised as :func:`read_weights` says, to ``[B, out_features]``.
@@ -132,7 +132,7 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
     directory = RunDirectory(path)
     config = load_json(directory.config)
     try:
-        model = from_dict(ResNetConfig, config["model"], where="model")
+        model = read_trunk_config(config["model"])
         view = config["method"]["image_view"]
         size, mean, std = int(view["crop"]["size"]), view["augment"]["mean"], view["augment"]["std"]
         method = {"method": config["method"].get("name"), "recipe": config.get("recipe"), "seed": config["seed"]}

@@ -55,7 +55,7 @@ def test_newest_keys_stay_where_the_batch_does_not_divide_the_queue() -> None:
     assert module.bank_ptr == 20 % 7
 
 
-def test_rows_alone_take_the_columns_of_the_first_batch_or_of_a_checkpoint() -> None:
+def test_rows_only_take_the_columns_of_the_first_batch_or_of_a_checkpoint() -> None:
     module = MemoryBankModule(size=8)
     module(outputs(1), update=True)
     assert module.bank.shape == (8, 16)
@@ -73,7 +73,7 @@ def test_loss_gradients_and_queue_over_steps(temperature: float) -> None:
         bank = module.bank.clone()
         expected = moco_loss(out0.double(), out1.double(), bank.double(), temperature)
         gradients = torch.autograd.grad(expected, (out0, out1))
-        loss = module(out0, out1)  # moves the queue before backward
+        loss = module(out0, out1)  # updates the queue before backward
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
         for ours, theirs in zip(torch.autograd.grad(loss, (out0, out1)), gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -81,7 +81,7 @@ def test_loss_gradients_and_queue_over_steps(temperature: float) -> None:
         torch.testing.assert_close(module.bank, bank)
 
 
-def test_without_gradient_the_queue_stays() -> None:
+def test_without_gradient_the_queue_is_not_updated() -> None:
     module = NTXentLoss(memory_bank_size=8)
     with torch.no_grad():
         loss = module(outputs(1).detach(), outputs(2).detach())

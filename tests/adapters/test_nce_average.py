@@ -68,7 +68,7 @@ def test_pirl_infonce_of_two_views(separate_draws: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_memory_follows_x_alone_with_their_momentum() -> None:
+def test_memory_is_updated_with_x_only_and_their_momentum() -> None:
     module = build(momentum=0.25)
     x, x_jig, y = features(1), features(2), torch.tensor([3, 1, 4, 15, 9])
     before = module.memory.clone()
@@ -82,7 +82,7 @@ def test_memory_follows_x_alone_with_their_momentum() -> None:
     torch.testing.assert_close(module.memory, expected)
 
 
-def test_eval_mode_leaves_all_state_alone() -> None:
+def test_eval_mode_changes_no_state() -> None:
     module = build(Z=90.0).eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     first, second = module(features(1), torch.arange(B)), module(features(1), torch.arange(B))
@@ -90,7 +90,7 @@ def test_eval_mode_leaves_all_state_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_z_is_frozen_by_the_first_batch_and_steps_draw_anew() -> None:
+def test_z_is_frozen_by_the_first_batch_and_every_step_draws() -> None:
     module, y = build(momentum=1.0, z_from="x_jig"), torch.arange(B)
     z = scores(module, features(2), y).exp().mean().item() * N
     first = module(features(1), y, features(2))

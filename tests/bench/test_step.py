@@ -1,4 +1,4 @@
-"""``sslfast bench step``: its parts, its sums and its files. No time is asserted."""
+"""``sslfast bench step``: parts, derived numbers and files. No time is asserted."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslfast.bench.step import StepReport, covered, main, measure_step, render
+from sslfast.bench.step import StepReport, covered, measure_step, render
+from sslfast.cli.bench import step
 from sslfast.cli.main import main as sslfast
 from sslfast.loaders.registry import LoaderConfig
 from sslfast.methods.pirl import PIRL
@@ -69,7 +70,7 @@ def test_flops_are_those_of_the_layers() -> None:
         layers += [(width // 2, width, 3, side), *[(width, width, 3, side)] * 3, (width // 2, width, 1, side)]
     forward = [2 * batch * i * o * k * k * side * side for i, o, k, side in layers]
     head = 2 * batch * 512 * config.method.dimensions
-    # Nothing asks for the gradient of the images, so the first layer has one product less.
+    # The images need no gradient, so the first layer has one product less.
     assert report.step_flops == 3 * sum(forward) - forward[0] + 3 * head
     classifier = 2 * batch * 512 * 1000
     assert report.supervised_flops == 3 * sum(forward) - forward[0] + 3 * classifier
@@ -102,7 +103,7 @@ def test_command_writes_json_and_chart(tmp_path: Path, capsys: pytest.CaptureFix
     write_images(tmp_path / "images", 16)
     arguments = [str(tmp_path / "images"), "--recipe", "demo", "--batch-size", "2", "--steps", "1", "--rounds", "1"]
     files = ["--json", str(tmp_path / "s.json"), "--chart", str(tmp_path / "s.png")]
-    assert main([*arguments, "--workers", "0", "--device", "cpu", *files]) == 0
+    assert step([*arguments, "--workers", "0", "--device", "cpu", *files]) == 0
     assert "supervised step" in capsys.readouterr().out
     written = json.loads((tmp_path / "s.json").read_text())
     assert written["batch_size"] == 2

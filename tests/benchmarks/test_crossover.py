@@ -1,4 +1,4 @@
-"""The crossover benchmark measures, explains what it leaves out, and draws; sizes are tiny, no time is asserted."""
+"""The crossover study measures, gives reasons for what it leaves out, and draws; sizes are tiny, no time asserted."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_crossover
-from benchmarks.bench_crossover import Sizes, Way, crossings, main
-from benchmarks.line_chart import draw_panels
+from benchmarks.studies import crossover
+from benchmarks.studies.crossover import Sizes, Way, crossings, main
 
 TINY = ["--device", "cpu", "--batch", "2", "4", "--rows", "50", "70", "--negatives", "8", "16", "--rounds", "2"]
 
@@ -44,7 +43,7 @@ def test_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "over --limit 0" in (tmp_path / "slow.md").read_text()
     assert not (tmp_path / "slow.png").exists()
     free = iter([10**9] * 2 + [10**3] * 10**4)
-    monkeypatch.setattr(bench_crossover, "free_bytes", lambda _: next(free))
+    monkeypatch.setattr(crossover, "free_bytes", lambda _: next(free))
     main([*TINY, "-o", str(tmp_path / "full"), "--without", "compiled"])
     rows = json.loads((tmp_path / "full.json").read_text())["rows"]
     assert {"the bank does not fit memory"} < {row.get("skipped", "") for row in rows}
@@ -70,13 +69,3 @@ def test_crossings() -> None:
     assert crossings(rows) == ["- N = 1,000: full is faster than sampled K=9 from B = 64 up."]
     rows[-1]["median_ms"] = 9.0
     assert crossings(rows) == ["- N = 1,000: full is faster than sampled K=9 at no B up to 256."]
-
-
-def test_chart_lines_are_where_the_numbers_are(tmp_path: Path) -> None:
-    line = [(1.0, 1.0), (10.0, 10.0), (100.0, 100.0)]
-    styles = {"rising": ("#ff0000", 5), "missing": ("#00ff00", 2)}
-    draw_panels({"one": {"rising": line}}, tmp_path / "c.png", title="t", x_label="x", y_label="y", styles=styles)
-    with Image.open(tmp_path / "c.png") as picture:
-        assert picture.getpixel((72 + 210, 76 + 210)) == (255, 0, 0)  # the middle of the only panel
-    with pytest.raises(ValueError, match="there is no point to draw"):
-        draw_panels({"one": {}}, tmp_path / "d.png", title="t", x_label="x", y_label="y", styles=styles)

@@ -1,4 +1,4 @@
-"""What bank_nce is timed beside computes the same thing."""
+"""The peers of bank_nce compute the same loss and gradient."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_equals_float64_reference(
 
 
 @pytest.mark.parametrize("num_rows", [3, 8, 16, 17])
-def test_pieces_of_every_size(device: torch.device, num_rows: int) -> None:
+def test_chunks_and_heads_of_every_size(device: torch.device, num_rows: int) -> None:
     query, bank, index = make(torch.float32, device, num_rows=num_rows)
     expected = reference(query, bank, index, negatives="full", temperature=0.1)
     for loss, gradient in (

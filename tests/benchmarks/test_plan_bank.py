@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.plan_bank import CASES, Bank, Cluster, banks, quantity, table
+from benchmarks.studies.plan_bank import CASES, Bank, Cluster, banks, quantity, table
 from sslfast.distributed.process_group import destroy_process_group, init_process_group, process_group
 from sslfast.models.memory_bank import MemoryBank
 from sslfast.ops import negative_rows

@@ -11,10 +11,10 @@ from sslfast.recipes import RECIPES
 def test_demo_ends_with_a_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--output", str(tmp_path), "--epochs", "1", "--train-per-photo", "5", "--val-per-photo", "1"]
     arguments += ["--device", "cpu"]
-    assert demo.main(arguments) == 0
+    assert demo.demo(arguments) == 0
     screen = capsys.readouterr().out
-    for words in ("raw pixels", "untrained", "PIRL", "linear probe", "kNN, k = 20", "chance 5.6 %"):
-        assert words in screen
+    for expected in ("raw pixels", "untrained", "PIRL", "linear probe", "kNN, k = 20", "chance 5.6 %"):
+        assert expected in screen
     for name in ("preview.png", "neighbours.png"):
         assert str(tmp_path / name) in screen
         with Image.open(tmp_path / name) as picture:
@@ -26,14 +26,14 @@ def test_demo_ends_with_a_table_and_pictures(tmp_path: Path, capsys: pytest.Capt
     before = checkpoint.stat().st_mtime_ns
     result = json.loads((run / "evaluation" / "demo.json").read_text())
     assert len(result["knn"]) == 9
-    # Again: nothing is trained or made twice, the numbers are the same.
-    assert demo.main(arguments) == 0
+    # Run again: nothing is trained or written twice, the numbers are the same.
+    assert demo.demo(arguments) == 0
     assert checkpoint.stat().st_mtime_ns == before
     again = json.loads((run / "evaluation" / "demo.json").read_text())
     assert (again["knn"], again["linear"]) == (result["knn"], result["linear"])
 
 
-def test_recipe_is_the_methods() -> None:
+def test_recipe_is_pirl_with_jigsaw() -> None:
     config = RECIPES["demo"]()
     assert (config.recipe, config.method.name, config.method.pretext) == ("demo", "pirl", "jigsaw")
     assert config.method.pretext_weight == 0.5
@@ -41,10 +41,10 @@ def test_recipe_is_the_methods() -> None:
 
 
 def test_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--help"]) == 0
+    assert demo.demo(["--help"]) == 0
     screen = capsys.readouterr().out
     assert "18 photographs" in screen
     assert "--train-per-photo" in screen
-    assert demo.main(["--sede", "1"]) == 2
+    assert demo.demo(["--sede", "1"]) == 2
     with pytest.raises(ValueError, match="train_per_photo must be in"):
-        demo.main(["--train-per-photo", "0"])
+        demo.demo(["--train-per-photo", "0"])

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from sslfast import __version__
-from sslfast.cli import commands
 from sslfast.cli import main as cli
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.config import from_dict, load_json
 from sslfast.data.manifest import Manifest
+from sslfast.recipes.registry import RECIPES
 from sslfast.runs.log import read_log
 from tests.tiny import Tiny, TinyConfig, write_images
 
@@ -28,7 +29,10 @@ def tiny_long() -> TinyConfig:
 
 @pytest.fixture(autouse=True)
 def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "RECIPES", {"tiny": tiny, "tiny-long": tiny_long})
+    for name in reversed(list(RECIPES)):  # put back in their order
+        monkeypatch.delitem(RECIPES, name)
+    monkeypatch.setitem(RECIPES, "tiny", tiny)
+    monkeypatch.setitem(RECIPES, "tiny-long", tiny_long)
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -44,8 +48,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for words in (*cli.COMMANDS, "--version", EXIT_CODES):
-        assert words in text
+    for expected in (*cli.COMMANDS, "--version", EXIT_CODES):
+        assert expected in text
     assert cli.main([]) == 2
 
 
@@ -74,7 +78,7 @@ def test_dispatch_imports_nothing_heavy() -> None:
 def test_pretrain_help_lists_recipes_options_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out
-    for words in (
+    for expected in (
         "tiny: Six epochs of a tiny method.",
         "tiny-long: The same, longer.",
         "75   stopped by SIGTERM or SIGINT",
@@ -87,7 +91,7 @@ def test_pretrain_help_lists_recipes_options_and_exit_codes(capsys: pytest.Captu
         "--dry-run",
         "DATA",
     ):
-        assert words in text, words
+        assert expected in text, expected
 
 
 def test_pretrain_runs_and_records_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,14 +99,14 @@ def test_pretrain_runs_and_records_what_it_did(tmp_path: Path, capsys: pytest.Ca
     options = ["--recipe", "tiny", "--epochs", "2", "--optim.momentum=0.5", "--workers", "0", "-o", str(output)]
     assert cli.main(["pretrain", "synthetic:17", *options]) == 0
     text = capsys.readouterr().out
-    for words in (
+    for expected in (
         "synthetic: 17 images",
         "2 epochs x 4 steps of 4 = 8 steps",
         str(output),
         "samples/s",
         "step_00000008.pt",
     ):
-        assert words in text, words
+        assert expected in text, expected
     config = from_dict(TinyConfig, load_json(output / "config.json"))
     assert (config.recipe, config.epochs, config.optim.momentum, config.loader.workers) == ("tiny", 2, 0.5, 0)
     assert [record["step"] for record in read_log(output / "log.jsonl")] == [3, 6, 8]
@@ -135,7 +139,7 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (["pretrian"], "unknown command 'pretrian'; did you mean pretrain or preview?"),
         (["evaluate", "kn"], "unknown command of evaluate 'kn'; did you mean knn?"),
@@ -148,18 +152,23 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["pretrain", "synthetic:3", "--recipe", "tiny"], "3"),
         (["preview", "x"], "--recipe is missing; sslfast preview DATA"),
         (["data", "verify", "/nowhere"], "/nowhere does not exist"),
+        (["bench", "opps"], "unknown command of bench 'opps'; did you mean ops"),
+        (["bench", "ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["bench", "ops", "--device", "cuda:77"], "device='cuda:77', but torch sees"),
+        (["bench", "step", "--recipe", "tinny"], "unknown recipe 'tinny'; did you mean tiny"),
+        (["bench", "loader", "/nowhere", "--recipe", "tiny"], "/nowhere does not exist"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
     arguments: list[str],
-    words: str,
+    expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
-    assert words in error_line(capsys)
+    assert expected in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,7 +186,8 @@ def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_package_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "sslfast.cli.commands")
+    for module in ("pretrain", "options"):
+        monkeypatch.delitem(sys.modules, f"sslfast.cli.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert cli.main(["pretrain", "x", "--recipe", "tiny"]) == 2
     line = error_line(capsys)
@@ -185,10 +195,26 @@ def test_missing_package_is_named_with_the_remedy(
     assert "pip install 'sslfast[train]'" in line
 
 
+def test_info_runs_without_the_parser(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "sslfast.cli.options", raising=False)
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert cli.main(["info"]) == 0
+    assert f"sslfast {__version__}" in capsys.readouterr().out
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["sslfast"] == __version__
+    assert set(facts) == {"versions", "core", "devices", "packages", "loaders"}
+    assert cli.main(["info", "--jsn"]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
 def test_loss_that_is_not_finite_exits_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "RECIPES", {"tiny": lambda: TinyConfig(method=Tiny.Config(bad_step=6))})
+    monkeypatch.setitem(RECIPES, "tiny", lambda: TinyConfig(method=Tiny.Config(bad_step=6)))
     assert cli.main(["pretrain", "synthetic:17", "--recipe", "tiny", "-o", str(tmp_path)]) == 3
     line = error_line(capsys)
     assert "the loss of step 7 is not finite" in line
@@ -196,7 +222,7 @@ def test_loss_that_is_not_finite_exits_3(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_exits_75_and_the_same_command_goes_on(
+def test_signal_exits_75_and_the_same_command_resumes(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["pretrain", "synthetic:17", "--recipe", "tiny", "-o", str(tmp_path)]
@@ -261,7 +287,7 @@ def test_data_verify_of_good_images(
     assert cli.main(["data", "verify"]) == 2
 
 
-def test_evaluation_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_a_missing_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "val"):
         write_images(tmp_path / split, 8)
     assert cli.main(["evaluate", "knn", str(tmp_path / "no_run"), str(tmp_path)]) == 2
@@ -269,7 +295,7 @@ def test_evaluation_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("command", ["evaluate knn", "evaluate linear", "evaluate lowshot", "neighbours"])
-def test_help_names_the_places(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_positional_arguments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
     usage = capsys.readouterr().out.split("\n\n")[0]
     assert usage.startswith(f"usage: sslfast {command} [-h] [OPTIONS] RUN ")

@@ -1,9 +1,9 @@
 """CUDA kernels on the CPU: compiles csrc/cuda/<op>.cu with g++ against `include/` and runs it on CPU tensors.
 
-`include/` holds a small CUDA for the host: the blocks of a launch run one after another, the threads of a block as
-fibers whose order is drawn from a number. Missing barriers show as wrong results; divergence at barriers, addresses
-outside of memory, misaligned vector accesses and writes outside of tensors are errors that name the thread. Speed and
-memory ordering between running blocks are not emulated.
+`include/` implements the needed part of CUDA on the host: the blocks of a launch run one after another, the threads
+of a block as fibers whose order is drawn from a number. Missing barriers show as wrong results; divergence at
+barriers, addresses outside of memory, misaligned vector accesses and writes outside of tensors are errors that name
+the thread. Speed and memory ordering between running blocks are not emulated.
 """
 
 import ctypes
@@ -63,7 +63,7 @@ def digest_of(path: Path) -> str:
 
 
 def find_compiled(source: Path, key: str) -> Path | None:
-    """The library whose inputs, as the compiler listed them, are what they were."""
+    """The cached library whose inputs, as listed by the compiler, are unchanged."""
     for listing in sorted(CACHE.glob(f"{source.stem}-*.json")):
         made_from = json.loads(listing.read_text())
         if made_from["key"] == key and all(digest_of(Path(path)) == sha for path, sha in made_from["files"].items()):
@@ -72,7 +72,7 @@ def find_compiled(source: Path, key: str) -> Path | None:
 
 
 def compile_source(source: Path) -> Path:
-    """Compiles unless done before; one process at a time, since test runs may share the folder."""
+    """Compiles unless a cached library fits; one process at a time, since test runs may share the folder."""
     key = repr((compiler_version(), torch.__version__, command_of(source, Path("x"))))
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{source.stem}.lock").open("w") as lock:
@@ -129,7 +129,7 @@ def emulate(op: str, *args: Any, **device: int) -> Any:
 
 
 def fence(tensor: Tensor, *, at_end: bool = True) -> Tensor:
-    """A copy whose last byte (or first, where not `at_end`) touches a page that nobody may read or write."""
+    """A copy whose last byte (or first, where not `at_end`) touches an inaccessible page."""
     page = mmap.PAGESIZE
     num_bytes = tensor.numel() * tensor.element_size()
     inner = (num_bytes + page - 1) // page * page

@@ -1,4 +1,4 @@
-// Kernels with one mistake each, for the test that the emulation sees it. `which` 0 is the kernel without a mistake.
+// Kernels with one fault each, for the tests that the emulation detects it. `which` 0 is the kernel without a fault.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -54,7 +54,7 @@ __global__ void reverse_kernel(const float* x, float* out, int which) {
   out[which == kWriteBehindResult ? 64 - i : i] = values[63 - i];
 }
 
-// The same within each half by way of warps.
+// The same within each half through warp shuffles.
 __global__ void warp_kernel(const float* x, float* out, bool synchronised) {
   __shared__ float values[64];
   const int i = threadIdx.x;
@@ -63,7 +63,7 @@ __global__ void warp_kernel(const float* x, float* out, bool synchronised) {
   out[i] = values[i ^ 31];
 }
 
-// Copies 64 floats by way of cp.async.
+// Copies 64 floats through cp.async.
 __global__ void copy_kernel(const float* x, float* out, bool waits) {
   float* const values = dynamic_shared<float>();
   const int i = threadIdx.x;
@@ -74,7 +74,7 @@ __global__ void copy_kernel(const float* x, float* out, bool waits) {
   out[i] = values[i];
 }
 
-// out [64, 64] = 4 a a^T for a bf16 [64, 64], by way of the copy engine and a warpgroup.
+// out [64, 64] = 4 a a^T for a bf16 [64, 64], through the copy engine and a warpgroup.
 __global__ void product_kernel(const __grid_constant__ RowMap map, float* out, int which) {
   unsigned char* const stage = dynamic_shared<unsigned char>();
   uint64_t* const full = reinterpret_cast<uint64_t*>(stage + 64 * 128 * 2);

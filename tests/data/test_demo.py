@@ -56,7 +56,7 @@ def test_crops_vary_and_do_not_depend_on_their_number() -> None:
     assert len({crop.box for crop in many}) == len(many)
 
 
-def test_pictures_are_the_cut_squares(tmp_path: Path) -> None:
+def test_images_are_the_cropped_squares(tmp_path: Path) -> None:
     root = make(tmp_path / "data")
     crop = demo_crops(train_per_photo=3, val_per_photo=2, crop_size=40)[-1]
     with Image.open(photograph_path(crop.photograph)) as photograph, Image.open(root / crop.path) as found:
@@ -64,7 +64,7 @@ def test_pictures_are_the_cut_squares(tmp_path: Path) -> None:
         assert np.array_equal(found, square.resize((40, 40), Image.Resampling.LANCZOS))
 
 
-def test_made_once_and_anew_when_something_differs(tmp_path: Path) -> None:
+def test_built_once_and_rebuilt_when_something_differs(tmp_path: Path) -> None:
     root = make(tmp_path / "data")
     picture = root / "train" / "cat" / "0000.png"
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in root.rglob("*.png")}
@@ -83,7 +83,7 @@ def test_made_once_and_anew_when_something_differs(tmp_path: Path) -> None:
     assert json.loads((root / MARKER).read_text())["crop_size"] == 44
 
 
-def test_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make(tmp_path / "data")
 
     def fail(*arguments: object) -> None:
@@ -101,7 +101,7 @@ def test_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds something else than a demo set \(no demo.json\)"):
+    with pytest.raises(ValueError, match=r"holds something other than a demo set \(no demo.json\)"):
         make(tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["holiday.jpg"]
     with pytest.raises(ValueError, match="is a file; name a folder"):

@@ -1,4 +1,4 @@
-"""The policy for every kind of image file: what it decodes to, or why it is refused."""
+"""The policy for every kind of image file: what it decodes to, or why it is rejected."""
 
 import io
 import struct
@@ -35,12 +35,12 @@ def same(data: bytes, expected: np.ndarray, tolerance: float = 0) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_formats_come_back_exactly(format: str) -> None:
+def test_lossless_formats_decode_exactly(format: str) -> None:
     same(encoded(Image.fromarray(RGB), format), RGB)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF", "JPEG2000", "MPO"])
-def test_lossy_formats_come_back_closely(format: str) -> None:
+def test_lossy_formats_decode_closely(format: str) -> None:
     options = {} if format == "JPEG2000" else {"quality": 95}
     assert np.abs(decode_full(encoded(Image.fromarray(RGB), format, **options)).astype(int) - RGB).mean() < 6
 
@@ -109,7 +109,7 @@ def test_cmyk_jpeg_becomes_rgb() -> None:
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_animations_give_their_first_frame(format: str) -> None:
+def test_animations_decode_to_their_first_frame(format: str) -> None:
     first, second = Image.new("RGB", (16, 16), (200, 40, 40)), Image.new("RGB", (16, 16), (0, 0, 250))
     data = encoded(first, format, save_all=True, append_images=[second])
     same(data, np.full((16, 16, 3), (200, 40, 40)), tolerance=3)
@@ -151,7 +151,7 @@ def test_scaled_jpeg_decoding_has_ceiled_sides_and_only_jpeg_has_it() -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_cut_anywhere_is_refused(progressive: bool) -> None:
+def test_a_truncated_jpeg_is_rejected(progressive: bool) -> None:
     data = encoded(picture(96, 80), progressive=progressive)
     for kept in [2, 20, 200, *range(300, len(data), 97), len(data) - 2, len(data) - 1]:
         with pytest.raises(BadImageError, match=r"damaged|not an image"):
@@ -159,20 +159,20 @@ def test_a_jpeg_cut_anywhere_is_refused(progressive: bool) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF"])
-def test_other_formats_cut_in_half_are_refused(format: str) -> None:
+def test_other_formats_cut_in_half_are_rejected(format: str) -> None:
     data = encoded(picture(96, 80), format)
     with pytest.raises(BadImageError, match=r"damaged|not an image"):
         decode_full(data[: len(data) // 2])
 
 
-def test_a_png_with_a_flipped_bit_is_refused() -> None:
+def test_a_png_with_a_flipped_bit_is_rejected() -> None:
     data = bytearray(encoded(picture(96, 80), "PNG"))
     data[len(data) // 2] ^= 4
     with pytest.raises(BadImageError, match="damaged"):
         decode_full(bytes(data))
 
 
-def test_a_zero_filled_tail_is_refused() -> None:
+def test_a_zero_filled_tail_is_rejected() -> None:
     data = encoded(picture(96, 80))
     with pytest.raises(BadImageError, match="damaged"):
         decode_full(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
@@ -193,7 +193,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [10_000, 60_000])
-def test_decompression_bombs_are_refused_without_a_warning(side: int) -> None:
+def test_decompression_bombs_are_rejected_without_a_warning(side: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with quiet_pillow(), pytest.raises(BadImageError, match=rf"too large: .*{MAX_PIXELS}"):
@@ -201,7 +201,7 @@ def test_decompression_bombs_are_refused_without_a_warning(side: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I", "F", "LAB"])
-def test_pixels_without_a_white_level_are_refused(mode: str) -> None:
+def test_pixels_without_a_white_level_are_rejected(mode: str) -> None:
     image = Image.new(mode, (16, 16))
     with pytest.raises(BadImageError, match=f"pixel format {mode} .*convert to 8 or 16 bits"):
         decode_full(encoded(image, "TIFF"))
@@ -221,7 +221,7 @@ def test_unreadable_and_empty_files(tmp_path) -> None:
         read_bytes(tmp_path / "gone.jpg")
 
 
-def test_a_lenient_pillow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lenient_pillow_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     require_strict_pillow()
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(ValueError, match="LOAD_TRUNCATED_IMAGES is True"):

@@ -1,4 +1,4 @@
-"""The walk over a JPEG's markers: sound files of every kind are whole, misplaced markers are damage."""
+"""The scan of a JPEG's markers: valid files of every kind are whole, misplaced markers are damage."""
 
 import random
 
@@ -30,7 +30,7 @@ def entropy_start(data: bytes) -> int:
 
 @pytest.mark.parametrize("kind", SOUND)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_sound_files_are_whole_and_common(kind: str, mode: str) -> None:
+def test_valid_files_are_whole_and_common(kind: str, mode: str) -> None:
     data = encoded(PHOTO.convert(mode), **SOUND[kind])
     scan = scan_jpeg(data)
     assert (scan.state, scan.end, scan.is_common, scan.precision) == ("whole", len(data), True, 8)
@@ -45,7 +45,7 @@ def test_what_decoders_may_disagree_on_is_not_common() -> None:
     assert (rgb.state, rgb.is_common) == ("whole", False)
 
 
-def test_trailing_bytes_and_second_pictures_are_left_out() -> None:
+def test_trailing_bytes_and_second_images_are_left_out() -> None:
     data = encoded(PHOTO)
     for tail in (b"\0" * 100, b"\xff" * 5, b"SEFT trailer", data):
         scan = scan_jpeg(data + tail)
@@ -54,7 +54,7 @@ def test_trailing_bytes_and_second_pictures_are_left_out() -> None:
     assert scan_jpeg(two).state == "whole"
 
 
-def test_a_file_cut_short_or_of_another_kind_is_odd() -> None:
+def test_a_truncated_file_or_another_format_is_odd() -> None:
     data = encoded(PHOTO)
     for cut in (0, 1, 2, 3, 20, 200, entropy_start(data), len(data) // 2, len(data) - 1, len(data) - 2):
         assert scan_jpeg(data[:cut]).state == "odd", cut
@@ -64,7 +64,7 @@ def test_a_file_cut_short_or_of_another_kind_is_odd() -> None:
 
 
 @pytest.mark.parametrize("marker", [0x01, 0x4F, 0xBF, 0xC0, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xDB, 0xE5, 0xF7, 0xFE])
-def test_a_marker_amid_the_pixels_is_damage(marker: int) -> None:
+def test_a_marker_inside_the_pixel_data_is_damage(marker: int) -> None:
     data = bytearray(encoded(PHOTO))
     middle = (entropy_start(bytes(data)) + len(data)) // 2
     data[middle : middle + 2] = bytes((0xFF, marker))
@@ -75,14 +75,14 @@ def test_a_marker_amid_the_pixels_is_damage(marker: int) -> None:
         open_image(bytes(data))
 
 
-def test_restart_markers_must_come_in_turn() -> None:
+def test_restart_markers_must_be_in_order() -> None:
     data = bytearray(encoded(PHOTO, restart_marker_blocks=3))
     second = data.index(b"\xff\xd1", entropy_start(bytes(data)))
     data[second + 1] = 0xD3
     assert scan_jpeg(bytes(data)).reason == f"restart marker D3 out of turn at byte {second}"
 
 
-def test_most_overwritten_blocks_are_noticed() -> None:
+def test_most_overwritten_blocks_are_detected() -> None:
     """The shares that the module states, of 64 damaged files each."""
     draw = random.Random(0)
     photographs = [picture(900, 700), Image.frombytes("RGB", (96, 96), draw.randbytes(96 * 96 * 3))]

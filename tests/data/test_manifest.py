@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sslfast.data.folder as listing_module
+import sslfast.data.listing as listing_module
 import sslfast.data.manifest as manifest_module
-from sslfast.data.folder import HASHED_BYTES
+import sslfast.data.pool as pool_module
 from sslfast.data.manifest import Manifest
+from sslfast.data.source import HASHED_BYTES
 from tests.pictures import encoded, picture, write_folder
 
 
@@ -54,7 +55,7 @@ def test_hidden_and_other_files_are_left_out_and_other_files_are_counted(tmp_pat
     assert manifest.ignored == {"": 1, ".txt": 2}
 
 
-def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
+def test_links_are_followed_but_not_in_a_cycle(tmp_path: Path) -> None:
     elsewhere = write_folder(tmp_path / "elsewhere", ["1.jpg", "2.jpg"])
     root = write_folder(tmp_path / "data", ["a/0.jpg"])
     (root / "b").symlink_to(elsewhere)
@@ -76,7 +77,7 @@ def bad_folder(root: Path) -> Path:
     return root
 
 
-def test_error_names_what_the_scan_can_see(tmp_path: Path) -> None:
+def test_error_names_the_images_that_the_scan_finds_bad(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"5 of 7 images in .* cannot be used: .*; repair .*--on-bad-image skip"
     ) as error:
@@ -85,7 +86,7 @@ def test_error_names_what_the_scan_can_see(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_skip_leaves_out_and_lists_what_the_scan_can_see(tmp_path: Path) -> None:
+def test_skip_leaves_out_and_lists_the_images_that_the_scan_finds_bad(tmp_path: Path) -> None:
     manifest = Manifest.scan(bad_folder(tmp_path / "data"), on_bad_image="skip")
     assert manifest.paths == ["x/good.jpg", "x/good2.jpg"]
     reasons = dict(manifest.excluded)
@@ -160,7 +161,7 @@ def test_the_text_file_holds_everything(tmp_path: Path) -> None:
     assert all(row.count(b"\t") == 3 for row in rows[:-1])
 
 
-def test_the_digest_is_about_rows_and_contents_and_not_about_the_place(tmp_path: Path) -> None:
+def test_the_digest_depends_on_rows_and_contents_and_not_on_the_location(tmp_path: Path) -> None:
     names = ["0.jpg", "1.jpg", "2.jpg"]
     first = Manifest.scan(write_folder(tmp_path / "first", names))
     second = Manifest.scan(write_folder(tmp_path / "second", names))
@@ -181,7 +182,7 @@ def test_a_moved_folder_is_found_again(tmp_path: Path) -> None:
     assert moved.path(1) == tmp_path / "new" / "b.jpg"
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.scan(write_folder(tmp_path / "data", ["a.jpg"]))
     target = tmp_path / "m.tsv"
     manifest.save(target)
@@ -270,10 +271,10 @@ def test_load_or_scan_writes_once_and_then_only_checks(tmp_path: Path) -> None:
     assert target.read_bytes() == written
 
 
-def test_the_scan_does_not_depend_on_how_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scan_does_not_depend_on_the_chunk_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path, [f"{i % 3}/{i:02}.jpg" for i in range(20)])
     whole = Manifest.scan(root)
-    monkeypatch.setattr(listing_module, "_CHUNK", 3)
+    monkeypatch.setattr(pool_module, "_CHUNK", 3)
     assert Manifest.scan(root).digest() == whole.digest()
 
 

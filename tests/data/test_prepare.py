@@ -1,4 +1,4 @@
-"""``data prepare``: what is stored and how, in FFCV's own format, whole or not at all."""
+"""``data prepare``: what is stored and how, in FFCV's own format, atomically."""
 
 import errno
 import io
@@ -20,12 +20,12 @@ from PIL import Image
 import sslfast.data.beton as beton_module
 import sslfast.data.prepare as prepare_module
 from sslfast.cli import main as cli
-from sslfast.data.beton import ALLOCATION, FOOTER, HEADER, JPG, RAW, Beton, BetonWriter
+from sslfast.data.beton import ALLOCATION, FOOTER, HEADER, JPG, RAW, Beton, BetonSource, BetonWriter
 from sslfast.data.ffcv_library import load_decoder
 from sslfast.data.images import decode_full, decode_pixels, open_image
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data, reopen_data
 from sslfast.data.prepare import PrepareConfig, prepare_beton
-from sslfast.data.source import open_data, reopen_data
 from sslfast.data.verify import verify_images
 from sslfast.report.preview import write_preview
 from tests.pictures import encoded, picture, write_folder
@@ -34,7 +34,7 @@ NAMES = [f"class{i % 3}/{i:02}.jpg" for i in range(11)]
 
 
 def stored(beton: Beton, row: int) -> bytes:
-    return os.pread(beton.descriptor, int(beton.sizes[row]), int(beton.places[row]))
+    return os.pread(beton.descriptor, int(beton.sizes[row]), int(beton.offsets[row]))
 
 
 def seen(beton: Beton, row: int) -> NDArray[np.uint8]:
@@ -84,14 +84,14 @@ def test_jpegs_keep_their_bytes_and_rows_are_the_manifests(tmp_path: Path) -> No
     with Beton(tmp_path / "out.beton") as beton:
         assert (beton.manifest.digest(), beton.manifest.paths) == (manifest.digest(), sorted(NAMES))
         assert (beton.manifest.verified, beton.manifest.classes) == (True, ["class0", "class1", "class2"])
-        assert beton.manifest.source == tmp_path / "out.beton"
+        assert str(beton.manifest.source) == str(tmp_path / "out.beton")
         assert beton.settings["mode"] == "jpg"
         for row in range(11):
             assert stored(beton, row) == manifest.path(row).read_bytes()
             assert beton.shapes[row].tolist() == list(Image.open(manifest.path(row)).size)
 
 
-def test_ffcvs_own_reader_takes_the_file(tmp_path: Path) -> None:
+def test_ffcvs_own_reader_reads_the_file(tmp_path: Path) -> None:
     prepare_beton(
         write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton", PrepareConfig(mode="proportion"), workers=0
     )
@@ -118,12 +118,12 @@ def test_ffcvs_own_reader_takes_the_file(tmp_path: Path) -> None:
     assert kinds == ["RGBImageField", "IntField", "IntField"]
     with Beton(tmp_path / "out.beton") as beton:
         assert (labels, rows) == (beton.manifest.labels.tolist(), list(range(11)))
-        assert (modes, places, pointers) == (beton.modes.tolist(), beton.places.tolist(), places)
+        assert (modes, places, pointers) == (beton.modes.tolist(), beton.offsets.tolist(), places)
     assert (page & (page - 1), count) == (0, 11)
 
 
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_every_kind_of_picture_is_stored_as_our_own_decoder_sees_it(tmp_path: Path, mode: str) -> None:
+def test_every_kind_of_image_is_stored_as_the_image_policy_decodes_it(tmp_path: Path, mode: str) -> None:
     root = odd_folder(tmp_path / "data")
     made = prepare_beton(root, tmp_path / "out.beton", PrepareConfig(mode=mode, quality=95), workers=0)  # type: ignore[arg-type]
     if mode == "jpg":
@@ -168,7 +168,7 @@ def test_proportion_stores_a_share_as_jpeg(tmp_path: Path, share: float, jpegs: 
         assert int((beton.modes == JPG).sum()) == jpegs
 
 
-def test_a_jpeg_that_the_decoder_warns_of_is_encoded_anew(tmp_path: Path) -> None:
+def test_a_jpeg_that_the_decoder_warns_about_is_encoded_again(tmp_path: Path) -> None:
     good = encoded(picture(120, 100))
     decode = load_decoder()
     for place in range(len(good) - 40, len(good) // 2, -1):
@@ -187,12 +187,12 @@ def test_a_jpeg_that_the_decoder_warns_of_is_encoded_anew(tmp_path: Path) -> Non
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jpg").write_bytes(data)
     made = prepare_beton(tmp_path / "data", tmp_path / "out.beton", workers=0)
-    assert made.counts == {"encoded as JPEG (the decoder warns of the original)": 1}
+    assert made.counts == {"encoded as JPEG (the decoder warns about the original)": 1}
     with Beton(tmp_path / "out.beton") as beton:
         assert difference(seen(beton, 0), pixels) < 8
 
 
-def test_no_sample_lies_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sample_crosses_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beton_module, "_PAGE", 4096)
     root = write_folder(tmp_path / "data", NAMES)
     (root / "class1" / "large.png").write_bytes(encoded(picture(130, 100), "PNG"))
@@ -200,8 +200,8 @@ def test_no_sample_lies_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with Beton(tmp_path / "out.beton") as beton:
         page = int(np.fromfile(tmp_path / "out.beton", HEADER, 1)[0]["page_size"])
         assert page >= beton.sizes.max()
-        assert (beton.places // page == (beton.places + beton.sizes - 1) // page).all()
-        assert (np.diff(beton.places) >= beton.sizes[:-1]).all()
+        assert (beton.offsets // page == (beton.offsets + beton.sizes - 1) // page).all()
+        assert (np.diff(beton.offsets) >= beton.sizes[:-1]).all()
         for row, path in enumerate(beton.manifest.paths):
             assert difference(seen(beton, row), decode_full((root / path).read_bytes())) < 8
 
@@ -232,12 +232,12 @@ def test_a_changed_file_is_an_error_in_both_modes(tmp_path: Path, monkeypatch: p
     manifest = Manifest.scan(root)
     (root / NAMES[3]).write_bytes(encoded(picture(key=77)))
     monkeypatch.setattr(prepare_module, "open_data", lambda *_, **__: manifest)
-    with pytest.raises(ValueError, match=rf"{NAMES[3]} is not the file that the manifest speaks of"):
+    with pytest.raises(ValueError, match=rf"{NAMES[3]}: content hash differs from the manifest: verify"):
         prepare_beton(root, tmp_path / "out.beton", on_bad_image="skip", workers=0)
     assert not (tmp_path / "out.beton").exists()
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, output = write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton"
     prepare_beton(root, output, workers=0)
     before = output.read_bytes()
@@ -258,14 +258,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         prepare_beton(root, output, workers=0)
 
 
-def test_a_killed_process_leaves_the_old_file_and_the_next_one_clears_up(tmp_path: Path) -> None:
+def test_a_killed_process_keeps_the_old_file_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     root, output = write_folder(tmp_path / "data", [f"{i:03}.jpg" for i in range(300)]), tmp_path / "out.beton"
     prepare_beton(write_folder(tmp_path / "old", NAMES), output, workers=0)
     before, part = output.read_bytes(), tmp_path / "out.beton.part"
     code = (
         "import sys, time; from pathlib import Path; import sslfast.data.prepare as prepare\n"
         "store = prepare._store\n"
-        "def slow(task): time.sleep(0.02); return store(task)\n"
+        "def slow(*task): time.sleep(0.02); return store(*task)\n"
         "prepare._store = slow\n"
         f"prepare.prepare_beton(Path({str(root)!r}), Path({str(output)!r}), workers=2)"
     )
@@ -286,12 +286,12 @@ def test_a_killed_process_leaves_the_old_file_and_the_next_one_clears_up(tmp_pat
     assert len(open_data(output)) == 300
 
 
-def test_files_that_are_not_ours_cut_or_edited(tmp_path: Path) -> None:
+def test_foreign_truncated_and_edited_files(tmp_path: Path) -> None:
     output = tmp_path / "out.beton"
     with pytest.raises(ValueError, match=r"out.beton does not exist: make it with `sslfast data prepare`"):
         open_data(output)
     output.write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"is no .beton file"):
+    with pytest.raises(ValueError, match=r"is not a .beton file"):
         open_data(output)
     output.write_bytes(bytes(100_000))
     with pytest.raises(ValueError, match=r"was not written by `sslfast data prepare`"):
@@ -323,7 +323,7 @@ def test_files_that_are_not_ours_cut_or_edited(tmp_path: Path) -> None:
     assert len(open_data(output)) == 11
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_names_that_are_not_text(tmp_path: Path) -> None:
     root = tmp_path / "data.beton"  # a folder may be called anything
     root.mkdir()
     names = [b"a space.jpg", b"line\nbreak.jpg", b"tab\t.jpg", b"\xff\xfe.jpg"]
@@ -334,12 +334,12 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert {os.fsencode(path) for path in open_data(tmp_path / "out.beton").paths} == set(names)
 
 
-def test_a_run_goes_on_with_the_file_it_began_with(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_the_file_it_started_with(tmp_path: Path) -> None:
     root, output, run = write_folder(tmp_path / "data", NAMES), tmp_path / "out.beton", tmp_path / "run.tsv"
     prepare_beton(root, output, workers=0)
     manifest = open_data(output)
     manifest.save(run)
-    assert reopen_data(output, run).archive_id == manifest.archive_id
+    assert reopen_data(output, run).source.identity() == manifest.source.identity() != ""
     with pytest.raises(ValueError, match=r"started with a .beton file: give that one, not"):
         reopen_data(root, run)
     prepare_beton(root, output, PrepareConfig(mode="raw"), workers=0)
@@ -386,14 +386,14 @@ def test_tar_shards_become_a_file_with_their_rows_and_classes(tmp_path: Path) ->
     prepare_beton(tmp_path / "data", tmp_path / "x.beton", workers=2)
     manifest = open_data(tmp_path / "x.beton")
     assert manifest.paths == shards.paths
-    assert manifest.shards is None
+    assert isinstance(manifest.source, BetonSource)
     assert manifest.classes == ["6", "7", "8", "9", "10"]
     assert manifest.labels.tolist() == shards.labels.tolist() == [4, 3, 2, 1, 0] * 2
     with Beton(tmp_path / "x.beton") as beton:
         assert [stored(beton, row) for row in range(10)] == [*members.values()] * 2
 
 
-def test_a_preview_of_the_file_names_its_images(tmp_path: Path) -> None:
+def test_a_preview_of_the_file_names_what_it_was_made_of(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", NAMES)
     prepare_beton(root, tmp_path / "x.beton", workers=0)
     with pytest.raises(ValueError, match=rf"x.beton is a .beton file: name what it was made of \({root}\)"):

@@ -1,4 +1,4 @@
-"""Tar shards as data: the walk against ``tarfile``, labels, rows equal to a folder's, every way a shard can be bad."""
+"""Tar shards as data: members as of ``tarfile``, labels, rows equal to a folder's, every way a shard can be bad."""
 
 import io
 import os
@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sslfast.cli import main as cli
-from sslfast.data.folder import HASHED_BYTES, content_hash
 from sslfast.data.manifest import Manifest
-from sslfast.data.source import open_data, reopen_data
-from sslfast.data.tar import read_image_bytes, shard_index, walk_tar
+from sslfast.data.opening import open_data, reopen_data
+from sslfast.data.source import HASHED_BYTES, content_hash
+from sslfast.data.tar import TarSource, shard_index
+from sslfast.data.tar_walk import walk_tar
 from sslfast.evaluation.encoders import RawPixels, extract_features
 from sslfast.evaluation.folders import load_manifests
 from sslfast.loaders.pillow import PillowLoader
@@ -66,7 +67,7 @@ def raises(pattern: str):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_walk_finds_what_tarfile_finds(tmp_path: Path, format: str) -> None:
+def test_members_are_those_that_tarfile_finds(tmp_path: Path, format: str) -> None:
     names = ["a.jpg", "./b/c.png", "/d.gif", "ü/漢.jpg", "x" * 60 + "/" + "y" * 90 + ".jpg", "e.jpg"]
     if format != "ustar":
         names += ["deep/" * 60 + "z.jpg", "w" * 300 + ".jpg", "\udcff.jpg"]
@@ -117,16 +118,12 @@ def test_rows_are_those_of_the_same_folder(tmp_path: Path) -> None:
     assert np.array_equal(shards.bytes, folder.bytes)
     assert shards.classes == ["class0", "class1"]
     for row in range(len(folder)):
-        assert (
-            read_image_bytes(shards.location(row))
-            == folder.path(row).read_bytes()
-            == read_image_bytes(folder.location(row))
-        )
+        assert shards.location(row).read() == folder.path(row).read_bytes() == folder.location(row).read()
     assert str(shards.location(1)) == str(root / "shard-000.tar/class0/0-2.jpg") == str(shards.path(1))
 
 
 @pytest.mark.parametrize(
-    ("name", "workers"), [("torch", 0), ("torch", 2), *([("dali", 2)] if loader_status()["dali"][0] else [])]
+    ("name", "workers"), [("pillow", 0), ("pillow", 2), *([("dali", 2)] if loader_status()["dali"][0] else [])]
 )
 def test_loaders_yield_what_they_yield_from_a_folder(tmp_path: Path, name: str, workers: int) -> None:
     root = write_shards(tmp_path / "shards")
@@ -161,7 +158,7 @@ def test_labels_come_from_cls_members_or_folders(tmp_path: Path) -> None:
     assert manifest.labels.tolist() == [1, 0, -1]
     kept = manifest.without([("dog/0.jpg", "bad")])
     assert (kept.classes, kept.labels.tolist()) == (["Katze ü"], [0, -1])
-    assert [read_image_bytes(kept.location(row)) for row in range(2)] == [mixed["dog/1.jpg"], mixed["loose.png"]]
+    assert [kept.source.read(row) for row in range(2)] == [mixed["dog/1.jpg"], mixed["loose.png"]]
     with raises(r"member '0.cls' holds no label"):
         Manifest.scan(write_tar(tmp_path / "z.tar", {"0.jpg": image(0), "0.cls": b" \n"}))
 
@@ -179,10 +176,12 @@ def test_the_text_file_holds_everything(tmp_path: Path) -> None:
     assert (loaded.paths, loaded.sha1, loaded.classes) == (manifest.paths, manifest.sha1, manifest.classes)
     assert loaded.digest() == manifest.digest()
     assert loaded.labels.tolist() == manifest.labels.tolist()
-    assert loaded.shards is not None
-    assert manifest.shards is not None
-    assert loaded.shards.paths == ["deep/a-b.tar", "deep/a.tar", "one.tar"]
-    assert [loaded.location(row) for row in range(6)] == [manifest.location(row) for row in range(6)]
+    assert isinstance(loaded.source, TarSource)
+    assert isinstance(manifest.source, TarSource)
+    assert loaded.source.shards == ["deep/a-b.tar", "deep/a.tar", "one.tar"]
+    for table in ("shard_sizes", "shard_times", "shard_of", "offsets", "sizes"):
+        assert np.array_equal(getattr(loaded.source, table), getattr(manifest.source, table)), table
+    assert [loaded.source.read(row) for row in range(6)] == [manifest.source.read(row) for row in range(6)]
     loaded.check(contents=True)
     text = (tmp_path / "m.tsv").read_bytes()
     for place in (b"\t512\n", b"# shard\tone.tar"):
@@ -207,7 +206,7 @@ def test_a_single_tar_is_data_too_and_may_move(tmp_path: Path) -> None:
     path.unlink()
     again = reopen_data(moved, tmp_path / "m.tsv")
     assert again.digest() == manifest.digest()
-    assert read_image_bytes(again.location(1)) == image(1)
+    assert again.source.read(1) == image(1)
     with raises(r"1 missing: one.tar \(unreadable: No such file"):
         open_data(tmp_path / "m.tsv")
 
@@ -237,7 +236,7 @@ def test_bad_members_follow_the_policy(tmp_path: Path) -> None:
     assert reasons["pipe.jpg"] == "unreadable: a pipe of a tar file"
 
 
-def test_sparse_members_are_refused_and_passed_over(tmp_path: Path) -> None:
+def test_sparse_members_are_rejected_and_skipped(tmp_path: Path) -> None:
     # As GNU tar writes them: one continued map, then the data; and POSIX's records.
     def header(name: bytes, kind: bytes, size: int) -> bytearray:
         block = bytearray(tarfile.TarInfo(name.decode()).tobuf(tarfile.GNU_FORMAT))
@@ -262,7 +261,7 @@ def test_sparse_members_are_refused_and_passed_over(tmp_path: Path) -> None:
     manifest = Manifest.scan(path, on_bad_image="skip")
     assert manifest.paths == ["good.jpg"]
     assert dict(manifest.excluded) == dict.fromkeys(["old.jpg", "new.jpg"], "unreadable: a sparse member of a tar file")
-    assert read_image_bytes(manifest.location(0)) == image(1)
+    assert manifest.source.read(0) == image(1)
 
 
 def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
@@ -276,14 +275,14 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
         path.write_bytes(data[:cut])
         for policy in ("error", "skip"):
             with raises(
-                r"shard .*x.tar was cut short: .* needs [\d,]+ bytes, the file has [\d,]+: write the shard again"
+                r"shard .*x.tar is truncated: .* needs [\d,]+ bytes, the file has [\d,]+: write the shard again"
             ):
                 Manifest.scan(path.parent, on_bad_image=policy)  # type: ignore[arg-type]
     path.write_bytes(b"")
     with raises(r"shard .*x.tar is empty \(0 bytes\)"):
         Manifest.scan(path.parent)
     path.write_bytes(b"\x1f\x8b" + bytes(1022))
-    with raises(r"x.tar is no tar file, or a compressed one: .*plain .tar"):
+    with raises(r"x.tar is not a tar file, or is compressed: .*plain .tar"):
         Manifest.scan(path)
     damaged = bytearray(data)
     damaged[members[1].offset - 500] ^= 255
@@ -291,7 +290,7 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
     with raises(rf"x.tar is damaged: no valid header at byte {members[1].offset - 512:,}"):
         Manifest.scan(path)
     path.write_bytes(data + data)
-    with raises(r"x.tar goes on behind its end mark .*joined with cat"):
+    with raises(r"x.tar has data after its end mark .*joined with cat"):
         Manifest.scan(path)
     write_tar(path, {})
     with raises(r"x.tar holds no image: .*move the file away"):
@@ -320,9 +319,9 @@ def test_check_names_missing_changed_and_added_shards(tmp_path: Path) -> None:
     (root / "shard-000.tar").unlink()
     with (root / "shard-001.tar").open("ab") as file:
         file.write(bytes(512))
-    place = manifest.location(2 * 6 + 1)
+    assert isinstance(manifest.source, TarSource)
     data = bytearray((root / "shard-002.tar").read_bytes())
-    data[place.offset + 300] ^= 1
+    data[manifest.source.offsets[2 * 6 + 1] + 300] ^= 1
     (root / "shard-002.tar").write_bytes(data)
     os.utime(root / "shard-002.tar", ns=(7, 7))
     write_tar(root / "shard-9.tar", {"0.jpg": image(0)})
@@ -365,7 +364,7 @@ def test_a_run_on_shards_resumes_and_knows_its_data(tmp_path: Path) -> None:
     kept[-1].unlink()
     again = Trainer(TinyConfig(epochs=2), root, run, report=lambda _: None)
     assert again.manifest is not None
-    assert again.manifest.shards is not None
+    assert isinstance(again.manifest.source, TarSource)
     assert again.fit().metrics["loss"] == whole.metrics["loss"]
     write_tar(root / "shard-7.tar", {"0.jpg": image(0)})
     with raises("1 added: shard-7.tar"):
@@ -419,7 +418,7 @@ def test_evaluations_take_shards_and_refuse_files(tmp_path: Path) -> None:
         load_manifests(tmp_path / "data" / "val" / "0.tar")
 
 
-def test_hashes_and_headers_of_odd_images(tmp_path: Path) -> None:
+def test_hashes_and_headers_of_unusual_images(tmp_path: Path) -> None:
     """A header that needs more than the first 16 KiB."""
     large = encoded(picture(300, 300), "TIFF")
     assert len(large) > HASHED_BYTES

@@ -1,4 +1,4 @@
-"""``data verify``: what only decoding shows, hostile names, and a manifest that knows what is bad."""
+"""``data verify``: what only decoding detects, hostile names, and a manifest that lists bad images."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from sslfast.cli import main as cli
-from sslfast.data.folder import list_files
+from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data, reopen_data
 from sslfast.data.pool import map_processes
-from sslfast.data.source import open_data, reopen_data
 from sslfast.data.verify import check_images, verify_images
 from tests.pictures import encoded, picture, write_folder
 
@@ -42,7 +42,7 @@ def square(task: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_found_wherever_they_show(tmp_path: Path, workers: int) -> None:
+def test_bad_images_are_found_by_header_and_by_decoding(tmp_path: Path, workers: int) -> None:
     root = write_folder(tmp_path, [f"{i:02}.jpg" for i in range(20)])
     (root / "03.jpg").write_bytes(b"")
     cut(root / "05.jpg")
@@ -77,7 +77,7 @@ def test_a_verified_manifest_stands_for_its_folder(tmp_path: Path) -> None:
         open_data(path, on_bad_image="skip")
 
 
-def test_another_manifest_does_not_go_on_with_a_run(tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_manifest(tmp_path: Path) -> None:
     for name, count in (("one", 3), ("two", 4)):
         verify_images(write_folder(tmp_path / name, [f"{i}.jpg" for i in range(count)]), workers=0)[0].save(
             tmp_path / f"{name}.tsv"
@@ -94,7 +94,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         verify_images(root, workers=0)
 
 
-def test_hostile_names_and_circles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_names_and_link_cycles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "data"
     root.mkdir()
     for key, name in enumerate(HOSTILE):
@@ -116,9 +116,7 @@ def test_hostile_names_and_circles(tmp_path: Path, capsys: pytest.CaptureFixture
     Manifest.load(output).check(contents=True)
 
 
-def test_listing_a_folder_asks_the_system_once_a_folder_not_once_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listing_calls_stat_once_per_folder_and_not_per_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3000):
         (tmp_path / f"{number}.jpg").touch()
     asked = []
@@ -128,7 +126,7 @@ def test_listing_a_folder_asks_the_system_once_a_folder_not_once_a_file(
     assert len(asked) <= 2
 
 
-def test_a_file_that_goes_away_while_it_is_verified_is_bad(tmp_path: Path) -> None:
+def test_a_file_deleted_during_verification_is_bad(tmp_path: Path) -> None:
     root = write_folder(tmp_path, ["a.jpg", "b.jpg"])
     manifest = Manifest.scan(root)
     (root / "b.jpg").unlink()

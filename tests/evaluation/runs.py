@@ -11,6 +11,7 @@ from sslfast.models.resnet import ResNetConfig
 from sslfast.runs.checkpoint import save_checkpoint
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, ViewConfig
+from tests.tiny import context
 
 COLOURS = {"blue": (30, 40, 200), "green": (30, 200, 60), "red": (210, 40, 30)}
 
@@ -27,7 +28,7 @@ def run_config(*, seed: int = 3, size: int = 24) -> TrainConfig:
 def write_run(path: Path, *, seed: int = 3, size: int = 24, weights_seed: int = 8) -> Path:
     """A finished run whose weights are those of another seed."""
     config = run_config(seed=seed, size=size)
-    method = config.method.build(model=config.model, num_rows=4, seed=weights_seed)
+    method = config.method.build(context(config.model, 4, seed=weights_seed))
     path.mkdir(parents=True)
     save_json(path / "config.json", to_dict(config))
     save_checkpoint(path / "checkpoints", {"step": 5, "method": method.state_dict()}, 5)

@@ -11,7 +11,7 @@ from sslfast.evaluation.dataset import FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import TrunkEncoder, extract_all, extract_layers, load_run
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.results import cache_folder
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from sslfast.runs.checkpoint import save_checkpoint
 from tests.evaluation.runs import write_data, write_run
 from tests.pictures import write_folder

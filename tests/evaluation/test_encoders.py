@@ -14,9 +14,9 @@ from sslfast.evaluation.extract import eval_box
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.knn import KnnConfig, evaluate_knn
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, standard_error
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from sslfast.runs.checkpoint import load_latest, save_checkpoint
-from sslfast.views.types import IMAGENET_MEAN, IMAGENET_STD
+from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.weights.export import export_trunk
 from sslfast.weights.load import read_weights
 from tests.evaluation.runs import write_data, write_run

@@ -11,7 +11,7 @@ from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear, render_table
 from sslfast.evaluation.linear_sgd import FrozenMaps, Heads
 from sslfast.evaluation.sgd import GOYAL, check_finite
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from tests.evaluation.runs import write_data, write_run
 
 CPU = torch.device("cpu")

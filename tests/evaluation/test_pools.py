@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sslfast.evaluation.pools import LAYERS, POOLS, pool, pooled_layers
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 
 PUBLISHED = {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192, "res5avg": 2048}
 

@@ -14,7 +14,7 @@ from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.semisup import FineTuned, SemisupConfig, evaluate_semisup, fine_tune, render_table
 from sslfast.evaluation.sgd import ResumeState, TrainingImages, count_hits
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from tests.evaluation.runs import write_data, write_run
 
 CPU = torch.device("cpu")

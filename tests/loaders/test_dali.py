@@ -1,5 +1,5 @@
-"""The dali loader: the torch loader's rows, boxes and bad images, pixels within a stated distance; it survives every
-file, resumes bit-equal, and leaves no memory, thread or process behind."""
+"""The dali loader: the pillow loader's rows, boxes and bad images, pixels within a stated distance; no file
+breaks it, it resumes bit-equal, and it leaks no memory, thread or process."""
 
 import io
 import os
@@ -37,7 +37,7 @@ VIEWS = {
 }
 NAMES = [f"class{i % 3}/{i:02}.jpg" for i in range(26)]
 MOST, MEAN = 3, 0.3
-"""Stated distance of DALI's crops on the CPU from the torch loader's, of 255: largest, and average over a batch."""
+"""Stated distance of DALI's crops on the CPU from the pillow loader's, of 255: largest, and average over a batch."""
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def assert_close(ours: list[Batch], theirs: list[Batch]) -> None:
             assert difference.float().mean() <= MEAN
 
 
-def test_batches_are_those_of_the_torch_loader(manifest: Manifest) -> None:
+def test_batches_are_those_of_the_pillow_loader(manifest: Manifest) -> None:
     data = loader(manifest)
     assert (data.num_rows, data.steps_per_epoch) == (26, 4)
     for epoch in (0, 3):
@@ -86,9 +86,9 @@ def test_batches_are_those_of_the_torch_loader(manifest: Manifest) -> None:
     data.close()
 
 
-def test_every_kind_of_jpeg_agrees_with_the_torch_loader(tmp_path: Path) -> None:
+def test_every_kind_of_jpeg_agrees_with_the_pillow_loader(tmp_path: Path) -> None:
     """Grayscale, every subsampling, progressive, restart markers, odd sizes, all orientations, trailing bytes; a side
-    is below 60, so that the torch loader decodes at full size, too."""
+    is below 60, so that the pillow loader decodes at full size, too."""
     kinds = [{"subsampling": s, "progressive": p} for s in (0, 1, 2) for p in (False, True)]
     files = [encoded(picture(61 + key, 43 + 2 * key, key), **kind) for key, kind in enumerate(kinds)]
     files += [encoded(picture(67, 51, key).convert("L"), progressive=bool(key)) for key in range(2)]
@@ -107,8 +107,8 @@ def test_every_kind_of_jpeg_agrees_with_the_torch_loader(tmp_path: Path) -> None
     data.close()
 
 
-def test_a_jpeg_that_the_torch_loader_decodes_smaller_looks_the_same(tmp_path: Path) -> None:
-    """DALI decodes at full size; boxes of the reduced picture snap to its pixels, so the distance is that of images."""
+def test_a_jpeg_that_the_pillow_loader_decodes_smaller_looks_the_same(tmp_path: Path) -> None:
+    """DALI decodes at full size; boxes in the reduced image are rounded to its pixels, so the distance is larger."""
     smooth = picture(61, 54).resize((491, 433), Image.Resampling.BICUBIC)
     (tmp_path / "large.jpg").write_bytes(encoded(smooth))
     manifest = Manifest.scan(tmp_path)
@@ -173,7 +173,7 @@ UNCOMMON = {
 }
 
 
-def test_what_dali_does_not_decode_is_decoded_by_the_torch_loaders_rule(tmp_path: Path) -> None:
+def test_what_dali_does_not_decode_is_decoded_by_the_pillow_loaders_rule(tmp_path: Path) -> None:
     write_folder(tmp_path, ["first.jpg", "second.jpg"])
     for name, content in UNCOMMON.items():
         (tmp_path / name).write_bytes(content)
@@ -196,7 +196,7 @@ def without_segment(data: bytes, marker: int) -> bytes:
 
 
 def damage(content: bytes) -> dict[str, bytes]:
-    """Bad files that a scan of the headers lets pass, by name."""
+    """Bad files that pass the header check, by name."""
     middle = bytearray(content)
     middle[len(content) * 4 // 5 : len(content) * 4 // 5 + 2] = b"\xff\x3a"
     png = bytearray(encoded(picture(), "PNG"))
@@ -212,7 +212,7 @@ def damage(content: bytes) -> dict[str, bytes]:
     }
 
 
-def test_bad_files_are_replaced_and_listed_as_by_the_torch_loader(manifest: Manifest) -> None:
+def test_bad_files_are_replaced_and_listed_as_by_the_pillow_loader(manifest: Manifest) -> None:
     files = damage(manifest.path(20).read_bytes())
     for name, content in files.items():
         (manifest.root / name).write_bytes(content)
@@ -233,7 +233,7 @@ def test_bad_files_are_replaced_and_listed_as_by_the_torch_loader(manifest: Mani
     again.close()
 
 
-def test_random_damage_is_treated_as_by_the_torch_loader(tmp_path: Path) -> None:
+def test_random_damage_is_treated_as_by_the_pillow_loader(tmp_path: Path) -> None:
     """Flipped, lost, inserted and cut bytes anywhere: the same rows, the same bad files, pixels alike."""
     draw = random.Random(5)
     kinds = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 2}, {"optimize": True}]
@@ -263,7 +263,7 @@ def test_random_damage_is_treated_as_by_the_torch_loader(tmp_path: Path) -> None
             assert distance.max() < 1
     assert ours.bad_images == theirs.bad_images
     assert len(ours.bad_images) - len(manifest.excluded) >= 20
-    assert ours._source.refused
+    assert ours._preparer.refused
     ours.close()
 
 
@@ -279,7 +279,7 @@ def test_error_mode_names_path_row_reason_and_remedy_when_its_batch_comes(manife
         next(steps)
 
 
-def test_a_loader_goes_on_after_an_error(manifest: Manifest) -> None:
+def test_a_loader_continues_after_an_error(manifest: Manifest) -> None:
     whole = list(loader(manifest).epoch(0))
     path = manifest.path(int(whole[1].sample_ids[0]))
     content = path.read_bytes()
@@ -292,7 +292,9 @@ def test_a_loader_goes_on_after_an_error(manifest: Manifest) -> None:
     data.close()
 
 
-def test_an_image_that_only_dali_refuses_is_decoded_here(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_only_dali_rejects_is_decoded_by_the_threads(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = []
 
     def refuse_the_wide(images, sizes, *, device):
@@ -362,7 +364,7 @@ def resident_megabytes() -> float:
 
 
 def test_memory_is_flat_over_200_epochs_also_of_abandoned_iterators(tmp_path: Path) -> None:
-    """One batch is 0.5 MB of crops: what stays behind once an epoch would be 100 MB in the end."""
+    """One batch is 0.5 MB of crops: a leak of one per epoch would be 100 MB in the end."""
     manifest = Manifest.scan(write_folder(tmp_path, [f"{i}.jpg" for i in range(8)]))
     data = DaliLoader(manifest, {"image": ViewConfig(crop=CropConfig(size=144))}, batch_size=4, seed=0)
 
@@ -380,7 +382,7 @@ def test_memory_is_flat_over_200_epochs_also_of_abandoned_iterators(tmp_path: Pa
     data.close()
 
 
-def test_ctrl_c_ends_at_once_without_a_word(manifest: Manifest, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_process_at_once_and_silently(manifest: Manifest, tmp_path: Path) -> None:
     manifest.save(tmp_path / "manifest.tsv")
     code = f"""
 import itertools
@@ -445,7 +447,7 @@ def test_a_resumed_run_is_bit_equal(manifest: Manifest, tmp_path: Path, monkeypa
     assert same_state(final("whole"), final("resumed"))
 
 
-def test_the_gpu_graph_is_sound() -> None:
+def test_the_gpu_graph_is_valid() -> None:
     """Serialised without a GPU: operators, arguments and devices fit together. The CPU graph is the same code."""
     graph = build_graph([224, 255], batch_size=256, threads=8, gpu=True).serialize()
     assert b"mixed" in graph
@@ -474,7 +476,7 @@ def test_build_loader_and_the_choice_of_auto(manifest: Manifest) -> None:
     assert same(list(built.epoch(0)), list(loader(manifest).epoch(0)))
     for device in ("cuda:1", torch.device("cpu")):
         name, why = choose_loader(manifest, device)
-        assert name == "torch"
+        assert name == "pillow"
         assert "dali" in why.lower()
     assert choose_loader(None, "cuda")[0] == "synthetic"
 

@@ -1,4 +1,4 @@
-"""Crops out of one decode against Pillow and torchvision, and replacement of bad rows."""
+"""Crops of one decoded image against Pillow and torchvision, and replacement of bad rows."""
 
 import io
 
@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
+from sslfast.data.folder import FolderSource
 from sslfast.data.images import BadImageError, decode_full, open_image
-from sslfast.data.manifest import Manifest
-from sslfast.loaders.decode import BatchDecoder, PackedLocations, PackedPaths, decode_crops
+from sslfast.data.source import PackedPaths
+from sslfast.loaders.decode import BatchDecoder, decode_crops
 from sslfast.loaders.plan import REPLACEMENTS, replacement_rows
 from sslfast.views.crops import crop_boxes, crop_draws
 from sslfast.views.types import CropConfig, ViewConfig
@@ -46,7 +47,7 @@ def test_a_box_of_the_crops_own_size_is_copied() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_are_in_the_upright_picture(orientation: int) -> None:
+def test_boxes_are_in_the_upright_image(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(90, 70), "PNG", exif=exif)
@@ -87,18 +88,11 @@ def test_large_jpegs_are_decoded_scaled_and_look_the_same(
 
 
 def decoder(root, names, *, on_bad_image="skip", seed=5) -> BatchDecoder:
-    manifest = Manifest(
-        root=root,
-        paths=names,
-        bytes=np.zeros(len(names), dtype=np.int64),
-        sha1=[""] * len(names),
-        labels=np.full(len(names), -1),
-        classes=[],
-    )
-    return BatchDecoder(places=PackedLocations(manifest), views=VIEWS, seed=seed, on_bad_image=on_bad_image)
+    source = FolderSource(root=root, paths=names).packed()
+    return BatchDecoder(source=source, views=VIEWS, seed=seed, on_bad_image=on_bad_image)
 
 
-def test_a_batch_is_its_rows_crops_at_their_boxes(tmp_path) -> None:
+def test_a_batch_has_the_crops_of_its_rows_at_their_boxes(tmp_path) -> None:
     names = [f"{i}.jpg" for i in range(6)]
     write_folder(tmp_path, names)
     rows = np.array([4, 0, 4, 2])
@@ -131,7 +125,7 @@ def test_groups_change_nothing(tmp_path, monkeypatch) -> None:
     assert all(torch.equal(whole.crops[name], parts.crops[name]) for name in VIEWS)
 
 
-def test_a_bad_row_is_replaced_by_the_drawn_good_one_under_its_own_name(tmp_path) -> None:
+def test_a_bad_row_is_replaced_by_the_drawn_good_one_under_its_own_id(tmp_path) -> None:
     names = [f"{i}.jpg" for i in range(8)]
     write_folder(tmp_path, names)
     good = decoder(tmp_path, names)
@@ -177,3 +171,4 @@ def test_packed_paths_are_a_list_of_strings() -> None:
     names = ["a/b.jpg", "ü/漢.png", "x\udcff.jpg", ""]
     packed = PackedPaths(names)
     assert [packed[row] for row in range(len(packed))] == names
+    assert packed[1:] == names[1:]

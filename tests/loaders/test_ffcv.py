@@ -1,4 +1,4 @@
-"""The ffcv loader: the torch loader's rows and boxes, the same pixels however it is run, damage found, clean ends."""
+"""The ffcv loader: the pillow loader's rows and boxes, reproducible pixels, damage detected, clean shutdown."""
 
 import gc
 import os
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from sslfast.data import ffcv_library
-from sslfast.data.beton import Beton
+from sslfast.data.beton import Beton, BetonSource
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data
 from sslfast.data.prepare import PrepareConfig, prepare_beton
-from sslfast.data.source import open_data
 from sslfast.loaders.ffcv import FFCVLoader
 from sslfast.loaders.pillow import PillowLoader
 from sslfast.loaders.registry import LoaderConfig, build_loader
@@ -43,6 +43,13 @@ def manifest(tmp_path: Path) -> Manifest:
     return open_data(tmp_path / "data.beton")
 
 
+def archive(manifest: Manifest) -> Path:
+    """The .beton file."""
+    assert isinstance(manifest.source, BetonSource)
+    assert manifest.source.archive is not None
+    return manifest.source.archive
+
+
 def loader(manifest: Manifest, **options) -> FFCVLoader:
     return FFCVLoader(manifest, VIEWS, **({"batch_size": 6, "seed": 11} | options))
 
@@ -62,17 +69,16 @@ def held() -> tuple[int, int]:
 
 def damage(manifest: Manifest, row: int) -> None:
     """Change one byte in the middle of a stored image, in place."""
-    assert manifest.archive is not None
-    with Beton(manifest.archive) as beton:
-        place = int(beton.places[row] + beton.sizes[row] // 2)
-    with open(manifest.archive, "r+b") as file:
+    with Beton(archive(manifest)) as beton:
+        place = int(beton.offsets[row] + beton.sizes[row] // 2)
+    with open(archive(manifest), "r+b") as file:
         file.seek(place)
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 0xFF]))
 
 
-def test_batches_have_the_stated_form(manifest: Manifest) -> None:
+def test_shapes_and_dtypes_of_batches(manifest: Manifest) -> None:
     data = loader(manifest, workers=2)
     assert (data.num_rows, data.steps_per_epoch) == (26, 4)
     batches = list(data.epoch(3))
@@ -89,16 +95,16 @@ def test_batches_have_the_stated_form(manifest: Manifest) -> None:
     data.close()
 
 
-def test_raw_pixels_give_the_torch_loaders_bits(tmp_path: Path) -> None:
+def test_crops_of_raw_pixels_are_bit_equal_to_the_pillow_loaders(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", NAMES)
     prepare_beton(root, tmp_path / "raw.beton", PrepareConfig(mode="raw"), workers=0)
     ours = loader(open_data(tmp_path / "raw.beton"))
-    # No box is twice as large as its crop, so the torch loader decodes at full size too.
+    # No box is twice as large as its crop, so the pillow loader decodes at full size too.
     assert same(list(ours.epoch(2)), list(PillowLoader(Manifest.scan(root), VIEWS, batch_size=6, seed=11).epoch(2)))
 
 
 @pytest.mark.parametrize("size", [(48, 40), (700, 500)])
-def test_kept_jpegs_differ_from_the_torch_loader_by_the_fast_dct_alone(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_kept_jpegs_differ_from_the_pillow_loader_only_by_the_fast_dct(tmp_path: Path, size: tuple[int, int]) -> None:
     root = write_folder(tmp_path / "data", NAMES[:12], width=size[0], height=size[1])
     prepare_beton(root, tmp_path / "jpg.beton", workers=0)
     ours, theirs = (
@@ -151,7 +157,7 @@ def test_ranks_put_together_are_the_single_process_batches(manifest: Manifest, w
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_inside_the_file_is_one_line_or_left_out(manifest: Manifest, workers: int) -> None:
+def test_damage_inside_the_file_is_one_error_or_left_out(manifest: Manifest, workers: int) -> None:
     good = {row: batch for batch in loader(manifest).epoch(0) for row in batch.sample_ids.tolist()}
     for row in (2, 9):
         damage(manifest, row)
@@ -171,12 +177,11 @@ def test_damage_inside_the_file_is_one_line_or_left_out(manifest: Manifest, work
     data.close()
 
 
-def test_what_the_decoder_says_is_heeded(manifest: Manifest) -> None:
+def test_errors_of_the_decoder_are_checked(manifest: Manifest) -> None:
     data = loader(manifest, on_bad_image="skip")
     row = int(next(data.epoch(0)).sample_ids[0])
-    assert manifest.archive is not None
-    with open(manifest.archive, "r+b") as file:
-        file.seek(int(data._decoder.beton.places[row]))
+    with open(archive(manifest), "r+b") as file:
+        file.seek(int(data._decoder.beton.offsets[row]))
         file.write(b"no JPEG")
     data._decoder._is_checked[:] = True  # as if it had been damaged with the checksum
     assert row not in next(data.epoch(0)).sample_ids.tolist()
@@ -190,16 +195,15 @@ def test_only_damaged_images_end_in_one_error(manifest: Manifest) -> None:
         next(loader(manifest, on_bad_image="skip").epoch(0))
 
 
-def test_a_file_that_is_cut_short_while_in_use_is_an_error_and_no_crash(manifest: Manifest) -> None:
+def test_a_file_truncated_while_in_use_is_an_error_and_not_a_crash(manifest: Manifest) -> None:
     data = loader(manifest, workers=1)
-    assert manifest.archive is not None
-    os.truncate(manifest.archive, 1000)
+    os.truncate(archive(manifest), 1000)
     with pytest.raises(ValueError, match="the file was cut short while it was in use"):
         list(data.epoch(0))
     data.close()
 
 
-def test_a_replaced_file_does_not_reach_a_running_loader(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_replaced_file_does_not_affect_a_running_loader(manifest: Manifest, tmp_path: Path) -> None:
     data = loader(manifest)
     before = list(data.epoch(0))
     (tmp_path / "data" / "more.jpg").write_bytes(encoded(picture()))
@@ -262,7 +266,7 @@ def test_memory_is_flat_over_200_epochs(manifest: Manifest) -> None:
     assert used[1] - used[0] < 4 << 20
 
 
-def test_threads_of_torch_are_left_as_they_were(manifest: Manifest) -> None:
+def test_torchs_number_of_threads_is_unchanged(manifest: Manifest) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     data = loader(manifest, workers=2)
@@ -283,7 +287,7 @@ from pathlib import Path
 from sslfast.views import CropConfig, ViewConfig
 from sslfast.data import open_data
 from sslfast.loaders.ffcv import FFCVLoader
-data = FFCVLoader(open_data(Path({str(manifest.archive)!r})), {{"image": ViewConfig(crop=CropConfig(size=24))}},
+data = FFCVLoader(open_data(Path({str(archive(manifest))!r})), {{"image": ViewConfig(crop=CropConfig(size=24))}},
                   batch_size=6, seed=0, workers=2)
 try:
     for epoch in itertools.count():
@@ -323,13 +327,13 @@ def test_arguments_fail_before_any_work(manifest: Manifest) -> None:
         loader(manifest).epoch(0, start_step=5)
 
 
-def test_build_loader_takes_it_for_beton_files(manifest: Manifest, tmp_path: Path) -> None:
+def test_build_loader_chooses_it_for_beton_files(manifest: Manifest, tmp_path: Path) -> None:
     options = {"views": VIEWS, "batch_size": 6, "seed": 11}
     built = build_loader(LoaderConfig(workers=0), manifest=manifest, **options)  # type: ignore[arg-type]
     assert isinstance(built, FFCVLoader)
     assert same(list(built.epoch(0)), list(loader(manifest).epoch(0)))
-    with pytest.raises(ValueError, match=r"loader 'torch' reads files and .*data.beton is a .beton file"):
-        build_loader(LoaderConfig(name="torch"), manifest=manifest, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"loader 'pillow' reads files and .*data.beton is a .beton file"):
+        build_loader(LoaderConfig(name="pillow"), manifest=manifest, **options)  # type: ignore[arg-type]
     folder = Manifest.scan(tmp_path / "data")
     with pytest.raises(ValueError, match=r"reads .beton files: make one with `sslfast data prepare .*data`"):
         build_loader(LoaderConfig(name="ffcv"), manifest=folder, **options)  # type: ignore[arg-type]
@@ -361,11 +365,10 @@ def test_the_pins_are_the_same_everywhere() -> None:
     assert ffcv_library.HEADERS.removeprefix("apt-get install -y ") in (root / ".ci" / "run").read_text()
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert manifest.archive is not None
-    data, config = manifest.archive, TinyConfig(epochs=3, batch_size=6, loader=LoaderConfig(workers=2))
+    data, config = archive(manifest), TinyConfig(epochs=3, batch_size=6, loader=LoaderConfig(workers=2))
     whole = Trainer(config, data, tmp_path / "whole", report=lambda _: None)
     whole.fit()
     steps = iter(range(12))
@@ -386,7 +389,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 
 def test_boxes_are_those_of_the_sampling_rule(manifest: Manifest) -> None:
-    """A view whose crop is its box shows the stored picture's own pixels."""
+    """A view whose crop is its box has the stored image's own pixels."""
     data = FFCVLoader(manifest, {"whole": ViewConfig(crop=CropConfig(size=40, scale=(1, 1)))}, batch_size=26, seed=4)
     (batch,) = data.epoch(0)
     boxes = data._decoder.boxes(0, batch.sample_ids.numpy())[:, 0]

@@ -1,4 +1,4 @@
-"""Many epochs and many abandoned ones leave memory, files, threads and processes as they were, with every loader."""
+"""Memory, files, threads and processes stay constant over many epochs and abandoned ones, with every loader."""
 
 import ctypes
 import gc
@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 
 from sslfast.data import ffcv_library
-from sslfast.data.source import open_data
+from sslfast.data.opening import open_data
 from sslfast.loaders.registry import Loader, LoaderConfig, build_loader, loader_status
 from sslfast.views.types import CropConfig, ViewConfig
 from tests.pictures import write_folder
 
-# 160 epochs of 3 steps of 4 images are 22 MiB of crops and 3.4 MB of files: what keeps either once a step shows.
+# 160 epochs of 3 steps of 4 images are 22 MiB of crops and 3.4 MB of files: a leak of either per step shows.
 VIEWS = {
     "image": ViewConfig(crop=CropConfig(size=48)),
     "other": ViewConfig(crop=CropConfig(size=40, scale=(0.6, 1.0))),
 }
-EPOCHS = {"torch-2": 60}
-"""200 of the others; processes take a while to begin an epoch."""
+EPOCHS = {"pillow-2": 60}
+"""200 of the others; processes take a while to start an epoch."""
 GROWTH = 2 << 20
-"""Most bytes of growth after the first fifth of the epochs; 0.6 MiB were seen."""
+"""Largest growth in bytes after the first fifth of the epochs; 0.6 MiB was measured."""
 USABLE = {name for name, (usable, _, _) in loader_status().items() if usable}
 RUNS = [
-    run for run in ("synthetic-0", "torch-0", "torch-2", "dali-2", "ffcv-0", "ffcv-2") if run.split("-")[0] in USABLE
+    run for run in ("synthetic-0", "pillow-0", "pillow-2", "dali-2", "ffcv-0", "ffcv-2") if run.split("-")[0] in USABLE
 ]
 
 
@@ -65,7 +65,7 @@ def build(run: str, data: Path) -> Loader:
 def resident() -> int:
     """Bytes of this process and its children."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not what is kept
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     pages = 0
     for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
@@ -79,7 +79,7 @@ def held() -> tuple[int, int, int]:
 
 
 def settled(before: tuple[int, int, int]) -> tuple[int, int, int]:
-    """What is held as soon as it is no more than ``before``, or after a while: threads need a moment to end."""
+    """What is held once it is no more than ``before``, or after a timeout: threads take a moment to end."""
     deadline = time.monotonic() + 5
     while any(now > then for now, then in zip(held(), before, strict=True)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -111,7 +111,7 @@ def test_abandoned_epochs_leave_nothing(run: str, loader: Loader) -> None:
     assert all(now <= then for now, then in zip(settled(kept), kept, strict=True))
 
 
-def test_loaders_come_and_go(run: str, data: Path) -> None:
+def test_many_loaders_one_after_another_leave_nothing(run: str, data: Path) -> None:
     start = 0
     for number in range(12):
         loader = build(run, data)

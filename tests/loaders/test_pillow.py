@@ -1,23 +1,39 @@
-"""The torch loader: the same pixels for every worker count, restart and split over ranks; bad images; clean ends."""
+"""The pillow loader: the same pixels for every number of workers and ranks and after restarts; bad images; shutdown."""
 
+import importlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-import sslfast.loaders.pillow as torch_loader
+import sslfast.loaders.pillow as pillow_loader
+from sslfast.config import from_dict, to_dict
+from sslfast.data.beton import BetonSource
 from sslfast.data.manifest import Manifest
+from sslfast.loaders.base import PlannedLoader
 from sslfast.loaders.pillow import PillowLoader
-from sslfast.loaders.registry import LOADERS, LoaderConfig, build_loader, default_workers, loader_status
+from sslfast.loaders.registry import (
+    LOADERS,
+    LoaderConfig,
+    LoaderName,
+    build_loader,
+    default_workers,
+    loader_status,
+    loaders_for,
+)
 from sslfast.loaders.synthetic import SyntheticLoader
+from sslfast.runs.resume import KEYS, check_same_run
 from sslfast.views.types import Batch, CropConfig, ViewConfig
 from tests.pictures import write_folder
+from tests.tiny import TinyConfig
 
 VIEWS = {
     "image": ViewConfig(crop=CropConfig(size=24)),
@@ -45,7 +61,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
     )
 
 
-def test_batches_have_the_stated_form(manifest: Manifest) -> None:
+def test_shapes_and_dtypes_of_batches(manifest: Manifest) -> None:
     data = loader(manifest)
     assert (data.num_rows, data.steps_per_epoch) == (26, 4)
     batches = list(data.epoch(3))
@@ -118,7 +134,7 @@ def test_skip_keeps_shapes_and_identity_and_records_each_bad_image_once(manifest
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_error_is_one_line_also_out_of_a_worker(manifest: Manifest, workers: int) -> None:
+def test_error_is_one_line_also_from_a_worker(manifest: Manifest, workers: int) -> None:
     manifest.path(7).write_bytes(b"")
     data = loader(manifest, workers=workers)
     with pytest.raises(ValueError, match=r"^cannot train on .* \(row 7\): empty file; .*--on-bad-image skip$"):
@@ -205,7 +221,7 @@ except KeyboardInterrupt:
     assert child.returncode == 0
 
 
-def test_an_interrupt_amid_the_shutdown_leaves_no_worker(tmp_path: Path, manifest: Manifest) -> None:
+def test_an_interrupt_during_the_shutdown_leaves_no_worker(tmp_path: Path, manifest: Manifest) -> None:
     """Workers that were not asked to end (they ignore SIGTERM) neither outlive the process nor keep it from ending."""
     manifest.save(tmp_path / "manifest.tsv")
     code = f"""
@@ -240,7 +256,7 @@ def test_arguments_fail_before_any_work(manifest: Manifest, monkeypatch: pytest.
         loader(manifest, on_bad_image="maybe")
     with pytest.raises(ValueError, match="start_step must be in"):
         loader(manifest).epoch(0, start_step=5)
-    monkeypatch.setattr(torch_loader.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(pillow_loader.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match=r"2 loader workers need .* MiB of shared memory"):
         loader(manifest, workers=2)
 
@@ -249,27 +265,53 @@ def test_build_loader(manifest: Manifest) -> None:
     built = build_loader(LoaderConfig(workers=0), manifest=manifest, views=VIEWS, batch_size=6, seed=11)
     assert isinstance(built, PillowLoader)
     assert same(list(built.epoch(0)), list(loader(manifest).epoch(0)))
-    made_up = build_loader(LoaderConfig(), synthetic_rows=100, views=VIEWS, batch_size=6, seed=11)
-    assert isinstance(made_up, SyntheticLoader)
+    synthetic = build_loader(LoaderConfig(), synthetic_rows=100, views=VIEWS, batch_size=6, seed=11)
+    assert isinstance(synthetic, SyntheticLoader)
     like = build_loader(LoaderConfig(name="synthetic"), manifest=manifest, views=VIEWS, batch_size=6, seed=11)
     assert (like.num_rows, like.steps_per_epoch) == (26, 4)
-    with pytest.raises(ValueError, match="loader 'torch' reads images: name a folder"):
-        build_loader(LoaderConfig(name="torch"), views=VIEWS, batch_size=6, seed=11)
+    with pytest.raises(ValueError, match="loader 'pillow' reads images: name a folder"):
+        build_loader(LoaderConfig(name="pillow"), views=VIEWS, batch_size=6, seed=11)
     with pytest.raises(ValueError, match="no data: name a folder"):
         build_loader(LoaderConfig(), views=VIEWS, batch_size=6, seed=11)
-    with pytest.raises(ValueError, match=r"loader must be one of auto, torch, .*synthetic, got 'tape'"):
+    with pytest.raises(ValueError, match=r"loader must be one of auto, pillow, .*synthetic, got 'tape'"):
         build_loader(LoaderConfig(name="tape"), manifest=manifest, views=VIEWS, batch_size=6, seed=11)  # type: ignore[arg-type]
+
+
+def test_every_loader_is_a_module_of_its_name() -> None:
+    assert get_args(LoaderName) == ("auto", *LOADERS)
+    for name, loader_class in LOADERS.items():
+        module = importlib.import_module(f"sslfast.loaders.{name}")
+        assert issubclass(getattr(module, loader_class), PlannedLoader)
+        assert callable(module.status)
+
+
+def test_loaders_for_a_source(manifest: Manifest) -> None:
+    assert loaders_for(manifest) == ["pillow", "dali", "synthetic"]
+    source = BetonSource(root=manifest.root, paths=manifest.paths, archive=None)
+    assert loaders_for(replace(manifest, source=source)) == ["ffcv", "synthetic"]
+
+
+def test_runs_of_the_loader_once_called_torch_resume(tmp_path: Path) -> None:
+    config = TinyConfig(loader=LoaderConfig(name="pillow", workers=0))
+    saved = to_dict(config)
+    saved["loader"]["name"] = "torch"
+    assert from_dict(TinyConfig, saved) == config
+    state = dict.fromkeys(KEYS) | {"config": saved, "manifest_digest": "d"}
+    check_same_run(tmp_path / "step.pt", state, config=config, manifest_digest="d")
+    saved["loader"]["name"] = "dali"
+    with pytest.raises(ValueError, match=r"loader.name was 'dali', is 'pillow'"):
+        check_same_run(tmp_path / "step.pt", state, config=config, manifest_digest="d")
 
 
 def test_status_says_what_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     found = loader_status()
     assert set(found) == set(LOADERS)
     assert found["synthetic"] == (True, "built in", "")
-    usable, reason, remedy = found["torch"]
+    usable, reason, remedy = found["pillow"]
     assert (usable, remedy) == (True, "")
     assert reason.startswith("Pillow ")
     monkeypatch.setitem(sys.modules, "sslfast.loaders.pillow", None)
-    assert loader_status()["torch"][0] is False
+    assert loader_status()["pillow"][0] is False
 
 
 def test_default_workers_share_the_cores_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

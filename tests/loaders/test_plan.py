@@ -14,7 +14,7 @@ from sslfast.views.crops import ATTEMPTS, crop_boxes, crop_draws
 from sslfast.views.types import CropConfig, ViewConfig, check_views
 
 
-def test_an_epoch_holds_every_row_once_and_epochs_and_seeds_differ() -> None:
+def test_an_epoch_has_every_row_once_and_epochs_and_seeds_differ() -> None:
     order = epoch_order(1000, seed=3, epoch=5)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(1000))
@@ -29,7 +29,7 @@ def test_the_order_is_the_argsort_of_one_draw_per_row() -> None:
     assert epoch_order(77, seed=9, epoch=2).tolist() == sorted(range(77), key=keys.__getitem__)
 
 
-def test_the_order_does_not_depend_on_how_the_draws_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = epoch_order(1000, seed=1, epoch=0)
     monkeypatch.setattr("sslfast.loaders.plan._CHUNK", 64)
     assert np.array_equal(whole, epoch_order(1000, seed=1, epoch=0))
@@ -78,7 +78,7 @@ def test_replacements_are_rows_that_depend_on_seed_epoch_and_row() -> None:
 
 
 def reference_box(draws: np.ndarray, width: int, height: int, config: CropConfig) -> list[int]:
-    """One image at a time, in the words of torchvision's RandomResizedCrop.get_params."""
+    """One image at a time, as torchvision's RandomResizedCrop.get_params."""
     low, high = config.ratio
     for attempt in range(ATTEMPTS):
         area = width * height * (config.scale[0] + draws[2 * attempt] * (config.scale[1] - config.scale[0]))
@@ -149,7 +149,7 @@ def test_boxes_have_the_stated_distribution() -> None:
         (CropConfig(ratio=(2.0, 1.0)), "view 'image': crop.ratio must be"),
     ],
 )
-def test_crop_recipes_that_cannot_be_drawn(crop: CropConfig, message: str) -> None:
+def test_crop_configs_out_of_range(crop: CropConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_views({"image": ViewConfig(crop=crop)})
 

@@ -1,4 +1,4 @@
-"""The synthetic loader: made-up images with the face and the order of the torch loader."""
+"""The synthetic loader: synthetic images with the interface and the order of the pillow loader."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_an_image_is_a_function_of_seed_and_row(device: torch.device) -> None:
     assert not torch.equal(other.crops["image"][0], images[int(other.sample_ids[0])])
 
 
-def test_order_restart_and_ranks_are_those_of_every_loader() -> None:
+def test_order_restart_and_ranks_are_as_for_every_loader() -> None:
     plan = EpochPlan(num_rows=50, batch_size=8, seed=4)
     data = SyntheticLoader(50, VIEWS, batch_size=8, seed=4)
     assert (data.num_rows, data.steps_per_epoch, data.bad_images) == (50, 6, [])

@@ -1,6 +1,6 @@
-"""What every method's tests share: small recipes made tiny, a trunk of milliseconds, and the checks that all must pass.
+"""Helpers of every method's tests: small recipes made tiny, a trunk of milliseconds, and the checks that all must pass.
 
-``tiny(recipe())`` shrinks a small recipe; every function here runs it on made-up images, without a file, with
+``tiny(recipe())`` shrinks a small recipe; every function here runs it on synthetic images, without a file, with
 :class:`TinyTrunk` in place of the ResNet. Tests that build a method themselves do so under ``tiny_trunks()``.
 """
 
@@ -31,7 +31,7 @@ from sslfast.training.trainer import Trainer
 from sslfast.views.stage import ViewStage
 from sslfast.views.types import View, ViewConfig
 from tests.distributed.test_training import enter, run
-from tests.tiny import same
+from tests.tiny import context, same
 
 SIZE = 32
 """Side of the largest crop of a tiny recipe."""
@@ -59,7 +59,7 @@ class TinyTrunk(resnet.ResNetTrunk):
 
 
 class NormFreeTrunk(TinyTrunk):
-    """Without BatchNorm: what comes out for an image does not depend on the rest of the batch."""
+    """Without BatchNorm: the output for an image does not depend on the rest of the batch."""
 
     normalised = False
 
@@ -72,9 +72,9 @@ def tiny_trunks(*, normalised: bool = True) -> Iterator[None]:
 
 
 def tiny(config: TrainConfig, **method_changes: Any) -> TrainConfig:
-    """A recipe for small images in tiny: crops of at most 32 px (jigsaw patches in proportion), batch 8, 2 epochs.
+    """A recipe for small images, made tiny: crops of at most 32 px (jigsaw patches in proportion), batch 8, 2 epochs.
 
-    ``method_changes``: fields of the method's configuration, for sizes that only the method knows.
+    ``method_changes``: fields of the method's configuration, for sizes that only the method has.
     """
     method = config.method
     shrunk = {
@@ -109,11 +109,11 @@ def _shrunk(view: ViewConfig) -> ViewConfig:
 def build(config: TrainConfig, *, rows: int = ROWS, normalised: bool = True) -> Method:
     """The method of a recipe, on a tiny trunk, in training mode."""
     with tiny_trunks(normalised=normalised):
-        return config.method.build(model=config.model, num_rows=rows, seed=config.seed).train()
+        return config.method.build(context(config.model, rows, seed=config.seed)).train()
 
 
 def first_batch(config: TrainConfig, *, rows: int = ROWS) -> tuple[dict[str, View], Tensor]:
-    """Views and rows of step 0 of a run on made-up images."""
+    """Views and sample ids of step 0 of a run on synthetic images."""
     views = config.method.views()
     loader = build_loader(
         config.loader, views=views, batch_size=config.batch_size, seed=config.seed, synthetic_rows=rows
@@ -125,7 +125,7 @@ def first_batch(config: TrainConfig, *, rows: int = ROWS) -> tuple[dict[str, Vie
 def train(config: TrainConfig, output: Path, *, data: Path | int = ROWS, stop_after: int | None = None) -> Trainer:
     """A run in this process, to its end or through SIGTERM in the middle of step ``stop_after`` (1-based).
 
-    ``data``: a number of made-up images, or a folder (then the loader is the one for files).
+    ``data``: a number of synthetic images, or a folder (then with the loader for files).
     """
     if isinstance(data, Path):
         config = replace(config, loader=LoaderConfig(workers=0))
@@ -180,7 +180,7 @@ def overfit(config: TrainConfig, *, steps: int = 40, lr: float | None = None) ->
     ``lr``: default the recipe's at this batch size.
     """
     method = build(config)
-    optimizer = build_optimizer(method, config.optim, batch_size=config.batch_size)
+    optimizer = build_optimizer(method, config.optim, lr=config.optim.peak_lr(config.batch_size))
     if lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = lr

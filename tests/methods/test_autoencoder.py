@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from sslfast.methods.autoencoder import Autoencoder, corrupt
 from sslfast.methods.shared.reconstruction import clean_view
-from sslfast.models.decoder import Decoder, trunk_stride
+from sslfast.models.build import build_trunk, trunk_stride
+from sslfast.models.decoder import Decoder
 from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.generative import autoencoder, autoencoder_small
 from sslfast.views.types import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
 from tests.methods import harness
+from tests.tiny import context
 
 ROWS = torch.arange(40) * 7
 
@@ -49,11 +51,11 @@ def test_masking_destroys_whole_pixels_at_the_stated_rate() -> None:
     assert torch.equal(seen, seen[:, :1].expand_as(seen))
     destroyed = 1 - seen[:, 0]
     assert abs(destroyed.mean().item() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / destroyed.numel())
-    assert (destroyed.mean(dim=0) - 0.25).abs().max() < 6 * math.sqrt(0.25 * 0.75 / 40)  # no place is special
+    assert (destroyed.mean(dim=0) - 0.25).abs().max() < 6 * math.sqrt(0.25 * 0.75 / 40)  # uniform over positions
 
 
 @pytest.mark.parametrize(("share", "below"), [(1 / 256, 1), (0.2, 51), (0.25, 64), (0.3, 77)])
-def test_a_pixel_is_destroyed_by_a_byte_of_its_own_below_the_share_of_256(share: float, below: int) -> None:
+def test_a_pixel_is_destroyed_where_its_byte_is_below_the_share_of_256(share: float, below: int) -> None:
     config = Autoencoder.Config(masked_share=share)
     seen = corrupt(torch.ones(40, 3, 15, 15), ROWS, config, seed=1, step=5)
     words = random_uint32(ROWS, 57, seed=1, stream=Stream.CORRUPTION, step=5)
@@ -61,7 +63,7 @@ def test_a_pixel_is_destroyed_by_a_byte_of_its_own_below_the_share_of_256(share:
     assert torch.equal(seen[:, 0].flatten(1) == 0, octets < below)
 
 
-def test_two_normal_numbers_are_a_radius_and_an_angle_from_the_halves_of_a_word() -> None:
+def test_normal_numbers_are_the_box_muller_transform_of_the_halves_of_a_word() -> None:
     config = Autoencoder.Config(corruption="gaussian", noise_std=0.5)
     noise = corrupt(torch.zeros(40, 3, 8, 8), ROWS, config, seed=1, step=5) / 0.5
     words = random_uint32(ROWS, 96, seed=1, stream=Stream.CORRUPTION, step=5)
@@ -86,7 +88,7 @@ def test_gaussian_noise_is_normal() -> None:
 
 
 @pytest.mark.parametrize("corruption", ["masking", "gaussian"])
-def test_corruption_is_a_function_of_seed_step_and_row(corruption: str) -> None:
+def test_corruption_is_a_function_of_seed_step_and_sample_id(corruption: str) -> None:
     config = Autoencoder.Config(corruption=corruption)  # type: ignore[arg-type]
     clean, rows = pixels(4, 15), torch.tensor([3, 9, 9, 4])
     clean[2] = clean[1]
@@ -99,7 +101,7 @@ def test_corruption_is_a_function_of_seed_step_and_row(corruption: str) -> None:
 
 
 @pytest.mark.parametrize("corruption", ["none", "masking", "gaussian"])
-def test_the_network_sees_the_corrupted_picture_of_the_seed_and_step(corruption: str) -> None:
+def test_the_network_sees_the_corrupted_image_of_the_seed_and_step(corruption: str) -> None:
     config = replace(tiny(corruption=corruption), seed=5)
     method = harness.build(config)
     views, rows = harness.first_batch(config)
@@ -109,7 +111,7 @@ def test_the_network_sees_the_corrupted_picture_of_the_seed_and_step(corruption:
     assert torch.equal(seen[0], corrupt(views["image"].pixels, rows, config.method, seed=5, step=3))
 
 
-def test_code_and_decoder_are_drawn_from_the_number_after_the_seed() -> None:
+def test_code_and_decoder_are_drawn_from_seed_plus_one() -> None:
     config = replace(tiny(code_channels=6, decoder_width=40), seed=5)
     method = harness.build(config)
     with seeded(6):
@@ -118,7 +120,7 @@ def test_code_and_decoder_are_drawn_from_the_number_after_the_seed() -> None:
         assert torch.equal(method.state_dict()[name], value), name
 
 
-def test_predictions_are_float32_pictures_of_any_shape() -> None:
+def test_predictions_are_float32_images_of_any_shape() -> None:
     method = harness.build(tiny())
     assert method.predict(torch.zeros(2, 3, 24, 40)).shape == (2, 3, 24, 40)  # type: ignore[operator]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -135,7 +137,7 @@ def test_destroyed_pixels_do_not_reach_the_network() -> None:
     seen = [corrupt(x, rows, config.method, seed=config.seed, step=3) for x in (clean, other)]
     assert torch.equal(*seen)
     losses = [method({"image": View(pixels=x)}, rows, step=3)["loss"] for x in (clean, other)]
-    assert losses[0] != losses[1]  # they are asked for
+    assert losses[0] != losses[1]  # they are reconstructed
 
 
 def test_trains_and_resumes(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_panels_show_what_a_run_with_the_seed_sees() -> None:
 
 @pytest.mark.parametrize("size", [32, 33, 47, 8])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_decoder_joins_every_size(size: int, stem: str) -> None:
+def test_decoder_output_has_the_size_of_the_image(size: int, stem: str) -> None:
     model = ResNetConfig(name="resnet18", stem=stem)  # type: ignore[arg-type]
     res5 = build_trunk(model, seed=0).eval().stages(torch.zeros(1, 3, size, size))[-1]
     for out_stride in (1, 4):
@@ -166,8 +168,8 @@ def test_decoder_joins_every_size(size: int, stem: str) -> None:
         assert decoder(res5, (size, size)).shape == (1, 5, side, side)
 
 
-def test_decoder_of_kernels_that_pass_a_pixel_on_repeats_it() -> None:
-    """Less the negative ones, which ReLU cuts off; BatchNorm at its start divides by sqrt(1 + eps), three times."""
+def test_decoder_of_identity_kernels_repeats_pixels() -> None:
+    """Except negative ones, which ReLU sets to 0; BatchNorm at initialisation divides by sqrt(1 + eps), three times."""
     decoder = Decoder(1, 1, in_stride=4, width=1).eval()
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -210,23 +212,23 @@ JIGSAW = ViewConfig(crop=CropConfig(size=255), jigsaw=JigsawConfig(), augment=cl
         ({"corruption": "gaussian", "noise_std": 0.0}, "method.noise_std must be positive and finite, got 0.0"),
         ({"code_channels": 0}, "method.code_channels must be at least 1, got 0"),
         ({"decoder_width": 0}, "method.decoder_width must be at least 1, got 0"),
-        ({"image_view": JITTERED}, "jitter_probability must be 0, since the picture itself is the target, got 1.0"),
+        ({"image_view": JITTERED}, "jitter_probability must be 0, since the image itself is the target, got 1.0"),
         ({"image_view": PHOTOMETRIC}, "photometric_probability must be 0, since .* is the target, got 0.5"),
         ({"image_view": GRAYSCALE}, "grayscale_probability must be 0, since .* is the target, got 0.1"),
-        ({"image_view": JIGSAW}, "method.image_view must show the whole upright picture"),
+        ({"image_view": JIGSAW}, "method.image_view must show the whole upright image"),
         ({"image_view": replace(clean_view(), rotation=True)}, "rotation=True; set neither"),
     ],
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Autoencoder.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+        Autoencoder.Config(**changes).build(context(ResNetConfig(), 4, seed=0))
 
 
 def test_recipes() -> None:
     large, small = autoencoder(), autoencoder_small()
     assert (large.model.name, large.method.image_view.crop.size) == ("resnet50", 224)
     assert (small.model.name, small.model.stem, small.method.image_view.crop.size) == ("resnet18", "small", 64)
-    # The code has fewer numbers than the picture.
+    # The code has fewer numbers than the image.
     for config, side in ((large, 224 // 32), (small, 64 // 8)):
         method = config.method
         assert isinstance(method, Autoencoder.Config)

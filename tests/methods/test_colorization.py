@@ -27,6 +27,7 @@ from sslfast.recipes.generative import colorization, colorization_small
 from sslfast.runs.checkpoint import save_checkpoint
 from sslfast.views.types import View
 from tests.methods import harness
+from tests.tiny import context
 
 
 def tiny(**changes: Any) -> Any:
@@ -38,7 +39,7 @@ def colours(count: int, side: int = 8) -> Tensor:
 
 
 def same_lightness(rgb: Tensor) -> Tensor:
-    """The gray of the same L as each pixel."""
+    """Gray pixels of the same L."""
     lab = rgb_to_lab(rgb)
     lab[:, 1:] = 0
     return lab_to_rgb(lab)
@@ -50,7 +51,7 @@ def built(config: Any) -> Colorization:
     return method
 
 
-def test_bins_are_those_that_some_colour_is_nearest_to() -> None:
+def test_bins_are_the_nearest_ones_of_srgb_colours() -> None:
     bins = gamut_bins()
     assert bins.shape == (261, 2)
     assert torch.equal(bins, (bins / 10).round() * 10)
@@ -58,7 +59,7 @@ def test_bins_are_those_that_some_colour_is_nearest_to() -> None:
     assert bins.amin(dim=0).tolist() == [-90, -110]
     assert bins.amax(dim=0).tolist() == [100, 90]
     known = {tuple(b) for b in bins.tolist()}
-    # Colours from inside the cube fall into bins that its surface has found.
+    # The bins of colours inside the cube are among those of its surface.
     ab = rgb_to_lab(colours(64, 32))[:, 1:].movedim(1, -1).reshape(-1, 2)
     assert {tuple(b) for b in ((ab / 10).round() * 10 + 0.0).unique(dim=0).tolist()} <= known
 
@@ -106,7 +107,7 @@ def test_rebalancing_averages_to_one() -> None:
 
 
 def test_uniform_scores_cost_ln_q() -> None:
-    """And the best scores cost the entropy of the soft code; a colour that is a bin's all over the picture."""
+    """The best scores cost the entropy of the soft code, for an image of one bin's colour."""
     config = tiny(uniform_share=1.0)
     method = built(config)
     views, rows = harness.first_batch(config)
@@ -139,7 +140,7 @@ def test_frequencies_are_the_mean_soft_code_and_weigh_the_loss() -> None:
     weight = rebalancing(mean, 0.5).float()[cells[..., 0]]
     torch.testing.assert_close(out["loss"], (weight * losses).mean(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out["loss_unweighted"], losses.mean())
-    # Two batches count alike; evaluation counts nothing.
+    # Two batches have equal weight; evaluation does not count.
     gray = {"image": View(pixels=torch.zeros_like(views["image"].pixels))}
     first = method.frequencies.clone()
     method(gray, rows, step=1)
@@ -150,7 +151,7 @@ def test_frequencies_are_the_mean_soft_code_and_weigh_the_loss() -> None:
     assert method.batches == 2
     method.eval()(views, rows, step=2)
     assert method.batches == 2
-    # After the window the mean is exponential.
+    # After the window it is an exponential moving average.
     method.train().batches.fill_(5000)
     before = method.frequencies.clone()
     method(views, rows, step=3)
@@ -170,10 +171,10 @@ def test_colour_does_not_reach_the_network() -> None:
         losses.append(method({"image": View(pixels=space.from_rgb(picture))}, rows, step=0)["loss"])
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-4)
     torch.testing.assert_close(space.to_rgb(seen[0])[:, 0], rgb_to_lab(rgb)[:, 0] / 100, rtol=0, atol=1e-5)
-    assert (losses[0] - losses[1]).abs() > 0.01  # it is asked for
+    assert (losses[0] - losses[1]).abs() > 0.01  # it is the target
 
 
-def test_evaluations_feed_the_trunk_what_the_method_does(tmp_path: Path) -> None:
+def test_evaluations_give_the_trunk_the_input_of_the_method(tmp_path: Path) -> None:
     config = tiny()
     method = harness.build(config)
     save_json(tmp_path / "config.json", to_dict(config))
@@ -253,10 +254,10 @@ def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
         Colorization.Config(**changes).validate()
 
 
-def test_cells_are_at_most_a_pixel_of_res5() -> None:
-    assert Colorization.Config(stride=8).build(model=ResNetConfig(stem="small"), num_rows=4, seed=0).config.stride == 8
+def test_cells_are_at_most_one_cell_of_res5() -> None:
+    assert Colorization.Config(stride=8).build(context(ResNetConfig(stem="small"), 4, seed=0)).config.stride == 8
     with pytest.raises(ValueError, match=r"method.stride must be at most 8, the stride of resnet50 with stem small"):
-        Colorization.Config(stride=16).build(model=ResNetConfig(stem="small"), num_rows=4, seed=0)
+        Colorization.Config(stride=16).build(context(ResNetConfig(stem="small"), 4, seed=0))
 
 
 def test_recipes() -> None:

@@ -10,16 +10,17 @@ from torch.nn.functional import cross_entropy
 
 from sslfast.methods import cpc
 from sslfast.methods.cpc import CPC
+from sslfast.models.build import build_trunk
 from sslfast.models.context import RowContext
 from sslfast.models.contrast import info_nce
 from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import cpc_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
 from tests.methods import harness
-from tests.tiny import same
+from tests.tiny import context, same
 
 GRID = 7
 
@@ -36,7 +37,7 @@ def build(whole: TrainConfig) -> CPC:
 
 
 class Corner(nn.Module):
-    """Of a patch its first pixel: where the picture shows its own coordinates, those of the patch."""
+    """The first pixel of each patch: in an image of its own coordinates, those of the patch."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return patches[:, :, 0, 0]
@@ -61,7 +62,7 @@ def test_patches_are_cut_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(features[:, 0, 0, 0], torch.tensor([0.0, 1.0]))
 
 
-def test_vectors_see_their_own_patch_alone() -> None:
+def test_vectors_depend_on_their_own_patch_only() -> None:
     method = build(config())
     (views, _), changed = harness.first_batch(config()), 5
     pixels = views["image"].pixels
@@ -75,7 +76,7 @@ def test_vectors_see_their_own_patch_alone() -> None:
 
 
 def test_predictions_from_above_do_not_change_with_what_is_below() -> None:
-    """Trunk, context network and predictions together, in training mode, with gradients as the witness."""
+    """Trunk, context network and predictions together, in training mode, checked by gradients."""
     method = build(config(directions="down", first_step=1, last_step=3))
     pixels = harness.first_batch(config())[0]["image"].pixels.requires_grad_()
     features = method.embed(pixels)
@@ -129,7 +130,7 @@ def test_every_context_is_paired_with_the_patch_k_rows_ahead_in_each_direction()
         counts[direction.pop()] = len(part)
     assert counts == {(1, 0): expected, (-1, 0): expected, (0, 1): expected, (0, -1): expected}
     _, down = build(config(directions="down")).predict(torch.zeros(2, GRID, GRID, 24))
-    assert down.min() == 2 * GRID  # rows 0 and 1 are nobody's
+    assert down.min() == 2 * GRID  # rows 0 and 1 are never predicted
 
 
 def test_loss_of_equal_scores_is_the_log_of_all_patches() -> None:
@@ -186,7 +187,7 @@ def test_resumes(tmp_path: Path) -> None:
 
 
 def test_overfits() -> None:
-    """The lowest of the losses: steps of this size are now and then too long for scores without a bound."""
+    """The lowest of the losses: steps of this size sometimes overshoot, since scores are unbounded."""
     sizes = {"patch_size": 16, "patch_stride": 8, "first_step": 1, "last_step": 2, "directions": "down"}
     losses = harness.overfit(config(dimensions=64, context_features=32, **sizes), steps=50, lr=0.03)
     assert min(losses) < 0.5 * losses[0]
@@ -204,7 +205,7 @@ def test_preview_shows_context_and_what_is_predicted() -> None:
     assert shown["to predict"].tolist() == list(range(4 * 3, 32))
 
 
-def test_layer_norm_looks_at_one_image() -> None:
+def test_layer_norm_uses_one_image_only() -> None:
     trunk = build_trunk(ResNetConfig(name="resnet18", norm="layer"), seed=0)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(trunk(images)[:1], trunk(images[:1]), rtol=1e-4, atol=1e-5)
@@ -236,9 +237,9 @@ def test_recipe_is_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CPC.Config(**changes).build(model=ResNetConfig(name="resnet18", norm="layer"), num_rows=10, seed=0)
+        CPC.Config(**changes).build(context(ResNetConfig(name="resnet18", norm="layer"), 10, seed=0))
 
 
 def test_batch_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.norm must be layer for CPC, got batch"):
-        CPC.Config().build(model=ResNetConfig(name="resnet18"), num_rows=10, seed=0)
+        CPC.Config().build(context(ResNetConfig(name="resnet18"), 10, seed=0))

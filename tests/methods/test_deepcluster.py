@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from sslfast.distributed.collectives import gather_uneven, own_rows
 from sslfast.distributed.process_group import destroy_process_group
 from sslfast.methods.deepcluster import DeepCluster
 from sslfast.methods.shared.kmeans import fill_empty, kmeans, means, whiten
 from sslfast.methods.shared.pseudo_labels import (
     CollectedFeatures,
     central_view,
-    gather_shares,
     pseudo_label_loss,
-    share,
 )
+from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
 from sslfast.training.config import TrainConfig
@@ -49,14 +48,14 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def blobs(count: int, clusters: int, *, spread: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Points around the corners of a simplex, and whose they are."""
+    """Points around the corners of a simplex, and their groups."""
     generator = torch.Generator().manual_seed(0)
     owner = torch.arange(count) % clusters
     return torch.eye(clusters, 6)[owner] + spread * torch.randn(count, 6, generator=generator), owner
 
 
 def clustered(method: DeepCluster) -> None:
-    """As at the start of a run: features of all rows, then the labels of the first epoch."""
+    """The start of a run: features of all rows, then the labels of the first epoch."""
     points = torch.randn(method.features.vectors.shape, generator=torch.Generator().manual_seed(1))
     method.features.vectors.copy_(points)
     method.features.seen.fill_(True)
@@ -71,8 +70,8 @@ def test_the_last_features_of_a_row_stay() -> None:
     assert features.seen.tolist() == [True, True, False, True, True, False]
 
 
-def test_collected_view_is_the_plain_image() -> None:
-    """Of the same size and units, the same whatever the seed and epoch."""
+def test_the_view_of_the_feature_pass_is_the_plain_image() -> None:
+    """Of the same size and normalisation, for every seed and epoch."""
     augment = replace(deepcluster().method.image_view.augment, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
     view = central_view(ViewConfig(crop=CropConfig(size=8), rotation=True, augment=augment))
     crops = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -118,7 +117,7 @@ def test_first_centroids_are_rows_drawn_by_seed_and_epoch() -> None:
     assert torch.equal(kmeans(torch.eye(6), 6, iterations=0, seed=5, epoch=3), words.argsort().argsort())
 
 
-def test_a_fixed_point_of_kmeans_is_lloyds() -> None:
+def test_kmeans_ends_at_a_fixed_point_of_lloyds_algorithm() -> None:
     """Every row is nearest to the mean of its own cluster."""
     points = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     labels = kmeans(points, 7, iterations=100, seed=0, epoch=1)
@@ -167,7 +166,7 @@ def test_a_run_labels_every_row(tmp_path: Path) -> None:
     assert counts.sum() == ROWS
     assert counts.min() >= 1
     torch.testing.assert_close(method.weights.double(), ROWS / (4 * counts), rtol=1e-6, atol=0)
-    # Every cluster has the same weight in all, as if samples were drawn uniformly over clusters.
+    # Every cluster has the same total weight, as if samples were drawn uniformly over clusters.
     torch.testing.assert_close((method.weights.double() * counts), torch.full((4,), ROWS / 4, dtype=torch.float64))
     assert final(tmp_path)["method"]["labels"].dtype == torch.int64
 
@@ -185,7 +184,7 @@ def test_a_step_weighs_samples_by_their_cluster() -> None:
     torch.testing.assert_close(method(views, rows, step=0)["loss"], expected)
 
 
-def test_classifier_starts_anew_with_every_clustering() -> None:
+def test_classifier_is_initialised_after_every_clustering() -> None:
     method = build(config(every_epochs=2))
     assert isinstance(method, DeepCluster)
     clustered(method)
@@ -235,12 +234,12 @@ def test_a_clustering_is_that_of_the_rows_seen_by_seed_and_epoch() -> None:
     assert torch.equal(method.head.weight, classifier(11))
 
 
-def test_collects_features_of_a_batch() -> None:
+def test_stores_features_of_a_batch() -> None:
     method = build(config(every_epochs=3))
     assert isinstance(method, DeepCluster)
     assert [epoch for epoch in range(8) if method.needs_feature_pass(epoch)] == [0, 3, 6]
     views, rows = first_batch(config())
-    method.collect(views, rows)
+    method.store_features(views, rows)
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
     with torch.no_grad():
         expected = method.trunk(views["image"].pixels) @ method.projection
@@ -306,8 +305,8 @@ def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
 
     enter(rank, ranks, port)
     init_process_group(process_group(), torch.device("cpu"))
-    assert torch.equal(gather_shares(torch.arange(5)[share(5)], 5), torch.arange(5))
-    assert torch.equal(gather_shares(torch.arange(1)[share(1)], 1), torch.arange(1))  # the last rank has none
+    for count in (5, 1, 0):  # of one row some ranks have none
+        assert torch.equal(gather_uneven(torch.tensor([*own_rows(count)], dtype=torch.int64)), torch.arange(count))
     points = torch.load(folder / "points.pt", weights_only=True)
     white = whiten(points, 4)
     labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
@@ -323,7 +322,7 @@ def test_kmeans_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
     labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     for part in parts:
-        assert torch.equal(part[0], parts[0][0])  # to the last bit on all ranks
+        assert torch.equal(part[0], parts[0][0])  # bit-equal on all ranks
         torch.testing.assert_close((part[0] @ part[0].T), white @ white.T, rtol=1e-4, atol=1e-5)
         assert torch.equal(part[1], labels)
 

@@ -14,6 +14,7 @@ from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.generative import inpainting, inpainting_small
 from sslfast.views.types import View
 from tests.methods import harness
+from tests.tiny import context
 
 ROWS = torch.arange(2000) * 3
 
@@ -44,13 +45,15 @@ def test_perfect_and_constant_reconstruction(holes: str) -> None:
     torch.testing.assert_close(out["loss_hole"], (clean - mean).square()[hole.expand_as(clean)].mean())
 
 
-def test_only_hole_and_band_are_asked() -> None:
+def test_only_hole_and_band_are_reconstructed() -> None:
     tiny_config = tiny()
     method = harness.build(tiny_config)
     views, rows = harness.first_batch(tiny_config)
     clean = views["image"].pixels
-    asked = pixel_weights(draw_holes(rows, tiny_config.method, seed=tiny_config.seed, step=0), tiny_config.method) > 0
-    method.predict = lambda _seen: torch.where(asked, clean, 1e6)  # type: ignore[attr-defined]
+    reconstructed = (
+        pixel_weights(draw_holes(rows, tiny_config.method, seed=tiny_config.seed, step=0), tiny_config.method) > 0
+    )
+    method.predict = lambda _seen: torch.where(reconstructed, clean, 1e6)  # type: ignore[attr-defined]
     assert method(views, rows, step=0)["loss"] == 0
 
 
@@ -78,7 +81,7 @@ def test_corners_are_the_integers_of_the_corruption_stream() -> None:
     assert torch.equal(hole.any(dim=1).int().argmax(dim=1), corners[:, 1])
 
 
-def test_one_random_hole_is_uniform_on_all_places() -> None:
+def test_one_random_hole_is_uniform_over_all_positions() -> None:
     method = config(blocks=1, image_view=clean_view(16))
     side = method.block_side()
     assert side == 8
@@ -100,14 +103,14 @@ def test_random_holes_cover_their_share_less_the_overlap() -> None:
     hole = draw_holes(ROWS, method, seed=3, step=1)
     share = hole.float().mean(dim=(1, 2, 3))
     assert share.max() <= 5 * side**2 / 64**2 <= 0.25
-    # A pixel at x is in a square along one axis for min(x + 1, side, ...) of the places.
+    # A pixel at x is in a square along one axis for min(x + 1, side, ...) of the positions.
     places = 64 - side + 1
     along = torch.tensor([min(x, places - 1) - max(x - side + 1, 0) + 1 for x in range(64)]) / places
     expected = 1 - (1 - along[:, None] * along[None, :]) ** 5
     assert (hole[:, 0].float().mean(dim=0) - expected).abs().max() < 5 * math.sqrt(0.25 / len(ROWS))
 
 
-def test_holes_are_a_function_of_seed_step_and_row() -> None:
+def test_holes_are_a_function_of_seed_step_and_sample_id() -> None:
     rows, method = torch.tensor([5, 9, 9]), config()
     hole = draw_holes(rows, method, seed=1, step=2)
     assert torch.equal(hole[1], hole[2])
@@ -155,7 +158,7 @@ def test_the_loss_of_the_holes_takes_no_gradients() -> None:
 
 def test_trains_and_resumes(tmp_path: Path) -> None:
     harness.assert_gradients_reach_the_trunk(tiny())
-    harness.assert_overfits(tiny(holes="central"), lr=0.03, share=0.3)  # holes that stay
+    harness.assert_overfits(tiny(holes="central"), lr=0.03, share=0.3)  # fixed holes
     harness.assert_resumes(tiny(), tmp_path, stops=(2,))
 
 
@@ -177,13 +180,13 @@ def test_panels_show_what_a_run_with_the_seed_sees() -> None:
         ({"blocks": 0}, "method.blocks must be at least 1, got 0"),
         ({"overlap": -1}, "method.overlap must be at least 0, got -1"),
         ({"overlap_weight": -1.0}, "method.overlap_weight must be at least 0, got -1.0"),
-        ({"masked_share": 0.001, "blocks": 90}, "makes holes of 0 px in pictures of 224 px"),
-        ({"holes": "central", "masked_share": 0.999}, "makes holes of 224 px in pictures of 224 px"),
+        ({"masked_share": 0.001, "blocks": 90}, "makes holes of 0 px in images of 224 px"),
+        ({"holes": "central", "masked_share": 0.999}, "makes holes of 224 px in images of 224 px"),
     ],
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Inpainting.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+        Inpainting.Config(**changes).build(context(ResNetConfig(), 4, seed=0))
 
 
 def test_recipes() -> None:

@@ -11,9 +11,9 @@ from sslfast.methods.jigsaw import JIGSAW, Jigsaw, draw_classes
 from sslfast.methods.shared.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
 from sslfast.methods.shared.permutations import max_hamming_permutations
 from sslfast.methods.shared.reconstruction import PixelSpace
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import JigsawHead
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.pretext import jigsaw, jigsaw_small
 from sslfast.training.config import TrainConfig
@@ -72,7 +72,7 @@ def test_uniform_logits_and_perfect_prediction() -> None:
     method.head.classes.weight.data = weight  # type: ignore[union-attr]
 
     class Matches(nn.Module):
-        """Scores every permutation by the places in which it agrees with the cells shown."""
+        """Scores every permutation by the positions in which it agrees with the cells shown."""
 
         def forward(self, features: Tensor) -> Tensor:
             cells = features.flatten(1)
@@ -85,7 +85,7 @@ def test_uniform_logits_and_perfect_prediction() -> None:
 
 
 def test_the_order_in_the_view_does_not_matter() -> None:
-    """The view stage's own permutation is no clue: with BatchNorm too, slots can be exchanged."""
+    """The view stage's own permutation carries no information: with BatchNorm too, slots can be exchanged."""
     method = build(config(normalise_patches=True))
     views, rows = first_batch(config())
     view = views[JIGSAW]
@@ -96,8 +96,8 @@ def test_the_order_in_the_view_does_not_matter() -> None:
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
-def test_the_class_is_no_function_of_what_a_patch_shows() -> None:
-    """With equal patches the scores are the same for every class: nothing but the patches tells the order."""
+def test_the_class_is_independent_of_the_content_of_patches() -> None:
+    """With equal patches the scores are the same for every class: only the patches determine the order."""
     method = build(config())
     assert isinstance(method, Jigsaw)
     view = numbered(12)
@@ -131,19 +131,19 @@ def test_weights_and_permutations_are_drawn_from_the_seed() -> None:
     assert torch.equal(method.permutations, max_hamming_permutations(12, 9, 5))
 
 
-def test_a_step_asks_for_the_classes_of_its_seed_step_and_rows() -> None:
+def test_classes_are_those_of_seed_step_and_sample_ids() -> None:
     method = build(replace(config(), seed=5))
     assert isinstance(method, Jigsaw)
-    asked: list[Tensor] = []
+    drawn: list[Tensor] = []
 
     def logits(view: View, classes: Tensor) -> Tensor:
-        asked.append(classes)
+        drawn.append(classes)
         return nn.functional.one_hot((classes + (torch.arange(8) < 2)) % 12, 12).float()  # two of eight wrong
 
     method.logits = logits  # type: ignore[method-assign]
     rows = 3 * torch.arange(8)
     out = method({JIGSAW: numbered(8)}, rows, step=3)
-    assert torch.equal(asked[0], draw_classes(rows, 12, seed=5, step=3))
+    assert torch.equal(drawn[0], draw_classes(rows, 12, seed=5, step=3))
     assert out["accuracy"] == 0.75
     assert out["loss"].item() == pytest.approx(math.log(math.e + 11) - 0.75)
 
@@ -166,7 +166,7 @@ def test_patches() -> None:
     assert (picture[0, :, 4] == 1).all()
 
 
-def test_preview_shows_the_question() -> None:
+def test_preview_shows_the_patches_in_the_order_of_the_class() -> None:
     tiny_config = config()
     views, rows = first_batch(tiny_config)
     panels = tiny_config.method.preview_panels(views, rows, seed=0)
@@ -193,7 +193,7 @@ def test_trains() -> None:
     method = assert_gradients_reach_the_trunk(config())
     assert isinstance(method, Jigsaw)
     assert torch.equal(method.permutations, max_hamming_permutations(12, 9, seed=0))
-    # One batch in orders that change every step: the loss falls below that of a guess all the same.
+    # One batch in orders that change every step: the loss still falls below that of guessing.
     assert_overfits(config(num_permutations=2), steps=60, lr=0.1)
 
 

@@ -11,10 +11,11 @@ from torch.nn.functional import cross_entropy, normalize
 
 from sslfast.distributed.process_group import destroy_process_group, init_process_group, process_group
 from sslfast.methods.moco import MoCo, batch_order, queue_loss
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import initial_rows
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.optim.optimizers import OptimConfig
 from sslfast.recipes import RECIPES
@@ -23,7 +24,7 @@ from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.distributed.test_training import enter, run
 from tests.methods import harness
-from tests.tiny import same
+from tests.tiny import context, same
 
 QUEUE = 20  # not a multiple of the batch
 
@@ -252,4 +253,4 @@ def test_recipes_are_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoCo.Config(**changes).build(model=ResNetConfig(name="resnet18"), num_rows=10, seed=0)
+        MoCo.Config(**changes).build(context(ResNetConfig(name="resnet18"), 10, seed=0))

@@ -7,15 +7,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.methods.pirl import PIRL
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.ops import bank_nce_reference
 from sslfast.recipes import RECIPES
 from sslfast.recipes.pirl import pirl_paper, pirl_vissl
 from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
-from tests.tiny import same
+from tests.tiny import context, same
 
 MODEL = ResNetConfig(name="resnet18")
 JIGSAW = ViewConfig(crop=CropConfig(size=48), jigsaw=JigsawConfig(grid=3, patch_size=16))
@@ -24,7 +25,7 @@ ROWS = 40
 
 def build(**changes: object) -> PIRL:
     config = PIRL.Config(num_negatives=64, jigsaw_view=JIGSAW, **changes)  # type: ignore[arg-type]
-    return config.build(model=MODEL, num_rows=ROWS, seed=3)
+    return config.build(context(MODEL, ROWS, seed=3))
 
 
 def batch(method: PIRL, size: int = 4) -> tuple[dict[str, View], Tensor]:
@@ -61,14 +62,14 @@ def test_loss_is_the_formula(pretext: str, loss: str, negatives: str) -> None:
     assert [name for name, value in out.items() if value.requires_grad] == ["loss"]
 
 
-def test_bank_moves_toward_the_image_embedding_alone() -> None:
+def test_bank_moves_toward_the_image_embedding_only() -> None:
     method = build(bank_momentum=0.25)
     views, rows = batch(method)
     before = method.bank.vectors.clone()
     with torch.no_grad():
         image = normalize(method.image_head(method.trunk(views["image"].pixels)), dim=1)
     method(views, rows, step=0)
-    torch.testing.assert_close(method.bank.vectors, before)  # scoring leaves the bank alone
+    torch.testing.assert_close(method.bank.vectors, before)  # scoring does not change the bank
     method(views, rows + 1, step=0)  # a second micro-batch
     method.after_step()
     for moved in (rows, rows + 1):
@@ -109,13 +110,13 @@ def test_gradients_reach_trunk_and_heads_and_never_the_bank() -> None:
 @pytest.mark.parametrize(
     "recipe", ["pirl-paper", "pirl-vissl", "pirl-rotation", "pirl-rotation-jigsaw", "npid", "npid-plus-plus"]
 )
-def test_step_zero_values_of_the_recipes(recipe: str) -> None:
+def test_first_loss_of_the_recipes(recipe: str) -> None:
     """The first loss of every ImageNet recipe: ln(K+1)+1 for NCE with Z ~ N exp(1 / (2 D T^2)), see the README.
 
     The embeddings are replaced by isotropic ones, so that the values are those of the loss alone.
     """
     config = replace(RECIPES[recipe]().method, num_negatives=4096)
-    method = config.build(model=MODEL, num_rows=5000, seed=0)
+    method = config.build(context(MODEL, 5000, seed=0))
     generator = torch.Generator().manual_seed(1)
     views = len(config.views())
     method.embed = lambda _: normalize(torch.randn(views, 64, 128, generator=generator), dim=-1)  # type: ignore
@@ -124,7 +125,7 @@ def test_step_zero_values_of_the_recipes(recipe: str) -> None:
     assert abs(out["z"].item() / (5000 * math.exp(isotropic)) - 1) < 0.1
     # Positive: softplus(log(Z K / N) - s_0) with E s_0 = 0; negatives: just under 1.
     assert abs(out["loss"].item() - (math.log(4097) + isotropic + 1)) < 0.35
-    method = replace(config, loss="infonce").build(model=MODEL, num_rows=5000, seed=0)
+    method = replace(config, loss="infonce").build(context(MODEL, 5000, seed=0))
     method.embed = lambda _: normalize(torch.randn(views, 64, 128, generator=generator), dim=-1)  # type: ignore
     out = method({}, torch.arange(64), step=0)
     assert abs(out["loss"].item() - (math.log(4097) + isotropic)) < 0.35
@@ -272,15 +273,15 @@ def test_presets_are_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(PIRL.Config(), **changes).build(model=MODEL, num_rows=10, seed=0)
+        replace(PIRL.Config(), **changes).build(context(MODEL, 10, seed=0))
 
 
 def test_needs_two_images() -> None:
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
-        PIRL.Config().build(model=MODEL, num_rows=1, seed=0)
+        PIRL.Config().build(context(MODEL, 1, seed=0))
 
 
-def test_bank_rows_are_unit_and_independent_of_the_size() -> None:
+def test_bank_vectors_are_unit_and_independent_of_the_size() -> None:
     rows = initial_rows(70_000, 16, seed=4)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(70_000))
     assert torch.equal(rows[:100], initial_rows(100, 16, seed=4))
@@ -322,7 +323,7 @@ def test_gradients_of_strided_convolutions_on_single_pixels() -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         junk = [torch.full((512 * 256 * 9,), float("nan")) for _ in range(4)]
-        del junk  # whatever is read without having been written is NaN now
+        del junk  # uninitialised memory is NaN now
         conv.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = conv(maps)

@@ -17,9 +17,9 @@ from sslfast.methods.relative_position import (
     drop_colours,
 )
 from sslfast.methods.shared.patches import gather_patches
+from sslfast.models.build import build_trunk
 from sslfast.models.heads import PairHead
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.recipes.pretext import relative_position, relative_position_small
 from sslfast.training.config import TrainConfig
@@ -98,15 +98,15 @@ def test_the_order_in_the_view_does_not_matter(pairs: str) -> None:
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
-def test_other_patches_and_places_say_nothing() -> None:
+def test_other_patches_and_positions_carry_no_information() -> None:
     method = build(config(pairs="drawn"), normalised=False).eval()
     assert isinstance(method, RelativePosition)
     view = numbered(6)
     drawn = draw(torch.arange(6), 4, seed=0, step=0)
     before = method.logits(view, drawn)[0]
     assert view.permutation is not None
-    asked = (view.permutation == 4) | (view.permutation == cells_of_neighbours(drawn.neighbour)[:, None])
-    view.pixels[~asked] = 77.0  # patches that are not asked for
+    used = (view.permutation == 4) | (view.permutation == cells_of_neighbours(drawn.neighbour)[:, None])
+    view.pixels[~used] = 77.0  # patches of other cells
     torch.testing.assert_close(method.logits(view, drawn)[0], before)
     # Equal patches in all cells: every neighbour gets the same scores.
     both = build(config(pairs="all"))
@@ -126,10 +126,10 @@ def test_colours_are_dropped() -> None:
     deviation = patches[kept].std(dim=(1, 2), correction=0)
     assert noise.abs().max() < 6 * NOISE * deviation.max()
     assert noise.std().item() == pytest.approx(NOISE * 3, rel=0.05)
-    # What was in the dropped channels leaves no trace.
+    # The content of dropped channels has no effect.
     changed = torch.where(kept[..., None, None], patches, -patches)
     assert torch.equal(drop_colours(changed, drawn.channel, drawn.noise), dropped)
-    # The noise of a sample is one field, scaled by the kept channel alone: it tells no cell from another.
+    # All patches of a sample have the same noise, scaled by the kept channel: it carries no position.
     scaled = dropped / (NOISE * patches.gather(2, drawn.channel[:, :, None, None, None].expand(-1, -1, 1, 15, 15))
                         .std(dim=(-2, -1), correction=0, keepdim=True))  # fmt: skip
     torch.testing.assert_close(
@@ -137,7 +137,7 @@ def test_colours_are_dropped() -> None:
     )
 
 
-def test_draws_are_uniform_and_of_the_row() -> None:
+def test_draws_are_uniform_functions_of_the_sample_id() -> None:
     rows = torch.arange(4000)
     drawn = draw(rows, 5, seed=0, step=2)
     assert ((drawn.neighbour.bincount(minlength=8) - 500).abs() < 5 * math.sqrt(500)).all()
@@ -166,7 +166,7 @@ def test_weights_are_drawn_from_the_seed() -> None:
     assert same(method.head.state_dict(), head.state_dict())
 
 
-def test_a_step_draws_from_its_seed_step_and_rows() -> None:
+def test_draws_of_a_step_are_those_of_seed_step_and_sample_ids() -> None:
     method = build(replace(config(pairs="drawn"), seed=5))
     assert isinstance(method, RelativePosition)
     seen: list[Draws] = []
@@ -184,7 +184,7 @@ def test_a_step_draws_from_its_seed_step_and_rows() -> None:
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_preview_shows_question_and_answer(dropped: bool) -> None:
+def test_preview_shows_the_pair_and_the_answer(dropped: bool) -> None:
     tiny_config = config(drop_colours=dropped)
     views, rows = first_batch(tiny_config)
     panels = tiny_config.method.preview_panels(views, rows, seed=0)
@@ -232,7 +232,7 @@ def test_resumes(tmp_path: Path) -> None:
         ),
         (
             {"patch_view": ViewConfig(rotation=True, jigsaw=JigsawConfig(grid=3, patch_size=4))},
-            "method.patch_view.rotation must be False: turned images have other sides, got True",
+            "method.patch_view.rotation must be False: rotation changes the relative positions, got True",
         ),
         ({"hidden_features": 0}, "method.hidden_features must be at least 1, got 0"),
     ],

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sslfast.methods.rotation import IMAGE, Rotation
+from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.ops import rotate90
 from sslfast.recipes.pretext import rotation, rotation_small
 from sslfast.views.types import JigsawConfig, View, ViewConfig
@@ -34,7 +34,7 @@ def test_uniform_logits_and_perfect_prediction(all_turns: bool) -> None:
     nn.init.zeros_(method.head.bias)  # type: ignore[union-attr, arg-type]
     assert method(views, rows, step=0)["loss"].item() == pytest.approx(math.log(4))
 
-    # A trunk that says which corner is the brightest knows the turn of a picture with one bright corner.
+    # A trunk that outputs the brightest corner solves the task for images with one bright corner.
     class Corner(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             corners = x[:, 0, [0, 0, -1, -1], [0, -1, -1, 0]]  # clockwise from the upper left
@@ -65,7 +65,7 @@ def test_all_turns_is_the_mean_over_the_turns() -> None:
     torch.testing.assert_close(together, torch.stack(parts).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_labels_are_balanced_and_say_what_is_seen() -> None:
+def test_labels_are_balanced_and_match_the_image() -> None:
     config = tiny(rotation_small())
     config.batch_size = 512
     views, _ = first_batch(config, rows=512)

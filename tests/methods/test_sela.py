@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sslfast.config import load_json
+from sslfast.distributed.collectives import gather_uneven, own_rows
 from sslfast.distributed.process_group import destroy_process_group
 from sslfast.methods.sela import SeLa
-from sslfast.methods.shared.pseudo_labels import gather_shares, share
 from sslfast.methods.shared.sinkhorn import Transport, sinkhorn
+from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
-from sslfast.models.resnet import build_trunk
 from sslfast.recipes.clustering import sela, sela_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, View, ViewConfig
@@ -28,7 +29,7 @@ from tests.methods.harness import (
     tiny_trunks,
     train,
 )
-from tests.tiny import same
+from tests.tiny import context, same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -79,11 +80,11 @@ def test_clusters_become_equal() -> None:
     counts = solve(s, tolerance=1e-3).labels.bincount(minlength=12)
     assert counts.min() >= 96
     assert counts.max() <= 104
-    best = 25 * torch.eye(8).repeat(5, 1).double()  # a balanced labelling is left as it is
+    best = 25 * torch.eye(8).repeat(5, 1).double()  # a balanced labelling does not change
     assert torch.equal(solve(best).labels, torch.arange(8).repeat(5))
 
 
-def test_iterations_end_and_no_rows_is_an_error() -> None:
+def test_iterations_are_limited_and_no_rows_is_an_error() -> None:
     s = scores(100, 10, scale=3)
     assert solve(s, tolerance=1e-12, max_iterations=3).iterations == 3
     with pytest.raises(ValueError, match="there are no rows to label"):
@@ -100,7 +101,7 @@ def test_uniform_logits_perfect_prediction_and_heads() -> None:
     nn.init.zeros_(method.head.weight)
     nn.init.zeros_(method.head.bias)
     assert method(views, rows, step=0)["loss"].item() == pytest.approx(math.log(4))
-    method.labels[0], method.labels[1], method.labels[2] = 1, 2, 0  # each head has labels of its own
+    method.labels[0], method.labels[1], method.labels[2] = 1, 2, 0  # each head has its own labels
     with torch.no_grad():
         method.head.bias[[1, 4 + 2, 8 + 0]] = 100.0
     out = method(views, rows, step=0)
@@ -139,8 +140,12 @@ def test_schedule() -> None:
     paper = sela().method
     assert isinstance(paper, SeLa.Config)
     assert (paper.heads, paper.clusters, paper.sharpness) == (10, 3000, 25.0)
-    epochs = [epoch for epoch in range(sela().epochs) if paper.labels_in(epoch)]
-    assert paper.labelling_epochs == sela().epochs == 400
+    assert paper.labelling_epochs == 0
+    resolved = paper.resolve(context(sela().model, 3000, epochs=sela().epochs))
+    assert resolved == replace(paper, labelling_epochs=400)  # what the recipe said in earlier versions
+    epochs = [epoch for epoch in range(sela().epochs) if resolved.labels_in(epoch)]
+    assert epochs == sorted({math.floor(400 * (k / 100) ** 2) for k in range(100)})
+    assert resolved.labelling_epochs == sela().epochs == 400
     assert epochs[:5] == [0, 1, 2, 3, 4]
     gaps = torch.tensor(epochs).diff()
     assert gaps[:7].max() == 1
@@ -148,12 +153,27 @@ def test_schedule() -> None:
     assert epochs[-1] <= 399
 
 
-def test_collects_features_of_a_batch() -> None:
+def test_labellings_are_spread_over_the_run(tmp_path: Path) -> None:
+    """The built method and config.json know the epochs of the run; a value in the configuration stays."""
+    derived, explicit = config(labellings=3), config(labellings=3, labelling_epochs=9)
+    run = context(derived.model, ROWS, epochs=4)
+    with tiny_trunks():
+        methods = [each.method.build(run) for each in (derived, explicit)]
+    assert [[e for e in range(9) if m.needs_feature_pass(e)] for m in methods] == [[0, 1], [0, 1, 4]]
+    assert config().method.resolve(run) == config().method
+    train(derived, tmp_path / "run")
+    assert load_json(tmp_path / "run" / "config.json")["method"]["labelling_epochs"] == 2
+    train(config(labellings=3, labelling_epochs=2), tmp_path / "run")  # the same run: it resumes
+    with pytest.raises(ValueError, match=r"method\.labelling_epochs was 2, is 1"):
+        train(config(labellings=3, labelling_epochs=1), tmp_path / "run")
+
+
+def test_stores_features_of_a_batch() -> None:
     method = build(config(every_epochs=2))
     assert isinstance(method, SeLa)
     assert [method.needs_feature_pass(epoch) for epoch in range(4)] == [True, False, True, False]
     views, rows = first_batch(config())
-    method.collect(views, rows)
+    method.store_features(views, rows)
     torch.testing.assert_close(method.features.vectors[rows], method.trunk(views["image"].pixels).detach())
     assert method.features.seen.nonzero()[:, 0].tolist() == sorted(rows.tolist())
 
@@ -165,7 +185,7 @@ def test_a_run_labels_every_row(tmp_path: Path) -> None:
     assert isinstance(method, SeLa)
     assert method.features.seen.all()
     counts = torch.stack([labels.long().bincount(minlength=4) for labels in method.labels])
-    assert (counts - ROWS / 4).abs().max() <= 3  # the transport is equal, the largest of a row not quite
+    assert (counts - ROWS / 4).abs().max() <= 3  # the transport is balanced, its argmax nearly
     assert not torch.equal(method.labels[0], method.labels[1])
 
 
@@ -216,9 +236,10 @@ def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
     enter(rank, ranks, port)
     init_process_group(process_group(), torch.device("cpu"))
     for count in (61, 1):
-        own = scores(count, 5)[share(count)]
+        part = own_rows(count)
+        own = scores(count, 5)[part.start : part.stop]
         found = solve(own, tolerance=1e-6, max_iterations=5000, block=9)
-        torch.save((gather_shares(found.labels, count), found.columns), folder / f"{count}-{rank}.pt")
+        torch.save((gather_uneven(found.labels), found.columns), folder / f"{count}-{rank}.pt")
     destroy_process_group()
 
 
@@ -242,10 +263,7 @@ def test_sinkhorn_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
         ({"sharpness": 0.0}, "method.sharpness must be positive and finite, got 0.0"),
         ({"tolerance": math.inf}, "method.tolerance must be positive and finite, got inf"),
         ({"labellings": -1}, "method.labellings must be at least 0, got -1"),
-        (
-            {"labellings": 5},
-            "method.labelling_epochs must be the epochs of the run, 1 or more, where labellings=5, got 0",
-        ),
+        ({"labelling_epochs": -1}, "method.labelling_epochs must be at least 0, got -1"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str) -> None:

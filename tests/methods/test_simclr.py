@@ -12,16 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sslfast.distributed.sync_batchnorm import GlobalBatchNorm, globalize_batchnorm
 from sslfast.methods.simclr import SimCLR, nt_xent
 from sslfast.models import contrast
+from sslfast.models.build import build_trunk
 from sslfast.models.contrast import info_nce
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import simclr_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.methods import harness
-from tests.tiny import same
+from tests.tiny import context, same
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -34,7 +35,7 @@ def unit(count: int, dimensions: int, seed: int = 0) -> Tensor:
 
 
 def dense(embeddings: Tensor, temperature: float) -> Tensor:
-    """NT-Xent with the whole matrix."""
+    """NT-Xent from the full score matrix."""
     count = len(embeddings)
     scores = (embeddings @ embeddings.T / temperature).masked_fill(torch.eye(count, dtype=torch.bool), -torch.inf)
     return cross_entropy(scores, torch.arange(count).roll(count // 2), reduction="none")
@@ -83,7 +84,7 @@ def test_autocast_leaves_the_scores_alone() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that an operation returned."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -95,7 +96,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_matrix_of_scores_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_score_matrix_is_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrast, "_BLOCK", 1 << 14)
     z = unit(512, 8).float().requires_grad_()
     with Largest() as largest:
@@ -184,4 +185,4 @@ def test_recipe_is_the_published_numbers() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SimCLR.Config(**changes).build(model=ResNetConfig(name="resnet18"), num_rows=10, seed=0)
+        SimCLR.Config(**changes).build(context(ResNetConfig(name="resnet18"), 10, seed=0))

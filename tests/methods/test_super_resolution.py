@@ -12,6 +12,7 @@ from sslfast.models.resnet import ResNetConfig
 from sslfast.recipes.generative import super_resolution, super_resolution_small
 from sslfast.views.types import View
 from tests.methods import harness
+from tests.tiny import context
 
 
 def tiny(**changes: Any) -> Any:
@@ -19,7 +20,7 @@ def tiny(**changes: Any) -> Any:
 
 
 def details(shape: torch.Size, factor: int) -> Tensor:
-    """Random pixels whose mean over every block is 0: what reduction takes away."""
+    """Random pixels whose mean over every block is 0, which downsampling removes."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     blocks = noise.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))  # [B, 3, h, f, w, f]
     return (blocks - blocks.mean(dim=(3, 5), keepdim=True)).flatten(4).flatten(2, 3)
@@ -64,11 +65,11 @@ def test_details_do_not_reach_the_network() -> None:
     method.trunk.conv1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
     losses = [method({"image": View(pixels=x)}, rows, step=0)["loss"] for x in (clean, other)]
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
-    assert (losses[0] - losses[1]).abs() > 0.1  # they are asked for
+    assert (losses[0] - losses[1]).abs() > 0.1  # they are reconstructed
 
 
-def test_perceptual_distance_of_kernels_that_pass_a_pixel_on() -> None:
-    """Three of the 32, 64 and 128 features are the colours, of which ReLU leaves the positive ones."""
+def test_perceptual_distance_of_identity_kernels() -> None:
+    """Three of the 32, 64 and 128 features are the colours, after ReLU."""
     network = RandomFeatures(seed=0)
     for layer in network.layers:
         nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
@@ -78,7 +79,7 @@ def test_perceptual_distance_of_kernels_that_pass_a_pixel_on() -> None:
     torch.testing.assert_close(network.distance(y, x), torch.tensor(expected))
 
 
-def test_both_terms_pull_the_prediction_and_their_logs_do_not() -> None:
+def test_both_terms_have_gradients_and_their_logs_do_not() -> None:
     config = tiny(loss="l2", perceptual_weight=0.3)
     method = harness.build(config)
     assert isinstance(method, SuperResolution)
@@ -98,7 +99,7 @@ def test_both_terms_pull_the_prediction_and_their_logs_do_not() -> None:
     assert not out["loss_perceptual"].requires_grad
 
 
-def test_perceptual_distance_needs_no_weights_from_elsewhere() -> None:
+def test_the_perceptual_network_is_drawn_from_the_seed() -> None:
     first, second = RandomFeatures(seed=3), RandomFeatures(seed=3)
     x, y = torch.randn(2, 2, 3, 16, 16)
     assert first.distance(x, x) == 0
@@ -110,7 +111,7 @@ def test_perceptual_distance_needs_no_weights_from_elsewhere() -> None:
     assert x.grad.abs().sum() > 0
 
 
-def test_the_perceptual_network_never_changes() -> None:
+def test_the_perceptual_network_is_not_trained() -> None:
     config = replace(tiny(perceptual_weight=1.0), seed=5)
     harness.assert_gradients_reach_the_trunk(config)
     method = harness.build(config)
@@ -133,7 +134,7 @@ def test_panels() -> None:
     panels = config.method.preview_panels(views, rows, seed=0)
     assert list(panels) == ["input", "target"]
     inside = panels["input"].mean(dim=(2, 3)), panels["target"].mean(dim=(2, 3))
-    torch.testing.assert_close(*inside, rtol=0, atol=0.02)  # the same picture
+    torch.testing.assert_close(*inside, rtol=0, atol=0.02)  # the same image
     assert (panels["input"] - panels["target"]).abs().max() > 0.05
     seen = PixelSpace(config.method.image_view.augment).to_rgb(reduced(views["image"].pixels, 2))
     assert torch.equal(tiny(factor=2).method.preview_panels(views, rows, seed=0)["input"], seen)
@@ -149,7 +150,7 @@ def test_panels() -> None:
 )
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SuperResolution.Config(**changes).build(model=ResNetConfig(), num_rows=4, seed=0)
+        SuperResolution.Config(**changes).build(context(ResNetConfig(), 4, seed=0))
 
 
 def test_recipes() -> None:

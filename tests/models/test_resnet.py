@@ -4,7 +4,8 @@ import pytest
 import torch
 import torchvision
 
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models.build import build_trunk
+from sslfast.models.resnet import ResNetConfig
 
 
 def parameters(config: ResNetConfig) -> int:
@@ -48,6 +49,6 @@ def test_parameters_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, 0.3, float("nan")])
-def test_widths_that_cannot_be(width: float) -> None:
+def test_invalid_widths(width: float) -> None:
     with pytest.raises(ValueError, match=r"model\.width must be a positive multiple of 1/8"):
         ResNetConfig(width=width)

@@ -23,6 +23,7 @@ from sslfast.runs.checkpoint import list_checkpoints
 from sslfast.runs.directory import RunDirectory
 from sslfast.views.types import View
 from tests.distributed.test_training import NormFree, assert_near, config, data, enter, final, losses, run, train
+from tests.tiny import context
 
 __all__ = ["data"]  # a fixture
 
@@ -54,7 +55,7 @@ def score_and_update(rank: int, ranks: int, port: int, num_rows: int, batch: int
     enter(rank, ranks, port)
     make: dict[str, Any] = {"num_rows": num_rows, "dimensions": COLUMNS, "momentum": 0.4, "seed": 2}
     whole = MemoryBank(**make, dtype=torch.float64)
-    alone = MemoryBank(**make, dtype=torch.float64, layout="sharded")  # before the processes meet
+    alone = MemoryBank(**make, dtype=torch.float64, layout="sharded")  # before the process group exists
     assert torch.equal(alone.vectors, whole.vectors)
     init_process_group(process_group(), CPU)
     bank = MemoryBank(**make, dtype=torch.float64, layout="sharded")
@@ -141,7 +142,7 @@ def train_methods(rank: int, ranks: int, port: int) -> None:
     def build(changes: dict[str, Any], layout: str) -> PIRL:
         base = config().method
         assert isinstance(base, PIRL.Config)
-        return replace(base, bank_layout=layout, **changes).build(model=ResNetConfig(), num_rows=19, seed=4)
+        return replace(base, bank_layout=layout, **changes).build(context(ResNetConfig(), 19, seed=4))
 
     alone = [steps_of(build(changes, "replicated"), slice(None)) for changes in METHODS]
     init_process_group(process_group(), CPU)
@@ -188,6 +189,6 @@ def test_loading_the_wrong_number_of_rows() -> None:
     assert shard_bounds(10, 4) == [0, 2, 5, 7, 10]
 
 
-def test_compiled_methods_break_off_before_the_exchanges() -> None:
-    """Tracing the collectives and the derivative inside would go wrong; torch marks what it does not trace so."""
+def test_collectives_are_a_graph_break_for_torch_compile() -> None:
+    """The collectives and the derivative inside cannot be traced; this is torch's mark of a disabled function."""
     assert vars(score_over_shards)["_torchdynamo_disable"]

@@ -36,13 +36,13 @@ def make(
     return query.to(device), bank.to(device, dtype), index.to(device)
 
 
-def rows_of(mode: str, index: Tensor, num_rows: int, count: int = 101) -> dict[str, Any]:
+def negatives_of(mode: str, index: Tensor, num_rows: int, count: int = 101) -> dict[str, Any]:
     if mode == "full":
         return {}
     generator = torch.Generator().manual_seed(count)
-    rows = torch.randint(num_rows, (count,), generator=generator).to(index.device)
-    rows[: min(count, 2)] = index[0]  # the first sample's own row, twice
-    return {"rows": rows, "exclude_self": mode == "list without own"}
+    negatives = torch.randint(num_rows, (count,), generator=generator).to(index.device)
+    negatives[: min(count, 2)] = index[0]  # the first sample's own row, twice
+    return {"negatives": negatives, "exclude_self": mode == "list without own"}
 
 
 def run(function: Any, query: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def assert_agrees(query: Tensor, bank: Tensor, index: Tensor, **options: Any) ->
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equals_float64_reference(device: torch.device, dtype: torch.dtype, columns: int, loss: str, mode: str) -> None:
     query, bank, index = make(device, columns=columns, dtype=dtype)
-    assert_agrees(query, bank, index, loss=loss, z=900.0, **rows_of(mode, index, 300))
+    assert_agrees(query, bank, index, loss=loss, z=900.0, **negatives_of(mode, index, 300))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,14 +85,14 @@ def test_equals_float64_reference(device: torch.device, dtype: torch.dtype, colu
 def test_sizes(device: torch.device, num_rows: int, views: int, batch: int, mode: str) -> None:
     query, bank, index = make(device, views=views, batch=batch, num_rows=num_rows, columns=16)
     for count in (1, 64, 130) if mode != "full" else (1,):
-        assert_agrees(query, bank, index, **rows_of(mode, index, num_rows, count))
+        assert_agrees(query, bank, index, **negatives_of(mode, index, num_rows, count))
 
 
 @pytest.mark.parametrize("loss", ["infonce", "nce"])
 def test_banks_cut_into_parts(device: torch.device, loss: str) -> None:
     query, bank, index = make(device, batch=3, num_rows=40_000, columns=24)
     assert_agrees(query, bank, index, loss=loss, z=9e4)
-    assert_agrees(query, bank, index, loss=loss, z=9e4, **rows_of("list without own", index, 40_000, 9001))
+    assert_agrees(query, bank, index, loss=loss, z=9e4, **negatives_of("list without own", index, 40_000, 9001))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -103,7 +103,7 @@ def test_extreme_temperatures(device: torch.device, temperature: float, loss: st
     query[0, 0] = bank[index[0]]  # score 1 / temperature, exp(100) at 0.01
     query[1, 1] = -bank[index[1]]
     z = 300 * math.exp(1 / (256 * temperature**2))
-    assert_agrees(query, bank, index, temperature=temperature, loss=loss, z=z, **rows_of(mode, index, 300))
+    assert_agrees(query, bank, index, temperature=temperature, loss=loss, z=z, **negatives_of(mode, index, 300))
 
 
 def test_large_scores_do_not_overflow(device: torch.device) -> None:
@@ -210,7 +210,7 @@ def test_shards_merge(device: torch.device, loss: str) -> None:
 
 def test_own_row_alone_in_the_list(device: torch.device) -> None:
     query, bank, index = make(device, batch=1)
-    loss, lse, gradient = run(bank_nce_dense, query, bank, index, rows=index.expand(70), exclude_self=True)
+    loss, lse, gradient = run(bank_nce_dense, query, bank, index, negatives=index.expand(70), exclude_self=True)
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     torch.testing.assert_close(lse, (query * bank[index]).sum(-1) / 0.07)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=2e-6)
@@ -235,7 +235,7 @@ def test_empty_non_contiguous_and_repeated(device: torch.device) -> None:
 def test_gradcheck(device: torch.device) -> None:
     query, bank, index = make(device, batch=3, columns=6, num_rows=20, dtype=torch.float64)
     query.requires_grad_()
-    for options in ({}, {"loss": "nce", "z": 30.0}, rows_of("list without own", index, 20, 9)):
+    for options in ({}, {"loss": "nce", "z": 30.0}, negatives_of("list without own", index, 20, 9)):
         for temperature in (0.2, 1.0):
 
             def loss(q: Tensor, options: Any = options, temperature: float = temperature) -> Tensor:
@@ -287,13 +287,13 @@ def test_bad_tensors() -> None:
         bank_nce_dense(query.double(), bank, index)
     with pytest.raises(RuntimeError, match=r"query must have shape \[V, B, D\], got \[5, 128\]"):
         bank_nce_dense(query[0], bank, index)
-    with pytest.raises(RuntimeError, match="rows must name at least one row"):
-        bank_nce_dense(query, bank, index, rows=index[:0])
-    with pytest.raises(RuntimeError, match=r"rows must have shape \[K\], got \[5, 1\]"):
-        bank_nce_dense(query, bank, index, rows=index[:, None])
-    with pytest.raises(RuntimeError, match=r"rows must be in \[0, 300\), got -1 at flat position 0"):
-        bank_nce_dense(query, bank, index, rows=torch.tensor([-1]))
-    with pytest.raises(RuntimeError, match="exclude_self is for given rows"):
+    with pytest.raises(RuntimeError, match="negatives must name at least one row"):
+        bank_nce_dense(query, bank, index, negatives=index[:0])
+    with pytest.raises(RuntimeError, match=r"negatives must have shape \[K\], got \[5, 1\]"):
+        bank_nce_dense(query, bank, index, negatives=index[:, None])
+    with pytest.raises(RuntimeError, match=r"negatives must be in \[0, 300\), got -1 at flat position 0"):
+        bank_nce_dense(query, bank, index, negatives=torch.tensor([-1]))
+    with pytest.raises(RuntimeError, match="exclude_self is for given negatives"):
         bank_nce_dense(query, bank, index, exclude_self=True)
     with pytest.raises(RuntimeError, match="NCE against the whole bank needs at least 2 rows, got 1"):
         bank_nce_dense(query, bank[:1], index * 0, loss="nce")

@@ -28,12 +28,12 @@ def arguments(
     generator = torch.Generator().manual_seed(batch)
     index = torch.randint(num_rows, (batch,), generator=generator)
     index[0] = -1  # a query without a positive
-    rows = None
+    negatives = None
     if num_listed is not None:
-        rows = torch.randint(num_rows, (num_listed,), generator=generator)
-        rows[::7] = index[-1]
+        negatives = torch.randint(num_rows, (num_listed,), generator=generator)
+        negatives[::7] = index[-1]
     query = query if dtype == torch.float64 else query.float()
-    return [query, bank.to(dtype), index, rows, z, 900.0, temperature, binary, exclude_self]
+    return [query, bank.to(dtype), index, negatives, z, 900.0, temperature, binary, exclude_self]
 
 
 def assert_agrees(args: list[Any], *, tensor_cores: bool, **device: int) -> None:
@@ -133,7 +133,7 @@ def test_temperatures(dtype: torch.dtype, temperature: float, compute_capability
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_listed_rows(dtype: torch.dtype, exclude_self: bool, loss: str) -> None:
+def test_listed_negatives(dtype: torch.dtype, exclude_self: bool, loss: str) -> None:
     for num_listed in (1, 130):
         args = arguments(dtype=dtype, num_listed=num_listed, binary=LOSSES[loss], exclude_self=exclude_self, columns=64)
         args[4] = torch.tensor(123.0, dtype=torch.float64)
@@ -144,8 +144,8 @@ def test_listed_rows(dtype: torch.dtype, exclude_self: bool, loss: str) -> None:
 
 @pytest.mark.parametrize(("kernel", "dtype"), [("simt", torch.float32), ("mma", torch.bfloat16)])
 def test_rows_out_of_range_trap(kernel: str, dtype: torch.dtype) -> None:
-    index, rows = arguments(dtype=dtype), arguments(dtype=dtype, num_listed=80)
-    index[2][1], rows[3][70] = 300, -1
-    for args in (index, rows):
+    index, negatives = arguments(dtype=dtype), arguments(dtype=dtype, num_listed=80)
+    index[2][1], negatives[3][70] = 300, -1
+    for args in (index, negatives):
         with pytest.raises(RuntimeError, match="bank_nce_dense: device trap in"):
             emulate("bank_nce_dense", *args)

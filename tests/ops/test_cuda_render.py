@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sslfast.ops import ViewParameter
 from tests.cuda_emulation import emulate, fence, load, source_of
 from tests.ops.test_render_views import make
 
@@ -27,9 +28,9 @@ def arguments(
 ) -> list[Any]:
     crops, parameters, options = make(torch.device("cpu"), **shape)
     if not photometric:
-        parameters[..., 7] = 0
+        parameters[..., ViewParameter.PHOTOMETRIC] = 0
     if not blur:
-        parameters[..., 12] = 0
+        parameters[..., ViewParameter.BLUR_SIGMA] = 0
     places = [options.get(name) for name in ("quarter_turns", "permutation", "offsets")]
     sizes = [options.get("grid", 0), options.get("patch_size", 0)]
     return [crops, parameters, *places, *sizes, *NORMAL, dtype, channels_last, photometric, blur]
@@ -70,7 +71,7 @@ def test_several_warps() -> None:
 def test_levels_that_shared_memory_does_not_hold(compute_capability: int, side: int) -> None:
     """172,800 bytes of 163 KiB, 102,675 bytes of 99 KiB: they go to global memory."""
     args = arguments(batch=1, side=side)
-    args[1][..., 7] = 1
+    args[1][..., ViewParameter.PHOTOMETRIC] = 1
     assert_agrees(args, 0, compute_capability=compute_capability)
 
 
@@ -78,8 +79,8 @@ def test_levels_that_shared_memory_does_not_hold(compute_capability: int, side: 
 @pytest.mark.parametrize("side", [1, 2, 14, 33, 70])
 def test_blur_of_every_radius(side: int, channels_last: bool) -> None:
     args = arguments(batch=7, side=side, channels_last=channels_last, photometric=False)
-    args[1][:, 0, 12] = torch.tensor([0.1, 0.5, 1.0, 0.0, 2.0, 3.1, 5.0])
-    args[1][:, 0, 11] = torch.tensor([0, 0, 1, 1, 1, 0, 0])
+    args[1][:, 0, ViewParameter.BLUR_SIGMA] = torch.tensor([0.1, 0.5, 1.0, 0.0, 2.0, 3.1, 5.0])
+    args[1][:, 0, ViewParameter.GRAYSCALE] = torch.tensor([0, 0, 1, 1, 1, 0, 0])
     for order in (0, 3):
         assert_agrees(args, order)
 
@@ -97,8 +98,8 @@ def test_bad_values_trap(argument: int, value: float) -> None:
         emulate("render_views", *args)
 
 
-@pytest.mark.parametrize("column", [7, 12])
-def test_an_operation_that_was_promised_absent_traps(column: int) -> None:
+@pytest.mark.parametrize("column", [ViewParameter.PHOTOMETRIC, ViewParameter.BLUR_SIGMA])
+def test_an_operation_that_was_promised_absent_traps(column: ViewParameter) -> None:
     args = arguments(batch=2, side=12, photometric=False, blur=False)
     args[1][1, 0, column] = 1
     with pytest.raises(RuntimeError, match="render_views: device trap in"):

@@ -24,6 +24,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslfast import ops
+from sslfast.ops import ViewParameter
+from tests.ops.test_render_views import stacked
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of each op, through its public function and through the raw op. A number in SSLFAST_FUZZ: another, longer search.
@@ -238,12 +240,12 @@ def bank_nce_check(call: Arguments, answer: Tensor, _before: Arguments) -> None:
 def bank_nce_dense_call(draw: Any) -> Arguments:
     call = bank_nce_call(draw)
     query, index = call["query"], call["index"]
-    rows = draw(st.sampled_from([None, integers(draw, len(call["bank"]), draw(st.integers(1, 5)))]))
+    negatives = draw(st.sampled_from([None, integers(draw, len(call["bank"]), draw(st.integers(1, 5)))]))
     return {
         "query": query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:]),
         "index": torch.where(integers(draw, 4, len(index)) == 0, -1, index),  # some positives lie in another shard
-        "rows": rows,
-        "exclude_self": call["exclude_self"] and rows is not None,
+        "negatives": negatives,
+        "exclude_self": call["exclude_self"] and negatives is not None,
         **{name: call[name] for name in ("bank", "temperature", "loss", "z")},
     }
 
@@ -359,17 +361,24 @@ def rgb_to_lab_check(call: Arguments, answer: Tensor, _before: Arguments) -> Non
 def render_views_call(draw: Any) -> Arguments:
     batch, grid, patch = (draw(st.integers(low, high)) for low, high in ((0, 3), (0, 3), (1, 4)))
     side, pictures = max(1, grid) * patch + draw(st.integers(0, 4)), max(1, grid**2)
-    columns = [
-        integers(draw, 2, batch, pictures), integers(draw, 2, batch, pictures), integers(draw, 24, batch, pictures),
-        *(integers(draw, 200, batch, pictures) / 100 for _ in range(3)),
-        integers(draw, 100, batch, pictures) / 100 - 0.5,
-        torch.zeros(batch, pictures), integers(draw, 9, batch, pictures), integers(draw, 200, batch, pictures) / 100,
-        integers(draw, 257, batch, pictures), integers(draw, 2, batch, pictures),
-        integers(draw, 501, batch, pictures) / 100,
-    ]  # fmt: skip
+    columns = {
+        ViewParameter.FLIP: integers(draw, 2, batch, pictures),
+        ViewParameter.JITTER: integers(draw, 2, batch, pictures),
+        ViewParameter.JITTER_ORDER: integers(draw, 24, batch, pictures),
+        ViewParameter.BRIGHTNESS: integers(draw, 200, batch, pictures) / 100,
+        ViewParameter.CONTRAST: integers(draw, 200, batch, pictures) / 100,
+        ViewParameter.SATURATION: integers(draw, 200, batch, pictures) / 100,
+        ViewParameter.HUE: integers(draw, 100, batch, pictures) / 100 - 0.5,
+        ViewParameter.PHOTOMETRIC: torch.zeros(batch, pictures),
+        ViewParameter.POSTERIZE_BITS: integers(draw, 9, batch, pictures),
+        ViewParameter.SHARPNESS: integers(draw, 200, batch, pictures) / 100,
+        ViewParameter.SOLARIZE_THRESHOLD: integers(draw, 257, batch, pictures),
+        ViewParameter.GRAYSCALE: integers(draw, 2, batch, pictures),
+        ViewParameter.BLUR_SIGMA: integers(draw, 501, batch, pictures) / 100,
+    }
     call: Arguments = {
         "crops": integers(draw, 256, batch, 3, side, side).to(torch.uint8),
-        "parameters": torch.stack([column.float() for column in columns], dim=-1),
+        "parameters": stacked(columns),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "channels_last": draw(st.booleans()),
     }
@@ -391,7 +400,7 @@ def render_views_check(call: Arguments, answer: Tensor, _before: Arguments) -> N
     expected = ops.render_views_reference(**call)
     assert answer.shape == expected.shape
     assert answer.dtype == expected.dtype
-    closed = (call["parameters"][..., 7] == 0).flatten()
+    closed = (call["parameters"][..., ViewParameter.PHOTOMETRIC] == 0).flatten()
     tolerance = 1e-3 if answer.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(answer[closed], expected[closed], rtol=tolerance, atol=tolerance)
 

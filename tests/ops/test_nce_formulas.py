@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from sslfast.methods.pirl import PIRL
 from sslfast.models.resnet import ResNetConfig
 from sslfast.ops import bank_nce, estimate_z, negative_rows
+from tests.tiny import context
 
 
 @dataclass
@@ -246,7 +247,7 @@ def test_z_of_the_method(kind: str, z_from: str) -> None:
     Exact: of every batch, the mean over its queries of the sum of exp(s) over all rows (Wu et al. 2018, equation 2).
     """
     config = PIRL.Config(num_negatives=20, z=kind, z_from=z_from, z_momentum=0.75, bank_momentum=1.0)  # type: ignore[arg-type]
-    method = config.build(model=ResNetConfig(name="resnet18"), num_rows=40, seed=5)
+    method = config.build(context(ResNetConfig(name="resnet18"), 40, seed=5))
     batches = [draw(views=2, batch=3, columns=128, num_rows=40, negatives=20 + step) for step in range(4)]
     expected = math.nan
     for step, d in enumerate(batches):

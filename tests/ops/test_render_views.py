@@ -1,11 +1,23 @@
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sslfast.ops import jigsaw_patches_reference, render_views, render_views_reference, rotate90_reference
+from sslfast.ops import (
+    ViewParameter,
+    jigsaw_patches_reference,
+    neutral_parameters,
+    render_views,
+    render_views_reference,
+    rotate90_reference,
+)
 from sslfast.ops.pixels import ORDERS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # levels come out
 
@@ -13,7 +25,7 @@ PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 
 def make(
     device: torch.device, *, batch: int = 3, side: int = 26, grid: int = 0, patch: int = 0, turns: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Smooth crops with some noise, random parameters, and what places the pictures."""
+    """Smooth crops with some noise, random parameters, and the options that place the pictures."""
     generator = torch.Generator().manual_seed(side + 100 * grid)
     coarse = torch.rand(batch, 3, 5, 5, generator=generator) * 255
     crops = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
@@ -23,11 +35,21 @@ def make(
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(batch, pictures, generator=generator) * (high - low) + low
 
-    columns = [
-        uniform(0, 2).floor(), uniform(0, 4).floor().clamp(max=1), uniform(0, 24).floor(), uniform(0.6, 1.4),
-        uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(-0.5, 0.5), uniform(0, 2).floor(), uniform(4, 9).floor(),
-        uniform(0.1, 1.9), uniform(0, 257).floor(), uniform(0, 2).floor(), uniform(0, 2).floor() * uniform(0.1, 2.5),
-    ]  # fmt: skip
+    columns = {
+        ViewParameter.FLIP: uniform(0, 2).floor(),
+        ViewParameter.JITTER: uniform(0, 4).floor().clamp(max=1),
+        ViewParameter.JITTER_ORDER: uniform(0, 24).floor(),
+        ViewParameter.BRIGHTNESS: uniform(0.6, 1.4),
+        ViewParameter.CONTRAST: uniform(0.6, 1.4),
+        ViewParameter.SATURATION: uniform(0.6, 1.4),
+        ViewParameter.HUE: uniform(-0.5, 0.5),
+        ViewParameter.PHOTOMETRIC: uniform(0, 2).floor(),
+        ViewParameter.POSTERIZE_BITS: uniform(4, 9).floor(),
+        ViewParameter.SHARPNESS: uniform(0.1, 1.9),
+        ViewParameter.SOLARIZE_THRESHOLD: uniform(0, 257).floor(),
+        ViewParameter.GRAYSCALE: uniform(0, 2).floor(),
+        ViewParameter.BLUR_SIGMA: uniform(0, 2).floor() * uniform(0.1, 2.5),
+    }
     options: dict[str, Any] = {}
     if grid:
         options["permutation"] = torch.stack([torch.randperm(pictures, generator=generator) for _ in range(batch)])
@@ -37,16 +59,22 @@ def make(
     options = {name: value.to(device) for name, value in options.items()}
     if grid:
         options |= {"grid": grid, "patch_size": patch}
-    return crops.to(device), torch.stack(columns, dim=-1).to(device), options
+    return crops.to(device), stacked(columns).to(device), options
+
+
+def stacked(columns: dict[ViewParameter, Tensor]) -> Tensor:
+    """``[..., len(ViewParameter)]`` from one ``[...]`` for each parameter, neutral where none is given."""
+    like = next(iter(columns.values()))
+    neutral = [torch.full_like(like, value, dtype=torch.float32) for value in neutral_parameters()]
+    return torch.stack([columns.get(p, neutral[p]).to(torch.float32) for p in ViewParameter], dim=-1)
 
 
 def plain(batch: int, pictures: int = 1, **columns: float) -> Tensor:
-    """Parameters that change nothing, but for the named columns."""
-    names = ("flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "photometric", "bits",
-             "sharpness", "threshold", "grayscale", "sigma")  # fmt: skip
-    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "bits": 8.0, "sharpness": 1.0, "threshold": 256.0}
-    values = [(neutral | columns).get(name, 0.0) for name in names]
-    return torch.tensor(values).expand(batch, pictures, 13).clone()
+    """Neutral parameters, except for the named columns."""
+    parameters = torch.tensor(neutral_parameters()).expand(batch, pictures, -1).clone()
+    for name, value in columns.items():
+        parameters[..., ViewParameter[name.upper()]] = value
+    return parameters
 
 
 def assert_agrees(crops: Tensor, parameters: Tensor, **options: Any) -> None:
@@ -56,7 +84,7 @@ def assert_agrees(crops: Tensor, parameters: Tensor, **options: Any) -> None:
     expected = render_views_reference(crops.cpu(), parameters.cpu(), **PLAIN, **moved)
     assert result.shape == expected.shape
     different = (result.cpu() - expected).abs() > 0.01
-    photometric = parameters[..., 7].flatten().cpu() != 0
+    photometric = parameters[..., ViewParameter.PHOTOMETRIC].flatten().cpu() != 0
     assert not different[~photometric].any()
     if photometric.any():
         assert different[photometric].float().mean() < 2e-3
@@ -82,7 +110,7 @@ def test_blur_of_every_radius(device: torch.device, side: int) -> None:
     crops, _, _ = make(device, batch=8 if side < 100 else 2, side=side)
     for gray in (0.0, 1.0):
         parameters = plain(8, grayscale=gray)
-        parameters[:, 0, 12] = sigma
+        parameters[:, 0, ViewParameter.BLUR_SIGMA] = sigma
         assert_agrees(crops, parameters[-len(crops) :].to(device))
 
 
@@ -92,7 +120,7 @@ def test_blur_of_one_point_is_the_kernel(device: torch.device) -> None:
     distance = torch.arange(-20, 21, device=device).double()
     taps = torch.where(distance.abs() <= 5, torch.exp(-0.5 * (distance / 1.5) ** 2), 0.0)  # ceil(3 * 1.5)
     taps /= taps.sum()
-    result = render_views(crops, plain(1, sigma=1.5).to(device), **PLAIN)
+    result = render_views(crops, plain(1, blur_sigma=1.5).to(device), **PLAIN)
     expected = (255 * taps[:, None] * taps).expand(1, 3, 41, 41)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -100,21 +128,23 @@ def test_blur_of_one_point_is_the_kernel(device: torch.device) -> None:
 def test_blur_mirrors_the_border(device: torch.device) -> None:
     crops, _, _ = make(device, batch=1, side=24)
     mirrored = torch.nn.functional.pad(crops.float(), (6, 6, 6, 6), mode="reflect").to(torch.uint8)
-    parameters = plain(1, sigma=2.0).to(device)
+    parameters = plain(1, blur_sigma=2.0).to(device)
     inside = render_views(mirrored, parameters, **PLAIN)[..., 6:-6, 6:-6]
     torch.testing.assert_close(render_views(crops, parameters, **PLAIN), inside, rtol=0, atol=1e-3)
 
 
 def test_large_pictures_leave_shared_memory(device: torch.device) -> None:
     crops, parameters, options = make(device, batch=2, side=300)
-    parameters[..., 7] = 1
+    parameters[..., ViewParameter.PHOTOMETRIC] = 1
     assert_agrees(crops, parameters, **options)
 
 
 @pytest.mark.parametrize("code", range(24))
 def test_every_order(device: torch.device, code: int) -> None:
     crops, parameters, _ = make(device, batch=4, side=20)
-    parameters[..., 1], parameters[..., 2], parameters[..., 7] = 1, code, 0
+    parameters[..., ViewParameter.JITTER] = 1
+    parameters[..., ViewParameter.JITTER_ORDER] = code
+    parameters[..., ViewParameter.PHOTOMETRIC] = 0
     assert_agrees(crops, parameters)
     assert sorted(ORDERS[code]) == [0, 1, 2, 3]
 
@@ -122,7 +152,7 @@ def test_every_order(device: torch.device, code: int) -> None:
 def test_neutral_parameters_move_pixels_alone(device: torch.device) -> None:
     crops, _, options = make(device, batch=5, side=26, grid=3, patch=7, turns=True)
     for gate in (0.0, 1.0):  # open gates around neutral values change nothing either, but for autocontrast
-        neutral = plain(5, 9, jitter=gate, order=17).to(device)
+        neutral = plain(5, 9, jitter=gate, jitter_order=17).to(device)
         result = render_views(crops, neutral, **PLAIN, **options)
         turned = rotate90_reference(crops, options["quarter_turns"])
         patches = jigsaw_patches_reference(turned, options["permutation"], options["offsets"], grid=3, patch_size=7)
@@ -144,7 +174,9 @@ def test_known_values(device: torch.device) -> None:
     torch.testing.assert_close(levels(jitter=1, hue=0.3), gray[0], rtol=0, atol=1e-3)  # grey has no hue
     # Posterize to 4 bits: 96, 48, 192, 0; solarize from 100: 96, 48, 63, 0; autocontrast: x * 255 / 96.
     stretched = torch.tensor([[255.0, 127.0], [167.0, 0.0]], device=device)
-    torch.testing.assert_close(levels(photometric=1, bits=4, threshold=100), stretched, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        levels(photometric=1, posterize_bits=4, solarize_threshold=100), stretched, rtol=0, atol=2e-5
+    )
     normal = render_views(crops, plain(1).to(device), mean=(0.5, 0.1, 0.2), std=(0.5, 2.0, 0.1))
     torch.testing.assert_close(normal[0, 1], (gray[0] / 255 - 0.1) / 2, rtol=0, atol=1e-6)
 
@@ -216,13 +248,38 @@ def test_bad_tensors() -> None:
             render_views(crops, parameters, **(options | change))
     with pytest.raises(RuntimeError, match="crops must be uint8"):
         render_views(crops.float(), parameters, **options)
-    with pytest.raises(RuntimeError, match=r"parameters must be fp32 \[B, M, 13\] = \[3, 1, 13\], got \[3, 4, 13\]"):
+    n = len(ViewParameter)
+    shapes = rf"parameters must be fp32 \[B, M, {n}\] = \[3, 1, {n}\], got \[3, 4, {n}\]"
+    with pytest.raises(RuntimeError, match=shapes):
         render_views(crops, parameters)
-    for column, value in ((2, 24.0), (8, 9.0), (3, float("nan")), (6, float("inf")), (12, -0.1), (12, 5.01)):
-        broken = parameters.clone()
-        broken[1, 2, column] = value
-        with pytest.raises(RuntimeError, match=r"parameters must be finite.*sample 1, picture 2 are not"):
-            render_views(crops, broken, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("jitter_order", 24.0, r"jitter_order must be in \[0, 23\], got 24"),
+        ("posterize_bits", 9.0, r"posterize_bits must be in \[0, 8\], got 9"),
+        ("brightness", float("nan"), "brightness must be finite, got nan"),
+        ("hue", float("inf"), "hue must be finite, got inf"),
+        ("hue", float("-inf"), "hue must be finite, got -inf"),
+        ("blur_sigma", float("nan"), r"blur_sigma must be in \[0, 5\], got nan"),
+        ("blur_sigma", -0.1, r"blur_sigma must be in \[0, 5\], got -0.1"),
+        ("blur_sigma", 5.01, r"blur_sigma must be in \[0, 5\], got 5.01"),
+    ],
+)
+def test_parameter_out_of_range(name: str, value: float, message: str) -> None:
+    crops, parameters, options = make(torch.device("cpu"), side=24, grid=2, patch=10)
+    parameters[1, 2, ViewParameter[name.upper()]] = value
+    with pytest.raises(RuntimeError, match=rf"render_views: {message} at sample 1, picture 2"):
+        render_views(crops, parameters, **options)
+
+
+def test_header_is_generated_from_the_table() -> None:
+    script = ROOT / "sslfast" / "ops" / "view_parameters.py"
+    header = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "csrc" / "view_parameters.h").read_text() == header, (
+        "run: python sslfast/ops/view_parameters.py > csrc/view_parameters.h"
+    )
 
 
 def test_threads_do_not_change_the_result() -> None:

@@ -5,12 +5,16 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from sslfast.data.tar import ImageLocation
+from sslfast.data import FolderSource, ImageLocation
 from sslfast.evaluation.dataset import EvaluationSet
 from sslfast.report.neighbours import Neighbour, Query, choose_queries, neighbour_sheet, write_neighbours
 from tests.pictures import write_folder
 
 GREEN, RED = (ImageColor.getrgb(colour) for colour in ("#16a34a", "#dc2626"))
+
+
+def location(path: Path) -> ImageLocation:
+    return ImageLocation(FolderSource(root=path.parent, paths=[path.name]), 0)
 
 
 def evaluation(tmp_path: Path) -> EvaluationSet:
@@ -23,8 +27,8 @@ def evaluation(tmp_path: Path) -> EvaluationSet:
         train_labels=torch.tensor([0, 1, 2, 1, 2, 0]),
         val={"one": torch.eye(3), "two": torch.eye(3)},
         val_labels=torch.arange(3),
-        train_locations=[ImageLocation(str(tmp_path / "train" / f"{i}.png")) for i in range(6)],
-        val_locations=[ImageLocation(str(tmp_path / "val" / f"{i}.png")) for i in range(3)],
+        train_locations=[location(tmp_path / "train" / f"{i}.png") for i in range(6)],
+        val_locations=[location(tmp_path / "val" / f"{i}.png") for i in range(3)],
         classes=["a", "bb", "a class of an endless name"],
         facts={},
     )
@@ -79,6 +83,6 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_queries_by_hand(tmp_path: Path) -> None:
     write_folder(tmp_path, ["a.png"])
-    found = Neighbour(location=ImageLocation(str(tmp_path / "a.png")), similarity=0.5, same_class=True)
-    query = Query(location=ImageLocation(str(tmp_path / "a.png")), label="a", neighbours={"x": [found, found]})
+    found = Neighbour(location=location(tmp_path / "a.png"), similarity=0.5, same_class=True)
+    query = Query(location=location(tmp_path / "a.png"), label="a", neighbours={"x": [found, found]})
     assert neighbour_sheet([query], title="t").size[0] > 3 * 96

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sslfast.cli import commands
+from sslfast.cli import pretrain
 from sslfast.report import preview
 from sslfast.report.preview import Original, denormalise, preview_sheet, write_preview
 from sslfast.views.stage import ViewStage
@@ -145,7 +145,7 @@ def test_panels_are_further_columns() -> None:
 def test_command_draws_the_panels_of_the_method(recipe: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", ["0.jpg", "1.jpg"])
     output = tmp_path / "sheet.png"
-    assert commands.preview([str(folder), "--recipe", f"{recipe}-small", "-o", str(output), "--count", "2"]) == 0
+    assert pretrain.preview([str(folder), "--recipe", f"{recipe}-small", "-o", str(output), "--count", "2"]) == 0
     columns = 5 if recipe == "pirl" else 4  # original, image, patches twice, rotation; original, image, input, target
     sheet = Image.open(output)
     assert sheet.width == 2 * preview._MARGIN + columns * preview._TILE + (columns - 1) * preview._GAP

@@ -11,16 +11,14 @@ import torch
 
 from sslfast.runs.checkpoint import (
     CorruptCheckpointError,
+    HashedFileStore,
     checkpoint_path,
-    latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_latest,
-    prune_checkpoints,
-    remove_leftovers,
     save_checkpoint,
-    set_aside_newer,
 )
+from sslfast.runs.checkpoint_store import prune, set_aside_newer
 from tests.tiny import fork_server
 
 
@@ -112,7 +110,7 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_used(tmp_path: Path, d
     assert "\n" not in lines[0]
     assert "step_00000002.pt" in lines[0]
     assert "trying the one before, step_00000001.pt" in lines[0]
-    assert latest_checkpoint(tmp_path, report=lines.append) == checkpoint_path(tmp_path, 1)
+    assert found[0] == checkpoint_path(tmp_path, 1)
     with pytest.raises(CorruptCheckpointError, match=r"step_00000002\.pt"):
         load_checkpoint(checkpoint_path(tmp_path, 2))
 
@@ -126,12 +124,12 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None
 def test_default_report_is_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_checkpoint(tmp_path, state(1), 1)
     cut(save_checkpoint(tmp_path, state(2), 2))
-    latest_checkpoint(tmp_path)
+    load_latest(tmp_path)
     assert capsys.readouterr().err.startswith("sslfast: checkpoint ")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
+    assert load_latest(tmp_path) is None
     assert load_latest(tmp_path / "none") is None
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_checkpoint(tmp_path / "step_00000001.pt")
@@ -161,7 +159,7 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
 def test_pruning(tmp_path: Path, keep: int, every: int, left: list[int]) -> None:
     for step in range(1, 7):
         save_checkpoint(tmp_path, state(step), step)
-    prune_checkpoints(tmp_path, keep=keep, keep_every_steps=every)
+    prune(HashedFileStore(tmp_path), keep=keep, keep_every_steps=every)
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, s) for s in left]
     assert len(names(tmp_path)) == 2 * len(left)
 
@@ -177,14 +175,17 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".step_00000002.pt.tmp").write_bytes(b"half")
     (tmp_path / "step_00000002.pt.sha256").write_text("0  step_00000002.pt\n")
     (tmp_path / "notes.txt").write_text("mine")
-    remove_leftovers(tmp_path)
+    HashedFileStore(tmp_path).clean()
     assert names(tmp_path) == ["notes.txt", "step_00000001.pt", "step_00000001.pt.sha256"]
 
 
 def test_newer_ones_are_set_aside(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, state(step), step)
-    assert [p.name for p in set_aside_newer(tmp_path, 1)] == ["step_00000002.pt", "step_00000003.pt"]
+    assert [p.name for p in set_aside_newer(HashedFileStore(tmp_path), 1)] == [
+        "step_00000002.pt.superseded",
+        "step_00000003.pt.superseded",
+    ]
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 1)]
     assert (tmp_path / "step_00000003.pt.superseded").exists()
 

@@ -19,12 +19,15 @@ import pytest
 import torch
 
 from sslfast.cli.main import main
+from sslfast.config import resumable_fields
 from sslfast.data.manifest import Manifest
 from sslfast.loaders.pillow import PillowLoader
+from sslfast.methods.pirl import PIRL
 from sslfast.runs import checkpoint as checkpoint_module
 from sslfast.runs import directory as rundir
 from sslfast.runs.checkpoint import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
 from sslfast.runs.log import LogFile, read_log
+from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 from tests.tiny import Tiny, TinyConfig, fork_server, same, write_images
 
@@ -296,3 +299,25 @@ def is_running(pid: int) -> bool:
 def wait_for(child: Any, output: Path, *, count: int) -> None:
     while child.is_alive() and len(list_checkpoints(output / "checkpoints")) < count:
         time.sleep(0.002)
+
+
+def test_fields_that_may_change_at_a_resume() -> None:
+    """Everything else decides what a step computes; epochs too: the rate of the steps already done depends on it."""
+    assert resumable_fields(TrainConfig(method=PIRL.Config())) == {
+        "recipe",
+        "device",
+        "compile",
+        "on_nonfinite",
+        "nonfinite_limit",
+        "log_every_steps",
+        "knn_every_epochs",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "keep_every_steps",
+        "tensorboard",
+        "loggers",
+        "progress",
+        "method.bank_layout",
+        "loader.workers",
+        "loader.on_bad_image",
+    }

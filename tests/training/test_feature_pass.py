@@ -37,14 +37,14 @@ def test_a_pass_shows_the_samples_of_its_epoch(tmp_path: Path) -> None:
     method, seen = trainer.method.train(), []
     before = {name: value.clone() for name, value in method.state_dict().items()}
 
-    def collect(views: Mapping[str, View], rows: Tensor) -> None:
+    def store_features(views: Mapping[str, View], rows: Tensor) -> None:
         assert not any(module.training for module in method.modules())
         assert not torch.is_grad_enabled()
         assert list(views) == ["image"]
         method.trunk(views["image"].pixels)
         seen.append(rows)
 
-    method.collect = collect  # type: ignore[assignment,method-assign]
+    method.store_features = store_features  # type: ignore[assignment,method-assign]
     for epoch in (0, 1, 2):
         seen.clear()
         assert trainer.feature_pass.run(epoch) is None
@@ -62,7 +62,7 @@ def test_methods_without_one_have_no_second_loader(tmp_path: Path) -> None:
     assert Trainer(TinyConfig(), ROWS, tmp_path, report=lambda _line: None).feature_pass is None
     assert not Method().needs_feature_pass(0)
     with pytest.raises(RuntimeError, match="Method has no feature pass"):
-        Method().collect({}, torch.zeros(1))
+        Method().store_features({}, torch.zeros(1))
 
 
 def test_features_depend_on_their_image_alone(tmp_path: Path) -> None:
@@ -84,15 +84,15 @@ def test_a_stopped_pass_is_made_again(tmp_path: Path, name: str, epoch: int) -> 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(config(name), whole)
     trainer = trainer_of(config(name), cut)
-    collect, calls = trainer.method.collect, []
+    store_features, calls = trainer.method.store_features, []
 
     def interrupted(views: Mapping[str, View], rows: Tensor) -> None:
-        collect(views, rows)
+        store_features(views, rows)
         calls.append(rows)
         if len(calls) == 2 + 3 * epoch:  # three batches an epoch
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.method.collect = interrupted  # type: ignore[method-assign]
+    trainer.method.store_features = interrupted  # type: ignore[method-assign]
     with pytest.raises(RunInterruptedError, match=rf"stopped by SIGTERM after step {3 * epoch}/6"):
         trainer.fit()
     assert len(calls) == 2 + 3 * epoch

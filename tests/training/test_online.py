@@ -16,7 +16,7 @@ from sslfast.methods.base import Method
 from sslfast.recipes import RECIPES
 from sslfast.runs.checkpoint import checkpoint_path, load_checkpoint
 from sslfast.runs.log import read_log
-from sslfast.training.logging import Progress
+from sslfast.training.progress import Progress
 from sslfast.training.signals import RunInterruptedError
 from sslfast.training.trainer import Trainer
 from tests.distributed.test_training import config, final, run, train
@@ -122,5 +122,5 @@ def test_a_method_without_a_bank_is_refused(data: Path, tmp_path: Path, monkeypa
 def test_it_is_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     record = {"step": 5, "epoch": 1.0, "lr": 0.1, "loss": 2.0, "knn_top1": 0.4321}
     clock = {"samples_per_second": 10.0, "loader_wait_share": 0.0}
-    Progress("plain", total_steps=10, first_step=0).record({**record, "time": clock}, steps_per_second=1.0)
+    Progress("plain", total_steps=10, first_step=0, batch_size=10).write({**record, "time": clock})
     assert "kNN 43.2%  loss 2.0000" in capsys.readouterr().err

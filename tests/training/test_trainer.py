@@ -15,7 +15,6 @@ from sslfast.device import resolve_device, resolve_precision
 from sslfast.distributed.process_group import process_group
 from sslfast.loaders.registry import LoaderConfig
 from sslfast.optim.optimizers import OptimConfig
-from sslfast.optim.schedule import learning_rate
 from sslfast.recipes import RECIPES
 from sslfast.runs.checkpoint import (
     CorruptCheckpointError,
@@ -28,9 +27,10 @@ from sslfast.runs.directory import RunDirectory, git_state, versions
 from sslfast.runs.log import LogFile, read_log
 from sslfast.training.config import TrainConfig
 from sslfast.training.dry_run import summary
-from sslfast.training.logging import LoaderTimer, Progress, TensorBoardLog
+from sslfast.training.logging import LoaderTimer, LogContext
 from sslfast.training.metrics import DeviceMeans
 from sslfast.training.nonfinite import NonFiniteLossError
+from sslfast.training.progress import Progress
 from sslfast.training.signals import Interrupts, RunInterruptedError
 from sslfast.training.trainer import Trainer
 from tests.pictures import write_folder
@@ -123,8 +123,8 @@ def test_log_records(whole: Path) -> None:
     assert set(records[0]) == {"step", "epoch", "lr", "loss", "positive", "time"}
     assert set(records[0]["time"]) == {"unix_seconds", "samples_per_second", "loader_wait_share"}
     for record in records:
-        expected = learning_rate(record["step"] - 1, OptimConfig(), batch_size=4, steps_per_epoch=4, epochs=6)
-        assert record["lr"] == expected
+        schedule = OptimConfig().learning_rate(batch_size=4, steps_per_epoch=4, epochs=6)
+        assert record["lr"] == schedule(record["step"] - 1)
 
 
 def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path, whole: Path) -> None:
@@ -619,16 +619,20 @@ def test_waiting_time_is_counted_and_errors_are_known_to_be_the_loaders() -> Non
     assert 0 <= waited <= seconds
 
 
+def context(output: Path, first_step: int) -> LogContext:
+    return LogContext(config=TinyConfig(), run=RunDirectory(output), first_step=first_step, total_steps=STEPS)
+
+
 CLOCK = {"samples_per_second": 100.0, "loader_wait_share": 0.25}
 RECORD = {"step": 10, "epoch": 0.5, "lr": 0.03, "loss": 2.5, "time": CLOCK}
 
 
 def test_plain_progress_is_one_line_per_record() -> None:
     stream = io.StringIO()
-    progress = Progress("auto", total_steps=20, first_step=0, stream=stream)
+    progress = Progress("auto", total_steps=20, first_step=0, batch_size=1000, stream=stream)
     for _ in range(10):
         progress.step()
-    progress.record(RECORD, steps_per_second=0.1)
+    progress.write(RECORD)
     progress.close()
     assert stream.getvalue() == (
         "step 10/20  epoch 0.50  lr 0.03  loss 2.5000  100 samples/s  waiting for data 25%  left 0:01:40\n"
@@ -637,10 +641,10 @@ def test_plain_progress_is_one_line_per_record() -> None:
 
 def test_bar_shows_the_same_values() -> None:
     stream = io.StringIO()
-    progress = Progress("bar", total_steps=20, first_step=0, stream=stream)
+    progress = Progress("bar", total_steps=20, first_step=0, batch_size=1000, stream=stream)
     for _ in range(10):
         progress.step()
-    progress.record(RECORD, steps_per_second=0.1)
+    progress.write(RECORD)
     progress.close()
     assert "10/20" in stream.getvalue()
     assert "loss 2.5000" in stream.getvalue()
@@ -648,12 +652,13 @@ def test_bar_shows_the_same_values() -> None:
 
 def test_progress_off_is_silent() -> None:
     stream = io.StringIO()
-    progress = Progress("off", total_steps=20, first_step=0, stream=stream)
-    progress.record(RECORD, steps_per_second=0.1)
+    progress = Progress("off", total_steps=20, first_step=0, batch_size=1000, stream=stream)
+    progress.write(RECORD)
     assert stream.getvalue() == ""
 
 
 def test_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sslfast.training.tensorboard_log", raising=False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"needs the package tensorboard .*pip install tensorboard, or pass --no-"):
         Trainer(TinyConfig(tensorboard=True), ROWS, tmp_path)
@@ -662,12 +667,14 @@ def test_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: pyte
 def test_tensorboard_hides_what_a_resume_redoes(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from sslfast.training.tensorboard_log import TensorBoardLog
+
     for last_step, values in ((0, [1.0, 2.0, 3.0]), (2, [30.0])):
-        log = TensorBoardLog(tmp_path, last_step=last_step)
+        log = TensorBoardLog(context(tmp_path, last_step))
         for offset, value in enumerate(values):
             log.write({"step": last_step + 1 + offset, "loss": value, "time": {"samples_per_second": 5.0}})
         log.close()
-    events = EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert set(events.Tags()["scalars"]) == {"loss", "time/samples_per_second"}

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.ops import jigsaw_patches_reference, render_views, rotate90_reference
+from sslfast.ops import ViewParameter, jigsaw_patches_reference, render_views, rotate90_reference
+from sslfast.ops.pixels import ORDERS
 from sslfast.views.parameters import ViewParameters, draw_view
 from sslfast.views.stage import ViewStage, render
 from sslfast.views.types import AugmentConfig, Batch, CropConfig, JigsawConfig, ViewConfig
@@ -48,7 +49,7 @@ def picture(number: int, side: int) -> Tensor:
 
 
 def tensors(p: ViewParameters) -> dict[str, Tensor | None]:
-    pixel = {f.name: getattr(p.pixel, f.name) for f in fields(p.pixel)}
+    pixel = {parameter.name: p.pixel[..., parameter] for parameter in ViewParameter}
     return {"quarter_turns": p.quarter_turns, "permutation": p.permutation, "offsets": p.offsets, **pixel}
 
 
@@ -90,7 +91,8 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 
 def test_seed_epoch_row_and_position_each_change_the_draw() -> None:
-    rows, config = torch.arange(64), replace(BOTH, augment=AugmentConfig(blur_probability=0.5))
+    gates = {field.name: 0.5 for field in fields(AugmentConfig) if field.name.endswith("_probability")}
+    rows, config = torch.arange(64), replace(BOTH, augment=AugmentConfig(**gates))
     base = tensors(draw_view(rows, config, seed=1, position=0, epoch=0))
     for other in (
         draw_view(rows, config, seed=2, position=0, epoch=0),
@@ -99,9 +101,8 @@ def test_seed_epoch_row_and_position_each_change_the_draw() -> None:
         draw_view(rows + 64, config, seed=1, position=0, epoch=0),
     ):
         for name, values in tensors(other).items():
-            # Gates that are always open and permutations of four agree often, but never in 64 rows at once.
-            if name not in ("jitter", "photometric"):
-                assert not torch.equal(values, base[name]), name
+            # Gates and permutations of four agree often, but never in 64 samples at once.
+            assert not torch.equal(values, base[name]), name
     again = tensors(draw_view(rows, config, seed=1, position=0, epoch=torch.tensor(0)))
     assert all(torch.equal(again[name], base[name]) for name in base)
 
@@ -116,9 +117,10 @@ def test_recorded_draws() -> None:
     assert p.quarter_turns.tolist() == RECORDED["quarter_turns"]
     assert p.permutation.tolist() == RECORDED["permutation"]
     assert p.offsets[0].tolist() == RECORDED["offsets"]
-    assert p.pixel.factors[1, 0].tolist() == pytest.approx(RECORDED["factors"], abs=1e-7)
-    assert p.pixel.jitter_order[1, 8].tolist() == RECORDED["order"]
-    assert p.pixel.blur_sigma[1].tolist() == pytest.approx(RECORDED["blur_sigma"], abs=1e-6)
+    factors = p.pixel[..., ViewParameter.BRIGHTNESS : ViewParameter.HUE]
+    assert factors[1, 0].tolist() == pytest.approx(RECORDED["factors"], abs=1e-7)
+    assert list(ORDERS[int(p.pixel[1, 8, ViewParameter.JITTER_ORDER])]) == RECORDED["order"]
+    assert p.pixel[1, :, ViewParameter.BLUR_SIGMA].tolist() == pytest.approx(RECORDED["blur_sigma"], abs=1e-6)
 
 
 def test_permutations_are_uniform_over_all_orders() -> None:
@@ -174,7 +176,7 @@ def test_a_turned_view_is_mirrored_first() -> None:
     crops = make_batch(rows, views={"view": config}).crops["view"]
     p = draw_view(torch.arange(32), config, seed=1, position=0, epoch=0)
     assert p.quarter_turns is not None
-    flip = p.pixel.flip[:, 0]
+    flip = p.pixel[:, 0, ViewParameter.FLIP] != 0
     assert len((flip * 4 + p.quarter_turns).unique()) == 8
     mirrored = torch.where(flip[:, None, None, None], crops.flip(-1), crops)
     expected = rotate90_reference(mirrored, p.quarter_turns) / 255
@@ -194,17 +196,19 @@ def test_permutation_moves_rendered_patches_and_does_not_change_them() -> None:
 
 def test_patches_of_a_sample_are_augmented_independently() -> None:
     p = draw_view(torch.arange(200), JIGSAW, seed=0, position=0, epoch=0).pixel
-    brightness = p.factors[..., 0] - 1
+    brightness = p[..., ViewParameter.BRIGHTNESS] - 1
     correlation = (brightness[:, 0] * brightness[:, 1]).mean() / brightness.square().mean()
     assert abs(correlation) < 0.2
-    assert p.flip.float().mean(dim=1).std() < 0.25  # 0.17 for nine independent flips, 0.5 for one flip of all nine
+    assert (
+        p[..., ViewParameter.FLIP].mean(dim=1).std() < 0.25
+    )  # 0.17 for nine independent flips, 0.5 for one flip of all nine
 
 
 def test_image_view_is_its_augmentation() -> None:
     batch = make_batch([4, 5])
     p = draw_view(batch.sample_ids, IMAGE, seed=3, position=0, epoch=0)
     pixels = ViewStage(VIEWS, seed=3)(batch)["image"].pixels
-    assert torch.equal(pixels, render_views(batch.crops["image"], p.pixel.pack()))
+    assert torch.equal(pixels, render_views(batch.crops["image"], p.pixel))
 
 
 def test_render_compiles_in_one_graph() -> None:

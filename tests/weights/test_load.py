@@ -14,7 +14,7 @@ import sslfast
 from sslfast.cli.main import main
 from sslfast.config import save_json, to_dict
 from sslfast.methods.pirl import PIRL
-from sslfast.models.resnet import ResNetConfig, ResNetTrunk, build_trunk
+from sslfast.models import ResNetConfig, ResNetTrunk, build_trunk
 from sslfast.recipes.pirl import pirl_paper
 from sslfast.runs.checkpoint import save_checkpoint
 from sslfast.runs.directory import RunDirectory

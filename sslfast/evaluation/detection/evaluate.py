@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sslfast.config import from_dict, to_dict
+from sslfast.config import to_dict
 from sslfast.data import decode_full, quiet_pillow, read_bytes
 from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, is_main, world_size
@@ -33,7 +33,7 @@ from sslfast.evaluation.encoders import TRAINED, load_run, trunk_encoders
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, run_facts, write_result
 from sslfast.evaluation.sgd import ResumeState
 from sslfast.evaluation.table import detection_table
-from sslfast.models import ResNetConfig
+from sslfast.models import read_trunk_config
 from sslfast.runs import versions
 
 SIDES = tuple(range(480, 801, 32))
@@ -129,7 +129,7 @@ def evaluate_detection(
     protocol = PROTOCOLS[config.protocol]
     with distributed_device(config.device) as device:
         loaded = load_run(run)
-        check_trunk(from_dict(ResNetConfig, loaded.facts["model"], where="model"))
+        check_trunk(read_trunk_config(loaded.facts["model"]))
         encoders = trunk_encoders(loaded, config.encoders)
         train, test = load_splits(data, train_split=config.train_split, test_split=config.test_split)
         schedule = protocol.schedule(

@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d, RoIAlign
 
 from sslfast.evaluation.detection.data import IGNORED, Sample
 from sslfast.evaluation.encoders import TrunkEncoder
-from sslfast.models import ResNetConfig, seeded
+from sslfast.models import TrunkConfig, require_resnet, seeded
 from sslfast.ops.philox import Stream, random_uint32
 
 STRIDE = 16
@@ -36,8 +36,9 @@ _BLOCKS = 1 << 20
 Target = dict[str, Tensor]
 
 
-def check_trunk(config: ResNetConfig) -> None:
+def check_trunk(config: TrunkConfig) -> None:
     """ValueError unless a trunk of this configuration has the stride and the normalisation of C4."""
+    config = require_resnet(config, purpose="detect")
     if config.stem != "imagenet":
         raise ValueError(
             f"detect needs stride 16 at res4, and model.stem={config.stem} has 4; pretrain with --model.stem imagenet"

@@ -22,7 +22,7 @@ from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingB
 from sslfast.evaluation.detection.model import FasterRCNN, targets_of
 from sslfast.evaluation.detection.scores import Detections
 from sslfast.evaluation.sgd import ResumeState
-from sslfast.optim import OptimConfig, build_optimizer, set_learning_rate
+from sslfast.optim import LearningRate, OptimConfig, build_optimizer, set_learning_rate
 
 CHECK_EVERY = 50
 """Iterations between two checks that the loss is finite."""
@@ -85,10 +85,14 @@ class Schedule:
     def learning_rate(self, iteration: int) -> float:
         """Rate of an iteration (0-based): ``lr * 0.1 ** (drops so far)``, times ``f + (1 - f) * i / warmup`` before
         ``warmup``."""
-        rate = self.lr * 0.1 ** sum(iteration >= drop for drop in self.drops)
-        if iteration < self.warmup:
-            rate *= self.warmup_factor + (1 - self.warmup_factor) * iteration / self.warmup
-        return rate
+        schedule = LearningRate(
+            peak=self.lr,
+            shape="steps",
+            milestones=self.drops,
+            warmup=self.warmup,
+            warmup_factor=self.warmup_factor,
+        )
+        return schedule(iteration)
 
 
 PIRL = DetectionProtocol(
@@ -162,8 +166,7 @@ def fine_tune(
     model.train()
     if not frozen_norm and world_size() > 1:
         convert_sync_batchnorm(model, device)
-    config = OptimConfig(lr_per_256_images=schedule.lr * 16, final_lr_per_256_images=0.0, decay_bias=True)
-    optimizer = build_optimizer(model, config, batch_size=16)
+    optimizer = build_optimizer(model, OptimConfig(decay_bias=True), lr=schedule.lr)
     start = resume.load(model, optimizer)
     replica = replicate(model, device)
     for iteration, rows, samples in batches(start, schedule.iterations):

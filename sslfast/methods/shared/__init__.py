@@ -1,6 +1,6 @@
-"""What several methods share: k-means, Sinkhorn, pseudo-labels, patches, permutations, reconstruction.
+"""Parts that several methods use: k-means, Sinkhorn, pseudo-labels, patches, permutations, reconstruction.
 
-Imports what ``methods`` may.
+Imports what ``methods`` imports.
 """
 
 __all__ = ["kmeans", "patches", "permutations", "pseudo_labels", "reconstruction", "sinkhorn"]

@@ -1,7 +1,7 @@
-"""k-means over all rows, the assignment by faiss and shared by the ranks; a function of points, seed and epoch.
+"""k-means over all rows, the assignment by faiss and split over ranks; a function of points, seed and epoch.
 
 faiss finds the nearest centroids, which is nearly all of the work; centroids and empty clusters are handled here, in a
-fixed order of float64 sums, so that every rank, and a run that goes on after an interruption, gets the same labels.
+fixed order of float64 sums, so that every rank, and a resumed run, gets the same labels.
 """
 
 from typing import Any
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.distributed import broadcast_object, mean_over_ranks, world_size
-from sslfast.methods.shared.pseudo_labels import gather_shares, share
+from sslfast.distributed import broadcast_object, gather_uneven, mean_over_ranks, own_rows, world_size
 from sslfast.ops.philox import Stream, random_uint32
 
-_BLOCK = 1 << 16  # rows whose float64 copies exist at a time
+_BLOCK = 1 << 16  # rows that are float64 at a time
 
 
 def import_faiss() -> Any:
@@ -28,10 +27,11 @@ def import_faiss() -> Any:
 
 
 def whiten(points: Tensor, dimensions: int) -> Tensor:
-    """Rows in their first principal components, each of variance 1, then of length 1 (Caron et al. 2018, section 3.3).
+    """Project rows to their first principal components of unit variance, then L2-normalise (Caron et al. 2018, section
+    3.3).
 
-    Directions with less than a millionth of the largest variance are left out. Covariance in float64, each rank's share
-    of the rows summed by itself.
+    Directions with less than a millionth of the largest variance are left out. The covariance is float64, each rank
+    sums its share of the rows.
 
     Args:
         points: ``[n, D]`` fp32 on the CPU, the same on every rank.
@@ -40,7 +40,8 @@ def whiten(points: Tensor, dimensions: int) -> Tensor:
     Returns:
         ``[n, d]`` fp32.
     """
-    own = points[share(len(points))]
+    part = own_rows(len(points))
+    own = points[part.start : part.stop]
     columns = points.shape[1]
     total, products = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
     for block in own.split(_BLOCK):
@@ -58,13 +59,13 @@ def whiten(points: Tensor, dimensions: int) -> Tensor:
 
 
 def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: int) -> Tensor:
-    """``[n]`` int64 labels of Lloyd's algorithm; every cluster has a row.
+    """``[n]`` int64 labels of Lloyd's algorithm; no cluster is empty.
 
     The first centroids are distinct rows drawn by (seed, epoch). An empty cluster takes half of the largest one
     (:func:`fill_empty`), in every iteration and at the end.
 
     Args:
-        points: ``[n, d]`` fp32 on the CPU, the same on every rank; each searches its share.
+        points: ``[n, d]`` fp32 on the CPU, the same on every rank; each assigns its share.
         clusters: K, at most n.
         iterations: updates of the centroids.
         seed: ``0 <= seed < 2**63``.
@@ -80,14 +81,15 @@ def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: 
     bits = random_uint32(torch.arange(len(points)), 2, seed=seed, stream=Stream.CLUSTERS, step=epoch)
     first = ((bits[:, 0] << 31) | (bits[:, 1] >> 1)).argsort(stable=True)[:clusters]
     centroids = points[first]
-    own = share(len(points))
+    own = own_rows(len(points))
     for iteration in range(iterations + 1):
         index = faiss.IndexFlatL2(points.shape[1])
         index.add(np.ascontiguousarray(centroids.numpy()))
         nearest = torch.zeros(0, dtype=torch.int64)
-        if own.stop > own.start:
-            nearest = torch.from_numpy(index.search(np.ascontiguousarray(points[own].numpy()), 1)[1][:, 0])
-        labels = fill_empty(points, gather_shares(nearest, len(points)), clusters)
+        if own:
+            queries = np.ascontiguousarray(points[own.start : own.stop].numpy())
+            nearest = torch.from_numpy(index.search(queries, 1)[1][:, 0])
+        labels = fill_empty(points, gather_uneven(nearest), clusters)
         if iteration < iterations:
             centroids = means(points, labels, clusters)
     return labels
@@ -95,7 +97,8 @@ def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: 
 
 def means(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
     """``[K, d]`` fp32 centroids of ``points`` ``[n, d]`` by ``labels`` ``[n]``; each rank sums its share in float64."""
-    own = share(len(points))
+    part = own_rows(len(points))
+    own = slice(part.start, part.stop)
     sums = torch.zeros(clusters, points.shape[1], dtype=torch.float64)
     for block, label in zip(points[own].split(_BLOCK), labels[own].split(_BLOCK), strict=True):
         sums.index_add_(0, label, block.double())
@@ -104,10 +107,10 @@ def means(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 
 def fill_empty(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """``labels`` with a row in every cluster: an empty one takes half of the largest.
+    """``labels`` with no empty cluster: an empty one takes half of the largest.
 
     The largest cluster (the first of equals) is cut at the median along the direction from its mean to its farthest
-    row. The papers' code moves a perturbed copy of some cluster's centroid instead, which may leave it empty.
+    row. The papers' code instead perturbs a copy of another cluster's centroid, which may leave it empty.
     """
     counts = labels.bincount(minlength=clusters).numpy()
     labels = labels.clone()

@@ -1,4 +1,4 @@
-"""Sets of permutations that differ from one another in as many places as possible."""
+"""Sets of permutations with large pairwise Hamming distances."""
 
 import math
 
@@ -12,10 +12,10 @@ def max_hamming_permutations(count: int, cells: int = 9, seed: int = 0) -> Tenso
     """``count`` distinct permutations of ``0 .. cells-1`` with large Hamming distances.
 
     Greedy over all ``cells!`` permutations: the first is drawn by the seed, each next one has the largest sum of
-    distances to those chosen, ``argmax_p sum_{q chosen} #{i : p_i != q_i}`` (Noroozi and Favaro, ECCV 2016,
-    Algorithm 1). Among equals it is the one whose nearest chosen permutation is farthest, then the first in an order
-    drawn by the seed. Up to ``cells`` permutations differ pairwise in every place. A function of its arguments; a set
-    begins with the smaller sets of the same seed. 10,000 of 9 cells take four seconds of one CPU core.
+    distances to those chosen, ``argmax_p sum_{q chosen} #{i : p_i != q_i}`` (Noroozi and Favaro, ECCV 2016, Algorithm
+    1). Ties go to the one whose nearest chosen permutation is farthest, then to the first in an order drawn by the
+    seed. Up to ``cells`` permutations differ pairwise in every position. A function of its arguments; a set begins with
+    the smaller sets of the same seed. 10,000 of 9 cells take four seconds of one CPU core.
 
     Args:
         count: 1 .. ``cells!``.
@@ -36,6 +36,6 @@ def max_hamming_permutations(count: int, cells: int = 9, seed: int = 0) -> Tenso
         raise ValueError(f"seed must be in [0, 2**63), got {seed=}")
     from sslfast._C import max_hamming_permutations as rows
 
-    # A bytearray, since torch warns about memory that cannot be written to.
+    # A bytearray, since torch warns about read-only memory.
     flat = torch.frombuffer(bytearray(rows(count, cells, seed)), dtype=torch.uint8)
     return flat.view(count, cells).long()

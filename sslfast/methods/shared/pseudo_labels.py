@@ -1,9 +1,10 @@
-"""What the methods that label the data set themselves share: features of all rows, the loss, shares of ranks.
+"""Parts of the methods that train on pseudo-labels: features of all rows, the loss.
 
-Labels come from a pass over the data at fixed weights, as in the papers: the largest central square of each image, no
-augmentation. Features that the steps of an epoch leave, of augmented crops and ever newer weights (DeepCluster-v2,
-Caron et al. 2020), do not do in short runs: k-means then groups rows by the time of their visit and by their jitter.
-The pass sees the samples that its epoch trains on. A row that has never been in one has no label and weighs nothing.
+Labels come from a feature pass at fixed weights, as in the papers: the largest central square of each image, no
+augmentation. Features stored during the steps of an epoch, of augmented crops and changing weights (DeepCluster-v2,
+Caron et al. 2020), do not work in short runs: k-means then groups rows by the time they were stored and by their
+jitter. The pass covers the samples that its epoch trains on. A row that has never been in one has no label and weight
+0.
 """
 
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.distributed import gather_rows, mean_over_ranks, rank, world_size
+from sslfast.distributed import gather_rows, mean_over_ranks
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
 UNLABELLED = -1
@@ -33,7 +34,7 @@ def central_view(view: ViewConfig) -> ViewConfig:
 
 
 class CollectedFeatures(nn.Module):
-    """Features of each row from the last pass that it was in, on every rank.
+    """Features of each row from the last feature pass that it was in, on every rank.
 
     Buffers: ``vectors`` ``[N, D]`` and ``seen`` ``[N]`` bool, False until a row's first pass.
     """
@@ -47,26 +48,26 @@ class CollectedFeatures(nn.Module):
         self.register_buffer("seen", torch.zeros(num_rows, dtype=torch.bool))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "rows" in state_dict:  # the name in checkpoints written before vectors had theirs
+        if prefix + "rows" in state_dict:  # name in older checkpoints
             state_dict[prefix + "vectors"] = state_dict.pop(prefix + "rows")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
-    def store_(self, rows: Tensor, features: Tensor) -> None:
-        """Write ``features`` ``[B, D]`` of the ``rows`` ``[B]`` of every rank. Of a row that is there twice, in place
-        of an image that cannot be read, the last stay."""
-        everyone = gather_rows(rows)
-        places = torch.arange(len(everyone), device=everyone.device)
-        last = torch.where(everyone[:, None] == everyone, places, -1).amax(dim=1)
-        self.vectors[everyone] = gather_rows(features.float())[last].to(self.vectors.dtype)
-        self.seen[everyone] = True
+    def store_(self, sample_ids: Tensor, features: Tensor) -> None:
+        """Store ``features`` ``[B, D]`` of ``sample_ids`` ``[B]`` of every rank. Of a repeated sample, which replaces
+        an unreadable image, the last one stays."""
+        gathered = gather_rows(sample_ids)
+        positions = torch.arange(len(gathered), device=gathered.device)
+        last = torch.where(gathered[:, None] == gathered, positions, -1).amax(dim=1)
+        self.vectors[gathered] = gather_rows(features.float())[last].to(self.vectors.dtype)
+        self.seen[gathered] = True
 
 
 def pseudo_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """``Σ_i w_i · -log softmax(logits_i)_{labels_i} / Σ_i w_i``, 0-d; rows labelled -1 have ``w_i = 0``.
+    """``Σ_i w_i · -log softmax(logits_i)_{labels_i} / Σ_i w_i``, 0-d; samples labelled -1 have ``w_i = 0``.
 
-    The sum of weights is the mean over ranks, so that averaged gradients are those of the whole batch. 0 where no row
-    has a label.
+    The sum of weights is the mean over ranks, so that averaged gradients are those of the whole batch. 0 where no
+    sample has a label.
 
     Args:
         logits: ``[B, K]``.
@@ -79,21 +80,6 @@ def pseudo_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the labelled rows whose label has the largest score, 0-d; 0 where there is none."""
+    """Share of the labelled samples whose label has the largest score, 0-d; 0 where there is none."""
     right = (logits.argmax(dim=-1) == labels).float().sum()
     return right / (labels != UNLABELLED).sum().clamp_min(1)
-
-
-def share(count: int) -> slice:
-    """This rank's contiguous part of ``count`` things; parts differ in size where ``count`` is no multiple."""
-    largest = -(-count // world_size())
-    return slice(min(rank() * largest, count), min((rank() + 1) * largest, count))
-
-
-def gather_shares(own: Tensor, count: int) -> Tensor:
-    """``[count, ...]`` from every rank's :func:`share` of it."""
-    if world_size() == 1:
-        return own
-    padded = own.new_zeros((-(-count // world_size()), *own.shape[1:]))
-    padded[: len(own)] = own
-    return gather_rows(padded)[:count]

@@ -1,4 +1,4 @@
-"""What the methods that reconstruct a picture share: clean views, pixels as colours, trunk and decoder."""
+"""Parts of the methods that reconstruct an image: clean views, colour space, trunk and decoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sslfast.methods.base import BaseConfig, Method
-from sslfast.models import Decoder, ResNetConfig, build_trunk, seeded, trunk_stride
+from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.models import Decoder, build_trunk, seeded, trunk_stride
 from sslfast.views import AugmentConfig, CropConfig, View, ViewConfig
 
 IMAGE = "image"
 
 
 def clean_view(size: int = 224) -> ViewConfig:
-    """Crop and flip, no change of colour: what is reconstructed is the picture itself."""
+    """Crop and flip, no change of colour: the image itself is reconstructed."""
     augment = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0)
     return ViewConfig(crop=CropConfig(size=size, scale=(0.2, 1.0)), augment=augment)
 
@@ -31,7 +31,7 @@ class PixelSpace(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
 
     def to_rgb(self, pixels: Tensor) -> Tensor:
-        """``[..., 3, H, W]`` normalised to sRGB in 0..1, cut off there."""
+        """``[..., 3, H, W]`` normalised to sRGB, clamped to 0..1."""
         return (pixels.float() * self.std + self.mean).clamp(0.0, 1.0)
 
     def from_rgb(self, rgb: Tensor) -> Tensor:
@@ -41,61 +41,61 @@ class PixelSpace(nn.Module):
 
 @dataclass(kw_only=True)
 class ReconstructionConfig(BaseConfig):
-    """What every method that reconstructs a picture offers."""
+    """Options of every method that reconstructs an image."""
 
     decoder_width: int = 512
     """Channels of the decoder's first map; halved with every doubling of the resolution, 32 at least."""
     image_view: ViewConfig = field(default_factory=clean_view)
-    """The clean picture: crop and flip alone."""
+    """The clean image: crop and flip only."""
 
     def validate(self) -> None:
         """Raises ValueError with the field, its value and what is allowed."""
         view = self.image_view
         if view.jigsaw is not None or view.rotation:
             raise ValueError(
-                f"method.image_view must show the whole upright picture, got jigsaw={view.jigsaw}, "
+                f"method.image_view must show the whole upright image, got jigsaw={view.jigsaw}, "
                 f"rotation={view.rotation}; set neither"
             )
         for name in ("jitter_probability", "photometric_probability", "grayscale_probability"):
             value = getattr(view.augment, name)
             if value != 0:
                 raise ValueError(
-                    f"method.image_view.augment.{name} must be 0, since the picture itself is the target, got {value}"
+                    f"method.image_view.augment.{name} must be 0, since the image itself is the target, got {value}"
                 )
         self.check_at_least(1, "decoder_width")
 
 
 class Reconstruction(Method):
-    """Trunk and decoder. Subclasses say what the trunk sees and what the decoder is asked for."""
+    """Trunk and decoder. Subclasses define the input of the trunk and the target of the decoder."""
 
     def __init__(
         self,
         config: ReconstructionConfig,
+        context: MethodContext,
         *,
-        model: ResNetConfig,
-        seed: int,
         out_channels: int = 3,
         out_stride: int = 1,
         code_channels: int | None = None,
     ) -> None:
         super().__init__()
         config.validate()
-        self.seed = seed
+        stride = trunk_stride(context.model, purpose=f"method {config.name}")
+        self.seed = context.seed
         self.pixel_space = PixelSpace(config.image_view.augment)
-        self.trunk = build_trunk(model, seed=seed)
+        self.trunk = build_trunk(context.model, seed=context.seed)
         features = self.trunk.out_features
-        with seeded(seed + 1):
+        with seeded(context.seed + 1):
             self.code = nn.Identity() if code_channels is None else nn.Conv2d(features, code_channels, kernel_size=1)
             self.decoder = Decoder(
                 features if code_channels is None else code_channels,
                 out_channels,
-                in_stride=trunk_stride(model),
+                in_stride=stride,
                 out_stride=out_stride,
                 width=config.decoder_width,
             )
 
     def predict(self, images: Tensor) -> Tensor:
-        """The decoder's float32 output for what the trunk sees, ``[B, 3, H, W]``."""
+        """The decoder's float32 output for the trunk's input ``[B, 3, H, W]``."""
         height, width = images.shape[-2:]
         res5 = self.trunk.stages(images)[-1]  # type: ignore[operator]
         output: Tensor = self.decoder(self.code(res5), (height, width))
@@ -103,7 +103,7 @@ class Reconstruction(Method):
 
 
 def clean_pixels(views: Mapping[str, View]) -> Tensor:
-    """The clean picture of a batch, float32 ``[B, 3, S, S]``."""
+    """The clean image of a batch, float32 ``[B, 3, S, S]``."""
     return views[IMAGE].pixels.float()
 
 

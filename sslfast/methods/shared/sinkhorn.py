@@ -1,4 +1,4 @@
-"""Labels in equal numbers by optimal transport (Cuturi 2013; Asano, Rupprecht & Vedaldi, ICLR 2020, section 3.1)."""
+"""Balanced labels by optimal transport (Cuturi 2013; Asano, Rupprecht & Vedaldi, ICLR 2020, section 3.1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from sslfast.distributed import mean_over_ranks, world_size
 
 @dataclass(kw_only=True)
 class Transport:
-    """``Q_ik = softmax_k(s_ik + g_k) / N``: what :func:`sinkhorn` found."""
+    """``Q_ik = softmax_k(s_ik + g_k) / N``, the result of :func:`sinkhorn`."""
 
     labels: Tensor
-    """``[n]`` int64 of this rank's rows: ``argmax_k Q_ik``, the first of equals."""
+    """``[n]`` int64 of this rank's rows: ``argmax_k Q_ik``, ties to the first."""
     columns: Tensor
     """``[K]`` fp64, g."""
     error: float
@@ -34,19 +34,19 @@ def sinkhorn(
 ) -> Transport:
     """Scale ``exp(s)`` by rows and columns until rows sum to 1 / N and columns to 1 / K.
 
-    With rows scaled exactly, ``Q_ik = softmax_k(s_ik + g_k) / N``, the columns' logarithms are corrected by
-    ``g_k -= log(K Σ_i Q_ik)``, in float64; a column whose mass vanishes there rises by 690 at a time. One pass over the
-    rows an iteration, a block at a time: the N x K scores never exist at once. Rows are scaled on their own rank; one
+    With rows scaled exactly, ``Q_ik = softmax_k(s_ik + g_k) / N``, the logarithms of the column factors are updated by
+    ``g_k -= log(K Σ_i Q_ik)``, in float64; for a column whose mass underflows, g rises by 690 per iteration. One pass
+    over the rows per iteration, in blocks: the N x K scores never exist at once. Rows are scaled on their own rank; one
     ``[K]`` vector is summed over ranks.
 
     Args:
-        scores: slice of this rank's rows -> ``[b, K]`` fp64 s, that is λ times log-probabilities, up to a number of
-            each row; called for every block of every iteration with the same result.
+        scores: slice of this rank's rows -> ``[b, K]`` fp64 s, that is λ times log-probabilities, up to a constant
+            of each row; called for every block in every iteration, with the same result.
         count: this rank's rows.
         clusters: K.
-        tolerance: relative error of the column sums to stop at.
-        max_iterations: to stop at the latest.
-        block: rows at a time.
+        tolerance: stops at this relative error of the column sums.
+        max_iterations: stops after as many.
+        block: rows per block.
         device: of the scores.
 
     Raises:
@@ -62,7 +62,7 @@ def sinkhorn(
         sums = torch.zeros_like(columns)
         for rows in blocks:
             sums += (scores(rows) + columns).softmax(dim=1).sum(dim=0)
-        masses = mean_over_ranks(sums) * (clusters * world_size() / total)  # 1 each in the end
+        masses = mean_over_ranks(sums) * (clusters * world_size() / total)  # 1 each at the solution
         error = float((masses - 1).abs().max())  # host sync: once an iteration
         if error <= tolerance or iteration == max_iterations:
             break

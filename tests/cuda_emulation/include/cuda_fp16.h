@@ -1,4 +1,4 @@
-// Stands in for CUDA's header: fp16 as the kernels use it. Rounding is to nearest, ties to even.
+// Replaces CUDA's header: fp16 as the kernels use it. Rounding is to nearest, ties to even.
 #pragma once
 
 #include <cuda_runtime.h>

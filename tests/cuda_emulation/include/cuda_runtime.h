@@ -1,4 +1,4 @@
-// Stands in for CUDA's own header: the words and vector types of CUDA C++ for a host compiler.
+// Replaces CUDA's header: the keywords and vector types of CUDA C++ for a host compiler.
 #pragma once
 
 #include <math.h>
@@ -14,8 +14,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-// Blocks run one after another on one OS thread, so one copy does; thread-local storage is what the emulation can find
-// and poison as a whole, also where a template declares it.
+// Blocks run one after another on one OS thread, so one copy is enough; the emulation can find and poison thread-local
+// storage as a whole, also where a template declares it.
 #define __shared__ static thread_local
 
 #define SSLFAST_VECTOR_TYPES(T, name, one, two, four) \
@@ -54,7 +54,7 @@ struct dim3 {
 
 using cudaStream_t = void*;
 
-// Of the thread that runs.
+// Of the running thread.
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 

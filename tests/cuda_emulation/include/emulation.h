@@ -1,5 +1,5 @@
-// What csrc/common/launch.cuh offers, on the host: launch_kernel runs a grid's blocks one after another (in an order
-// drawn from the settings), a block's threads as fibers. And the intrinsics that kernels use.
+// Host implementation of csrc/common/launch.cuh: launch_kernel runs a grid's blocks one after another (in an order
+// drawn from the settings) and a block's threads as fibers. And of the intrinsics that kernels use.
 #pragma once
 
 #include <fibers.h>
@@ -61,7 +61,7 @@ void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, dim
   m.kernel = &run;
   gridDim = grid, blockDim = block;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  // A step that shares no factor with the number of blocks visits each once.
+  // A step coprime to the number of blocks visits each once.
   uint64_t step = m.settings.order == 0 ? 1 : m.random() % blocks + 1;
   while (std::gcd(step, blocks) != 1) ++step;
   uint64_t number = m.settings.order == 0 ? 0 : m.random() % blocks;
@@ -86,13 +86,13 @@ void launch_kernel(const char* op, void (*kernel)(Parameters...), dim3 grid, dim
 
 }  // namespace sslfast
 
-// How tests choose what the emulated device is like.
+// Sets the properties of the emulated device; called by tests.
 extern "C" __attribute__((visibility("default"))) inline void cuda_emulation_configure(uint64_t order,
                                                                                        int multiprocessors,
                                                                                        int compute_capability) {
   cuda_emulation::machine.settings = {order, multiprocessors, compute_capability};
 }
-// An inline function that nobody uses would not be in the library.
+// An unused inline function would not be in the library.
 __attribute__((used)) inline void* const cuda_emulation_exports = reinterpret_cast<void*>(&cuda_emulation_configure);
 
 [[noreturn]] inline void __trap(SSLFAST_SITE) {

@@ -1,7 +1,7 @@
-// The threads of one block as fibers on one OS thread. A fiber runs until it must wait for others; who runs next is
+// The threads of one block as fibers on one OS thread. A fiber runs until it must wait for others; the next one is
 // drawn from `order`, so that a missing barrier shows as a wrong result. What would hang or be undefined on a device
-// is an error that names thread and line: threads at different barriers, exits while others wait, spinning without
-// end, addresses outside of memory.
+// is an error that names thread and line: threads at different barriers, exits while others wait, endless
+// spinning, addresses outside of memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,12 +27,12 @@ namespace cuda_emulation {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = size_t(1) << 18;
-constexpr size_t kSharedBytes = 227 * 1024;  // what a block of the larger devices may ask for
+constexpr size_t kSharedBytes = 227 * 1024;  // the limit of a block on the larger devices
 constexpr size_t kSharedMargin = 4096;       // behind it, which no kernel may write to
 constexpr int kPoison = 0xff;                // NaN in every float format, -1 as an integer
-constexpr int64_t kSpins = 1 << 20;          // of all threads, without anything happening in between
+constexpr int64_t kSpins = 1 << 20;          // of all threads, without progress in between
 
-// Where in a kernel something happens; the default arguments of the intrinsics fill it in.
+// A line of a kernel; the default arguments of the intrinsics fill it in.
 struct Site {
   const char* what = "";
   const char* function = "";
@@ -95,7 +95,7 @@ struct Machine {
   std::deque<Fiber> fibers;  // grows to the largest block, stacks are kept
   std::vector<void*> free_stacks;
   std::deque<int> ready;
-  int next = -1;  // who runs before anybody of `ready`
+  int next = -1;  // runs before those in `ready`
   int threads = 0;
   Fiber* current = nullptr;
   jmp_buf scheduler;
@@ -107,7 +107,7 @@ struct Machine {
   std::shared_ptr<void> block_state;  // what warpgroup.h keeps for a block
 };
 inline Machine machine;
-inline std::string (*end_of_block)() = nullptr;  // says what a finished block left undone
+inline std::string (*end_of_block)() = nullptr;  // reports what a finished block left pending
 
 inline std::string words(const dim3& d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
@@ -138,8 +138,8 @@ inline int pick_ready() {
   _longjmp(machine.current->context, 1);
 }
 
-// To whoever is next, or back to the scheduler. noipa: threadIdx and everything else may be another's before and is
-// this fiber's after the call.
+// Switches to the next fiber, or back to the scheduler. noipa: threadIdx and everything else may be another's before
+// and is this fiber's after the call.
 __attribute__((noipa)) inline void suspend() {
   Machine& m = machine;
   if (_setjmp(m.current->context) != 0) return;
@@ -169,7 +169,7 @@ inline void progress() {
   machine.spins = 0;
 }
 
-// In drawn orders, what is not a wait may take its time too.
+// In drawn orders, operations that do not wait may yield too.
 inline void dawdle(Site site) {
   if (machine.settings.order < 2) return;
   for (uint64_t n = machine.random() % 4; n > 0; --n) yield(site);
@@ -296,7 +296,7 @@ __attribute__((noipa)) inline void make_fiber() {
   if (_setjmp(created) == 0) setcontext(&context);
 }
 
-// After a failure: fibers that were left in the middle of a kernel never go on.
+// After a failure: fibers in the middle of a kernel are never resumed.
 inline void forget_fibers() {
   Machine& m = machine;
   for (const Fiber& fiber : m.fibers) m.free_stacks.push_back(fiber.stack);

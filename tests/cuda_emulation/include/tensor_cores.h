@@ -80,7 +80,7 @@ inline void load_matrices(Site site, uint32_t (&x)[4], const void* row, bool tra
 
 namespace sslfast {
 
-// Not zero: an address computed without the block's base shows.
+// Not zero, so that an address computed without the block's base is detected.
 constexpr uint32_t kSharedBase = 2048;
 inline uint32_t shared_address(const void* pointer) {
   const auto offset = static_cast<const unsigned char*>(pointer) - cuda_emulation::machine.dynamic_shared;

@@ -1,5 +1,5 @@
-// The wrappers of csrc/common/wgmma.cuh on the host: barriers that count bytes, boxes that the copy engine brings some
-// time later, warpgroup products from 128-byte-swizzled shared memory. Products read shared memory when they are waited
+// The wrappers of csrc/common/wgmma.cuh on the host: barriers that count bytes, boxes that the copy engine delivers
+// later, warpgroup products from 128-byte-swizzled shared memory. Products read shared memory when they are waited
 // for (in odd orders: when the first thread issues them), accumulators hold NaN in between, and so does what was
 // written unfenced.
 #pragma once
@@ -15,7 +15,7 @@ constexpr int kWarpgroup = 128;
 struct Barrier {
   int count = 0, pending = 0;
   int64_t bytes = 0;
-  unsigned parity = 0;  // of the phase under way
+  unsigned parity = 0;  // of the current phase
 
   void settle() {
     if (pending != 0 || bytes != 0) return;
@@ -25,7 +25,7 @@ struct Barrier {
   }
 };
 
-// A box on its way.
+// A box in flight.
 struct Box {
   unsigned char* to;
   const char* matrix;
@@ -88,7 +88,7 @@ struct WarpgroupThread {
   bool fenced = false;
   std::vector<std::shared_ptr<Product>> open;
   std::deque<std::vector<std::shared_ptr<Product>>> groups;
-  std::map<float*, std::vector<float>> accumulators;  // what registers under way really hold
+  std::map<float*, std::vector<float>> accumulators;  // the values of pending registers
 
   bool pending(const float* target, int thread) const {
     for (const auto& product : open) {
@@ -124,7 +124,7 @@ inline Barrier& barrier_at(Site site, uint64_t* address) {
   return found->second;
 }
 
-// The copy engine brings one box: 128-byte lines, their 16-byte chunks moved as the address says, zeros outside.
+// The copy engine delivers one box: 128-byte lines, their 16-byte chunks moved as the address says, zeros outside.
 inline void bring_a_box() {
   BlockState& block = block_state();
   if (block.boxes.empty()) return;
@@ -191,7 +191,7 @@ void issue(Site site, float (&d)[kCount], const uint32_t* a, uint64_t left, uint
     product->columns = kCount * 2;
     product->left = left, product->right = right;
     product->value = &from_bits<Tag>;
-    // A warp that is there need not wait for the others.
+    // A warp that has arrived need not wait for the others.
     if (m.settings.order % 2 == 1) product->read();
   }
   struct Lane {
@@ -303,7 +303,7 @@ inline void load_box(void* shared, const RowMap* map, int column, int row, uint6
       {static_cast<unsigned char*>(shared), map->matrix, map->rows, map->columns, map->box_rows, column, row, barrier});
 }
 
-// Of all threads' writes so far: a fence that nobody makes shows, one that some leave out does not.
+// Of all threads' writes so far: a missing fence is detected, one that only some threads omit is not.
 inline void async_proxy_fence() {
   using namespace cuda_emulation;
   block_state();

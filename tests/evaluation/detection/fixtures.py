@@ -19,6 +19,7 @@ from sslfast.models.resnet import ResNetConfig
 from sslfast.runs.checkpoint import save_checkpoint
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, ViewConfig
+from tests.tiny import context
 
 COLOURS = {"bird": (230, 20, 20), "car": (20, 220, 30)}
 SIDE = 64
@@ -119,7 +120,7 @@ def write_narrow_run(path: Path, *, model: ResNetConfig | None = None) -> Path:
         model=model or ResNetConfig(name="resnet18", width=0.125),
         seed=3,
     )
-    method = config.method.build(model=config.model, num_rows=4, seed=8)
+    method = config.method.build(context(config.model, 4, seed=8))
     path.mkdir(parents=True)
     save_json(path / "config.json", to_dict(config))
     save_checkpoint(path / "checkpoints", {"step": 5, "method": method.state_dict()}, 5)

@@ -12,7 +12,7 @@ from sslfast.evaluation.detection.data import IGNORED, Sample
 from sslfast.evaluation.detection.model import FasterRCNN, Sampler, check_trunk, targets_of
 from sslfast.evaluation.detection.train import MOCO, PIRL, PIRL_PAPER
 from sslfast.evaluation.encoders import TrunkEncoder, load_run
-from sslfast.models.resnet import ResNetConfig, build_trunk
+from sslfast.models import ResNetConfig, build_trunk
 from tests.evaluation.detection.fixtures import write_narrow_run
 
 CPU = torch.device("cpu")

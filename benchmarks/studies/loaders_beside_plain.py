@@ -1,18 +1,18 @@
-"""Samples/s of every loader beside the pipeline that its library's documentation has one write, on the same files.
+"""Samples/s of every loader beside the pipeline from its library's own documentation, on the same files.
 
-    python -m benchmarks.bench_loader_plain [DATA] -o OUT [--beton DATA.beton] [--cores 1 2] [--device cpu]
+    python -m benchmarks.studies.loaders_beside_plain [DATA] -o OUT [--beton DATA.beton] [--cores 1 2] [--device cpu]
 
-DATA is a folder of class folders; without it OUT/images is made of photographs that ship inside scikit-image and
-scikit-learn, cut and re-encoded as JPEGs of ImageNet's common sizes. Every line of the table is measured in a process
-of its own on the first ``cores`` processors, with as many workers: batches of float32 views, mirrored and normalised,
-from files in the page cache.
+DATA is a folder of class folders; without it OUT/images is written from photographs that ship with scikit-image and
+scikit-learn, cropped and re-encoded as JPEGs of ImageNet's common sizes. Every measurement is a process of its own on
+the first ``cores`` CPU cores, with as many workers: batches of float32 views, mirrored and normalised, from files in
+the page cache.
 
 - ``crop``: one 224-pixel crop.
 - ``pirl``: that crop, and nine shuffled 64-pixel patches of a second crop of 255 pixels.
 - ``rotation``: the crop turned by quarter turns.
 
-The plain pipelines stand in ``benchmarks/peers/plain_loaders.py``. Loaders whose library is missing are left out and
-named; lines that OUT/loaders.json has already are kept, so that libraries of different environments share a table.
+The plain pipelines are in ``benchmarks/peers/plain_loaders.py``. Loaders whose library is missing are left out and
+named; measurements already in OUT/loaders.json are kept, so that several environments can fill one table.
 Writes OUT/loaders.json, loaders.md and loaders.png.
 """
 
@@ -29,21 +29,21 @@ import torch
 from PIL import Image
 
 from benchmarks.peers.plain_loaders import KINDS, PIPELINES
+from sslfast.bench.charts import draw_bars
 from sslfast.bench.loader import measure_batches, measure_loader
 from sslfast.data import available_cores, open_data
 from sslfast.device import resolve_device
 from sslfast.loaders import loader_status
-from sslfast.report import draw_bars
 from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, ViewConfig
 
 BATCH = 32
 SIZES = ((500, 375), (375, 500), (500, 333), (333, 500), (640, 480))
-PAIRS = {"torch": "torchvision", "dali": "dali", "ffcv": "ffcv"}
+PAIRS = {"pillow": "torchvision", "dali": "dali", "ffcv": "ffcv"}
 """Loader of sslfast -> plain pipeline that reads with the same library."""
 
 
 def views(kind: str) -> dict[str, ViewConfig]:
-    """The kinds of ``plain_loaders`` for our loaders and view stage."""
+    """The kinds of ``plain_loaders`` as view configurations of sslfast."""
     plain = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0)
     image = ViewConfig(crop=CropConfig(size=224), rotation=kind == "rotation", augment=plain)
     square = ViewConfig(crop=CropConfig(size=255, scale=(0.6, 1.0)), jigsaw=JigsawConfig(), augment=plain)
@@ -51,7 +51,7 @@ def views(kind: str) -> dict[str, ViewConfig]:
 
 
 def measure(line: dict[str, Any], *, data: Path, beton: Path | None, seconds: float, device: torch.device) -> Any:
-    """One line: rate, cores, memory."""
+    """One measurement: rate, cores, memory."""
     library, kind, cores = line["library"], line["kind"], line["processors"]
     source = beton if library == "ffcv" else data
     assert source is not None
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--beton", type=Path, help="the same images as `sslfast data prepare` writes them, for ffcv")
     parser.add_argument("--cores", type=int, nargs="+", default=sorted({1, 2, available_cores()}))
-    parser.add_argument("--seconds", type=float, default=5.0, help="timed for each line")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each measurement")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--libraries", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -122,7 +122,7 @@ def photographs(folder: Path, count: int = 384) -> Path:
 
 
 def usable(libraries: list[str], beton: Path | None) -> list[str]:
-    """Those that import and have data; the others are printed with the reason."""
+    """The libraries that import and have data; the others are printed with the reason."""
     found = []
     for library in libraries:
         is_usable, reason, remedy = loader_status()[library]
@@ -136,10 +136,18 @@ def usable(libraries: list[str], beton: Path | None) -> list[str]:
 
 
 def in_child(line: dict[str, Any], data: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """``measure`` in a process on the first processors, as many as the line's cores."""
+    """Run ``measure`` in a process pinned to the first CPU cores, as many as the measurement asks for."""
     cores = line["processors"]
     processors = ",".join(str(processor) for processor in sorted(os.sched_getaffinity(0))[:cores])
-    command = ["taskset", "--cpu-list", processors, sys.executable, "-m", "benchmarks.bench_loader_plain", str(data)]
+    command = [
+        "taskset",
+        "--cpu-list",
+        processors,
+        sys.executable,
+        "-m",
+        "benchmarks.studies.loaders_beside_plain",
+        str(data),
+    ]
     command += ["-o", str(chosen.output), "--seconds", str(chosen.seconds), "--device", chosen.device]
     command += ["--beton", str(chosen.beton)] if chosen.beton else []
     command += ["--line", json.dumps(line)]
@@ -152,7 +160,7 @@ def in_child(line: dict[str, Any], data: Path, chosen: argparse.Namespace) -> di
 
 
 def report(rows: list[dict[str, Any]], output: Path, device: torch.device) -> None:
-    """Writes JSON, table and chart of what is measured so far."""
+    """Write JSON, table and chart of all measurements so far."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = {"device": where, "torch": str(torch.__version__), "batch_size": BATCH, "rows": rows}
     (output / "loaders.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -170,7 +178,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Kinds and numbers of cores down, libraries across: ours, the plain pipeline, their ratio."""
+    """Rows: kinds and numbers of cores; columns: each library's sslfast loader, plain pipeline and their ratio."""
     libraries = [library for library in PAIRS if any(row["library"] == library for row in rows)]
     header = ["views", "cores"]
     for library in libraries:

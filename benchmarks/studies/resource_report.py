@@ -1,6 +1,6 @@
-"""What every CUDA kernel takes of a multiprocessor, read from the compiler, and the matrix instructions in its code.
+"""Resources that every CUDA kernel takes of a multiprocessor, from the compiler, and its matrix instructions.
 
-    python benchmarks/resource_report.py -o OUT [--arch 80 90a 100] [--op bank_nce_dense]
+    python -m benchmarks.studies.resource_report -o OUT [--arch 80 90a 100] [--op bank_nce_dense]
 
 Needs nvcc, and cuobjdump (of the CUDA toolkit, or the one that ships inside triton); no GPU. Writes OUT.md and
 OUT.json: registers, static shared memory, spills and instruction counts of each kernel for each architecture. Exit code
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What the columns count. Blackwell's tcgen05 family would show as UTC*MMA.
 INSTRUCTIONS = {
     "mma.sync": r"\bHMMA\b",
@@ -49,17 +49,17 @@ def readable(mangled: list[str]) -> dict[str, str]:
     """Demangled kernel names without namespaces and arguments."""
     out = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
     short = {}
-    for name, words in zip(mangled, out, strict=True):
-        words = re.sub(r"\(anonymous namespace\)::|sslfast::|c10::|^void ", "", words)
-        words = words.replace("BFloat16", "bf16").replace("Half", "fp16").replace("double", "fp64")
-        words = re.sub(r"\bfloat\b", "fp32", words)
-        words = re.sub(r"\((bool|int|unsigned int)\)", "", words)
-        short[name] = re.sub(r"\s*\(.*$", "", words)
+    for name, demangled in zip(mangled, out, strict=True):
+        demangled = re.sub(r"\(anonymous namespace\)::|sslfast::|c10::|^void ", "", demangled)
+        demangled = demangled.replace("BFloat16", "bf16").replace("Half", "fp16").replace("double", "fp64")
+        demangled = re.sub(r"\bfloat\b", "fp32", demangled)
+        demangled = re.sub(r"\((bool|int|unsigned int)\)", "", demangled)
+        short[name] = re.sub(r"\s*\(.*$", "", demangled)
     return short
 
 
 def compile_one(nvcc: str, source: Path, arch: str, folder: Path) -> tuple[Path, str]:
-    """The cubin of a source for one architecture, and what ptxas said of it."""
+    """The cubin of a source for one architecture, and the output of ptxas."""
     cubin = folder / f"{source.stem}_{arch}.cubin"
     include = Path(torch.__file__).parent / "include"
     command = [
@@ -70,7 +70,7 @@ def compile_one(nvcc: str, source: Path, arch: str, folder: Path) -> tuple[Path,
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"sslfast: {source.name} does not compile for {arch}:\n{done.stderr[-3000:]}")
-    if "serialized" in done.stderr:  # ptxas cannot keep accumulators in place; an advice, not a warning
+    if "serialized" in done.stderr:  # ptxas cannot keep accumulators in place; it gives advice, not a warning
         raise SystemExit(f"sslfast: {source.name}, {arch}: products are serialized:\n{done.stderr[-3000:]}")
     return cubin, done.stderr + done.stdout
 
@@ -94,7 +94,7 @@ def kernels_of(log: str) -> dict[str, dict[str, int]]:
 
 
 def instructions_of(cuobjdump: str, cubin: Path) -> dict[str, Counter[str]]:
-    """Mangled name -> how often each of INSTRUCTIONS stands in its code."""
+    """Mangled name -> number of each of INSTRUCTIONS in its code."""
     text = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     counts: dict[str, Counter[str]] = {}
     for part in text.split("Function : ")[1:]:
@@ -141,7 +141,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# What the CUDA kernels take",
         "",
-        f"`python benchmarks/resource_report.py`, nvcc {report['nvcc']}, headers of torch {report['torch']}.",
+        f"`python -m benchmarks.studies.resource_report`, nvcc {report['nvcc']}, headers of torch {report['torch']}.",
         "Registers of a thread, static shared memory (tiles are dynamic), spilled bytes, matrix and copy instructions.",
         "",
         "| " + " | ".join(head) + " |",

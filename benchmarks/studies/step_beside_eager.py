@@ -1,6 +1,6 @@
-"""Samples/s of PIRL-jigsaw from image files to updated bank: sslfast beside the trainer one would otherwise write.
+"""Samples/s of PIRL-jigsaw from image files to updated bank: sslfast beside a plain PyTorch trainer.
 
-    python -m benchmarks.bench_step DATA [--model resnet50] [--batch-size 32] [--negatives 4096] [--seconds 60] -o OUT
+    python -m benchmarks.studies.step_beside_eager DATA -o OUT [--model resnet50] [--batch-size 32] [--negatives 4096]
 
 Both train the same trunk on the same files with the same number of workers, negatives and samples per step, one after
 the other in one process: sslfast with its defaults for the device (bf16 where there is bf16), and
@@ -10,10 +10,8 @@ those of ``sslfast bench step``. Writes OUT/step.json and OUT/step.md.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +21,9 @@ import torch
 
 from benchmarks.peers.eager_trainer import eager_steps
 from sslfast.bench.step import measure_step
+from sslfast.bench.timing import call_seconds, versions
 from sslfast.data import Manifest
-from sslfast.device import resolve_device, wait_for
+from sslfast.device import resolve_device
 from sslfast.recipes import RECIPES
 from sslfast.training import TrainConfig, Trainer
 
@@ -33,25 +32,16 @@ _WARM_UP = 2
 
 def seconds_per_step(steps: Iterator[Any], device: torch.device, *, seconds: float) -> list[float]:
     """Times of single steps after a warm-up, for at least ``seconds`` and three steps."""
+    for _ in range(_WARM_UP):
+        next(steps)
     times: list[float] = []
-    for number, _ in enumerate(_clocked(steps, device, times)):
-        if number < _WARM_UP:
-            times.clear()
-        elif len(times) >= 3 and sum(times) >= seconds:
-            break
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(call_seconds(lambda: next(steps), device))
     return times
 
 
-def _clocked(steps: Iterator[Any], device: torch.device, times: list[float]) -> Iterator[None]:
-    while True:
-        start = time.perf_counter()
-        next(steps)
-        wait_for(device)
-        times.append(time.perf_counter() - start)
-        yield
-
-
 def sslfast_steps(config: TrainConfig, data: Path, folder: Path) -> Iterator[None]:
+    """Train endlessly; yields after every step."""
     trainer = Trainer(config, data, folder, report=lambda _line: None)
     trainer.method.train()
     try:
@@ -74,7 +64,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--negatives", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0, help="timed for each of the two")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for each of the two trainers")
     parser.add_argument("--device", default="auto")
     chosen = parser.parse_args()
     device = resolve_device(chosen.device)
@@ -109,8 +99,7 @@ def main() -> None:
     rates = {name: chosen.batch_size / statistics.mean(times) for name, times in (("sslfast", ours), ("eager", theirs))}
     result = {
         "device": parts.device,
-        "torch": str(torch.__version__),
-        "platform": platform.platform(),
+        **versions(),
         "settings": {key: str(value) for key, value in vars(chosen).items() if key not in ("data", "output")},
         "samples_per_second": {name: round(rate, 2) for name, rate in rates.items()},
         "ratio": round(rates["sslfast"] / rates["eager"], 2),

@@ -11,13 +11,13 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from sslfast.ops import pixels, render_views
+from sslfast.ops import ViewParameter, pixels, render_views
 from sslfast.ops.philox import random_uint32
-from sslfast.views import parameters as color
-from sslfast.views.parameters import PixelParameters, draw_pixel_parameters
-from sslfast.views.types import AugmentConfig
+from sslfast.views.augment import _RULES, WORD_GROUPS, AugmentConfig, draw_pixel_parameters
 
 N = 8
+JITTERS = slice(ViewParameter.BRIGHTNESS, ViewParameter.HUE + 1)
+FACTORS_OF_JITTER = slice(ViewParameter.BRIGHTNESS, ViewParameter.HUE)
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 OFF = {"flip_probability": 0.0, "jitter_probability": 0.0, "grayscale_probability": 0.0, **PLAIN}
 
@@ -46,19 +46,17 @@ def pil(images: Tensor, function: Callable[[Image.Image, int], Image.Image]) -> 
     return torch.stack([torch.from_numpy(a.copy()).permute(2, 0, 1) for a in arrays]).to(torch.float32)
 
 
-def parameters(count: int = N, config: AugmentConfig | None = None, seed: int = 0) -> PixelParameters:
-    words = random_uint32(torch.arange(count), color.WORDS + color.BLUR_WORDS, seed=seed, stream=32, step=0)
+def parameters(count: int = N, config: AugmentConfig | None = None, seed: int = 0) -> Tensor:
+    words = random_uint32(torch.arange(count), sum(WORD_GROUPS), seed=seed, stream=32, step=0)
     return draw_pixel_parameters(words, config or AugmentConfig(photometric_probability=1.0))
 
 
 def augment(
-    images: Tensor, p: PixelParameters, config: AugmentConfig, *, dtype: torch.dtype = torch.float32,
+    images: Tensor, p: Tensor, config: AugmentConfig, *, dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:  # fmt: skip
     """The op on whole crops."""
-    return render_views(
-        images, p.pack()[:, None], mean=config.mean, std=config.std, dtype=dtype, channels_last=channels_last
-    )
+    return render_views(images, p[:, None], mean=config.mean, std=config.std, dtype=dtype, channels_last=channels_last)
 
 
 FACTORS = torch.tensor([0.6, 1.4, 1.0, 0.0, 0.73, 1.21, 2.0, 0.5])
@@ -169,7 +167,7 @@ def test_blur_comes_after_grayscale() -> None:
     config = AugmentConfig(**(OFF | {"grayscale_probability": 1.0, "blur_probability": 1.0}))
     images, p = pictures(), parameters(config=config)
     gray = tvf.rgb_to_grayscale(levels(images), num_output_channels=3)
-    expected = pixels.gaussian_blur(gray, p.blur_sigma) / 255
+    expected = pixels.gaussian_blur(gray, p[:, ViewParameter.BLUR_SIGMA]) / 255
     torch.testing.assert_close(augment(images, p, config), expected, rtol=0, atol=1e-5)
 
 
@@ -182,11 +180,11 @@ def test_luminance_equals_torchvision() -> None:
 def test_jitter_in_every_order_equals_torchvision(order: tuple[int, ...]) -> None:
     config = AugmentConfig(**(OFF | {"jitter_probability": 1.0}))
     images, p = pictures(11), parameters(config=config)
-    p.jitter_order = torch.tensor(order).expand(N, 4)
+    p[:, ViewParameter.JITTER_ORDER] = pixels.ORDERS.index(order)
     result = augment(images, p, config)
     functions = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
     for i in range(N):
-        values = (*p.factors[i].tolist(), float(p.hue[i]))
+        values = p[i, JITTERS].tolist()
         expected = levels(images[i]) / 255
         for kind in order:
             expected = functions[kind](expected, values[kind])
@@ -197,13 +195,13 @@ def test_mixed_orders_and_gates_equal_one_image_at_a_time() -> None:
     config = AugmentConfig(jitter_probability=0.7, photometric_probability=0.5, blur_probability=0.5)
     count = 64
     images, p = pictures(20).repeat(8, 1, 1, 1), parameters(count, config)
-    assert 0 < p.jitter.sum() < count
-    assert 0 < p.photometric.sum() < count
+    assert 0 < p[:, ViewParameter.JITTER].sum() < count
+    assert 0 < p[:, ViewParameter.PHOTOMETRIC].sum() < count
     result = augment(images, p, config)
     alone = [augment(images[i : i + 1], p[i : i + 1], config) for i in range(count)]
     assert torch.equal(result, torch.cat(alone))
     # Level operations may move by one level where a sum crosses a whole number, and autocontrast widens that.
-    reference = pixels.augment(images, p.pack(), mean=config.mean, std=config.std)
+    reference = pixels.augment(images, p, mean=config.mean, std=config.std)
     assert ((reference - result).abs() > 2e-5).float().mean() < 1e-3
 
 
@@ -212,9 +210,9 @@ def test_photometric_order_equals_pil_chain() -> None:
     images, p = pictures(), parameters(config=config)
 
     def chain(image: Image.Image, i: int) -> Image.Image:
-        image = ImageOps.posterize(image, int(p.posterize_bits[i]))
-        image = ImageEnhance.Sharpness(image).enhance(float(p.sharpness[i]))
-        image = ImageOps.solarize(image, int(p.solarize_threshold[i]))
+        image = ImageOps.posterize(image, int(p[i, ViewParameter.POSTERIZE_BITS]))
+        image = ImageEnhance.Sharpness(image).enhance(float(p[i, ViewParameter.SHARPNESS]))
+        image = ImageOps.solarize(image, int(p[i, ViewParameter.SOLARIZE_THRESHOLD]))
         return ImageOps.autocontrast(image)
 
     different = (augment(images, p, config) * 255 - pil(images, chain)).abs() > 0.01
@@ -280,36 +278,46 @@ def test_draws_cover_their_ranges() -> None:
     count = 20_000
     p = parameters(count, config)
     for gate, probability in (
-        (p.flip, 0.5),
-        (p.jitter, 1.0),
-        (p.photometric, 0.66),
-        (p.grayscale, 0.2),
-        (p.blur_sigma > 0, 0.4),
+        (p[:, ViewParameter.FLIP], 0.5),
+        (p[:, ViewParameter.JITTER], 1.0),
+        (p[:, ViewParameter.PHOTOMETRIC], 0.66),
+        (p[:, ViewParameter.GRAYSCALE], 0.2),
+        (p[:, ViewParameter.BLUR_SIGMA] > 0, 0.4),
     ):
         assert abs(gate.float().mean() - probability) < 0.015
-    assert p.factors.shape == (count, 3)
-    for values, low, high in ((p.factors, 0.6, 1.4), (p.hue, -0.2, 0.2), (p.sharpness, 0.1, 1.9)):
+    assert p.shape == (count, len(ViewParameter))
+    for values, low, high in (
+        (p[:, FACTORS_OF_JITTER], 0.6, 1.4),
+        (p[:, ViewParameter.HUE], -0.2, 0.2),
+        (p[:, ViewParameter.SHARPNESS], 0.1, 1.9),
+    ):
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.01 * (high - low)
-    sigma = p.blur_sigma[p.blur_sigma > 0]
+    sigma = p[:, ViewParameter.BLUR_SIGMA]
+    sigma = sigma[sigma > 0]
     assert 0.1 <= sigma.min() < 0.11
     assert 1.99 < sigma.max() <= 2.0
     assert abs(sigma.mean() - 1.05) < 0.02
-    assert p.posterize_bits.unique().tolist() == [4, 5, 6, 7, 8]
-    assert p.solarize_threshold.unique().tolist() == list(range(257))
-    orders, counts = p.jitter_order.unique(dim=0, return_counts=True)
+    assert p[:, ViewParameter.POSTERIZE_BITS].unique().tolist() == [4, 5, 6, 7, 8]
+    assert p[:, ViewParameter.SOLARIZE_THRESHOLD].unique().tolist() == list(range(257))
+    jitter_order = torch.tensor(pixels.ORDERS)[p[:, ViewParameter.JITTER_ORDER].long()]
+    orders, counts = jitter_order.unique(dim=0, return_counts=True)
     assert len(orders) == 24
     assert counts.min() > 0.8 * count / 24
-    assert (p.jitter_order.sort(dim=1).values == torch.arange(4)).all()
+    assert (jitter_order.sort(dim=1).values == torch.arange(4)).all()
 
 
 def test_probability_bounds_and_independence_of_strengths() -> None:
     never = parameters(1000, AugmentConfig(**OFF))
-    assert not never.blur_sigma.any()
-    assert not (never.flip | never.jitter | never.grayscale | never.photometric).any()
+    gates = ("BLUR_SIGMA", "FLIP", "JITTER", "GRAYSCALE", "PHOTOMETRIC")
+    assert not never[:, [ViewParameter[gate] for gate in gates]].any()
     one, other = parameters(50, AugmentConfig()), parameters(50, AugmentConfig(brightness=0.0, hue=0.5))
-    assert torch.equal(one.factors[:, 1:], other.factors[:, 1:])
-    assert torch.equal(one.sharpness, other.sharpness)
-    assert (other.factors[:, 0] == 1).all()
-    assert parameters(50, AugmentConfig(brightness=2.0)).factors.min() >= 0
+    assert torch.equal(one[:, FACTORS_OF_JITTER][:, 1:], other[:, FACTORS_OF_JITTER][:, 1:])
+    assert torch.equal(one[:, ViewParameter.SHARPNESS], other[:, ViewParameter.SHARPNESS])
+    assert (other[:, ViewParameter.BRIGHTNESS] == 1).all()
+    assert parameters(50, AugmentConfig(brightness=2.0))[:, FACTORS_OF_JITTER].min() >= 0
+
+
+def test_every_parameter_has_a_rule() -> None:
+    assert list(_RULES) == list(ViewParameter)

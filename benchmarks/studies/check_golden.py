@@ -1,9 +1,9 @@
-"""Recorded numbers of VISSL and PyContrast against ours: loss, gradient, Z and bank over two steps.
+"""Recorded numbers of VISSL and PyContrast against sslfast's: loss, gradient, Z and bank over two steps.
 
-    python benchmarks/check_golden.py DIR [-o FILE.md]
+    python -m benchmarks.studies.check_golden DIR [-o FILE.md]
 
 DIR holds ``vissl_nce.npz`` and ``pycontrast_infonce.npz`` (fp32, CPU): a bank, two batches of embeddings, the rows that
-each project drew, and what it computed. Ours scores the same rows through ``sslfast.adapters.nce_average``. VISSL adds
+each project drew, and its results. sslfast scores the same rows through ``sslfast.adapters.nce_average``. VISSL adds
 2**-23 to the denominators inside the logarithms of its NCE; its loss is therefore also compared with the formula that
 has this term. Exit status 1 when a difference exceeds its tolerance.
 """
@@ -168,7 +168,7 @@ def main() -> int:
     if chosen.output is not None:
         chosen.output.write_text(
             "# Recorded numbers of VISSL and PyContrast against sslfast\n\n"
-            "`python benchmarks/check_golden.py DIR -o FILE`: N = 1000, B = 16, K = 512, D = 128, temperature "
+            "`python -m benchmarks.studies.check_golden DIR -o FILE`: N = 1000, B = 16, K = 512, D = 128, temperature "
             f"{TEMPERATURE}, bank momentum {MOMENTUM}, fp32\non the CPU, two consecutive steps on the rows that each "
             f"project drew; torch {torch.__version__}, {build_info()['note']}.\n"
             "Of arrays, `recorded` and `ours` show the largest magnitude. VISSL adds 2^-23 to the denominators inside\n"

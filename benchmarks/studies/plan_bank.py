@@ -1,9 +1,9 @@
 """What a memory bank of N rows costs per rank and step: bytes held, read and sent, and FLOPs. Computed, not measured.
 
-    python -m benchmarks.plan_bank --rows 1e9 --cases 8x4096 64x8192 256x16384
+    python -m benchmarks.studies.plan_bank --rows 1e9 --cases 8x4096 64x8192 256x16384
 
-prints the table of docs/scale.md, which explains its columns. tests/test_plan_bank.py counts the bytes that a small run
-over gloo really holds and sends, and finds the same.
+prints the table of docs/scale.md, which explains its columns. tests/benchmarks/test_plan_bank.py compares the bytes
+with those that a small run over gloo really holds and sends.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TRUNK_SHARE = 1.73  # a PIRL sample, image and nine patches, in images
 
 @dataclass(kw_only=True, frozen=True)
 class Cluster:
-    """Figures of the vendor for one of eight H100 SXM of a DGX H100; peaks, which no run reaches."""
+    """Vendor figures for one of eight H100 SXM of a DGX H100; peaks, which no run reaches."""
 
     device_bytes: float = 80e9
     read: float = 3.35e12
@@ -46,7 +46,7 @@ class Cluster:
 
 @dataclass(kw_only=True, frozen=True)
 class Bank:
-    """A bank and what a step asks of it. ``batch`` is global."""
+    """A bank and its use in one step. ``batch`` is global."""
 
     rows: int
     batch: int
@@ -79,8 +79,8 @@ class Bank:
         return 6 * self.views * queries * self.columns * FLOAT
 
     def read(self) -> float:
-        """Bytes of bank rows that a rank reads to score, at least: "sampled" rows once for all views of a sample,
-        others once for all queries. Expected value for a shard."""
+        """Least bytes of bank rows that a rank reads to score: "sampled" rows once for all views of a sample, others
+        once for all queries. Expected value for a shard."""
         if self.negatives == "sampled":
             return self.batch / self.ranks * (self.scored + 1) * self.columns * self.element
         return (self.scored + 1) / self.shards * self.columns * self.element
@@ -90,13 +90,13 @@ class Bank:
         return 4.0 * self.columns * self.views * (self.batch / self.ranks) * (self.scored + 1)
 
     def draws(self) -> float:
-        """Rows drawn by a rank. Every rank draws for all samples and keeps what lies in its shard."""
+        """Negatives drawn by a rank. Every rank draws for all samples and keeps the rows of its shard."""
         if self.negatives == "full":
             return 0
         return self.scored * (1 if self.negatives == "shared" else self.batch / (self.ranks / self.shards))
 
     def payloads(self) -> dict[str, int]:
-        """Bytes of the tensors that each kind of exchange is about: what is gathered, reduced, scattered in all."""
+        """Total bytes of the tensors gathered, reduced and scattered in a step."""
         features = self.batch * (INDEX + self.columns * FLOAT)  # the update
         if self.shards == 1:
             return {"gather": features if self.ranks > 1 else 0, "reduce": 0, "scatter": 0}
@@ -108,12 +108,12 @@ class Bank:
         }
 
     def received(self) -> float:
-        """Bytes that come into a rank over the network in a step, by rings: a reduction passes twice."""
+        """Bytes that a rank receives over the network in a step, with ring algorithms: a reduction passes twice."""
         payload = self.payloads()
         return (self.ranks - 1) / self.ranks * (payload["gather"] + 2 * payload["reduce"] + payload["scatter"])
 
     def seconds(self, cluster: Cluster) -> dict[str, float]:
-        """Least time of drawing, reading, computing and sending at the cluster's peaks."""
+        """Least seconds for drawing, reading, computing and sending at the cluster's peaks."""
         tensor_cores = self.element == 2 and self.negatives != "sampled"
         link = cluster.nvlink if self.ranks <= cluster.devices_per_node else cluster.network
         return {
@@ -124,14 +124,14 @@ class Bank:
         }
 
     def fits(self, cluster: Cluster) -> bool:
-        """Bank and buffers in three quarters of the memory there is: the rest is for network and images."""
+        """Whether bank and buffers fit in three quarters of the memory; the rest is for network and images."""
         if self.layout == "host":
             return self.held() * min(self.ranks, cluster.devices_per_node) <= 0.75 * cluster.host_bytes
         return self.held() + self.buffers() <= 0.75 * cluster.device_bytes
 
 
 def quantity(value: float, unit: str) -> str:
-    """Three digits and a prefix."""
+    """A number with three digits, SI prefix and unit."""
     for prefix, scale in (
         ("T", 1e12),
         ("G", 1e9),
@@ -154,7 +154,7 @@ HEADINGS = (
 
 
 def table(banks: list[Bank], cluster: Cluster) -> str:
-    """Markdown, one line a bank; every number is per rank and step."""
+    """Markdown, one row per bank; every number is per rank and step."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
     for bank in banks:
         trunk = TRUNK_FLOPS * TRUNK_SHARE * bank.batch / bank.ranks

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_methods import METHODS, SUPERVISED, VARIANTS, main, render
+from benchmarks.studies.methods import METHODS, SUPERVISED, VARIANTS, main, render
 from tests.tiny import write_images
 
 

@@ -1,4 +1,4 @@
-"""Plain pipelines yield what the loaders are timed for, and the benchmark keeps its lines."""
+"""Plain pipelines yield the batches that the loaders are timed for, and the study keeps earlier measurements."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_loader_plain import BATCH, PAIRS, main, table, views
 from benchmarks.peers.plain_loaders import KINDS, PIPELINES, patch_corners, quarter_turns, shuffled_patches
-from sslfast.data.prepare import PrepareConfig
+from benchmarks.studies.loaders_beside_plain import BATCH, PAIRS, main, table, views
+from sslfast.data.prepare import PrepareConfig, prepare_beton
 from sslfast.loaders.registry import loader_status
 from tests.tiny import write_images
 
@@ -62,22 +62,22 @@ def test_quarter_turns_keep_the_pixels() -> None:
         assert any(torch.equal(turned, torch.rot90(square, k, (1, 2))) for k in range(4))
 
 
-def test_our_views_have_no_colour_jitter() -> None:
+def test_views_of_the_study_have_no_colour_jitter() -> None:
     assert {kind: list(views(kind)) for kind in KINDS} == {
         "crop": ["image"], "pirl": ["image", "patches"], "rotation": ["image"],
     }  # fmt: skip
     assert all(view.augment.jitter_probability == 0 for kind in KINDS for view in views(kind).values())
 
 
-def test_lines_are_kept_and_compared(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measurements_are_kept_and_compared(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(data), "-o", str(tmp_path), "--cores", "1", "--seconds", "0", "--device", "cpu"]
-    arguments += ["--libraries", "torch", "ffcv", "--kinds", "crop"]
+    arguments += ["--libraries", "pillow", "ffcv", "--kinds", "crop"]
     main(arguments)
     out = capsys.readouterr()
     assert "| crop | 1 |" in out.out
     assert "ffcv left out" in out.err
     rows = json.loads((tmp_path / "loaders.json").read_text())["rows"]
-    assert [(row["library"], row["plain"]) for row in rows] == [("torch", False), ("torch", True)]
+    assert [(row["library"], row["plain"]) for row in rows] == [("pillow", False), ("pillow", True)]
     assert (tmp_path / "loaders.png").stat().st_size > 1000
     main(arguments)
     assert capsys.readouterr().out == ""  # nothing was measured again

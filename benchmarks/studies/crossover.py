@@ -1,19 +1,17 @@
-"""Time of sampled, shared and full negatives against batch size and bank size, beside the peers: where they cross.
+"""Time of sampled, shared and full negatives over batch size and bank size, beside the peers: where they cross.
 
-    python -m benchmarks.bench_crossover -o build/crossover [--device cuda] [--batch 16 64 256] [--rows 1e5 1e6]
+    python -m benchmarks.studies.crossover -o build/crossover [--device cuda] [--batch 16 64 256] [--rows 1e5 1e6]
 
-Run from the checkout. One call is the loss of all views and its gradient by the query, negatives drawn anew. Writes
-OUT.json, OUT.md and OUT.png. What does not fit memory or takes longer than --limit seconds a call is left out with the
-reason. Bandwidth counts the bank bytes that must be read once, arithmetic the two products; their ceilings, a copy and
-a dense product in the bank's dtype, are measured in the same run.
+Run from the checkout. One call is the loss of all views and its gradient by the query, with newly drawn negatives.
+Writes OUT.json, OUT.md and OUT.png. What does not fit in memory or takes longer than --limit seconds per call is left
+out with the reason. Bandwidth counts the bank bytes that must be read once, arithmetic the two products; their
+ceilings, a copy and a dense product in the bank's dtype, are measured in the same run.
 """
 
 import argparse
 import itertools
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.line_chart import draw_panels
 from benchmarks.peers import PEERS, Peer
-from sslfast.bench.ops import peak_extra_bytes
-from sslfast.device import wait_for
+from sslfast.bench.charts import draw_panels
+from sslfast.bench.timing import (
+    call_seconds,
+    device_name,
+    milliseconds,
+    peak_extra_bytes,
+    seconds_in_turns,
+    versions,
+)
 from sslfast.ops import bank_nce, build_info, negative_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,11 +66,11 @@ class Way:
     """None: sslfast."""
 
     def count(self, sizes: Sizes) -> int:
-        """Rows that a query is scored against."""
+        """Bank rows that a query is scored against."""
         return sizes.num_rows if self.mode == "full" else self.negatives + 1
 
     def floor_bytes(self, sizes: Sizes) -> int:
-        """Bank bytes that must be read: rows of every sample, or one set for all and the positives."""
+        """Bank bytes that must be read: the negatives of every sample, or those of the batch and the positives."""
         rows = sizes.batch * (self.negatives + 1) if self.mode == "sampled" else self.count(sizes) + sizes.batch
         return rows * COLUMNS * self.dtype.itemsize
 
@@ -75,7 +79,7 @@ class Way:
         return 4 * sizes.views * sizes.batch * self.count(sizes) * COLUMNS
 
     def needed_bytes(self, sizes: Sizes) -> int:
-        """Estimate of what a call holds."""
+        """Estimate of the memory that a call holds."""
         if self.peer is None:
             return 8 * sizes.views * sizes.batch * COLUMNS
         return 4 * self.peer.values(sizes.views * sizes.batch, self.count(sizes), COLUMNS, sizes.batch)
@@ -89,13 +93,13 @@ class Way:
             assert isinstance(loss, Tensor)
             return loss.detach(), torch.autograd.grad(loss.sum(), query)[0]
         shape = {"sampled": (len(index), self.negatives), "shared": (self.negatives,)}.get(self.mode)
-        rows = None if shape is None else torch.randint(len(bank), shape, device=bank.device)
-        return self.peer.function(query, bank, index, rows, temperature=TEMPERATURE)
+        negatives = None if shape is None else torch.randint(len(bank), shape, device=bank.device)
+        return self.peer.function(query, bank, index, negatives, temperature=TEMPERATURE)
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What is measured, and what has been."""
+    """What is measured, and the results so far."""
 
     device: torch.device
     dtype: torch.dtype
@@ -128,17 +132,8 @@ def ways(dtype: torch.dtype, negatives: list[int], without: list[str]) -> list[W
     return [way for way in found if not any(word in way.name for word in without)]
 
 
-def seconds(device: torch.device, function: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    wait_for(device)
-    start = time.perf_counter()
-    function()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken."""
+    """Memory that can still be allocated."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -150,15 +145,15 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     """Best of several: GB/s of a copy (read and written), TFLOP/s of a square product in the bank's dtype."""
     megabytes, side = (1024, 8192) if device.type == "cuda" else (128, 1024)
     pair = [torch.ones(megabytes * 2**18, device=device) for _ in range(2)]
-    copy = min(seconds(device, lambda: pair[0].copy_(pair[1])) for _ in range(7))
+    copy = min(call_seconds(lambda: pair[0].copy_(pair[1]), device) for _ in range(7))
     pair.clear()
     matrix = torch.randn(side, side, device=device).to(dtype)
-    product = min(seconds(device, lambda: matrix @ matrix) for _ in range(7))
+    product = min(call_seconds(lambda: matrix @ matrix, device) for _ in range(7))
     return {"copy_gb_per_s": 2 * megabytes * 2**20 / copy / 1e9, "matmul_tflop_per_s": 2 * side**3 / product / 1e12}
 
 
 def unit_rows(num_rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``[num_rows, D]`` random unit rows, made in pieces."""
+    """``[num_rows, D]`` random unit vectors, drawn in pieces."""
     generator = torch.Generator(device).manual_seed(0)
     bank = torch.empty(num_rows, COLUMNS, device=device, dtype=dtype)
     for piece in bank.split(2**18):
@@ -167,27 +162,27 @@ def unit_rows(num_rows: int, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def check(run: Run, query: Tensor, bank: Tensor, index: Tensor) -> None:
-    """Every way gives sslfast's loss and gradient on sslfast's rows, before any is timed."""
+    """Check that every way gives sslfast's loss and gradient on sslfast's negatives, before any is timed."""
     tolerance = 1e-4 if run.dtype == torch.float32 else 5e-2
     for way in run.ways:
         if way.peer is None:
             continue
         own = Way(**{**vars(way), "peer": None})
         draw = {"num_negatives": way.negatives, "num_rows": len(bank), "seed": 0, "step": 0}
-        rows = None if way.mode == "full" else negative_rows(index, **draw, shared=way.mode == "shared")
+        negatives = None if way.mode == "full" else negative_rows(index, **draw, shared=way.mode == "shared")
         ours = own.call(query, bank, index, 0)
-        theirs = way.peer.function(query, bank.to(way.dtype), index, rows, temperature=TEMPERATURE)
+        theirs = way.peer.function(query, bank.to(way.dtype), index, negatives, temperature=TEMPERATURE)
         for a, b in zip(ours, theirs, strict=True):
             difference, size = (a - b).abs().max().item(), b.abs().max().item()
             if not difference <= tolerance * max(size, 1.0):
                 raise RuntimeError(
-                    f"{way.name} differs from sslfast by {difference:.2g} on the same rows; nothing was timed"
+                    f"{way.name} differs from sslfast by {difference:.2g} on the same negatives; nothing was timed"
                 )
 
 
 def measure_point(run: Run, sizes: Sizes, query: Tensor, banks: dict[torch.dtype, Tensor], index: Tensor) -> None:
-    """Every way at one size; they take turns, so that a noisy machine slows all alike."""
-    torch.compiler.reset()  # past a handful of shapes torch.compile would quietly go on in eager mode
+    """Measure every way at one size; they take turns, so that a noisy machine slows all alike."""
+    torch.compiler.reset()  # past a handful of shapes torch.compile would silently fall back to eager mode
     calls: dict[str, tuple[Way, Callable[[], Any]]] = {}
     for way in run.ways:
         reason = run.slow.get(f"{way.name} {sizes.num_rows}") or unfit(run, way, sizes)
@@ -200,7 +195,7 @@ def measure_point(run: Run, sizes: Sizes, query: Tensor, banks: dict[torch.dtype
 
             try:
                 call()  # compiles what compiles
-                took = seconds(run.device, call)
+                took = call_seconds(call, run.device)
                 if took > run.limit:
                     reason = f"{took:.1f} s a call at B={sizes.batch}, over --limit {run.limit:g}"
                     run.slow[f"{way.name} {sizes.num_rows}"] = reason
@@ -210,10 +205,7 @@ def measure_point(run: Run, sizes: Sizes, query: Tensor, banks: dict[torch.dtype
                 reason = "out of memory"
         if reason is not None:
             run.rows.append(describe(way, sizes) | {"skipped": reason})
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(run.rounds):
-        for name, (_way, call) in calls.items():
-            times[name].append(seconds(run.device, call))
+    times = seconds_in_turns({name: call for name, (_way, call) in calls.items()}, run.device, rounds=run.rounds)
     for name, (way, call) in calls.items():
         run.rows.append(describe(way, sizes) | summary(run, way, sizes, times[name], call))
 
@@ -229,20 +221,18 @@ def unfit(run: Run, way: Way, sizes: Sizes) -> str | None:
 
 
 def describe(way: Way, sizes: Sizes) -> dict[str, Any]:
-    """What a row of the table is about."""
+    """The columns of a row that say what was measured."""
     dtype = next(name for name, value in DTYPES.items() if value == way.dtype)
     return {"way": way.name, "mode": way.mode, "dtype": dtype, **vars(sizes)}
 
 
 def summary(run: Run, way: Way, sizes: Sizes, times: list[float], call: Callable[[], Any]) -> dict[str, Any]:
     """The numbers of a row."""
-    ordered, median = sorted(times), statistics.median(times)
+    median = statistics.median(times)
     bandwidth, rate = way.floor_bytes(sizes) / median / 1e9, way.flops(sizes) / median / 1e12
     peak = peak_extra_bytes(run.device, call)
     return {
-        "median_ms": round(median * 1e3, 4),
-        "quantile20_ms": round(ordered[int(0.2 * len(ordered))] * 1e3, 4),
-        "quantile80_ms": round(ordered[min(len(ordered) - 1, int(0.8 * len(ordered)))] * 1e3, 4),
+        **milliseconds(times),
         "gb_per_s": round(bandwidth, 3),
         "share_of_copy": round(bandwidth / run.ceilings["copy_gb_per_s"], 4),
         "tflop_per_s": round(rate, 5),
@@ -252,7 +242,7 @@ def summary(run: Run, way: Way, sizes: Sizes, times: list[float], call: Callable
 
 
 def crossings(rows: list[dict[str, Any]]) -> list[str]:
-    """For each bank size and sampled way of sslfast: the smallest batch from which on full is faster."""
+    """For each bank size and sampled way of sslfast: the smallest batch from which full is faster."""
     lines = []
     timed = {(row["num_rows"], row["way"], row["batch"]): row["median_ms"] for row in rows if "median_ms" in row}
     for num_rows, way in sorted({(n, w) for n, w, _ in timed if w.startswith("sampled") and w.endswith("sslfast")}):
@@ -282,7 +272,7 @@ def render(run: Run, facts: dict[str, Any]) -> str:
         f"{run.rounds} calls each in turn.",
         f"Ceilings of this run: copy {run.ceilings['copy_gb_per_s']:.1f} GB/s, product in the bank's dtype "
         f"{run.ceilings['matmul_tflop_per_s']:.3f} TFLOP/s.",
-        "Shares above 1 of the copy mean that rows came out of a cache.",
+        "Shares of the copy above 1: bank rows came from a cache.",
         "",
         *crossings(run.rows),
         "",
@@ -317,7 +307,7 @@ def chart(run: Run, output: Path, device: str) -> None:
         for way, color in zip(members, itertools.cycle(shades), strict=False):
             styles[way.name] = (color, 5 if way.peer is None else 2)
     title = f"Loss and gradient of {run.rows[0]['views']} views: {device}"
-    draw_panels(panels, output, title=title, x_label="batch", y_label="ms a call", styles=styles)
+    draw_panels(panels, output, title=title, x_label="batch", y_label="ms per call", styles=styles)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -333,8 +323,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, help="of the bank; default bf16, on a CPU fp32")
     parser.add_argument("--rounds", type=int, default=11, help="timed calls of each way")
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds a call, above which a way is left out")
-    parser.add_argument("--without", nargs="*", default=[], help="leave out ways with any of these words in their name")
+    parser.add_argument("--limit", type=float, default=5.0, help="seconds per call above which a way is left out")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="leave out ways whose name contains one of these words"
+    )
     chosen = parser.parse_args(argv)
     if chosen.device == "auto":
         chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -382,16 +374,15 @@ def main(argv: list[str] | None = None) -> int:
             sizes = Sizes(batch=batch, num_rows=num_rows, views=chosen.views)
             measure_point(run, sizes, query, banks, index)
             print(f"N = {num_rows:,}, B = {batch}: {sum('median_ms' in row for row in run.rows)} measured", flush=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = device_name(device)
     options = [f"--{key} {' '.join(map(str, getattr(chosen, key)))}" for key in ("batch", "rows", "negatives")]
     options += [f"--{key} {getattr(chosen, key)}" for key in ("device", "views", "dtype", "rounds", "limit")]
     options += [f"--without {' '.join(chosen.without)}"] if chosen.without else []
     facts = {
-        "command": f"python -m benchmarks.bench_crossover -o OUT {' '.join(options)}",
+        "command": f"python -m benchmarks.studies.crossover -o OUT {' '.join(options)}",
         "device": name,
-        "torch": str(torch.__version__),
+        **versions(),
         "build": build_info()["note"],
-        "platform": platform.platform(),
         "ceilings": run.ceilings,
     }
     chosen.output.parent.mkdir(parents=True, exist_ok=True)

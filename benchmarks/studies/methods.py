@@ -1,13 +1,13 @@
 """Pretrain every method on a labelled folder without its labels, evaluate, and write a table: real images, one budget.
 
-    python benchmarks/bench_methods.py DATA -o OUT [--epochs 100] [--pretrain-per-class 500] [--methods pirl simclr ...]
+    python -m benchmarks.studies.methods DATA -o OUT [--epochs 100] [--pretrain-per-class 500] [--methods pirl ...]
 
 DATA holds train/<class>/ and val/<class>/, images of about 64 px. Every method trains the same trunk on the same images
 for the same epochs, by its recipe NAME-small; its loss, head, views, batch size and learning rate are its own. The
 numbers are kNN and a linear probe on the frozen trunk's pooled res5, and the probe on pooled res3 and res4 (pretext
 tasks are often best before the last stage, where published numbers are taken), beside raw pixels, the untrained trunk
-and the same trunk trained with labels. Finished runs in OUT are kept, an interrupted one goes on: give the same command
-again, and commands for other methods beside it. Writes OUT/methods.md, methods.json and methods.png;
+and the same trunk trained with labels. Finished runs in OUT are kept and an interrupted one is resumed: give the same
+command again, and commands for other methods beside it. Writes OUT/methods.md, methods.json and methods.png;
 the order of methods is that of the results.
 """
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sslfast.bench.charts import draw_bars
 from sslfast.config import save_json
 from sslfast.evaluation import (
     RAW_PIXELS,
@@ -37,11 +38,10 @@ from sslfast.evaluation import (
     linear_result,
     load_evaluation_set,
 )
-from sslfast.methods import BaseConfig, Method
-from sslfast.models import ResNetConfig, build_trunk, seeded
+from sslfast.methods import BaseConfig, Method, MethodContext, register_method
+from sslfast.models import build_trunk, seeded
 from sslfast.optim import OptimConfig
-from sslfast.recipes import RECIPES, pirl_small
-from sslfast.report import draw_bars
+from sslfast.recipes import RECIPES
 from sslfast.training import TrainConfig, Trainer
 from sslfast.views import View, ViewConfig
 
@@ -53,37 +53,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "super-resolution-perceptual": ("super-resolution", {"perceptual_weight": 1.0}),
     # For a few thousand images, of which each of 250 clusters would have 16.
     "deepcluster-50": ("deepcluster", {"clusters": 50, "pca_dimensions": 32, "every_epochs": 1}),
-    # 16 patches side by side in place of 49 that overlap: a third of the time, for CPUs.
+    # 16 adjacent patches in place of 49 overlapping ones: a third of the time, for CPUs.
     "cpc-4x4": ("cpc", {"patch_stride": 16, "first_step": 1, "last_step": 3}),
 }
-"""Further lines of the table: recipe and changed fields of its method."""
+"""Further rows of the table: recipe and changed fields of its method."""
 
 
+@register_method
 class Supervised(Method):
-    """Cross-entropy with the folders' labels on the image view: what labels would give at the same budget."""
+    """Cross-entropy with the folders' labels on the image view: supervised training at the same budget."""
 
     @dataclass(kw_only=True)
     class Config(BaseConfig):
         name: ClassVar[str] = SUPERVISED
 
-        image_view: ViewConfig = field(default_factory=lambda: pirl_small().method.image_view)
+        image_view: ViewConfig = field(default_factory=lambda: RECIPES["pirl-small"]().method.image_view)
         classes: int = 1
 
-        def build(self, *, model: ResNetConfig, num_rows: int, seed: int) -> "Supervised":
-            return Supervised(self, model, num_rows, seed)
+        def build(self, context: MethodContext) -> "Supervised":
+            return Supervised(self, context)
 
     labels: Tensor
 
-    def __init__(self, config: Config, model: ResNetConfig, num_rows: int, seed: int) -> None:
+    def __init__(self, config: Config, context: MethodContext) -> None:
         super().__init__()
-        self.trunk = build_trunk(model, seed=seed)
-        with seeded(seed + 1):
+        self.trunk = build_trunk(context.model, seed=context.seed)
+        with seeded(context.seed + 1):
             self.classifier = nn.Linear(self.trunk.out_features, config.classes)
-        self.register_buffer("labels", torch.zeros(num_rows, dtype=torch.int64))
+        self.register_buffer("labels", torch.zeros(context.num_rows, dtype=torch.int64))
 
-    def forward(self, views: Mapping[str, View], rows: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
+    def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         logits = self.classifier(self.trunk(views["image"].pixels)).float()
-        labels = self.labels[rows]
+        labels = self.labels[sample_ids]
         return {"loss": cross_entropy(logits, labels), "top1": (logits.argmax(1) == labels).float().mean()}
 
 
@@ -94,7 +95,7 @@ def subset(data: Path, target: Path, per_class: int) -> Path:
             (target / split / folder.name).mkdir(parents=True, exist_ok=True)
             for image in sorted(folder.rglob("*.*"))[:most]:
                 link = target / split / folder.name / image.name
-                with suppress(FileExistsError):  # of an earlier command, or of one beside it
+                with suppress(FileExistsError):  # of an earlier or a concurrent command
                     link.symlink_to(image.resolve())
     return target
 
@@ -103,7 +104,7 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
     """The method's small recipe with the budget of this benchmark."""
     recipe, changes = VARIANTS.get(name, (name, {}))
     if name == SUPERVISED:
-        config = replace(pirl_small(), method=Supervised.Config(classes=classes))
+        config = replace(RECIPES["pirl-small"](), method=Supervised.Config(classes=classes))
     else:
         config = RECIPES[f"{recipe}-small"]()
         config = replace(config, method=replace(config.method, **changes))
@@ -125,7 +126,7 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
 
 
 def optimizer(recipe: OptimConfig, arguments: argparse.Namespace, *, batch_size: int) -> OptimConfig:
-    """The recipe's with its rate scaled, or AdamW."""
+    """The recipe's with its learning rate scaled, or AdamW."""
     if arguments.adamw is None:
         return replace(
             recipe,
@@ -143,7 +144,7 @@ def optimizer(recipe: OptimConfig, arguments: argparse.Namespace, *, batch_size:
 
 
 def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data: Path, output: Path) -> None:
-    """Pretrains (or goes on, or finds it done) and evaluates one method."""
+    """Pretrains and evaluates one method, resuming a run that was interrupted; does nothing for one that is done."""
     done = output / "result.json"
     if done.exists():
         return
@@ -167,9 +168,10 @@ def run(name: str, arguments: argparse.Namespace, *, seed: int, few: Path, data:
 
 
 def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
-    """Raw pixels and the untrained trunk, once for each seed; once more where a method has a trunk of its own kind:
-    colorization's sees lightness alone, CPC's has layer normalisation."""
-    recipe = pirl_small() if name == SUPERVISED else RECIPES[f"{VARIANTS.get(name, (name,))[0]}-small"]()
+    """Raw pixels and the untrained trunk, once per seed; once more for methods with another trunk: colorization's sees
+    lightness only, CPC's has layer normalisation."""
+    base = "pirl" if name == SUPERVISED else VARIANTS.get(name, (name,))[0]
+    recipe = RECIPES[f"{base}-small"]()
     kind: list[str] = [recipe.method.trunk_input] if recipe.method.trunk_input != "rgb" else []
     kind += [f"{recipe.model.norm} norm"] if recipe.model.norm != "batch" else []
     file = output.parent / f"baselines-{'-'.join(kind or ['usual']).replace(' ', '-')}-seed{seed}.json"
@@ -179,7 +181,7 @@ def baselines(name: str, *, seed: int, data: Path, output: Path) -> None:
 
 
 class Stages:
-    """A trunk as an encoder with the spatial means of res3, res4 and res5 side by side: all from one pass."""
+    """A trunk as an encoder of the concatenated spatial means of res3, res4 and res5, from one pass."""
 
     def __init__(self, encoder: TrunkEncoder) -> None:
         self.encoder = encoder
@@ -197,7 +199,7 @@ class Stages:
 
     @staticmethod
     def split(features: Tensor) -> tuple[Tensor, ...]:
-        """Those of res3, res4 and res5: each has twice the columns of the one before."""
+        """The parts of res3, res4 and res5: each has twice the columns of the one before."""
         first = features.shape[1] // 7
         return features.split([first, 2 * first, 4 * first], dim=1)
 
@@ -254,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Writes the table and the chart of all that is done in OUT."""
+    """Writes the table and the chart of all finished runs in OUT."""
     results: dict[str, dict[int, Any]] = {}
     for file in sorted(arguments.output.glob("*-seed*/result.json")):
         name, _, seed = file.parent.name.rpartition("-seed")

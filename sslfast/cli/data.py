@@ -1,0 +1,82 @@
+"""``sslfast data verify`` and ``sslfast data prepare``."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sslfast.cli.options import parse, print_table, printable
+from sslfast.data import PrepareConfig, prepare_beton, verify_images
+
+
+@dataclass(kw_only=True)
+class Verify:
+    """Decode every image once, list the unusable ones with the reason, and write a manifest that records both.
+
+    `sslfast pretrain` and `sslfast data prepare` take the manifest in place of the folder and then know the unusable
+    images before they start. Exit code 0: all images can be used, 1: some cannot."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, or a list of `path,label`
+    lines (.csv)."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
+    workers: int | None = None
+    """Decoding processes; default: one per core."""
+
+
+@dataclass(kw_only=True)
+class Prepare:
+    """Store the images of a folder in one .beton file for the ffcv loader, with sample ids, manifest and checksums."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
+    """File to write; an existing one is replaced only when the new one is complete."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """error: stop at the first unusable image and name it. skip: leave unusable images out and list them."""
+    workers: int | None = None
+    """Processes; default: one per core."""
+    config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+
+
+def verify(arguments: list[str]) -> int:
+    """Run ``sslfast data verify``; returns the exit code."""
+    chosen = parse(Verify, arguments, prog="sslfast data verify")
+    if isinstance(chosen, int):
+        return chosen
+    manifest, bad = verify_images(chosen.data, workers=chosen.workers, progress=sys.stderr.isatty())
+    output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
+    manifest.save(output)
+    for path, reason in bad:
+        print(f"{printable(path)}\t{printable(reason)}")
+    total, classes = len(manifest) + len(bad), len(manifest.classes)
+    print(f"{len(manifest):,} of {total:,} images can be used, {classes:,} classes; wrote {output}")
+    return 1 if bad else 0
+
+
+def prepare(arguments: list[str]) -> int:
+    """Run ``sslfast data prepare``; returns the exit code."""
+    chosen = parse(Prepare, arguments, prog="sslfast data prepare")
+    if isinstance(chosen, int):
+        return chosen
+    prepared = prepare_beton(
+        chosen.data,
+        chosen.output,
+        chosen.config,
+        on_bad_image=chosen.on_bad_image,
+        workers=chosen.workers,
+        progress=sys.stderr.isatty(),
+    )
+    rows = [
+        (
+            "images",
+            f"{len(prepared.manifest):,} in {len(prepared.manifest.classes):,} classes, {prepared.size / 1e9:.3f} GB",
+        )
+    ]
+    rows += [(f"{count:,}", done) for done, count in prepared.counts.items()]
+    rows += [("left out", f"{printable(path)} ({printable(reason)})") for path, reason in prepared.manifest.excluded]
+    print_table([*rows, ("wrote", str(prepared.path))])
+    return 0

@@ -1,0 +1,108 @@
+"""Parsing and printing that the commands share: tyro, and recipes as the source of default values."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import make_dataclass
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from sslfast.cli.exit_codes import EXIT_CODES
+from sslfast.models import CustomTrunkConfig
+from sslfast.recipes import RECIPES, find_recipe
+from sslfast.training import TrainConfig
+
+T = TypeVar("T")
+
+SHORT_OPTIONS = {
+    "--workers": "--loader.workers",
+    "--on-bad-image": "--loader.on-bad-image",
+}
+"""Options of nested configurations of ``pretrain`` and ``preview`` that also have a short name."""
+
+
+def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **options: Any) -> T | int:
+    """The value that tyro builds from the arguments, or the exit code after it has printed help or an error."""
+    try:
+        return tyro.cli(target, args=arguments, prog=prog, **options)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+
+
+def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | int:
+    """Parse a dataclass with a field ``config: TrainConfig`` whose defaults are those of the recipe in ``--recipe``.
+
+    Args:
+        target: dataclass with the fields ``data`` and ``config`` and whatever else the command needs.
+        arguments: of the command.
+        command: its name.
+
+    Returns:
+        As :func:`parse`.
+
+    Raises:
+        ValueError: no recipe is named, or it does not exist.
+    """
+    recipe = _recipe(arguments, command)
+    factory = _value(arguments, "--model.factory")
+    if factory is not None:  # a factory chooses a trunk with other options than a ResNet's
+        recipe.model = CustomTrunkConfig(factory=factory)
+    # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
+    chosen = [("method", type(recipe.method)), ("model", type(recipe.model))]
+    train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)
+    config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
+    default = target(data=tyro.MISSING, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
+    # Likewise an optional part of the configuration (a view's jigsaw) is present or absent as the recipe has it.
+    options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
+    return parse(target, expanded, prog=f"sslfast {command}", **options)
+
+
+def report(line: str) -> None:
+    """Print one line for the user on standard error."""
+    print(f"sslfast: {line}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """A file name for one line of a terminal: control characters and undecodable bytes as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _recipe(arguments: list[str], command: str) -> TrainConfig:
+    """The recipe that ``--recipe`` names; with ``--help`` and no recipe, the first one."""
+    name = _value(arguments, "--recipe")
+    if name is None:
+        if not {"-h", "--help"} & set(arguments):
+            raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
+        name = next(iter(RECIPES))
+    return find_recipe(name)
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value of an option that decides which other options exist; the last one given, or None."""
+    value: str | None = None
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value
+
+
+def _description() -> str:
+    lines = []
+    for name, make in RECIPES.items():
+        paragraph = " ".join((make.__doc__ or "").strip().partition("\n\n")[0].split())
+        lines.append(f"  {name}: {paragraph}")
+    return "--recipe NAME sets the default of every option below:\n" + "\n".join(lines) + f"\n\n{EXIT_CODES}"
+
+
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}", flush=True)

@@ -1,0 +1,118 @@
+"""``sslfast pretrain`` and ``sslfast preview``: every value of a recipe is an option."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
+from sslfast.cli.options import parse_recipe, print_table, report
+from sslfast.data import parse_data
+from sslfast.distributed import destroy_process_group
+from sslfast.training import (
+    NonFiniteLossError,
+    RunInterruptedError,
+    TrainConfig,
+    Trainer,
+    TrainResult,
+    check_memory,
+    summary,
+)
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    """Options of ``sslfast pretrain``."""
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, a list of `path,label` lines
+    (.csv), a manifest of `sslfast data verify` (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N
+    synthetic images."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
+    """Run directory; default runs/RECIPE-FOLDER."""
+    resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
+    """auto: continue from the newest good checkpoint in RUN if there is one. never: refuse a RUN that holds a run.
+    PATH: continue from a checkpoint or from another run directory."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Check configuration, data, disk space, lock and checkpoint, estimate memory, print what would run, and stop."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(kw_only=True)
+class Preview:
+    """Options of ``sslfast preview``."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("preview.png")
+    """Picture to write."""
+    count: int = 4
+    """Number of images on the sheet."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Run ``sslfast pretrain``; returns the exit code."""
+    chosen = parse_recipe(Pretrain, arguments, command="pretrain")
+    if isinstance(chosen, int):
+        return chosen
+    config, data = chosen.config, parse_data(chosen.data)
+    folder = "synthetic" if isinstance(data, int) else data.resolve().name
+    output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
+    try:
+        trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
+        lines = summary(trainer)
+        if chosen.dry_run:
+            try:
+                trainer.check()
+                lines.append(("memory", check_memory(trainer)))
+            finally:
+                trainer.close()
+        if trainer.is_main:
+            print_table(lines)
+        if chosen.dry_run:
+            return 0
+        result = trainer.fit()
+    except RunInterruptedError as stop:
+        trainer.report(str(stop))
+        return EXIT_INTERRUPTED
+    except NonFiniteLossError as error:
+        trainer.report(f"error: {error}")
+        return EXIT_NOT_FINITE
+    finally:
+        destroy_process_group()
+    if trainer.is_main:
+        _print_result(result, output)
+    return 0
+
+
+def preview(arguments: list[str]) -> int:
+    """Run ``sslfast preview``; returns the exit code."""
+    chosen = parse_recipe(Preview, arguments, command="preview")
+    if isinstance(chosen, int):
+        return chosen
+    from sslfast.report import write_preview
+
+    method, seed = chosen.config.method, chosen.config.seed
+    method.validate()
+    panels = partial(method.preview_panels, seed=seed)
+    write_preview(chosen.data, method.preview_views(), chosen.output, count=chosen.count, seed=seed, panels=panels)
+    print(chosen.output)
+    return 0
+
+
+def _print_result(result: TrainResult, output: Path) -> None:
+    print_table(
+        [
+            ("steps done", f"{result.step:,} in {result.seconds:.1f} s, {result.samples_per_second:.1f} samples/s"),
+            ("waited", f"{result.loader_wait_share:.1%} of the time for data"),
+            ("loss", f"{result.metrics.get('loss', float('nan')):.4f}"),
+            ("checkpoint", str(result.checkpoint)),
+        ]
+    )
+    if result.bad_images:
+        path = output / "bad_images.txt"
+        print(f"{result.bad_images} images could not be used, see {path}:")
+        print(path.read_text(encoding="utf-8", errors="surrogateescape"), end="")

@@ -1,0 +1,65 @@
+"""What a DATA argument names: opened for a new run, or again for a resumed one."""
+
+from pathlib import Path
+
+from sslfast.data.images import OnBadImage
+from sslfast.data.manifest import Manifest, some_paths
+from sslfast.data.source import is_file, source_of
+
+_MANIFEST = ".tsv"
+
+
+def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> Manifest:
+    """The rows of a data set for a new run; ValueError where it cannot be used as it is.
+
+    Args:
+        path: an image source (see ``sslfast.data.source``), or a manifest file (.tsv), which is checked first.
+        on_bad_image: ``error``: images known to be bad are a ValueError that names them; ``skip``: they are left out.
+        progress: show progress bars on the terminal.
+    """
+    if not is_file(path, _MANIFEST):
+        return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
+    manifest = Manifest.load(path)
+    manifest.check()
+    if manifest.excluded and on_bad_image == "error":
+        raise ValueError(
+            f"{len(manifest.excluded)} images of {path} cannot be used: {some_paths(manifest.excluded)}; repair or "
+            "remove the files and verify again, or pass --on-bad-image skip"
+        )
+    return manifest
+
+
+def reopen_data(path: Path, known: Path) -> Manifest:
+    """The rows of a resumed run: those of its manifest file ``known``.
+
+    ValueError where the data has changed, or is another data set.
+    """
+    is_manifest = is_file(path, _MANIFEST)
+    if not is_manifest and source_of(path).loader is None:
+        run = Manifest.load(known, root=path)
+        if run.source.loader is not None:
+            raise ValueError(
+                f"the run that {known} belongs to started with a .{run.source.name} file: give that one, not {path}"
+            )
+        run.check()
+        return run
+    manifest, run = open_data(path, on_bad_image="skip"), Manifest.load(known)
+    is_same = manifest.digest() == run.digest()
+    if not is_same or manifest.source.identity() != run.source.identity():
+        what = "the same images stored in another way" if is_same else "other images"
+        raise ValueError(
+            f"{path} holds {what} than the run that {known} belongs to ({len(manifest)} rows, then {len(run)}). "
+            "Rows are identities in the bank and in checkpoints, so nothing is renumbered: give the data that the "
+            "run started with, or choose another output directory"
+        )
+    return manifest
+
+
+def parse_data(text: str) -> Path | int:
+    """A path, or the N of ``synthetic:N``."""
+    kind, colon, number = text.partition(":")
+    if kind != "synthetic" or not colon:
+        return Path(text)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"synthetic:N needs a number of images of at least 1, got {text!r}")
+    return int(number)
