@@ -10,7 +10,7 @@ from sslfast.data import Manifest, OnBadImage, some_paths
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
-"""ImageLocation of the subset draws in the Philox stream that also holds out images (step 0) and draws shots."""
+"""Step of the subset draws in the Philox stream that also holds out images (step 0) and draws shots."""
 
 
 def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> tuple[Manifest, Manifest]:
