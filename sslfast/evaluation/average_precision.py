@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 def precision_recall(
     targets: NDArray[np.bool_], scores: NDArray[np.floating]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Precision and recall of ``scores >= t`` for every different score t, from the highest down.
+    """Precision and recall of ``scores >= t`` for every distinct score t, in decreasing order.
 
-    Equal scores enter together, so the order of the rows does not matter.
+    Equal scores are counted together, so the order of the entries does not matter.
 
     Args:
         targets: ``[N]``; at least one is true.
@@ -32,7 +32,7 @@ def precision_recall(
 def average_precision(
     targets: NDArray[np.bool_], scores: NDArray[np.floating], *, kind: Literal["area", "11-point"] = "area"
 ) -> float:
-    """Area under the interpolated precision-recall curve, where precision is the best at that recall or a higher one.
+    """Area under the interpolated precision-recall curve: at each recall the best precision at this or a higher recall.
 
     ``area``: the exact area (VOC from 2010 on; VISSL's SVM benchmarks). ``11-point``: the mean of its height at recall
     0, 0.1 ... 1 (VOC 2007). Arguments: see :func:`precision_recall`.
@@ -41,7 +41,7 @@ def average_precision(
     best = np.maximum.accumulate(precision[::-1])[::-1]
     if kind == "11-point":
         levels = np.arange(11) / 10
-        # The first point whose recall reaches the level; 1e-12 for shares like 3 / 10, which are no binary numbers.
+        # The first point whose recall reaches the level; 1e-12: shares such as 3 / 10 are not exact in binary.
         first = np.searchsorted(recall, levels - 1e-12)
         return float(best[first].mean())
     return float((np.diff(recall, prepend=0.0) * best).sum())

@@ -1,8 +1,8 @@
-"""Features on disk: what was extracted once is read the next time.
+"""Features on disk, so that they are extracted only once.
 
 A file holds the features of one encoder (or one of its layers) for the images of one manifest. Its name is a hash of
-everything that the numbers depend on: weights, normalisation, layer, image size, way of preprocessing, the manifest's
-digest, kind of device. Files may be deleted at any time; one that cannot be read is made again.
+everything that the features depend on: weights, normalisation, layer, image size, preprocessing, the manifest's digest,
+type of device. Files may be deleted at any time; features whose file cannot be read are extracted again.
 """
 
 import hashlib
@@ -19,30 +19,30 @@ from sslfast.files import replacing
 
 @dataclass(kw_only=True)
 class Cached:
-    """What a file holds."""
+    """Contents of a file."""
 
     values: Tensor
     """``[N, D]`` float32."""
     rows: Tensor
     """``[N]`` int64 manifest rows."""
     bad_images: list[tuple[str, str]]
-    """Path and reason of what was left out."""
+    """Path and reason of each image that was left out."""
 
 
 class FeatureCache:
-    """A folder of feature files; ``None``: nothing is stored or found."""
+    """A folder of feature files; without a folder nothing is stored."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def path(self, identity: dict[str, Any]) -> Path | None:
-        """Where the features of ``identity`` (JSON values) lie or would lie."""
+        """File of the features that ``identity`` (JSON values) describes, whether it exists or not."""
         if self.folder is None:
             return None
         return self.folder / f"{hashlib.sha256(_text(identity).encode()).hexdigest()[:32]}.pt"
 
     def load(self, identity: dict[str, Any]) -> Cached | None:
-        """The features, or None where there are none or the file is not what was written."""
+        """The features, or None if there is no file or it is damaged."""
         path = self.path(identity)
         if path is None or not path.is_file():
             return None
@@ -52,17 +52,17 @@ class FeatureCache:
                 return None
             bad = [(str(name), str(reason)) for name, reason in state["bad_images"]]
             return Cached(values=state["values"], rows=state["rows"], bad_images=bad)
-        except Exception:  # whatever a damaged file makes of torch.load; the features are made again
+        except Exception:  # whatever torch.load raises for a damaged file; the features are extracted again
             return None
 
     def save(self, identity: dict[str, Any], found: Cached) -> None:
-        """Write the features, whole or not at all."""
+        """Write the features atomically."""
         path = self.path(identity)
         if path is None:
             return
         state = {
             "identity": _text(identity),
-            "values": found.values.clone(),  # a slice would be stored with all that it is a slice of
+            "values": found.values.clone(),  # a view would be stored with its whole base tensor
             "rows": found.rows,
             "bad_images": found.bad_images,
         }

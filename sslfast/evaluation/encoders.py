@@ -1,7 +1,7 @@
-"""Frozen features for evaluations: encoders with one face, one deterministic preprocessing, one data layout.
+"""Encoders: maps from uint8 images ``[B, 3, S, S]`` to float32 features ``[B, D]``.
 
-An encoder maps uint8 images ``[B, 3, S, S]`` to float32 features ``[B, D]``. Three stand side by side in every
-evaluation: the trained trunk of a run, the same trunk before training, and raw pixels.
+Evaluations of frozen features compare three: the trained trunk of a run, the same trunk before training, and the raw
+pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from sslfast.config import to_dict
 from sslfast.data import Manifest, OnBadImage
 from sslfast.evaluation.cache import FeatureCache, weights_digest
 from sslfast.evaluation.extract import Features, ImageReader, extract
-from sslfast.evaluation.pools import check_layers, pooled_layers
+from sslfast.evaluation.layers import check_layers, pooled_layers
 from sslfast.methods import METHODS, lightness
 from sslfast.models import build_trunk
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
@@ -27,7 +27,7 @@ TRAINED, UNTRAINED, RAW_PIXELS = "trained", "untrained", "raw pixels"
 
 
 class Encoder(Protocol):
-    """What turns images into features."""
+    """Maps images to features."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, S, S]`` -> float32 ``[B, D]`` on the same device."""
@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
 
 class TrunkEncoder:
-    """A trunk in eval mode behind the input normalisation that it was trained with."""
+    """A trunk in eval mode, with the input normalisation that it was trained with."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class TrunkEncoder:
 
     def to(self, device: torch.device) -> "TrunkEncoder":
         self.trunk, self.mean, self.std = self.trunk.to(device), self.mean.to(device), self.std.to(device)
-        # As in training: channels_last suits tensor cores and costs a CPU half its speed.
+        # As in training: channels_last is the fast layout of tensor cores and half as fast on CPUs.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.trunk.to(memory_format=self.layout)  # type: ignore[call-overload]
         return self
@@ -74,15 +74,15 @@ class TrunkEncoder:
         return cast(Tensor, self.trunk(self.prepare(images))).float()
 
     def identity(self) -> dict[str, Any]:
-        """What the features depend on besides the images, as JSON values."""
+        """See :class:`Encoder`."""
         return {"encoder": type(self.trunk).__name__, "weights": weights_digest(self.trunk), **self.statistics}
 
 
 class RawPixels:
-    """The image itself: resized to ``side`` x ``side`` (antialiased bilinear), normalised as a network's input with
-    ImageNet's mean and deviation per channel, flattened to ``3 * side**2`` columns.
+    """The image itself: resized to ``side`` x ``side`` (antialiased bilinear), normalised with ImageNet's mean and
+    standard deviation per channel, flattened to ``3 * side**2`` columns.
 
-    The mean is taken away because the cosine of all-positive vectors measures little but brightness: without it this
+    The mean is subtracted because the cosine of all-positive vectors measures little but brightness: without this the
     baseline is weaker.
     """
 
@@ -102,34 +102,34 @@ class RawPixels:
         return ((small - self.mean) / self.std).flatten(1)
 
     def identity(self) -> dict[str, Any]:
-        """As for a trunk."""
+        """See :class:`Encoder`."""
         return {"encoder": "raw pixels", "side": self.side}
 
 
 @dataclass(kw_only=True)
 class RunEncoders:
-    """A trained trunk and what it is compared with."""
+    """A trained trunk and its baselines."""
 
     encoders: dict[str, Encoder]
     """``trained``, ``untrained``, ``raw pixels``."""
     size: int
     """Side of the images that the trunk was trained on."""
     checkpoint: Path
-    """Where the trained weights come from."""
+    """File of the trained weights."""
     step: int | None
-    """Training steps behind them; None where the file does not say."""
+    """Training steps of these weights; None if unknown."""
     facts: dict[str, Any]
-    """Recipe, model and seed, for the record; None where the file does not say."""
+    """Recipe, model and seed; None if unknown."""
 
 
 def load_run(run: Path | str) -> RunEncoders:
-    """The encoder of a run directory's newest good checkpoint, or of any file that ``read_weights`` takes.
+    """The encoder of a run directory's newest intact checkpoint, or of any file that ``read_weights`` reads.
 
-    The untrained encoder is the same trunk at the start of the same run (same seed; 0 where the file names none), in
-    eval mode as it was built: its BatchNorm layers hold mean 0 and variance 1, so they pass their input on.
+    The untrained encoder is the same trunk as initialised by the same run (same seed; 0 if the file states none), in
+    eval mode: its BatchNorm layers hold mean 0 and variance 1, so they are the identity.
 
     Raises:
-        FileNotFoundError: there is nothing, or a run without a checkpoint.
+        FileNotFoundError: the path does not exist, or the run has no checkpoint.
         ValueError: the configuration or the weights do not fit.
     """
     weights = read_weights(run)
@@ -141,14 +141,14 @@ def load_run(run: Path | str) -> RunEncoders:
             "the command line with --plugin MODULE"
         )
     method = None if name is None else METHODS[name]
-    look: dict[str, Any] = {
+    preprocessing: dict[str, Any] = {
         "mean": weights.mean,
         "std": weights.std,
         "colours": "rgb" if method is None else method.trunk_input,
     }
     encoders: dict[str, Encoder] = {
-        TRAINED: TrunkEncoder(weights.build(), **look),
-        UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **look),
+        TRAINED: TrunkEncoder(weights.build(), **preprocessing),
+        UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **preprocessing),
         RAW_PIXELS: RawPixels(),
     }
     facts = {"recipe": known.get("recipe"), "model": to_dict(weights.model), "seed": seed}
@@ -184,7 +184,7 @@ def extract_all(
     on_bad_image: OnBadImage = "error",
     cache: FeatureCache | None = None,
 ) -> Features:
-    """Features of several encoders from one reading of the images.
+    """Features of several encoders; every image is read once.
 
     Args:
         encoders: by name.
@@ -194,7 +194,7 @@ def extract_all(
         device: where the encoders run, in float32.
         workers: decoding threads; 0: decode in the caller's thread.
         on_bad_image: ``error``: ValueError naming the file. ``skip``: leave it out of ``rows``.
-        cache: where features are kept; None: nowhere.
+        cache: of the features; None: none.
     """
     reader = ImageReader(manifest, size, batch_size, workers, on_bad_image)
     device = torch.device(device)
@@ -216,7 +216,7 @@ def extract_layers(
     device: torch.device,
     cache: FeatureCache,
 ) -> Features:
-    """Pooled layers (:mod:`sslfast.evaluation.pools`) of several trunks, named ``encoder/layer``, flattened."""
+    """Pooled layers (:mod:`sslfast.evaluation.layers`) of several trunks, named ``encoder/layer``, flattened."""
     check_layers(layers)
     moved = {name: encoder.to(device) for name, encoder in encoders.items()}
 

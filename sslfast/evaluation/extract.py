@@ -1,4 +1,4 @@
-"""From images to features: one deterministic preprocessing, one reading of every image, ranks that share the work."""
+"""Feature extraction: deterministic preprocessing, each image read once, the work shared by the ranks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +23,14 @@ from sslfast.evaluation.cache import Cached, FeatureCache
 from sslfast.loaders import decode_crops
 
 PREPROCESSING = "centre-256/224-antialias-1"
-"""Name of :func:`eval_image`'s way; it changes when the pixels do, so that cached features are made again."""
+"""Version of :func:`eval_image`: changed whenever its pixels change, which invalidates cached features."""
 
 
 def eval_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """The centre square that an evaluation sees, as left, top, right, bottom in pixels of the upright image.
 
-    Equal to resizing the shorter side to ``round(size * 256 / 224)`` and cutting the centre ``size`` x ``size``, up to
-    rounding to whole pixels. An image whose shorter side is less than that is not magnified to throw its border away:
-    its whole centre square is taken.
+    Equal to resizing the shorter side to ``round(size * 256 / 224)`` and cropping the centre ``size`` x ``size``, up to
+    rounding to whole pixels. Of an image whose shorter side is smaller than that, the whole centre square is used.
     """
     shorter = min(width, height)
     resized = round(size * 256 / 224)
@@ -55,14 +54,14 @@ class Features:
     rows: Tensor
     """``[N]`` int64: manifest row of each feature row."""
     bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of what was left out."""
+    """Path and reason of each image that was left out."""
 
 
 @dataclass
 class ImageReader:
     """Batches of evaluation images of a manifest, in row order.
 
-    ``bad_images`` fills while reading. With ``on_bad_image="error"`` an unusable image is a ValueError naming it.
+    ``bad_images`` is filled while reading. With ``on_bad_image="error"`` an unusable image is a ValueError.
     """
 
     manifest: Manifest
@@ -110,7 +109,7 @@ class ImageReader:
 
 
 Compute = Callable[[list[str], Tensor], Mapping[str, Tensor]]
-"""Features ``[B, D]`` by name, of the names asked for and uint8 images ``[B, 3, S, S]`` on the device."""
+"""Maps encoder names and uint8 images ``[B, 3, S, S]`` on the device to features ``[B, D]`` by name."""
 
 
 @torch.no_grad()
@@ -122,17 +121,19 @@ def extract(
     device: torch.device,
     cache: FeatureCache,
 ) -> Features:
-    """Features by name from one reading of the images, or from the cache.
+    """Features by name, from the cache or from the images, which are read once.
 
     Args:
-        compute: makes them.
-        identities: name -> what its features depend on besides the images; None: never cached.
+        compute: computes the features of a batch.
+        identities: name -> what its features depend on besides the images; None: not cached.
         reader: of the images.
-        device: where ``compute`` runs.
-        cache: where features lie.
+        device: of ``compute``.
+        cache: of the features.
 
-    Under several processes each reads its part of the images and all get all features. ValueError on every rank where
-    one meets an unusable image.
+    With several processes each reads its part of the images, and all return the features of all images.
+
+    Raises:
+        ValueError: an unusable image; on every rank.
     """
     manifest = reader.manifest
     images = {
@@ -145,7 +146,7 @@ def extract(
     stored = {name: None if key is None else cache.load(key) for name, key in keys.items()}
     if reader.on_bad_image == "error":
         stored = {name: None if found is None or found.bad_images else found for name, found in stored.items()}
-    # A rank that does not see the files would wait for the others for ever.
+    # The union over ranks: a rank that does not see a file would otherwise extract alone, and wait forever.
     missing = sorted({name for names in gather_objects([n for n, f in stored.items() if f is None]) for name in names})
     if missing:
         for name, part in _read(compute, missing, reader, device).items():
@@ -161,7 +162,7 @@ def extract(
 
 
 def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch.device) -> dict[str, Cached]:
-    """Every rank reads its part; all get everything."""
+    """Each rank reads its part of the images; all ranks return everything."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     rows: list[int] = []
     error: str | None = None

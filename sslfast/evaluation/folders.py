@@ -1,4 +1,4 @@
-"""Labelled data sets for evaluations: ``data/train/<class>/`` beside ``data/val/<class>/``, and parts of them."""
+"""Labelled data sets in folders: ``data/train/<class>/`` and ``data/val/<class>/``, and subsets of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from sslfast.data import Manifest, OnBadImage, some_paths
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
-"""Step of the subset draws in the Philox stream that also holds out images (step 0) and draws shots."""
+"""Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
 
 
 def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> tuple[Manifest, Manifest]:
@@ -57,7 +57,7 @@ def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
     """Rows that a list file names: one file a line, by its name alone (SimCLR's ImageNet lists) or its relative path.
 
     Raises:
-        ValueError: a line fits no image or several, a class has none, or the file is empty.
+        ValueError: a line matches no image or several, a class has no image, or the file is empty.
     """
     lines = [line.strip() for line in Path(subset).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
@@ -105,5 +105,5 @@ def random_order(count: int, *, seed: int, step: int) -> Tensor:
 
 
 def take_rows(manifest: Manifest, rows: Sequence[int]) -> Manifest:
-    """The manifest of some rows, numbered anew, with the same classes."""
+    """The manifest of some rows, renumbered from 0, with the same classes."""
     return manifest.take(rows)

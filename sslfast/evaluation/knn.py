@@ -23,9 +23,9 @@ from sslfast.evaluation.table import accuracy_table
 K = (1, 5, 20)
 TEMPERATURE = 0.07
 MAX_ENTRIES = 2**24
-"""Most similarities that exist at once (64 MiB of float32)."""
+"""Maximum number of similarities in memory at once (64 MiB of float32)."""
 QUERIES_AT_ONCE = 1024
-"""Queries that share a block of similarities: enough for a matrix product at full speed."""
+"""Queries per block of similarities: enough for a matrix product at full speed."""
 SOURCE = "Wu et al., CVPR 2018, section 3.4"
 
 
@@ -47,7 +47,7 @@ class KnnConfig(FeatureConfig):
 
 @dataclass(kw_only=True)
 class Accuracy:
-    """Share of queries whose class is the first, or among the first five."""
+    """Share of queries whose class is ranked first, or among the first five."""
 
     top1: float
     top5: float
@@ -56,14 +56,14 @@ class Accuracy:
 def nearest_neighbours(
     queries: Tensor, bank: Tensor, k: int, *, own: Tensor | None = None, max_entries: int = MAX_ENTRIES
 ) -> tuple[Tensor, Tensor]:
-    """The k bank rows of largest cosine similarity, in falling order.
+    """The k bank rows of largest cosine similarity, in decreasing order.
 
     Args:
         queries: ``[Q, D]`` float, any norm.
         bank: ``[N, D]`` float, any norm.
         k: ``1 <= k <= N``, without ``own``; else ``k < N``.
-        own: ``[Q]`` int64: a bank row that each query may not find (itself).
-        max_entries: most similarities that exist at once; both sides are cut to keep it.
+        own: ``[Q]`` int64: a bank row that each query must not find (itself).
+        max_entries: maximum number of similarities in memory at once; both sides are split to stay below it.
 
     Returns:
         Similarities ``[Q, k]`` float32 and bank rows ``[Q, k]`` int64, on the device of ``queries``.
@@ -106,7 +106,7 @@ def class_scores(similarity: Tensor, labels: Tensor, *, classes: int, temperatur
         similarity: ``[Q, k]``, largest first.
         labels: ``[Q, k]`` int64, class of each neighbour.
         classes: number of classes.
-        temperature: τ. Dividing every weight of a query by ``exp(s_1 / τ)`` changes no order and cannot overflow.
+        temperature: τ. Dividing all weights of a query by ``exp(s_1 / τ)`` keeps their order and avoids overflow.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature=}")
@@ -132,7 +132,7 @@ def knn_accuracy(
     temperature: float = TEMPERATURE,
     max_entries: int = MAX_ENTRIES,
 ) -> dict[int, Accuracy]:
-    """Accuracy for every k from one search.
+    """Accuracy for every k, from one search.
 
     Args:
         queries: ``[Q, D]`` float, with int64 labels ``[Q]``.
@@ -169,19 +169,19 @@ def bank_knn(
     queries: int | None = None,
     max_entries: int = MAX_ENTRIES,
 ) -> dict[int, Accuracy]:
-    """Leave-one-out kNN accuracy of a memory bank: the features are there already, so no image is read.
+    """Leave-one-out kNN accuracy of a memory bank, which needs no image and no forward pass.
 
-    Every row asks all other rows. Bank rows are moving averages of the features of augmented training images, so the
-    number follows training; it is not the accuracy on validation images, and rows that no step has visited yet are
-    random.
+    Every row is a query against all other rows. Bank rows are moving averages of the features of augmented training
+    images, so the accuracy follows training; it is not the accuracy on validation images, and rows that no step has
+    visited yet are random.
 
     Args:
         bank_rows: ``[N, D]`` float, row r of image r of the manifest, any norm.
-        labels: ``[N]`` int64, class of each row (``Manifest.labels``); rows with -1 neither ask nor vote.
+        labels: ``[N]`` int64, class of each row (``Manifest.labels``); rows with -1 are left out.
         k: numbers of neighbours.
         tau: temperature of the weights.
-        queries: ask with so many rows only, evenly spaced over the labelled ones; None: with all.
-        max_entries: most similarities that exist at once.
+        queries: maximum number of queries, evenly spaced over the labelled rows; None: all of them.
+        max_entries: maximum number of similarities in memory at once.
 
     Raises:
         ValueError: shapes that do not fit, fewer than two labelled rows or classes, k out of range.
@@ -201,9 +201,9 @@ def bank_knn(
         )
     check_k(k, len(bank) - 1)
     count = len(bank) if queries is None else min(queries, len(bank))
-    asking = torch.arange(count, device=bank.device) * len(bank) // count
-    similarity, rows = nearest_neighbours(bank[asking], bank, max(k), own=asking, max_entries=max_entries)
-    return _vote(similarity, bank_labels[rows], bank_labels[asking], bank_labels, k=k, temperature=tau)
+    chosen = torch.arange(count, device=bank.device) * len(bank) // count
+    similarity, rows = nearest_neighbours(bank[chosen], bank, max(k), own=chosen, max_entries=max_entries)
+    return _vote(similarity, bank_labels[rows], bank_labels[chosen], bank_labels, k=k, temperature=tau)
 
 
 def check_k(k: Sequence[int], images: int) -> None:

@@ -14,17 +14,17 @@ from sslfast.data import Manifest
 from sslfast.distributed import gather_rows
 from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.pools import pooled_layers
+from sslfast.evaluation.layers import pooled_layers
 from sslfast.evaluation.sgd import ResumeState, SGDProtocol, TrainingImages, check_finite, count_hits
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
 
 PLAIN = "-plain"
-"""A layer's name with this has no BatchNorm before its classifier."""
+"""Suffix of layers without BatchNorm before the classifier."""
 
 
 class Heads(nn.Module):
-    """One linear classifier per encoder and layer, behind BatchNorm unless the layer is plain.
+    """One linear classifier per encoder and layer, with BatchNorm before it unless the layer is plain.
 
     Args:
         shapes: ``encoder/layer`` -> pooled map ``(C, h, w)``.
@@ -51,7 +51,7 @@ class Heads(nn.Module):
 
 
 class FrozenMaps:
-    """Pooled maps of several trunks, which never change; float32."""
+    """Pooled maps of several frozen trunks, float32."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ def train_heads(
 def judge(
     maps: FrozenMaps, heads: Heads, reader: ImageReader, manifest: Manifest
 ) -> tuple[dict[str, tuple[float, float]], int]:
-    """Top-1 and top-5 of every classifier on centre crops, and the number of images."""
+    """Top-1 and top-5 accuracy of every classifier on centre crops, and the number of images."""
     labels = torch.from_numpy(manifest.labels)
     return count_hits(lambda images: heads(maps(images)), heads.names, reader, labels, maps.device)
 

@@ -1,7 +1,7 @@
 """Semi-supervised learning: the whole network is fine-tuned on few labelled images, protocol ``semisup-...``.
 
 A linear classifier on the pooled features, 70 epochs of SGD with Nesterov momentum, learning rate 0.01 per 256 images,
-a tenth of it from epoch 30 on, no weight decay, random resized crops and flips; BatchNorm trains too. The published
+divided by 10 at epoch 30, no weight decay, random resized crops and flips; BatchNorm trains too. The published
 numbers (PIRL section 4.3) are top-5 on ImageNet with 1 % and 10 % of the labels.
 """
 
@@ -95,7 +95,7 @@ def fine_tune(
     precision: torch.dtype,
     resume: ResumeState,
 ) -> None:
-    """Train all weights. Gradients are averaged over ranks; BatchNorm sees each rank's part of the batch."""
+    """Train all weights. Gradients are averaged over ranks; BatchNorm normalises each rank's part of the batch."""
     model.train()
     optimizer = SEMISUP.optimizer(model, batch_size=batch_size)
     start = resume.load(model, optimizer)

@@ -29,25 +29,25 @@ from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
 @dataclass(frozen=True, kw_only=True)
 class SGDProtocol:
-    """Settings of a published protocol: SGD with momentum 0.9 and a rate that drops by 10 at some epochs."""
+    """Settings of a published protocol: SGD with momentum 0.9, learning rate divided by 10 at some epochs."""
 
     name: str
     """First part of the protocol's name in a result."""
     epochs: int
     """As published."""
     drops: tuple[int, ...]
-    """Epochs that begin with a tenth of the rate before, of ``epochs``."""
+    """Epochs, of ``epochs``, at which the learning rate is divided by 10."""
     lr_per_256_images: float
-    """Learning rate at batch size 256; it scales with the batch."""
+    """Learning rate at batch size 256; scales with the batch size."""
     weight_decay: float
     """L2 penalty, on biases too, not on BatchNorm."""
     nesterov: bool
     layers: tuple[str, ...]
-    """Where classifiers stand."""
+    """Layers that have a classifier."""
     source: str
 
     def full_name(self, epochs: int) -> str:
-        """``name``, with the epochs where they are not the published ones."""
+        """``name``, with the number of epochs if it is not the published one."""
         return self.name if epochs == self.epochs else f"{self.name}-{epochs}ep"
 
     def drops_of(self, epochs: int) -> list[int]:
@@ -65,7 +65,7 @@ class SGDProtocol:
         return build_optimizer(module, config, lr=self.lr_per_256_images * batch_size / 256)
 
     def facts(self, epochs: int, batch_size: int) -> dict[str, Any]:
-        """The settings used, for the record."""
+        """The settings, as JSON values for the result."""
         return {
             "epochs": epochs,
             "published_epochs": self.epochs,
@@ -113,9 +113,9 @@ SEMISUP = SGDProtocol(
 
 
 class TrainingImages:
-    """Random resized crops, mirrored or not, of labelled images: functions of (seed, epoch, row).
+    """Random resized crops with random flips of labelled images: functions of (seed, epoch, sample id).
 
-    Under several processes each gets its part of every batch.
+    With several processes each gets its part of every batch.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class TrainingImages:
         )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(uint8 [B, 3, S, S], labels [B])`` of this rank."""
+        """Batches ``(uint8 [B, 3, S, S], labels [B])`` of this rank."""
         for batch in self.loader.epoch(epoch):
             drawn = draw_view(batch.sample_ids, self.view, seed=self.seed, position=0, epoch=epoch)
             crops = batch.crops["image"]
@@ -212,7 +212,7 @@ class ResumeState:
 
 
 def check_finite(losses: Mapping[str, Tensor], epoch: int) -> None:
-    """ValueError where the last loss of an epoch is not finite."""
+    """ValueError if the last loss of an epoch is not finite."""
     for name, loss in losses.items():
         if not bool(loss.isfinite()):  # host sync: once an epoch
             raise ValueError(
@@ -222,7 +222,7 @@ def check_finite(losses: Mapping[str, Tensor], epoch: int) -> None:
 
 
 class Hits:
-    """Counts right answers of several classifiers over batches and ranks."""
+    """Counts correct predictions of several classifiers over batches and ranks."""
 
     def __init__(self) -> None:
         self.top1: dict[str, Tensor] = {}
@@ -238,7 +238,7 @@ class Hits:
             self.top5[name] = self.top5.get(name, 0) + hits.sum()
 
     def shares(self, names: Sequence[str], device: torch.device) -> tuple[dict[str, tuple[float, float]], int]:
-        """``{name: (top-1, top-5)}`` and the images that they are shares of, over all ranks."""
+        """``{name: (top-1, top-5)}`` and the number of images, over all ranks."""
         zero = torch.zeros((), dtype=torch.int64, device=device)
         counts = [torch.as_tensor(self.count, device=device)]
         counts += [of.get(name, zero) for name in names for of in (self.top1, self.top5)]
@@ -251,7 +251,7 @@ class Hits:
 def count_hits(
     classify: Any, names: Sequence[str], reader: ImageReader, labels: Tensor, device: torch.device
 ) -> tuple[dict[str, tuple[float, float]], int]:
-    """Top-1 and top-5 of ``classify(images) -> {name: logits}`` on a split, its images shared by the ranks."""
+    """Top-1 and top-5 of ``classify(images) -> {name: logits}`` on a split; the ranks share its images."""
     hits, error = Hits(), None
     try:
         for rows, images in reader(own_rows(len(reader.manifest))):

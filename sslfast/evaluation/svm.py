@@ -1,10 +1,10 @@
 """Linear SVMs on frozen features of Pascal VOC, with all images and with k of each class: protocols ``voc-svm-...``.
 
-Pooled maps (:mod:`sslfast.evaluation.pools`) of centre crops, each row divided by its norm; one SVM per class by
-liblinear (squared hinge, L2, dual, positives twice the weight, at most 2000 iterations). With all images the cost of
-each class is the one of best average precision in 3-fold cross-validation. With k images (k positives and
-``(C - 1) k`` negatives per class, several draws) there is nothing to validate on: as in the public code, the cost is
-the one of best mean AP over the draws on the test images, one for all classes, and ``map_of_costs`` has all of them.
+Pooled maps (:mod:`sslfast.evaluation.layers`) of centre crops, each row divided by its norm; one SVM per class by
+liblinear (squared hinge, L2, dual, twice the weight for positives, at most 2000 iterations). With all images the cost
+of each class is the one with the best average precision in 3-fold cross-validation. With k images (k positives and
+``(C - 1) k`` negatives per class, several draws) there are too few to validate on: as in the public code, the cost is
+the one with the best mean AP over the draws on the test images, one for all classes; ``map_of_costs`` has all of them.
 
 Source: Goyal et al., ICCV 2019, sections 5 and 6.1, and the settings of VISSL's VOC07 benchmarks: images that show a
 class only as difficult objects count as negatives when the SVM of all images is trained (``difficult="negative"``),
@@ -30,7 +30,7 @@ from sslfast.evaluation.dataset import FeatureConfig
 from sslfast.evaluation.encoders import TRAINED, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import random_order
-from sslfast.evaluation.pools import check_layers
+from sslfast.evaluation.layers import check_layers
 from sslfast.evaluation.results import cache_folder, evaluation_folder, mean_and_spread, run_facts, write_result
 from sslfast.evaluation.table import precision_table
 from sslfast.evaluation.voc import VOCSplit, read_split, voc_manifest
@@ -41,7 +41,7 @@ COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 FOLDS = 3
 FIRST_STEP = 2
-"""First place of the draws in the Philox stream that folders.py also draws from."""
+"""First Philox step of the draws, in the stream that folders.py also draws from."""
 
 Difficult = Literal["negative", "ignore"]
 
@@ -97,7 +97,7 @@ def normalise(features: NDArray[np.floating]) -> Matrix:
 
 
 def linear_svm(cost: float) -> Any:
-    """The classifier of the protocol, not fitted yet."""
+    """The protocol's classifier, not yet fitted."""
     try:
         from sklearn.svm import LinearSVC
     except ImportError:
@@ -115,14 +115,16 @@ def linear_svm(cost: float) -> Any:
 
 
 def draw_shots(labels: NDArray[np.int8], k: int, *, seed: int, draw: int, position: int) -> NDArray[np.int64]:
-    """Rows of k positives and ``(C - 1) k`` negatives of a class (all, where there are fewer), sorted.
+    """Rows of k positives and ``(C - 1) k`` negatives of a class (all, if there are fewer), sorted.
 
-    Draws of a smaller k are parts of those of a larger one.
+    The draw for a smaller k is a subset of the draw for a larger one.
 
     Args:
         labels: ``[N, C]`` in -1, 0 and 1.
         k: positives.
-        seed, draw, position: of the run of draws, the draw and the class (column of ``labels``).
+        seed: of all draws.
+        draw: number of the draw.
+        position: of the class (column of ``labels``).
     """
     classes = labels.shape[1]
     order = random_order(len(labels), seed=seed, step=FIRST_STEP + draw * classes + position).numpy()
@@ -141,7 +143,7 @@ def class_precision(scores: Matrix, column: NDArray[np.int8]) -> tuple[float, fl
 
 
 def shared_map(function: Callable[[Item], Found], items: Sequence[Item], workers: int) -> list[Found]:
-    """``[function(item)]`` in order: each rank does its part in ``workers`` threads (liblinear runs beside Python)."""
+    """``[function(item)]`` in order: each rank does its part in ``workers`` threads (liblinear releases the GIL)."""
     own = own_rows(len(items))
     with ThreadPoolExecutor(max(1, workers)) as pool:
         found = list(pool.map(function, items[own.start : own.stop]))
@@ -166,7 +168,7 @@ def full_svm(
         train_labels, test_labels: ``[N, C]`` in -1, 0 (difficult) and 1.
         classes: C names.
         costs: candidates.
-        difficult: what 0 is when training.
+        difficult: how label 0 is treated in training.
         workers: threads.
     """
     from sklearn.model_selection import cross_val_score
@@ -211,7 +213,7 @@ def shot_svm(
     seed: int = 0,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """SVMs on k positives per class: mean and spread of mAP over draws, at the cost of best mean. See the module."""
+    """SVMs on k positives per class: mean and standard deviation of mAP over draws, at the cost of the best mean."""
 
     def judge(task: tuple[int, int]) -> list[float]:
         draw, position = task
@@ -336,7 +338,7 @@ def _layer_rows(
 
 
 def check_splits(splits: Sequence[VOCSplit], shots: Sequence[int]) -> None:
-    """ValueError where classes differ between the splits or one has too few images."""
+    """ValueError if the classes of the splits differ or one has too few images."""
     train, test = splits
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))

@@ -12,8 +12,8 @@ def accuracy_table(result: dict[str, Any], *, width: int = 100) -> str:
     """Encoders down, protocols across: top-1 in percent with its binomial standard error, and top-5.
 
     Args:
-        result: what an ``evaluate_*`` function returned.
-        width: most columns of text.
+        result: of an ``evaluate_*`` function.
+        width: maximum number of columns of text.
     """
     protocols = list(dict.fromkeys(row["protocol"] for row in result["results"]))
     encoders = list(dict.fromkeys(row["encoder"] for row in result["results"]))
@@ -35,7 +35,7 @@ def accuracy_table(result: dict[str, Any], *, width: int = 100) -> str:
 def layer_table(result: dict[str, Any], *, width: int = 100) -> str:
     """A line per classifier and the best of each encoder: top-1 and top-5 in percent.
 
-    Behind ± stands the spread over seeds, or for one seed the binomial standard error.
+    After ± is the standard deviation over seeds, or for one seed the binomial standard error.
     """
     many = len(result["seeds"]) > 1
     table = Table(box=box.SIMPLE_HEAD)
@@ -52,7 +52,7 @@ def layer_table(result: dict[str, Any], *, width: int = 100) -> str:
 
 
 def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
-    """A line per classifier: mean average precision in percent, with the spread over draws where there are any."""
+    """A line per classifier: mean average precision in percent, with the standard deviation over draws, if any."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("encoder", "layer", "images of a class"):
         table.add_column(heading)
@@ -64,7 +64,7 @@ def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
 
 
 def detection_table(result: dict[str, Any], *, width: int = 100) -> str:
-    """A line per encoder: COCO's average precision in percent and VOC 2007's, with the spread over several seeds."""
+    """A line per encoder: COCO's and VOC 2007's average precision in percent, with the standard deviation over seeds."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("encoder")
     names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}

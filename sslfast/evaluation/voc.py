@@ -26,7 +26,7 @@ class VOCObject:
     box: tuple[float, float, float, float]
     """xmin, ymin, xmax, ymax as the file has them: pixels counted from 1, the last one inside."""
     difficult: bool
-    """Marked as hard to recognise; evaluations leave it out."""
+    """Marked as hard to recognise; evaluations ignore it."""
 
 
 @dataclass(kw_only=True)
@@ -124,7 +124,7 @@ def voc_manifest(root: Path, ids: list[str]) -> Manifest:
 
 
 def annotation_path(root: Path, image: str) -> Path:
-    """Where the boxes of an image are."""
+    """File of the boxes of an image."""
     return root / "Annotations" / f"{image}.xml"
 
 

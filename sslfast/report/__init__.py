@@ -1,4 +1,4 @@
-"""What a person looks at: HTML report, preview and neighbour sheets. Imports ``evaluation`` and what lies
+"""Visual output: HTML report, preview sheet, nearest-neighbour sheet. Imports ``evaluation`` and what lies
 below."""
 
 from sslfast.report.build import ReportConfig, report

@@ -1,5 +1,5 @@
-"""Charts as SVG text: colours come from the page's CSS, so that they follow light and dark; numbers ride along as JSON
-for the page's script."""
+"""Charts as SVG text: colours come from the page's CSS, so that they follow light and dark mode; the numbers are
+embedded as JSON for the page's script."""
 
 import json
 import math
@@ -16,12 +16,12 @@ _MOST_POINTS = 400
 
 
 def number(value: float) -> str:
-    """A value on four significant digits, large ones with commas."""
+    """A value with four significant digits, large ones with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def thin(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """At most ``most`` points: means over equal runs of neighbours."""
+    """At most ``most`` points: means over groups of neighbouring points."""
     size = -(-len(points) // most) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
@@ -39,7 +39,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class _Scale:
-    """Values to pixels, along one axis."""
+    """Maps values to pixels along one axis."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False, margin: float = 0.0):
         self.log = log
@@ -138,7 +138,7 @@ def figure(title: str, body: str, *, note: str = "", data: object = None, kind: 
 
 
 def json_text(data: object) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot close the script element it is embedded in."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
 
 

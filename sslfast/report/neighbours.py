@@ -62,7 +62,7 @@ def write_neighbours(
     encoders: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write the sheet of a labelled data set as a picture file and return its path.
+    """Write the sheet of a labelled data set as an image file and return its path.
 
     Queries are validation images spread evenly over the classes, the middle one of each class; neighbours come from
     the training images.
@@ -73,7 +73,7 @@ def write_neighbours(
         queries: rows, at most the number of classes.
         k: neighbours of each query.
         encoders: which, from left to right; None: all of them.
-        title: first line; None: says what the sheet shows.
+        title: first line; None: a description of the sheet.
 
     Raises:
         ValueError: no such encoder, ``queries`` or ``k`` out of range, a suffix that names no picture format.
@@ -194,7 +194,7 @@ def _share(name: str, queries: Sequence[Query]) -> str:
 
 
 def _framed(location: ImageLocation, colour: str) -> Image.Image:
-    """The whole picture on a square mat inside a frame."""
+    """The whole image on a square background, with a frame."""
     picture = Image.fromarray(decode_full(location.read()))
     scale = _TILE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -1,4 +1,4 @@
-"""The page around the report's sections: one file, its style and script inside, nothing fetched."""
+"""The page around the report's sections: one self-contained file with style and script embedded."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,7 +6,7 @@ from importlib.resources import files
 
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
-    """The whole document; sections are (heading, HTML), empty ones are left out."""
+    """The whole document; sections are (heading, HTML), empty ones are omitted."""
     style, script = (files("sslfast.report").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     body = "".join(f"<section><h2>{escape(heading)}</h2>{html}</section>" for heading, html in sections if html)
     return (
@@ -18,7 +18,7 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float]], *, html: bool = False) -> str:
-    """A table that scrolls sideways on a narrow screen; numbers to the right. ``html``: texts are HTML already."""
+    """A table that scrolls horizontally on narrow screens; numbers are right-aligned. ``html``: cells are HTML."""
     text = (lambda t: t) if html else escape
     numeric = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
 
@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | float]], *, html:
 
 
 def legend(names: Sequence[str]) -> str:
-    """Names in the colours of their lines."""
+    """Run names in the colours of their lines."""
     return (
         '<div class="legend">'
         + "".join(f'<span class="s{i % 8}"><b>{escape(name)}</b></span>' for i, name in enumerate(names))

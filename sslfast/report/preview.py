@@ -1,6 +1,6 @@
-"""The preview sheet: one row per image, with its original, every view as the network gets it, and the method's panels.
+"""The preview sheet: one row per image, with the original, every view as network input, and the method's panels.
 
-The sheet shows what a run with the same seed sees in its first steps: the same images, crops and draws.
+The sheet shows the first steps of a run with the same seed: the same images, crops and augmentations.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,19 +27,19 @@ _PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2")
 
 Panels = Callable[[Mapping[str, View], Tensor], Mapping[str, Tensor]]
-"""Rendered views and their rows to further columns: heading to RGB pictures ``[B, 3, H, W]`` float in 0..1."""
+"""Maps rendered views and sample ids to further columns: heading -> RGB images ``[B, 3, H, W]``, float in 0..1."""
 
 
 @dataclass(kw_only=True)
 class Original:
-    """Where a sample's crops come from."""
+    """The image that a sample's crops are from."""
 
     picture: Image.Image
-    """The whole upright picture."""
+    """The whole upright image."""
     label: str
-    """Words under it, for example its path."""
+    """Caption, for example its path."""
     boxes: Mapping[str, tuple[int, int, int, int]]
-    """View name to left, top, right, bottom of its crop in pixels of the picture."""
+    """View name to left, top, right, bottom of its crop, in pixels of the image."""
 
 
 @dataclass(kw_only=True)
@@ -70,15 +70,15 @@ def preview_sheet(
 ) -> Image.Image:
     """Draw the sheet of a batch.
 
-    A view without jigsaw has one column; a jigsaw view has two: its patches in the order that the network gets, each
-    with the number of its cell, and the same patches put back in place.
+    A view without jigsaw has one column; a jigsaw view has two: its patches in the order of the network input, each
+    with the number of its cell, and the same patches in their original position.
 
     Args:
         batch: uint8 crops with rows and epoch.
         views: view name to config, in the recipe's order.
         seed: of the run.
         originals: one for each sample; None: no column of originals.
-        panels: the method's further columns, see ``BaseConfig.preview_panels``; None: there are none.
+        panels: the method's further columns, see ``BaseConfig.preview_panels``; None: none.
         title: first line of the sheet.
     """
     columns = [] if originals is None else [_original_column(originals, list(views))]
@@ -99,7 +99,7 @@ def write_preview(
     seed: int = 0,
     panels: Panels | None = None,
 ) -> None:
-    """Write the sheet of the first ``count`` images of a run on ``data`` as a picture file.
+    """Write the sheet of the first ``count`` images of a run on ``data`` as an image file.
 
     Args:
         data: folder of images or of tar shards, or a manifest of one; unusable images are left out.
@@ -220,14 +220,14 @@ def _turned(quarter_turns: int) -> str:
     return ("not turned", "turned 90° left", "turned 180°", "turned 90° right")[quarter_turns % 4]
 
 
-def _mosaic(patches: NDArray[np.uint8], places: Sequence[int], cells: Sequence[int], grid: int) -> Image.Image:
-    """Patch ``j`` at place ``places[j]`` of the grid, with the number of its cell in the corner."""
+def _mosaic(patches: NDArray[np.uint8], positions: Sequence[int], cells: Sequence[int], grid: int) -> Image.Image:
+    """Patch ``j`` at position ``positions[j]`` of the grid, with the number of its cell in the corner."""
     tile = Image.new("RGB", (_TILE, _TILE), _PAPER)
     draw = ImageDraw.Draw(tile)
     side = (_TILE - _PATCH_GAP * (grid - 1)) // grid
     font = ImageFont.load_default(max(9, min(_SMALL, side // 4)))
-    for patch, place, cell in zip(patches, places, cells, strict=True):
-        x, y = (place % grid) * (side + _PATCH_GAP), (place // grid) * (side + _PATCH_GAP)
+    for patch, position, cell in zip(patches, positions, cells, strict=True):
+        x, y = (position % grid) * (side + _PATCH_GAP), (position // grid) * (side + _PATCH_GAP)
         tile.paste(_resized(Image.fromarray(patch), (side, side)), (x, y))
         text = str(cell + 1)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -238,7 +238,7 @@ def _mosaic(patches: NDArray[np.uint8], places: Sequence[int], cells: Sequence[i
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Smaller: filtered. Larger: square pixels, so that what is there is what one sees."""
+    """Downscaled with a Lanczos filter, upscaled to square pixels, which shows the pixels as they are."""
     larger = size[0] > image.width
     return image.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
@@ -268,7 +268,7 @@ def _draw(columns: Sequence[_Column], rows: int, title: str) -> Image.Image:
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The end of a text that is too long for its column: of a path the most telling part."""
+    """The text, or its end if it is too long for the column: the end of a path says most."""
     if font.getlength(text) <= _TILE:
         return text
     while text and font.getlength("..." + text) > _TILE:

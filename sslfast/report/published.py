@@ -1,7 +1,7 @@
-"""Published linear-classification results on ImageNet, as the PIRL paper's Figure 2 sets them against parameters.
+"""Published linear-classification results on ImageNet against the number of parameters (PIRL paper, Figure 2).
 
-Sources: Misra & van der Maaten, CVPR 2020, table 2 and Figure 2 (what it reports of others is theirs); MoCo: He et al.,
-CVPR 2020, table of the linear protocol. Trunk parameters in millions.
+Sources: Misra & van der Maaten, CVPR 2020, table 2 and Figure 2 (including their results of other methods); MoCo: He et
+al., CVPR 2020, table of the linear protocol. Trunk parameters in millions.
 """
 
 from dataclasses import dataclass

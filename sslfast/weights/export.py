@@ -34,8 +34,7 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
     ``onnx``: a graph from RGB images in 0..1, ``[batch, 3, height, width]`` of any size, to ``[batch, out_features]``,
     normalisation included.
 
-    Beside the file lies ``<file>.json`` with mean, standard deviation, image size, model and origin. The file appears,
-    or replaces an old one, only when it is complete.
+    ``<file>.json`` beside it holds mean, standard deviation, image size, model and origin. Both are written atomically.
 
     Returns:
         The path written.
@@ -136,7 +135,7 @@ def _write_onnx(weights: Weights, path: Path) -> None:
 
 
 def _checked(weights: Weights) -> dict[str, Tensor]:
-    """The state dict, complete and of the model's shapes."""
+    """The state dict, checked against the model."""
     return {name: value.contiguous() for name, value in weights.build().state_dict().items()}
 
 

@@ -1,6 +1,6 @@
-"""Trunk weights from wherever they come: a run, a checkpoint of it, a file of ours, of VISSL, PyContrast or MoCo.
+"""Loading trunk weights: from a run, a checkpoint, an exported file, or a checkpoint of VISSL, PyContrast or MoCo.
 
-``sslfast.load(path)`` is the short way to a network; :func:`read_weights` also says what the weights expect.
+``sslfast.load(path)`` returns the network; :func:`read_weights` also returns the input normalisation and the origin.
 """
 
 import warnings
@@ -23,14 +23,14 @@ _HEAD = "fc."
 
 @dataclass(kw_only=True)
 class Weights:
-    """A trunk's weights and what belongs to them."""
+    """Weights of a trunk, with its configuration, input normalisation and origin."""
 
     model: TrunkConfig
-    """Which trunk they are of."""
+    """Configuration of the trunk."""
     state: dict[str, Tensor]
     """Its state dict, torchvision's names without ``fc``."""
     source: str
-    """Where they come from, for people."""
+    """Description of the origin, for messages."""
     path: Path
     """The file that they were read from."""
     mean: Sequence[float] = IMAGENET_MEAN
@@ -39,7 +39,7 @@ class Weights:
     size: int = 224
     """Side of the images that the trunk was trained on."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Recipe, method, step and seed where they are known."""
+    """Recipe, method, step and seed, as far as known."""
 
     def build(self) -> Trunk:
         """The trunk with these weights, in eval mode.
@@ -58,13 +58,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where another program's checkpoint keeps the trunk."""
+    """Position of the trunk in the checkpoints of another project."""
 
     name: str
     keys: tuple[str, ...]
-    """Tables to go down, from the outermost."""
+    """Keys of the nested dictionaries, outermost first."""
     prefix: str
-    """In front of torchvision's names; entries without it belong to something else."""
+    """Prefix of torchvision's names; entries without it are ignored."""
 
 
 LAYOUTS = (
@@ -159,7 +159,7 @@ def _read_torch(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles; what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch's words advise to load it as code
+    except Exception:  # torch's own message advises to load the pickle unsafely
         raise ValueError(
             f"{path} cannot be read as plain tensors: it is no file of torch.save, damaged, or holds other objects; "
             "load it where its program is installed and save its state dict alone with torch.save"

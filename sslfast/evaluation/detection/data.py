@@ -1,6 +1,6 @@
-"""Pictures with boxes: Pascal VOC folders and COCO-format folders as one thing, and what a detector trains on.
+"""Images with boxes from Pascal VOC and COCO-format folders, and the batches that a detector trains on.
 
-Boxes are left, top, right, bottom: edges in pixels from the upper left corner of the upright picture, so that a VOC box
+Boxes are left, top, right, bottom: edges in pixels from the upper left corner of the upright image, so that a VOC box
 ``xmin, ymin, xmax, ymax`` (pixels counted from 1, the last one inside) is ``xmin - 1, ymin - 1, xmax, ymax``.
 """
 
@@ -28,14 +28,14 @@ from sslfast.ops.philox import Stream, random_uint32, random_uniform
 
 ORDER, VIEW = Stream.DETECTION, Stream.DETECTION + 1
 IGNORED = -1
-"""Label of a box that is neither an object to find nor background."""
+"""Label of a box that counts neither as an object nor as background."""
 
 Difficult = Literal["train", "ignore"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxedImage:
-    """A picture and what is in it."""
+    """An image and its boxes."""
 
     path: Path
     names: tuple[str, ...]
@@ -43,9 +43,9 @@ class BoxedImage:
     boxes: NDArray[np.float32]
     """``[n, 4]`` left, top, right, bottom."""
     difficult: NDArray[np.bool_]
-    """``[n]``: scoring neither asks for the object nor counts finding it as wrong."""
+    """``[n]``: ignored in scoring: neither a missed object nor a false positive."""
     crowd: NDArray[np.bool_]
-    """``[n]``: a region of many objects (COCO); likewise, and never trained on."""
+    """``[n]``: a region of many objects (COCO); ignored in scoring and never trained on."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class BoxedImages:
     images: list[BoxedImage]
 
     def digest(self) -> str:
-        """SHA-256 over name, size, first 16 KiB and boxes of every picture."""
+        """SHA-256 over name, size, first 16 KiB and boxes of every image."""
         sha = hashlib.sha256()
         for image in self.images:
             try:
@@ -77,16 +77,16 @@ class BoxedImages:
 def load_splits(
     folders: Sequence[Path], *, train_split: str | None = None, test_split: str | None = None
 ) -> tuple[BoxedImages, BoxedImages]:
-    """The training pictures of all folders, and the test pictures of the first folder that has such a split.
+    """The training images of all folders, and the test images of the first folder that has such a split.
 
     Args:
-        folders: VOC folders, or COCO-format ones: ``annotations/instances_<split>.json`` with the pictures in
+        folders: VOC folders, or COCO-format ones: ``annotations/instances_<split>.json`` with the images in
             ``<split>/``, ``images/<split>/`` or ``images/``.
         train_split: default ``trainval`` in VOC folders, and in COCO's the one that begins with ``train``.
         test_split: default ``test``, in COCO's the one that begins with ``val``.
 
     Raises:
-        ValueError: a folder or a part of it is missing, or the test pictures show what no training picture shows.
+        ValueError: a folder or a part of it is missing, or a class of the test images is in no training image.
     """
     if not folders:
         raise ValueError("no data was named; give VOC folders (VOC2007 VOC2012) or COCO-format ones")
@@ -97,10 +97,12 @@ def load_splits(
     splits = BoxedImages(name="train", images=train), BoxedImages(name="test", images=found)
     for split in splits:
         if not any(image.names for image in split.images):
-            raise ValueError(f"{split.name}: {len(split.images)} pictures and no box in {folders[0]}; name another")
+            raise ValueError(f"{split.name}: {len(split.images)} images and no box in {folders[0]}; name another")
     odd = set(splits[1].classes()) - set(splits[0].classes())
     if odd:
-        raise ValueError(f"no training picture shows {', '.join(sorted(odd)[:5])}, which test pictures do")
+        raise ValueError(
+            f"test images show {', '.join(sorted(odd)[:5])}, which no training image shows; name other splits"
+        )
     return splits
 
 
@@ -158,10 +160,10 @@ class _CocoFolder:
                 f"{self.root}/annotations has no instances_{split}.json; there are {', '.join(self.splits)}"
             )
         path = self.root / "annotations" / f"instances_{split}.json"
-        places = (self.root / split, self.root / "images" / split, self.root / "images")
-        folder = next((place for place in places if place.is_dir()), None)
+        candidates = (self.root / split, self.root / "images" / split, self.root / "images")
+        folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
         if folder is None:
-            raise ValueError(f"{self.root} has the pictures of {split} in none of {', '.join(map(str, places))}")
+            raise ValueError(f"no folder with the images of {split}: create one of {', '.join(map(str, candidates))}")
         try:
             content = json.loads(path.read_text())
             names = {category["id"]: category["name"] for category in content["categories"]}
@@ -203,11 +205,11 @@ def scaled_size(height: int, width: int, *, side: int, longest: int) -> tuple[in
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def load_picture(path: Path, *, side: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
+def load_image(path: Path, *, side: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
     """uint8 ``[3, h, w]`` of :func:`scaled_size`, antialiased bilinear, and height and width before.
 
     Raises:
-        ValueError: the picture cannot be used.
+        ValueError: the image cannot be used.
     """
     try:
         with quiet_pillow():
@@ -221,30 +223,30 @@ def load_picture(path: Path, *, side: int, longest: int) -> tuple[Tensor, tuple[
 
 @dataclass(kw_only=True)
 class Sample:
-    """A picture as a detector trains on it."""
+    """An augmented training image."""
 
-    picture: Tensor
+    image: Tensor
     """uint8 ``[3, h, w]``"""
     boxes: Tensor
     """``[n, 4]`` float32 in its pixels."""
     labels: Tensor
-    """``[n]`` int64 from 1 on, :data:`IGNORED` for what is not to be learned."""
+    """``[n]`` int64 from 1 on, or :data:`IGNORED`."""
 
 
 class TrainingBatches:
-    """Pictures by iteration: order, size and mirror are functions of (seed, iteration, row).
+    """Training images by iteration: order, size and flip are functions of (seed, iteration, sample id).
 
-    Pictures come in rounds, each in an order of its own; rows are positions among the pictures that show something to
-    learn. Under several processes each gets its part of every batch.
+    The order is a new permutation for every pass over the images. Sample ids are positions among the images that show
+    an object to learn. With several processes each gets its part of every batch.
 
     Args:
-        split: the pictures.
+        split: the images.
         classes: names in label order; the first has label 1.
-        batch_size: pictures of all processes.
-        seed: of order, sizes and mirrors.
-        sides: the shorter side is one of these.
-        longest: most pixels of the longer side.
-        difficult: ``train``: objects like any other. ``ignore``: neither object nor background.
+        batch_size: images over all processes.
+        seed: of order, sizes and flips.
+        sides: the shorter side, in pixels, is one of these.
+        longest: maximum of the longer side, in pixels.
+        difficult: ``train``: difficult objects are like any other. ``ignore``: neither object nor background.
         workers: decoding threads; 0: decode in the caller's thread.
     """
 
@@ -270,52 +272,52 @@ class TrainingBatches:
         self.labels = {name: label for label, name in enumerate(classes, 1)}
         self.batch_size, self.seed = batch_size, seed
         self.sides, self.longest, self.workers = list(sides), longest, workers
-        self._order = lru_cache(maxsize=2)(self._round)
+        self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _learned(self, image: BoxedImage) -> NDArray[np.bool_]:
         return ~image.crowd if self.difficult == "train" else ~(image.crowd | image.difficult)
 
-    def _round(self, number: int) -> list[int]:
-        rows = torch.arange(len(self.images))
-        draws = random_uint32(rows, 1, seed=self.seed, stream=ORDER, step=number)[:, 0]
+    def _permutation(self, number: int) -> list[int]:
+        ids = torch.arange(len(self.images))
+        draws = random_uint32(ids, 1, seed=self.seed, stream=ORDER, step=number)[:, 0]
         order: list[int] = draws.argsort(stable=True).tolist()
         return order
 
-    def rows(self, iteration: int) -> list[int]:
-        """This rank's rows of an iteration."""
+    def sample_ids(self, iteration: int) -> list[int]:
+        """This rank's sample ids of an iteration."""
         share = self.batch_size // world_size()
         start = iteration * self.batch_size + rank() * share
-        pairs = (divmod(place, len(self.images)) for place in range(start, start + share))
-        return [self._order(number)[place] for number, place in pairs]
+        pairs = (divmod(position, len(self.images)) for position in range(start, start + share))
+        return [self._order(number)[position] for number, position in pairs]
 
-    def sample(self, iteration: int, row: int) -> Sample:
-        """The picture of a row as an iteration sees it."""
-        image = self.images[row]
-        u = random_uniform(torch.tensor([row]), 2, seed=self.seed, stream=VIEW, step=iteration)[0].tolist()
-        side, mirrored = self.sides[int(u[0] * len(self.sides))], u[1] < 0.5
-        picture, (height, width) = load_picture(image.path, side=side, longest=self.longest)
-        new_height, new_width = picture.shape[1:]
-        boxes = torch.from_numpy(image.boxes) * torch.tensor([new_width / width, new_height / height] * 2)
+    def sample(self, iteration: int, sample_id: int) -> Sample:
+        """The augmented image of a sample id in an iteration."""
+        known = self.images[sample_id]
+        u = random_uniform(torch.tensor([sample_id]), 2, seed=self.seed, stream=VIEW, step=iteration)[0].tolist()
+        side, flipped = self.sides[int(u[0] * len(self.sides))], u[1] < 0.5
+        image, (height, width) = load_image(known.path, side=side, longest=self.longest)
+        new_height, new_width = image.shape[1:]
+        boxes = torch.from_numpy(known.boxes) * torch.tensor([new_width / width, new_height / height] * 2)
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, new_width)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, new_height)
-        if mirrored:
-            picture = picture.flip(2)
+        if flipped:
+            image = image.flip(2)
             boxes = torch.stack((new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]), 1)
-        labels = torch.tensor([self.labels[name] for name in image.names], dtype=torch.int64)
-        labels[torch.from_numpy(~self._learned(image))] = IGNORED
-        kept = ((boxes[:, 2:] > boxes[:, :2]).all(1)) & torch.from_numpy(~image.crowd)
-        return Sample(picture=picture, boxes=boxes[kept].float(), labels=labels[kept])
+        labels = torch.tensor([self.labels[name] for name in known.names], dtype=torch.int64)
+        labels[torch.from_numpy(~self._learned(known))] = IGNORED
+        kept = ((boxes[:, 2:] > boxes[:, :2]).all(1)) & torch.from_numpy(~known.crowd)
+        return Sample(image=image, boxes=boxes[kept].float(), labels=labels[kept])
 
     def __call__(self, start: int, stop: int) -> Iterator[tuple[int, list[int], list[Sample]]]:
-        """``(iteration, rows, samples)``; up to two iterations are decoded ahead."""
+        """``(iteration, sample_ids, samples)``; up to two iterations are decoded ahead."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             ahead: deque[tuple[int, list[int], list[Future[Sample]]]] = deque()
             for iteration in range(start, stop):
-                rows = self.rows(iteration)
+                ids = self.sample_ids(iteration)
                 if not self.workers:
-                    yield iteration, rows, [self.sample(iteration, row) for row in rows]
+                    yield iteration, ids, [self.sample(iteration, one) for one in ids]
                     continue
-                ahead.append((iteration, rows, [pool.submit(self.sample, iteration, row) for row in rows]))
+                ahead.append((iteration, ids, [pool.submit(self.sample, iteration, one) for one in ids]))
                 if len(ahead) > 2:
                     yield _finish(ahead.popleft())
             while ahead:

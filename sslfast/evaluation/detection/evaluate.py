@@ -1,8 +1,9 @@
 """Object detection by a fine-tuned Faster R-CNN R50-C4: protocols ``detect-pirl-...`` and ``detect-moco-...``.
 
-``pirl``: BatchNorm of the trunk frozen, small rate, long warm-up. ``moco``: BatchNorm trains over all processes, one
-more behind res5, larger rate. Their numbers cannot be compared with one another: with the same kind of trunk the second
-is about two points of AP above the first. Published numbers are VOC 2007's (``voc07_ap`` ...) on test2007.
+``pirl``: the trunk's BatchNorm is frozen, small learning rate, long warm-up. ``moco``: BatchNorm trains, synchronised
+over all processes, with one more layer after res5, and a larger learning rate. Their results are not comparable: with
+the same trunk the second is about two points of AP above the first. Published numbers are VOC 2007's (``voc07_ap``
+...) on test2007.
 """
 
 import sys
@@ -261,10 +262,10 @@ def render_table(result: dict[str, Any]) -> str:
 
 
 def draw_examples(found: Sequence[Detections], split: BoxedImages, classes: Sequence[str], count: int) -> Image.Image:
-    """Test pictures, evenly spread over the split, with the boxes of score 0.5 and more; thin white: the truth."""
+    """Test images, evenly spread over the split, with the boxes of score 0.5 and above; thin white: ground truth."""
     count = min(count, len(split.images))
-    places = [round(i * (len(split.images) - 1) / max(1, count - 1)) for i in range(count)]
-    tiles = [_tile(found[place], split.images[place], classes) for place in places]
+    positions = [round(i * (len(split.images) - 1) / max(1, count - 1)) for i in range(count)]
+    tiles = [_tile(found[position], split.images[position], classes) for position in positions]
     columns, gap = min(4, count), 8
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     lines = -(-count // columns)
@@ -275,13 +276,13 @@ def draw_examples(found: Sequence[Detections], split: BoxedImages, classes: Sequ
     return sheet
 
 
-def _tile(found: Detections, image: BoxedImage, classes: Sequence[str], *, side: int = 320) -> Image.Image:
+def _tile(found: Detections, truth: BoxedImage, classes: Sequence[str], *, side: int = 320) -> Image.Image:
     with quiet_pillow():
-        picture = Image.fromarray(decode_full(read_bytes(image.path)))
-    scale = side / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    for box in image.boxes:
+        image = Image.fromarray(decode_full(read_bytes(truth.path)))
+    scale = side / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for box in truth.boxes:
         draw.rectangle([float(edge) * scale for edge in box], outline="white", width=1)
     for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
         if score < SHOWN_SCORE:
@@ -289,15 +290,15 @@ def _tile(found: Detections, image: BoxedImage, classes: Sequence[str], *, side:
         left, top, right, bottom = (float(edge) * scale for edge in box)
         colour = _COLOURS[int(label) % len(_COLOURS)]
         draw.rectangle([left, top, right, bottom], outline=colour, width=3)
-        words = f"{classes[int(label) - 1]} {100 * score:.0f} %"
-        place = (min(left, picture.width - draw.textlength(words, font)), max(0.0, top - 16))
-        draw.rectangle(draw.textbbox(place, words, font), fill=colour)
-        draw.text(place, words, fill="white", font=font)
-    return picture
+        text = f"{classes[int(label) - 1]} {100 * score:.0f} %"
+        corner = (min(left, image.width - draw.textlength(text, font)), max(0.0, top - 16))
+        draw.rectangle(draw.textbbox(corner, text, font), fill=colour)
+        draw.text(corner, text, fill="white", font=font)
+    return image
 
 
 def _score_row(scores: Sequence[dict[str, float]], by_class: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Means over seeds; of several also the spread and the values."""
+    """Means over seeds; of several seeds also the standard deviation and the values."""
     row: dict[str, Any] = {}
     for key in scores[0]:
         values = [one[key] for one in scores]

@@ -1,10 +1,10 @@
 """Faster R-CNN on a C4 trunk: conv1 to res4 as the backbone of stride 16, res5 as the head of every region.
 
 As detectron2's R50-C4 with ``Res5ROIHeads`` (Ren et al. 2015; He et al. 2016): one feature level, anchors of five sizes
-and three shapes, regions pooled to 14 x 14 by aligned RoIAlign, res5 with stride 2 to 7 x 7, averaged, then class and
-box. Built of torchvision's parts with detectron2's losses (L1 for boxes; proposals' losses over a fixed number of
-anchors). Three differences: batches are padded to multiples of 16 pixels, anchors are rounded to whole pixels, and a
-batch mixes upright and wide pictures.
+and three aspect ratios, regions pooled to 14 x 14 by aligned RoIAlign, res5 with stride 2 to 7 x 7, averaged, then
+class and box. Built from torchvision's parts with detectron2's losses (L1 for boxes; the proposal losses are divided by
+a fixed number of anchors). Three differences from detectron2: batches are padded to multiples of 16 pixels, anchors are
+rounded to whole pixels, and a batch mixes portrait and landscape images.
 """
 
 import copy
@@ -31,13 +31,13 @@ POOLED = 14
 ANCHORS = (32, 64, 128, 256, 512)
 SHAPES = (0.5, 1.0, 2.0)
 _BLOCKS = 1 << 20
-"""Philox rows of an image: four numbers each, so an image may have 4 million anchors."""
+"""Philox counters of an image: four numbers each, so an image may have 4 million anchors."""
 
 Target = dict[str, Tensor]
 
 
 def check_trunk(config: TrunkConfig) -> None:
-    """ValueError unless a trunk of this configuration has the stride and the normalisation of C4."""
+    """ValueError unless a trunk of this configuration has the stride and normalisation that C4 needs."""
     config = require_resnet(config, purpose="detect")
     if config.stem != "imagenet":
         raise ValueError(
@@ -48,7 +48,7 @@ def check_trunk(config: TrunkConfig) -> None:
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Every BatchNorm inside becomes a fixed scale and shift of the same values; names stay."""
+    """Replace every BatchNorm inside by FrozenBatchNorm2d with the same values and names."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
@@ -59,17 +59,17 @@ def freeze_norms(module: nn.Module) -> None:
 
 
 class FasterRCNN(nn.Module):
-    """A copy of a trunk under the heads of Faster R-CNN.
+    """The heads of Faster R-CNN on a copy of a trunk.
 
     Args:
-        encoder: whose trunk and normalisation are taken; left as it was. On its device.
-        classes: without the background.
-        seed: of the new layers and of what is drawn in training.
-        frozen_norm: BatchNorm of the trunk is fixed (:func:`freeze_norms`).
-        freeze_at: stages that are not trained: 1 conv1, 2 also res2.
+        encoder: provides trunk, normalisation and device; not modified.
+        classes: number of classes without the background.
+        seed: of the new layers and of the samplers.
+        frozen_norm: freeze the trunk's BatchNorm (:func:`freeze_norms`).
+        freeze_at: number of frozen stages: 1 conv1, 2 also res2.
         extra_norm: BatchNorm behind res5.
         anchors: sides in pixels.
-        regions: sampled of each picture when training.
+        regions: sampled from each training image.
     """
 
     def __init__(
@@ -135,61 +135,60 @@ class FasterRCNN(nn.Module):
         ]
         self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers
 
-    def batch(self, pictures: Sequence[Tensor]) -> ImageList:
-        """Network input of uint8 ``[3, h, w]`` pictures on the device; zeros beyond each."""
-        sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+    def batch(self, images: Sequence[Tensor]) -> ImageList:
+        """Network input from uint8 ``[3, h, w]`` images on the device, padded with zeros."""
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
         height, width = (-(-max(edges) // STRIDE) * STRIDE for edges in zip(*sizes, strict=True))
-        like = self.rpn.head.cls_logits.weight  # also in float64, where the difference of two runs is no rounding
-        inputs = torch.zeros(len(pictures), 3, height, width, device=pictures[0].device, dtype=like.dtype)
-        for slot, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
-            inputs[slot, :, :h, :w] = self.encoder.prepare(picture[None])[0]
+        dtype = self.rpn.head.cls_logits.weight.dtype
+        inputs = torch.zeros(len(images), 3, height, width, device=images[0].device, dtype=dtype)
+        for slot, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
+            inputs[slot, :, :h, :w] = self.encoder.prepare(image[None])[0]
         return ImageList(inputs.contiguous(memory_format=self.encoder.layout), sizes)
 
     def forward(
         self,
-        pictures: Sequence[Tensor],
+        images: Sequence[Tensor],
         targets: list[Target] | None = None,
         *,
         iteration: int = 0,
-        rows: Sequence[int] = (),
+        sample_ids: Sequence[int] = (),
     ) -> Any:
-        """Losses by name of pictures with targets; ``boxes``, ``scores``, ``labels`` of each picture without.
+        """With targets, losses by name; without, ``boxes``, ``scores`` and ``labels`` of each image.
 
         Args:
-            pictures: uint8 ``[3, h, w]``.
-            targets: of each ``boxes`` ``[n, 4]`` and ``labels`` ``[n]`` (:data:`IGNORED`: neither object nor
+            images: uint8 ``[3, h, w]``.
+            targets: of each image ``boxes`` ``[n, 4]`` and ``labels`` ``[n]`` (:data:`IGNORED`: neither object nor
                 background).
-            iteration, rows: what the sampled anchors and regions are functions of, with the seed.
+            iteration, sample_ids: with the seed, these determine the sampled anchors and regions.
         """
-        images = self.batch(pictures)
-        features = _at_least_float32(self.backbone(images.tensors))
+        batch = self.batch(images)
+        features = _at_least_float32(self.backbone(batch.tensors))
         for sampler in self.samplers:
-            sampler.at(self.seed, iteration, rows)
-        # Both heads ask for targets when they train; a forward without them is a detection.
-        proposals, losses = self.rpn(images, {"0": features}, targets)
-        found, more = self.roi_heads(features, proposals, images.image_sizes, targets)
+            sampler.at(self.seed, iteration, sample_ids)
+        proposals, losses = self.rpn(batch, {"0": features}, targets)
+        found, more = self.roi_heads(features, proposals, batch.image_sizes, targets)
         return found if targets is None else {**losses, **more}
 
 
 def targets_of(samples: Sequence[Sample], device: torch.device) -> list[Target]:
-    """What :class:`FasterRCNN` takes."""
+    """Targets of :class:`FasterRCNN`."""
     return [{"boxes": sample.boxes.to(device), "labels": sample.labels.to(device)} for sample in samples]
 
 
 class Sampler:
-    """Which anchors or regions of each image give the loss: at most ``count``, at most ``share`` of them objects.
+    """Samples the anchors or regions of each image that enter the loss: ``count``, of them up to ``share`` objects.
 
-    A function of (seed, iteration, row of the image, position among its candidates). ``sampler(labels)`` maps labels
-    (from 1 on: object, 0: background, less: ignored) to two masks each.
+    A function of (seed, iteration, sample id, index of the candidate). ``sampler(labels)`` maps the labels of each
+    image (from 1 on: object, 0: background, below: ignored) to a mask of objects and a mask of background.
     """
 
     def __init__(self, count: int, share: float, *, stream: int) -> None:
         self.count, self.share, self.stream = count, share, stream
         self.at(0, 0, ())
 
-    def at(self, seed: int, iteration: int, rows: Sequence[int]) -> None:
-        """Set what the next draw depends on."""
-        self.seed, self.iteration, self.rows = seed, iteration, rows
+    def at(self, seed: int, iteration: int, sample_ids: Sequence[int]) -> None:
+        """Set the keys of the next draw."""
+        self.seed, self.iteration, self.sample_ids = seed, iteration, sample_ids
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [self._image(label, keys) for label, keys in zip(labels, self._keys(labels), strict=True)]
@@ -198,8 +197,9 @@ class Sampler:
     def _keys(self, labels: list[Tensor]) -> list[Tensor]:
         blocks = [-(-len(label) // 4) for label in labels]
         device = labels[0].device
-        starts = [row * _BLOCKS + torch.arange(n, device=device) for row, n in zip(self.rows, blocks, strict=True)]
-        draws = random_uint32(torch.cat(starts), 4, seed=self.seed, stream=self.stream, step=self.iteration)
+        pairs = zip(self.sample_ids, blocks, strict=True)
+        counters = [sample_id * _BLOCKS + torch.arange(n, device=device) for sample_id, n in pairs]
+        draws = random_uint32(torch.cat(counters), 4, seed=self.seed, stream=self.stream, step=self.iteration)
         return [part.flatten()[: len(label)] for part, label in zip(draws.split(blocks), labels, strict=True)]
 
     def _image(self, label: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,19 +208,20 @@ class Sampler:
 
 
 def _smallest(candidates: Tensor, keys: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` candidates of smallest keys."""
-    places = torch.where(candidates)[0]  # host sync: how many there are, as in all of torchvision's matching
+    """Mask of the ``count`` candidates with the smallest keys."""
+    indices = torch.where(candidates)[0]  # host sync: their number, as in all of torchvision's matching
     chosen = torch.zeros_like(candidates)
-    chosen[places[keys[places].argsort(stable=True)[:count]]] = True
+    chosen[indices[keys[indices].argsort(stable=True)[:count]]] = True
     return chosen
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
+    """float32, or float64 where the detector's weights are float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _ProposalHead(RPNHead):
-    """torchvision's with float32 results: boxes are computed in their type, and bfloat16 knows no single pixels."""
+    """torchvision's with results in float32: boxes have their type, and bfloat16 cannot resolve single pixels."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         scores, deltas = super().forward(x)
@@ -277,7 +278,7 @@ class _Regions(RoIHeads):
         targets: list[Target] | None = None,
     ) -> tuple[list[Target], dict[str, Tensor]]:
         if targets is not None:
-            # The ignored boxes are among the candidates too; their label keeps them from being sampled.
+            # Ignored boxes are among the candidates too; their label keeps them from being sampled.
             proposals, _, labels, wanted = self.select_training_samples(proposals, targets)
         scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals)))
         scores, deltas = _at_least_float32(scores), _at_least_float32(deltas)

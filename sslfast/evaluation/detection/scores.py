@@ -1,8 +1,8 @@
-"""Average precision of detections, in two ways: COCO's by pycocotools, and VOC 2007's, which published numbers are in.
+"""Average precision of detections, in two ways: COCO's by pycocotools, and VOC 2007's, which published numbers use.
 
-COCO's: area under 101 points of the curve, at most 100 boxes of a picture, a mean over overlaps 0.5, 0.55 ... 0.95.
-VOC 2007's: the mean of the curve at 11 recalls, over the same overlaps, as detectron2 judges ``voc_2007_test``. In
-both, a box that meets a difficult object counts for nothing, and the object is not asked for.
+COCO's: 101-point interpolation, at most 100 boxes per image, mean over the IoU thresholds 0.5, 0.55 ... 0.95. VOC
+2007's: 11-point interpolation, over the same thresholds, as detectron2 evaluates ``voc_2007_test``. In both, difficult
+objects and the boxes matched to them are ignored.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ DIFFICULT_RULE = "a box whose match is a difficult object is left out, and the o
 
 @dataclass(kw_only=True)
 class Detections:
-    """What was found on one picture."""
+    """Detections on one image."""
 
     boxes: NDArray[np.float32]
-    """``[n, 4]`` left, top, right, bottom in pixels of the picture."""
+    """``[n, 4]`` left, top, right, bottom in pixels of the image."""
     scores: NDArray[np.float32]
     """``[n]``"""
     labels: NDArray[np.int64]
@@ -43,13 +43,13 @@ def require_pycocotools() -> None:
 def coco_scores(
     found: Sequence[Detections], images: Sequence[BoxedImage], classes: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """``ap``, ``ap50``, ``ap75`` over classes, and AP50 by class; classes without an object to find are left out."""
+    """``ap``, ``ap50``, ``ap75`` over classes, and AP50 by class; without classes that have no object."""
     from pycocotools import mask
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     class Evaluation(COCOeval):
-        """A difficult object is matched by ordinary overlap, however often, and left out as a crowd is."""
+        """Difficult objects are ignored as crowds are, but matched by ordinary IoU."""
 
         def computeIoU(self, imgId: int, catId: int) -> Any:
             truth, boxes = self._gts[imgId, catId], self._dts[imgId, catId]
@@ -101,7 +101,7 @@ def voc07_scores(found: Sequence[Detections], images: Sequence[BoxedImage], clas
 def _voc07_class(
     found: Sequence[Detections], images: Sequence[BoxedImage], label: int, name: str
 ) -> NDArray[np.float64] | None:
-    """11-point AP of a class at every overlap; None where there is nothing to find."""
+    """11-point AP of a class at every IoU threshold; None where no object counts."""
     scores, overlaps, objects, difficult = [], [], [], []
     wanted = first = 0
     for image, some in zip(images, found, strict=True):
@@ -127,7 +127,7 @@ def _voc07_class(
 
 
 def _eleven_points(meets: NDArray[np.bool_], matched: NDArray[np.int64], hard: NDArray[np.bool_], wanted: int) -> float:
-    """The mean over recalls 0, 0.1 ... 1 of the best precision from there on; boxes from the highest score down."""
+    """Mean over recalls 0, 0.1 ... 1 of the interpolated precision; boxes in decreasing order of score."""
     counted = ~(meets & hard)
     right = np.zeros(len(meets), dtype=bool)
     candidates = np.flatnonzero(meets & ~hard)
@@ -135,7 +135,7 @@ def _eleven_points(meets: NDArray[np.bool_], matched: NDArray[np.int64], hard: N
     hits = np.cumsum(right[counted])
     precision = hits / np.arange(1, len(hits) + 1)
     recall = hits / wanted
-    # 1e-12 for shares like 3 / 10, which are no binary numbers.
+    # 1e-12: shares such as 3 / 10 are not exact in binary.
     best = [precision[recall >= level - 1e-12].max(initial=0.0) for level in np.arange(11) / 10]
     return float(np.mean(best))
 

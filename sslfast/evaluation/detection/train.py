@@ -1,4 +1,4 @@
-"""Fine-tuning of a detector by a published protocol: its schedule, the loop, and detection on test pictures."""
+"""Fine-tuning a detector by a published protocol: schedules, training loop, detection on test images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from sslfast.distributed import (
     replicate,
     world_size,
 )
-from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_picture
+from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_image
 from sslfast.evaluation.detection.model import FasterRCNN, targets_of
 from sslfast.evaluation.detection.scores import Detections
 from sslfast.evaluation.sgd import ResumeState
@@ -30,32 +30,32 @@ CHECK_EVERY = 50
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionProtocol:
-    """Settings of a published protocol, for batches of 16 pictures."""
+    """Settings of a published protocol, for batches of 16 images."""
 
     name: str
     iterations: int
-    """Of two sets (VOC07+12)."""
+    """For two sets (VOC07+12)."""
     drops: tuple[int, ...]
-    """Iterations that begin with a tenth of the rate before, of ``iterations``."""
+    """Iterations, of ``iterations``, at which the learning rate is divided by 10."""
     single: tuple[int, tuple[int, ...]]
-    """``iterations`` and ``drops`` of one set (VOC07)."""
+    """``iterations`` and ``drops`` for one set (VOC07)."""
     lr: float
     warmup: int
     """Iterations of linear warm-up."""
     warmup_factor: float
-    """Share of the rate that the warm-up begins with."""
+    """Fraction of the learning rate at the start of the warm-up."""
     frozen_norm: bool
-    """BatchNorm of the trunk is a fixed scale and shift; otherwise it trains, over all processes."""
+    """The trunk's BatchNorm is frozen; otherwise it trains, synchronised over all processes."""
     freeze_at: int
-    """Stages that stay as pretrained: 2 are conv1 and res2."""
+    """Number of frozen stages: 2 are conv1 and res2."""
     extra_norm: bool
     """BatchNorm behind res5."""
     precise_norm: int
-    """Iterations, at most a tenth of the others, whose mean statistics BatchNorm has in the end."""
+    """Iterations after training, at most a tenth of it, that recompute BatchNorm's statistics (precise BatchNorm)."""
     source: str
 
     def schedule(self, *, sets: int, iterations: int | None, batch_size: int, lr: float | None) -> "Schedule":
-        """The published one of that many sets, scaled to ``iterations`` and ``batch_size``; ``lr`` is at 16."""
+        """The published schedule for that many sets, scaled to ``iterations`` and ``batch_size``; ``lr`` is for 16."""
         published, drops = (self.iterations, self.drops) if sets > 1 else self.single
         count = published if iterations is None else iterations
         scale = count / published
@@ -72,7 +72,7 @@ class DetectionProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Iterations and rates of one fine-tuning."""
+    """Iterations and learning rates of one fine-tuning."""
 
     iterations: int
     published_iterations: int
@@ -150,8 +150,8 @@ def fine_tune(
 
     Args:
         model: on ``device``.
-        batches: what it trains on.
-        schedule: how long and at which rates.
+        batches: training images.
+        schedule: iterations and learning rates.
         frozen_norm: BatchNorm is frozen: its statistics are neither synchronised nor measured at the end.
         device: of the model.
         precision: of the network; losses are float32.
@@ -169,14 +169,14 @@ def fine_tune(
     optimizer = build_optimizer(model, OptimConfig(decay_bias=True), lr=schedule.lr)
     start = resume.load(model, optimizer)
     replica = replicate(model, device)
-    for iteration, rows, samples in batches(start, schedule.iterations):
+    for iteration, sample_ids, samples in batches(start, schedule.iterations):
         set_learning_rate(optimizer, schedule.learning_rate(iteration))
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             losses = replica(
-                [sample.picture.to(device) for sample in samples],
+                [sample.image.to(device) for sample in samples],
                 targets_of(samples, device),
                 iteration=iteration,
-                rows=rows,
+                sample_ids=sample_ids,
             )
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
@@ -204,15 +204,15 @@ def _finite(value: float, losses: dict[str, torch.Tensor], done: int) -> str | N
 
 @torch.no_grad()
 def measure_norms(model: FasterRCNN, batches: TrainingBatches, iterations: range, device: torch.device) -> None:
-    """BatchNorm's running statistics become the means of those of these iterations, which train nothing."""
+    """Recompute BatchNorm's running statistics as means over these iterations, without training (precise BatchNorm)."""
     norms = [norm for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's way to ask for plain means
-    for iteration, rows, samples in batches(iterations.start, iterations.stop):
-        pictures = [sample.picture.to(device) for sample in samples]
-        model(pictures, targets_of(samples, device), iteration=iteration, rows=rows)
+        norm.momentum = None  # torch: cumulative average in place of an exponential one
+    for iteration, sample_ids, samples in batches(iterations.start, iterations.stop):
+        images = [sample.image.to(device) for sample in samples]
+        model(images, targets_of(samples, device), iteration=iteration, sample_ids=sample_ids)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -228,18 +228,18 @@ def detect(
     precision: torch.dtype,
     workers: int,
 ) -> list[Detections]:
-    """What the detector finds on every picture, in pixels of the picture; ranks share the pictures, all get all.
+    """Detections on every image, in its pixels. Ranks share the images and each returns the detections of all.
 
     Raises:
-        ValueError: on every rank where one meets a picture that cannot be used.
+        ValueError: an image cannot be decoded; on every rank.
     """
     own, error = own_rows(len(split.images)), None
     found: list[Detections] = []
     try:
-        for picture, (height, width) in _pictures(split.images[own.start : own.stop], side, longest, workers):
+        for image, (height, width) in _images(split.images[own.start : own.stop], side, longest, workers):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                (one,) = model([picture.to(device)])
-            scale = np.array([width / picture.shape[2], height / picture.shape[1]] * 2, dtype=np.float32)
+                (one,) = model([image.to(device)])
+            scale = np.array([width / image.shape[2], height / image.shape[1]] * 2, dtype=np.float32)
             found.append(
                 Detections(
                     boxes=one["boxes"].float().cpu().numpy() * scale,
@@ -253,13 +253,13 @@ def detect(
     return [one for part in gather_objects(found) for one in part]
 
 
-def _pictures(images: Sequence[BoxedImage], side: int, longest: int, workers: int) -> Iterator[tuple[Any, Any]]:
-    """:func:`load_picture` of each, some ahead of their turn."""
+def _images(images: Sequence[BoxedImage], side: int, longest: int, workers: int) -> Iterator[tuple[Any, Any]]:
+    """:func:`load_image` of each, with prefetching."""
     if not workers:
         for image in images:
-            yield load_picture(image.path, side=side, longest=longest)
+            yield load_image(image.path, side=side, longest=longest)
         return
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images), 4 * workers):
             some = images[start : start + 4 * workers]
-            yield from pool.map(lambda image: load_picture(image.path, side=side, longest=longest), some)
+            yield from pool.map(lambda image: load_image(image.path, side=side, longest=longest), some)

@@ -11,7 +11,7 @@ from sslfast.evaluation.detection.data import (
     BoxedImage,
     BoxedImages,
     TrainingBatches,
-    load_picture,
+    load_image,
     load_splits,
     scaled_size,
 )
@@ -49,7 +49,7 @@ def test_coco_and_voc_say_the_same(voc: Path, tmp_path: Path) -> None:
                 assert np.array_equal(getattr(a, field), getattr(b, field))
     for row in (0, 4):
         one, other = (batches(load_splits([folder])[0]).sample(3, row) for folder in (voc, coco))
-        assert torch.equal(one.picture, other.picture)
+        assert torch.equal(one.image, other.image)
         assert torch.equal(one.boxes, other.boxes)
         assert torch.equal(one.labels, other.labels)
 
@@ -82,48 +82,48 @@ def test_scaled_size(size: tuple[int, int], side: int, longest: int, expected: t
     assert scaled_size(*size, side=side, longest=longest) == expected
 
 
-def test_every_round_shows_every_picture_once(voc: Path) -> None:
+def test_every_pass_has_every_image_once(voc: Path) -> None:
     some = batches(load_splits([voc])[0], batch_size=4)
-    rows = [row for iteration in range(5) for row in some.rows(iteration)]
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
-    assert rows[:10] != rows[10:]
+    ids = [row for iteration in range(5) for row in some.sample_ids(iteration)]
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
+    assert ids[:10] != ids[10:]
     again = batches(load_splits([voc])[0], batch_size=2)
-    assert [row for iteration in range(10) for row in again.rows(iteration)] == rows
-    assert batches(load_splits([voc])[0], seed=2).rows(0) != rows[:4]
+    assert [row for iteration in range(10) for row in again.sample_ids(iteration)] == ids
+    assert batches(load_splits([voc])[0], seed=2).sample_ids(0) != ids[:4]
 
 
 def test_ranks_share_a_batch(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = load_splits([voc])[0]
-    whole = batches(split).rows(2)
+    whole = batches(split).sample_ids(2)
     monkeypatch.setattr(detection_data, "world_size", lambda: 2)
     parts = []
     for number in (0, 1):
         monkeypatch.setattr(detection_data, "rank", lambda number=number: number)
-        parts += batches(split).rows(2)
+        parts += batches(split).sample_ids(2)
     assert parts == whole
     with pytest.raises(ValueError, match="batch_size=3 must be a multiple of the 2 processes"):
         batches(split, batch_size=3)
 
 
 def test_boxes_go_with_pixels(voc: Path) -> None:
-    """Whatever size and mirror were drawn, the box holds the colour of its class and nothing of it lies outside."""
+    """For any size and flip, the box holds the colour of its class and nothing of it is outside."""
     some = batches(load_splits([voc])[0], sides=(48, 64, 80))
-    seen, mirrored = set(), 0
+    seen, flipped = set(), 0
     for iteration in range(6):
         for row in range(10):
             sample = some.sample(iteration, row)
-            seen.add(tuple(sample.picture.shape))
+            seen.add(tuple(sample.image.shape))
             name, (left, _, right, _), _ = objects(row)[0]
             x0, y0, x1, y1 = sample.boxes[0].round().int().tolist()
-            inside = sample.picture[:, y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].float().mean((1, 2))
+            inside = sample.image[:, y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].float().mean((1, 2))
             assert (inside - torch.tensor(COLOURS[name])).abs().max() < 12
-            outside = sample.picture.float().clone()
+            outside = sample.image.float().clone()
             outside[:, max(0, y0 - 2) : y1 + 2, max(0, x0 - 2) : x1 + 2] = 120
             assert (outside - 125).abs().max() < 60
-            scale = sample.picture.shape[2] / (SIDE + 16)
-            mirrored += abs(float(sample.boxes[0, 0]) - left * scale) > 0.01 and left + right != SIDE + 16
+            scale = sample.image.shape[2] / (SIDE + 16)
+            flipped += abs(float(sample.boxes[0, 0]) - left * scale) > 0.01 and left + right != SIDE + 16
     assert {shape[1] for shape in seen} == {48, 64, 77}  # 96 px of 80 x 64 is the most
-    assert 15 < mirrored < 45
+    assert 15 < flipped < 45
 
 
 def test_difficult_objects(voc: Path) -> None:
@@ -160,10 +160,10 @@ def test_crowds_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_threads_change_nothing(voc: Path) -> None:
     split = load_splits([voc])[0]
-    for (i, rows, one), (j, others, two) in zip(batches(split)(2, 7), batches(split, workers=2)(2, 7), strict=True):
-        assert (i, rows) == (j, others)
+    for (i, ids, one), (j, others, two) in zip(batches(split)(2, 7), batches(split, workers=2)(2, 7), strict=True):
+        assert (i, ids) == (j, others)
         for a, b in zip(one, two, strict=True):
-            assert torch.equal(a.picture, b.picture)
+            assert torch.equal(a.image, b.image)
             assert torch.equal(a.boxes, b.boxes)
 
 
@@ -177,7 +177,7 @@ def test_errors(voc: Path, tmp_path: Path) -> None:
     coco = write_boxed_coco(tmp_path / "coco", train=range(2), val=range(2, 4))
     with pytest.raises(ValueError, match=r"no instances_test.json; there are train2017, val2017"):
         load_splits([coco], test_split="test")
-    with pytest.raises(ValueError, match="no training picture shows car"):
+    with pytest.raises(ValueError, match="test images show car, which no training image shows"):
         load_splits([write_boxed_voc(tmp_path / "birds", trainval=range(0, 1), test=range(1, 3))])
     (coco / "annotations" / "instances_val2017.json").write_text("[]")
     with pytest.raises(ValueError, match=r"instances_val2017.json is no file of COCO's format \(TypeError"):
@@ -186,7 +186,7 @@ def test_errors(voc: Path, tmp_path: Path) -> None:
     path = broken / "JPEGImages" / "000001.jpg"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"000001.jpg cannot be used \(.*; repair it"):
-        load_picture(path, side=32, longest=64)
+        load_image(path, side=32, longest=64)
     path.unlink()
     with pytest.raises(ValueError, match=r"000001.jpg cannot be read \(No such file.*restore the images"):
         load_splits([broken])[0].digest()

@@ -45,11 +45,11 @@ def samples(labels: tuple[int, ...] = (1, 2)) -> list[Sample]:
     pictures = [
         torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8) for h, w in ((64, 80), (70, 78))
     ]
-    return [Sample(picture=picture, boxes=BOXES.clone(), labels=torch.tensor(labels)) for picture in pictures]
+    return [Sample(image=picture, boxes=BOXES.clone(), labels=torch.tensor(labels)) for picture in pictures]
 
 
 def losses_of(model: FasterRCNN, some: list[Sample], **options: Any) -> dict[str, torch.Tensor]:
-    found = model([one.picture for one in some], targets_of(some, CPU), **({"rows": (5, 9)} | options))
+    found = model([one.image for one in some], targets_of(some, CPU), **({"sample_ids": (5, 9)} | options))
     assert isinstance(found, dict)
     return found
 
@@ -60,7 +60,7 @@ def test_geometry(encoder: TrunkEncoder) -> None:
     model.roi_heads.box_roi_pool.register_forward_hook(lambda m, i, o: shapes.update(pooled=o.shape))
     model.roi_heads.box_head.layer4.register_forward_hook(lambda m, i, o: shapes.update(res5=o.shape))
     model.backbone.register_forward_hook(lambda m, i, o: shapes.update(res4=o.shape))
-    model([one.picture for one in samples()])
+    model([one.image for one in samples()])
     assert shapes["res4"] == (2, 32, 5, 5)  # 64 x 80 and 70 x 78 in a batch of 80 x 80, stride 16
     assert shapes["pooled"][1:] == (32, 14, 14)
     assert shapes["res5"][1:] == (64, 7, 7)
@@ -152,13 +152,13 @@ def test_bfloat16_keeps_pixels(encoder: TrunkEncoder) -> None:
     exact = losses_of(model, samples())
     with torch.autocast("cpu", torch.bfloat16):
         rounded = losses_of(model, samples())
-        (found, _) = model.eval()([one.picture for one in samples()])
+        (found, _) = model.eval()([one.image for one in samples()])
     for name, loss in exact.items():
         assert rounded[name].dtype == torch.float32
         assert rounded[name].item() == pytest.approx(loss.item(), rel=0.1, abs=0.02), name
     assert found["boxes"].dtype == torch.float32
     model.rpn.head.bbox_pred.register_forward_hook(lambda m, i, o: o.bfloat16())
-    images = model.batch([one.picture for one in samples()])
+    images = model.batch([one.image for one in samples()])
     proposals, _ = model.rpn(images, {"0": model.backbone(images.tensors)})
     assert proposals[0].dtype == torch.float32
 
@@ -181,7 +181,7 @@ def test_proposal_losses_against_the_formula(encoder: TrunkEncoder) -> None:
 
 def test_ignored_boxes_are_neither_objects_nor_background(encoder: TrunkEncoder) -> None:
     model = model_of(encoder).train()
-    images = model.batch([one.picture for one in samples()])
+    images = model.batch([one.image for one in samples()])
     maps = [model.backbone(images.tensors)]
     anchors = model.rpn.anchor_generator(images, maps)
     plain, _ = model.rpn.assign_targets_to_anchors(anchors, targets_of(samples((1, 2)), CPU))

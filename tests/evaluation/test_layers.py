@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sslfast.evaluation.pools import LAYERS, POOLS, pool, pooled_layers
+from sslfast.evaluation.layers import LAYERS, POOLS, pool, pooled_layers
 from sslfast.models import ResNetConfig, build_trunk
 
 PUBLISHED = {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192, "res5avg": 2048}

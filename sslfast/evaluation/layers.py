@@ -2,7 +2,7 @@
 
 Goyal et al. (ICCV 2019) pool each stage of a ResNet-50 at 224 px to about 9,000 values by average pooling; the
 windows are those of VISSL's linear and SVM benchmarks. Maps of another side (other image sizes, the small stem) are
-averaged to the same grid, or left as they are where they are smaller than it.
+averaged to the same grid, or kept as they are if they are smaller.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ POOLS = {
     "res5avg": Pool(4, 7, 7, 1, 0, 1),
 }
 LAYERS = tuple(POOLS)
-"""Layers that a classifier can stand on, shallow to deep; ``res5avg`` is what a trunk returns."""
+"""Layers that a classifier can be trained on, shallow to deep; ``res5avg`` is the trunk's output."""
 
 
 def check_layers(layers: Sequence[str]) -> None:
