@@ -38,7 +38,7 @@ def loss_and_gradient(function: Any, query: Tensor, *args: Tensor, **options: An
 
 
 def assert_agrees(query: Tensor, bank: Tensor, index: Tensor, **options: Any) -> None:
-    """Loss and gradient against the float64 reference on the very same stored numbers."""
+    """Loss and gradient against the float64 reference on the same stored numbers."""
     loss, gradient = loss_and_gradient(bank_nce, query, bank, index, **options)
     expected, expected_gradient = loss_and_gradient(bank_nce_reference, query.double(), bank.double(), index, **options)
     tolerance = 1e-12 if bank.dtype == torch.float64 else 3e-6  # fp32 sums of K terms

@@ -56,7 +56,7 @@ def run(function: Any, query: Tensor, *args: Tensor, **options: Any) -> tuple[Te
 
 
 def assert_agrees(query: Tensor, bank: Tensor, index: Tensor, **options: Any) -> None:
-    """Against the float64 reference on the very same stored numbers.
+    """Against the float64 reference on the same stored numbers.
 
     CUDA rounds queries and weights to a half-precision bank's type: 2^-9 (bf16) or 2^-12 (fp16) of a score.
     """
@@ -188,10 +188,10 @@ def test_shards_merge(device: torch.device, loss: str) -> None:
     """Index -1 is "no positive here": partial results of two shards give the whole."""
     query, bank, index = make(device, num_rows=300)
     whole, lse, gradient = run(bank_nce_dense, query, bank, index, loss=loss, z=700.0)
-    nobody = torch.full_like(index, -1)
+    no_positive = torch.full_like(index, -1)
     positive = (query * bank[index]).sum(-1) / 0.07
     if loss == "infonce":
-        parts = [run(bank_nce_dense, query, bank[shard], nobody) for shard in (slice(0, 110), slice(110, 300))]
+        parts = [run(bank_nce_dense, query, bank[shard], no_positive) for shard in (slice(0, 110), slice(110, 300))]
         merged = torch.stack([part[1] for part in parts]).logsumexp(0)
         torch.testing.assert_close(merged, lse)
         torch.testing.assert_close(merged - positive, whole)
@@ -202,8 +202,8 @@ def test_shards_merge(device: torch.device, loss: str) -> None:
         # N and K enter through log(Z K / N) alone: shards of 110 and 190 rows get the Z that keeps it.
         offset = 700.0 * 299 / 300
         parts = [
-            bank_nce_dense(query, bank[:110], nobody, loss=loss, z=offset * 110 / 109)[0],
-            bank_nce_dense(query, bank[110:], nobody, loss=loss, z=offset * 190 / 189)[0],
+            bank_nce_dense(query, bank[:110], no_positive, loss=loss, z=offset * 110 / 109)[0],
+            bank_nce_dense(query, bank[110:], no_positive, loss=loss, z=offset * 190 / 189)[0],
         ]
         torch.testing.assert_close(sum(parts) - (positive - math.log(offset)), whole)
 

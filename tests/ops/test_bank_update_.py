@@ -142,7 +142,7 @@ def test_wrong_device() -> None:
 
 
 def test_autograd_notices_the_update(device: torch.device) -> None:
-    """A backward that saved the bank stops, as with torch's own in-place functions."""
+    """A backward pass that saved the bank raises an error, as with torch's own in-place functions."""
     bank, index, features = make(device)
     query = features.float().requires_grad_()
     scores = query @ bank.t()

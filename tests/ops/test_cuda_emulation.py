@@ -28,7 +28,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def fenced(*args: Any) -> list[Any]:
-    """Every tensor where the first access past its end is a fault."""
+    """Copies of tensors for which the first access past the end is a fault."""
     return [fence(arg) if isinstance(arg, Tensor) else arg for arg in args]
 
 
@@ -37,7 +37,7 @@ def run_on_cpu(op: str, *args: Any) -> Any:
 
 
 def assert_same_up_to_rounding(a: Tensor, b: Tensor) -> None:
-    """Equal but for the last place of the stored type: sums in another order, products that round before they add."""
+    """Equal up to the last place of the stored type: sums in another order, products rounded before adding."""
     torch.testing.assert_close(
         a, b, rtol=2 * torch.finfo(b.dtype).eps, atol=2e-7 if b.dtype != torch.float64 else 1e-15
     )

@@ -1,4 +1,4 @@
-"""The emulation that runs CUDA kernels on the CPU sees mistakes: kernels with one each (cuda_emulation/faults.cu)."""
+"""The emulation that runs CUDA kernels on the CPU detects faults: kernels with one each (cuda_emulation/faults.cu)."""
 
 import ctypes
 
@@ -29,7 +29,7 @@ def run(library: ctypes.CDLL, kernel: str, fault: str, order: int, x: Tensor | N
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_kernels_without_a_mistake(library: ctypes.CDLL, order: int) -> None:
+def test_kernels_without_a_fault(library: ctypes.CDLL, order: int) -> None:
     x = torch.arange(64.0)
     assert torch.equal(run(library, "faulty_reverse", "none", order), x.flip(0))
     assert torch.equal(run(library, "faulty_warp", "none", order), x.view(2, 32).flip(1).flatten())
@@ -48,7 +48,7 @@ def test_kernels_without_a_mistake(library: ctypes.CDLL, order: int) -> None:
     ],
 )
 def test_wrong_results(library: ctypes.CDLL, kernel: str, fault: str) -> None:
-    """What was read too early or never written is NaN in every order."""
+    """Values read too early or never written are NaN in every order."""
     for order in ORDERS:
         assert run(library, kernel, fault, order).isnan().any(), order
 

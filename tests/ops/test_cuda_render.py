@@ -31,13 +31,13 @@ def arguments(
         parameters[..., ViewParameter.PHOTOMETRIC] = 0
     if not blur:
         parameters[..., ViewParameter.BLUR_SIGMA] = 0
-    places = [options.get(name) for name in ("quarter_turns", "permutation", "offsets")]
+    placement = [options.get(name) for name in ("quarter_turns", "permutation", "offsets")]
     sizes = [options.get("grid", 0), options.get("patch_size", 0)]
-    return [crops, parameters, *places, *sizes, *NORMAL, dtype, channels_last, photometric, blur]
+    return [crops, parameters, *placement, *sizes, *NORMAL, dtype, channels_last, photometric, blur]
 
 
 def assert_agrees(args: list[Any], order: int = 0, **device: int) -> None:
-    """Equal to rounding; a level of the photometric set may fall to the other side of a whole number."""
+    """Equal up to rounding; a level of the photometric set may differ by one."""
     expected = torch.ops.sslfast.render_views(*args)
     fenced = [fence(arg) if isinstance(arg, Tensor) else arg for arg in args]
     result = emulate("render_views", *fenced, order=order, **device)
@@ -99,7 +99,7 @@ def test_bad_values_trap(argument: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("column", [ViewParameter.PHOTOMETRIC, ViewParameter.BLUR_SIGMA])
-def test_an_operation_that_was_promised_absent_traps(column: ViewParameter) -> None:
+def test_an_operation_that_was_declared_absent_traps(column: ViewParameter) -> None:
     args = arguments(batch=2, side=12, photometric=False, blur=False)
     args[1][1, 0, column] = 1
     with pytest.raises(RuntimeError, match="render_views: device trap in"):

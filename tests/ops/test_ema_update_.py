@@ -159,7 +159,7 @@ def test_resnet50(device: torch.device) -> None:
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The values of x [N, C, H, W] in other places of memory."""
+    """The values of x [N, C, H, W] with another memory layout."""
     big = x.new_zeros(2 * x.shape[0], *x.shape[1:])
     shifted = x.new_zeros(x.numel() + 1)[1:].view(x.shape)  # not at a multiple of 16 bytes
     return {

@@ -1,8 +1,8 @@
 """Hostile arguments for every op: an error that names the op, or the right answer; never a crash, never a wrong number.
 
-A valid call is drawn, then up to three of its arguments are bent: shape, dtype, strides, device, layout, values, range.
-Everything runs in one child process, so that a crash is a failed test that shows the call. The same file is the child:
-``python -X faulthandler -m tests.ops.test_fuzz TRACE`` prints one line for each op that held.
+A valid call is drawn, then up to three of its arguments are corrupted: shape, dtype, strides, device, layout, values,
+range. Everything runs in one child process, so that a crash is a failed test that shows the call. The same file is the
+child: ``python -X faulthandler -m tests.ops.test_fuzz TRACE`` prints one line for each op that held.
 """
 
 import math
@@ -50,7 +50,7 @@ Arguments = dict[str, Any]
 
 
 def unit(draw: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Unit rows, so that scores stay moderate unless the values are bent."""
+    """Unit rows, so that scores stay moderate unless the values are corrupted."""
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))), dtype=torch.float64)
     return normalize(drawn, dim=-1).to(dtype)
 
@@ -136,8 +136,8 @@ BENDS: list[Callable[[Tensor, Any], Tensor | None]] = [
 ]  # fmt: skip
 
 
-def bend(value: Any, draw: Any) -> Any:
-    """Another value in place of an argument."""
+def corrupt(value: Any, draw: Any) -> Any:
+    """Replaces an argument by another value."""
     if isinstance(value, Tensor):
         how = draw(st.integers(0, len(BENDS)))
         if value.device.type == "meta" or value.layout != torch.strided:
@@ -149,7 +149,7 @@ def bend(value: Any, draw: Any) -> Any:
     if isinstance(value, list) and value:
         value = list(value)
         at = draw(st.integers(0, len(value) - 1))
-        value[at] = bend(value[at], draw)
+        value[at] = corrupt(value[at], draw)
         return value[:-1] if draw(st.integers(0, 7)) == 0 else value
     if isinstance(value, bool):
         return not value
@@ -161,7 +161,7 @@ def bend(value: Any, draw: Any) -> Any:
 
 
 def copy(value: Any) -> Any:
-    """Memory of its own with the same strides; what was one tensor twice stays so."""
+    """A copy with the same strides; arguments that were the same tensor stay the same."""
     if isinstance(value, list):
         return [copy(item) for item in value]
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
@@ -173,7 +173,7 @@ def copy(value: Any) -> Any:
 
 
 def exact(value: Any) -> Any:
-    """Floating tensors contiguous in float64, everything else as it is: what the references are called with."""
+    """Floating tensors contiguous in float64, everything else unchanged: arguments of the references."""
     if isinstance(value, list):
         return [exact(item) for item in value]
     return value.double().contiguous() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -351,7 +351,7 @@ def rgb_to_lab_call(draw: Any) -> Arguments:
 
 
 def rgb_to_lab_check(call: Arguments, answer: Tensor, _before: Arguments) -> None:
-    """Within the scale; bent calls may hold numbers that float32 has no cubes of."""
+    """Within the scale; corrupted calls may hold numbers whose cube float32 cannot hold."""
     pixels = call["pixels"].double()
     inside = ((pixels >= 0) & (pixels <= 1)).all(dim=1, keepdim=True).expand(pixels.shape)
     expected = ops.rgb_to_lab_reference(pixels)
@@ -396,7 +396,7 @@ def render_views_call(draw: Any) -> Arguments:
 
 
 def render_views_check(call: Arguments, answer: Tensor, _before: Arguments) -> None:
-    """Levels of the photometric set may move by one, so its gate is closed above; bent calls may open it."""
+    """Levels of the photometric set may move by one, so its gate is closed above; corrupted calls may open it."""
     expected = ops.render_views_reference(**call)
     assert answer.shape == expected.shape
     assert answer.dtype == expected.dtype
@@ -405,7 +405,7 @@ def render_views_check(call: Arguments, answer: Tensor, _before: Arguments) -> N
     torch.testing.assert_close(answer[closed], expected[closed], rtol=tolerance, atol=tolerance)
 
 
-FACES: dict[str, tuple[Callable[..., Any], Callable[[Any], Arguments], Callable[..., None]]] = {
+CASES: dict[str, tuple[Callable[..., Any], Callable[[Any], Arguments], Callable[..., None]]] = {
     "negative_rows": (ops.negative_rows, negative_rows_call, negative_rows_check),
     "bank_nce": (ops.bank_nce, bank_nce_call, bank_nce_check),
     "bank_nce_dense": (ops.bank_nce_dense, bank_nce_dense_call, bank_nce_dense_check),
@@ -440,7 +440,7 @@ def describe(value: Any) -> str:
 
 
 def clear(error: BaseException, op: str) -> bool:
-    """Names the op (bank_nce draws through negative_rows), or is Python's or torch's own word on a foreign type."""
+    """Names the op (bank_nce draws through negative_rows), or is Python's or torch's own message for a foreign type."""
     names = {op.rstrip("_"), "negative_rows"} if op == "bank_nce" else {op.rstrip("_")}
     return any(
         word in str(error) for word in {*names, "unsupported operand", "not supported between", "sparse tensors"}
@@ -448,7 +448,7 @@ def clear(error: BaseException, op: str) -> bool:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the calls of sslfast's ops that a public function makes."""
+    """Records the calls of sslfast's ops that a public function makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -460,9 +460,9 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fuzz_face(op: str, trace: Any) -> None:
-    """The public function: an error of the allowed kinds that names the op, or what the reference gives."""
-    function, draw_call, check = FACES[op]
+def fuzz_public(op: str, trace: Any) -> None:
+    """The public function: an error of the allowed kinds that names the op, or the result of the reference."""
+    function, draw_call, check = CASES[op]
 
     @settings(
         max_examples=EXAMPLES,
@@ -476,7 +476,7 @@ def fuzz_face(op: str, trace: Any) -> None:
         call = draw_call(data.draw)
         for _ in range(data.draw(st.integers(0, 3))):
             name = data.draw(st.sampled_from(sorted(call)))
-            call[name] = bend(call[name], data.draw)
+            call[name] = corrupt(call[name], data.draw)
         call = {name: copy(value) for name, value in call.items()}
         before = {name: copy(value) for name, value in call.items()}
         text = f"{op}({describe(call)})"
@@ -499,8 +499,8 @@ def fuzz_face(op: str, trace: Any) -> None:
 
 
 def fuzz_raw(op: str, trace: Any) -> None:
-    """The op behind it, which other code may call: an error or an answer of any kind, all on one device; no crash."""
-    function, draw_call, _ = FACES[op]
+    """The registered op itself: an error or any answer, all on one device; no crash."""
+    function, draw_call, _ = CASES[op]
 
     @settings(
         max_examples=EXAMPLES,
@@ -517,7 +517,7 @@ def fuzz_raw(op: str, trace: Any) -> None:
             arguments = list(arguments)
             for _ in range(data.draw(st.integers(1, 3))):
                 at = data.draw(st.integers(0, len(arguments) - 1))
-                arguments[at] = bend(arguments[at], data.draw)
+                arguments[at] = corrupt(arguments[at], data.draw)
             arguments = [copy(value) for value in arguments]
             text = f"{func}({describe(arguments)})"
             trace(text)
@@ -526,14 +526,14 @@ def fuzz_raw(op: str, trace: Any) -> None:
             except ALLOWED:  # also of the dispatcher, which names no op where it converts arguments
                 pass
             else:
-                places = {t.device.type for t in tensors(arguments)}
-                assert len(places) <= 1, f"{text} mixed devices"
+                devices = {t.device.type for t in tensors(arguments)}
+                assert len(devices) <= 1, f"{text} mixed devices"
 
     run()
 
 
 def child(path: str) -> int:
-    """Everything, in this process; the call under way is in the file, so that whoever finds a corpse can read it."""
+    """Runs all searches in this process; the current call is in the file, so that a crash can be traced to it."""
     torch.set_num_threads(2)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
@@ -542,8 +542,8 @@ def child(path: str) -> int:
         os.pwrite(descriptor, text.encode(), 0)
 
     failed = 0
-    for op in FACES:
-        for what in (fuzz_face, fuzz_raw):
+    for op in CASES:
+        for what in (fuzz_public, fuzz_raw):
             try:
                 what(op, trace)
                 print(f"held {what.__name__} {op}", flush=True)
@@ -555,17 +555,21 @@ def child(path: str) -> int:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(what the child printed, what is known of its death)."""
+    """(output of the child, its errors and how it crashed)."""
     path = tmp_path_factory.mktemp("fuzz") / "call"
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.ops.test_fuzz", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300 + EXAMPLES)
-    died = done.returncode not in (0, 1)
-    note = f"died with status {done.returncode} in {path.read_text()}\n{done.stderr[-3000:]}" if died else done.stderr
+    crashed = done.returncode not in (0, 1)
+    note = (
+        f"crashed with status {done.returncode} in {path.read_text()}\n{done.stderr[-3000:]}"
+        if crashed
+        else done.stderr
+    )
     return done.stdout, note
 
 
-@pytest.mark.parametrize("op", FACES)
-@pytest.mark.parametrize("what", ["fuzz_face", "fuzz_raw"])
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("what", ["fuzz_public", "fuzz_raw"])
 def test_held(outcome: tuple[str, str], what: str, op: str) -> None:
     printed, note = outcome
     assert f"held {what} {op}\n" in printed, f"{printed}\n{note}"
@@ -573,7 +577,7 @@ def test_held(outcome: tuple[str, str], what: str, op: str) -> None:
 
 def test_every_op_is_fuzzed() -> None:
     schemas = set(re.findall(r'"(\w+)\(Tensor', (ROOT / "csrc" / "library.cpp").read_text()))
-    assert set(FACES) == schemas, f"give {schemas - set(FACES)} a generator of valid calls and a check in FACES"
+    assert set(CASES) == schemas, f"give {schemas - set(CASES)} a generator of valid calls and a check in CASES"
 
 
 if __name__ == "__main__":

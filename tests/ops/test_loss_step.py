@@ -13,7 +13,7 @@ BATCH, ROWS, COLUMNS = 6, 200, 64
 
 
 class Step:
-    """State of a PIRL-like step, all of it on the device: bank, a linear head, step counter."""
+    """State of a PIRL-like step, all on the device: bank, a linear head, step counter."""
 
     def __init__(self, device: torch.device, negatives: Any, loss: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def batches(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 def captured(step: Step, inputs: Tensor, index: Tensor) -> Any:
-    """The step with forward and backward compiled without a break on a CPU, the whole of it a CUDA graph on a GPU."""
+    """The step with forward and backward compiled without a graph break on a CPU, and as one CUDA graph on a GPU."""
     if inputs.device.type == "cpu":
         step.forward = torch.compile(step.forward, fullgraph=True, backend="aot_eager")  # type: ignore[method-assign]
         return step

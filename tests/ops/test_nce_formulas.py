@@ -136,7 +136,7 @@ def test_whole_bank_and_shared_draw(
 @pytest.mark.parametrize("loss", ["infonce", "nce"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_extreme_temperatures(device: torch.device, dtype: torch.dtype, loss: str, temperature: float) -> None:
-    """At 0.01 a score reaches ±100: exp(100) is no fp32 number. A positive and a negative are perfect, one opposite."""
+    """At 0.01 a score reaches ±100: exp(100) overflows fp32. A positive and a negative are perfect, one opposite."""
     d = draw(device, dtype=dtype)
     d.bank[d.index[0]] = d.query[0, 0].to(dtype)
     d.bank[d.rows[1, 3]] = d.query[0, 1].to(dtype)
@@ -200,7 +200,7 @@ def test_one_row_for_all_negatives(device: torch.device, loss: str, repeated: st
 
 
 def test_gradient_closed_forms(device: torch.device) -> None:
-    """An orthonormal bank and the query on its positive: softmax and sigmoids are known numbers."""
+    """An orthonormal bank and the query on its positive: softmax and sigmoids have known values."""
     temperature, count, z = 0.5, 6, 20.0
     bank = torch.eye(8, device=device)
     index, rows = torch.tensor([2], device=device), torch.tensor([[0, 1, 3, 4, 5, 7]], device=device)

@@ -115,7 +115,7 @@ def test_bad_tensors() -> None:
         negative_rows(torch.arange(3), **(DRAW | {"step": torch.zeros(2, dtype=torch.int64)}))
 
 
-def test_shared_draw_of_the_raw_op_excludes_nobody() -> None:
+def test_shared_draw_of_the_raw_op_excludes_no_row() -> None:
     with pytest.raises(RuntimeError, match="a shared draw is for the whole batch and excludes no row"):
         torch.ops.sslfast.negative_rows(torch.zeros(1, dtype=torch.int64), None, 0, 4, 10, 0, True, True)
 

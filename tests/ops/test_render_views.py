@@ -78,7 +78,7 @@ def plain(batch: int, pictures: int = 1, **columns: float) -> Tensor:
 
 
 def assert_agrees(crops: Tensor, parameters: Tensor, **options: Any) -> None:
-    """The reference on the CPU; a level of the photometric set may fall to the other side of a whole number."""
+    """Compares with the reference on the CPU; a level of the photometric set may differ by one."""
     result = render_views(crops, parameters, **PLAIN, **options)
     moved = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in options.items()}
     expected = render_views_reference(crops.cpu(), parameters.cpu(), **PLAIN, **moved)
@@ -149,9 +149,9 @@ def test_every_order(device: torch.device, code: int) -> None:
     assert sorted(ORDERS[code]) == [0, 1, 2, 3]
 
 
-def test_neutral_parameters_move_pixels_alone(device: torch.device) -> None:
+def test_neutral_parameters_only_move_pixels(device: torch.device) -> None:
     crops, _, options = make(device, batch=5, side=26, grid=3, patch=7, turns=True)
-    for gate in (0.0, 1.0):  # open gates around neutral values change nothing either, but for autocontrast
+    for gate in (0.0, 1.0):  # gates open around neutral values change nothing, except autocontrast
         neutral = plain(5, 9, jitter=gate, jitter_order=17).to(device)
         result = render_views(crops, neutral, **PLAIN, **options)
         turned = rotate90_reference(crops, options["quarter_turns"])
@@ -207,9 +207,9 @@ def test_non_contiguous_and_empty(device: torch.device) -> None:
 def test_opcheck_and_compile(device: torch.device) -> None:
     crops, parameters, options = make(device, side=24, grid=2, patch=10, turns=True)
     numbers = (0.4, 0.5, 0.6, 0.2, 0.2, 0.2, torch.float16)
-    places = (options["quarter_turns"], options["permutation"], options["offsets"], 2, 10)
+    placement = (options["quarter_turns"], options["permutation"], options["offsets"], 2, 10)
     torch.library.opcheck(
-        torch.ops.sslfast.render_views.default, (crops, parameters, *places, *numbers, True, True, True)
+        torch.ops.sslfast.render_views.default, (crops, parameters, *placement, *numbers, True, True, True)
     )
     whole = (crops, parameters[:, :1], None, None, None, 0, 0, *numbers, False, True, True)
     torch.library.opcheck(torch.ops.sslfast.render_views.default, whole)

@@ -1,4 +1,4 @@
-"""The binary finds what it needs of libtorch_cuda, to which it is not linked; needs no GPU."""
+"""The binary finds the functions of libtorch_cuda that it needs without linking it; no GPU needed."""
 
 import ctypes
 import shutil
@@ -14,8 +14,8 @@ extern "C" bool has(const char* name) { return sslfast::torch_cuda_symbol(name) 
 """
 
 
-def test_torch_functions_are_found_as_the_kernels_look_for_them(tmp_path: Path) -> None:
-    """As the extension: linked to libtorch_cpu alone, loaded after torch into a scope of its own."""
+def test_torch_functions_are_found(tmp_path: Path) -> None:
+    """Like the extension: linked to libtorch_cpu only, loaded after torch with local visibility."""
     assert shutil.which("g++"), "install g++"
     (tmp_path / "symbol.cpp").write_text(SOURCE)
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"

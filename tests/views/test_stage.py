@@ -34,13 +34,13 @@ RECORDED = {
 VIEWS = {"image": IMAGE, "jigsaw": JIGSAW, "rotation": ROTATION, "both": BOTH}
 
 
-def make_batch(rows: list[int], *, epoch: int = 0, views: dict[str, ViewConfig] = VIEWS) -> Batch:
-    """Crops that depend on the row alone, as a loader's do."""
+def make_batch(sample_ids: list[int], *, epoch: int = 0, views: dict[str, ViewConfig] = VIEWS) -> Batch:
+    """Crops that depend on the sample id only, as those of a loader."""
     crops = {
-        name: torch.stack([picture(row + 1000 * position, config.crop.size) for row in rows])
+        name: torch.stack([picture(i + 1000 * position, config.crop.size) for i in sample_ids])
         for position, (name, config) in enumerate(views.items())
     }
-    return Batch(sample_ids=torch.tensor(rows), crops=crops, epoch=epoch)
+    return Batch(sample_ids=torch.tensor(sample_ids), crops=crops, epoch=epoch)
 
 
 def picture(number: int, side: int) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
             assert torch.equal(alone.pixels[0], together[name].pixels[i])
 
 
-def test_seed_epoch_row_and_position_each_change_the_draw() -> None:
+def test_seed_epoch_sample_and_position_each_change_the_draw() -> None:
     gates = {field.name: 0.5 for field in fields(AugmentConfig) if field.name.endswith("_probability")}
     rows, config = torch.arange(64), replace(BOTH, augment=AugmentConfig(**gates))
     base = tensors(draw_view(rows, config, seed=1, position=0, epoch=0))
@@ -108,7 +108,7 @@ def test_seed_epoch_row_and_position_each_change_the_draw() -> None:
 
 
 def test_recorded_draws() -> None:
-    """The numbers of a recorded run: a change here changes every run that was ever made."""
+    """The numbers of a recorded run: a change here would change the draws of every earlier run."""
     config = replace(JIGSAW, rotation=True, augment=AugmentConfig(blur_probability=0.5))
     p = draw_view(torch.tensor([0, 123456]), config, seed=42, position=1, epoch=3)
     assert p.quarter_turns is not None
@@ -170,7 +170,7 @@ def test_without_augmentation_the_pixels_are_the_references() -> None:
         torch.testing.assert_close(render(crops, config, p).pixels, expected / 255, rtol=0, atol=1e-6)
 
 
-def test_a_turned_view_is_mirrored_first() -> None:
+def test_a_rotated_view_is_mirrored_first() -> None:
     config = replace(ROTATION, augment=replace(PLAIN, flip_probability=0.5))
     rows = list(range(32))
     crops = make_batch(rows, views={"view": config}).crops["view"]
