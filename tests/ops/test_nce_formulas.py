@@ -101,7 +101,8 @@ def assert_formula(d: Draw, loss: str, *, temperature: float = 0.07, z: float | 
     (gradient,) = torch.autograd.grad(value.sum(), query)
     known = z_formula(d, temperature) if z is None else z
     expected, slope = infonce_formula(d, temperature) if loss == "infonce" else nce_formula(d, temperature, known)
-    tolerance = 1e-12 if d.bank.dtype == torch.float64 else 4e-6
+    # A score of up to 1/τ is itself rounded: one unit in the last place of 100 is 7.6e-6 in fp32.
+    tolerance = 1e-12 if d.bank.dtype == torch.float64 else max(4e-6, 2**-23 / temperature)
     assert value.isfinite().all()
     assert gradient.isfinite().all()
     torch.testing.assert_close(value.double().cpu(), expected, rtol=tolerance, atol=tolerance)
