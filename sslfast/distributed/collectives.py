@@ -1,4 +1,4 @@
-"""Who this process is among the processes of a run, what it computes on, and what the processes tell one another.
+"""Collectives over the ranks of a run.
 
 Every exchange is the identity in a run of one process, so callers do not ask how many there are.
 """
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """``[B, ...]`` of every rank, one after the other in the order of ranks: ``[world_size * B, ...]``."""
+    """``[B, ...]`` of every rank, concatenated in the order of ranks: ``[world_size * B, ...]``."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -92,7 +92,7 @@ def gather_uneven(x: Tensor) -> Tensor:
 
 
 def gather_to_rank0(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18) -> Tensor | None:
-    """The whole of what is split over ranks by rows, on the host of the first rank; None on the others.
+    """A tensor that is sharded over ranks by rows, whole on the host of rank 0; None on the others.
 
     Sent ``chunk_rows`` rows at a time, one rank after the other, so the first rank's device holds one chunk more.
     """
@@ -129,7 +129,7 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """The first rank's value on every rank; others pass anything. Host objects only."""
+    """The value of rank 0 on every rank; what the others pass is ignored. Host objects only."""
     if world_size() == 1:
         return value
     box = [value]
@@ -147,17 +147,17 @@ def gather_objects(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Return when every rank has come here."""
+    """Return once every rank has called it."""
     max_over_ranks(torch.zeros(1))
 
 
 def is_main() -> bool:
-    """True in the process that writes files."""
+    """True on rank 0, which writes files."""
     return rank() == 0
 
 
 def raise_together(error: str | None) -> None:
-    """ValueError on every rank where one or more of them have an error: no rank waits for one that has stopped."""
+    """ValueError on every rank if any rank has an error, so that no rank waits for one that has stopped."""
     for found in gather_objects(error):
         if found is not None:
             raise ValueError(found)

@@ -12,7 +12,7 @@ from sslfast.distributed.process_group import world_size
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module whose backward averages gradients over ranks; the module itself in a single process.
+    """The DDP module, whose backward averages gradients over ranks; the module itself in a single process.
 
     BatchNorm normalises by each rank's own part of the batch (PIRL section 4), and buffers stay each rank's business.
     """
@@ -23,12 +23,12 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Context of a forward and backward whose gradients stay this rank's and wait for the next exchange."""
+    """Context whose backward accumulates local gradients without averaging them over ranks."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def ignore_in_ddp(module: nn.Module, buffers: list[str]) -> None:
-    """:func:`replicate` leaves these buffers of ``module`` alone, which differ between ranks."""
+    """Exclude these buffers of ``module``, which differ between ranks, from :func:`replicate`."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
 
 
@@ -45,6 +45,6 @@ def check_replicas(tensors: Iterable[Tensor]) -> None:
     ).cpu()  # host sync: once per checkpoint
     if not torch.equal(max_over_ranks(sums), -max_over_ranks(-sums)):
         raise RuntimeError(
-            "weights or bank differ between ranks, so they no longer train one model; go on from the last checkpoint, "
+            "weights or bank differ between ranks, so they no longer train one model; resume from the last checkpoint, "
             "and report this with the versions of the run"
         )

@@ -1,4 +1,4 @@
-"""Process group: what torchrun says of this process, and joining and leaving the group."""
+"""The process group: rank and world size from ``torchrun``, initialisation and destruction."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from sslfast.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """ImageLocation of this process, as ``torchrun`` states it in the environment."""
+    """Rank, world size and local rank of this process, as ``torchrun`` sets them in the environment."""
 
     rank: int = 0
     world_size: int = 1
@@ -48,11 +48,11 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     return ProcessGroup(rank=rank, world_size=max(world_size, 1), local_rank=local_rank)
 
 
-_TIMEOUT = timedelta(minutes=30)  # the first rank may list and hash a large folder while the others wait
+_TIMEOUT = timedelta(minutes=30)  # rank 0 may list and hash a large folder while the others wait
 
 
 def init_process_group(group: ProcessGroup, device: torch.device) -> None:
-    """Meet the other processes of a run; nothing to do for one process, or a second time.
+    """Initialise the process group of a run; does nothing for one process, or if it is initialised.
 
     Tensors travel by NCCL between CUDA devices and by gloo between CPUs; small host values always by gloo, so that
     they never wait for a device.
@@ -73,23 +73,23 @@ def init_process_group(group: ProcessGroup, device: torch.device) -> None:
 def destroy_process_group() -> None:
     """Destroy the process group; does nothing in a single process. Delete DDP modules first."""
     if dist.is_available() and dist.is_initialized():
-        # A group that dies with the last object that holds it can wait for a thread that waits for Python's lock.
+        # A group destroyed together with its last reference can wait for a thread that waits for the GIL.
         gc.collect()
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """Processes that have joined; 1 where none has."""
+    """Number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """ImageLocation of this process among those that have joined; 0 where none has."""
+    """Rank of this process in the group; 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started the processes again after one of them failed."""
+    """Whether torchrun has restarted the processes after one of them failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
@@ -104,7 +104,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 @contextmanager
 def distributed_device(name: str) -> Iterator[torch.device]:
-    """The device of this process, with all processes of ``torchrun`` joined while the block runs."""
+    """The device of this process; inside the block the process group of ``torchrun`` is initialised."""
     group = process_group()
     device = resolve_device(name, local_rank=group.local_rank if group.world_size > 1 else None)
     own = world_size() == 1

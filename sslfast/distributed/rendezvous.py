@@ -1,8 +1,9 @@
-"""How the processes of one attempt of ``torchrun`` find one another, and not those of the attempt before.
+"""Rendezvous of the ranks of one ``torchrun`` attempt, excluding stale ranks of earlier attempts.
 
-``torchrun`` keeps one store for all its restarts, and torch's process groups put addresses into it under names that do
-not say which attempt they are of: processes that were started again would call the dead. Nor does the restart count
-say it, which the agents of different machines count each for itself. So the living agree on a name of their own.
+``torchrun`` keeps one store for all its restarts, and torch's process groups store addresses under keys that do not
+contain the attempt, so restarted ranks would connect to addresses of ranks that have died. The restart count does not
+tell attempts apart either: the agents of different machines count for themselves. So the ranks agree on a new key
+prefix.
 """
 
 import json
@@ -16,20 +17,21 @@ _POLL_SECONDS = 0.02
 
 
 def rendezvous(store: Store, *, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """A part of ``store`` that exactly the processes that call this now share.
+    """A view of ``store`` that is shared by exactly the ranks that call this now.
 
-    Every process leaves a nonce under its rank. The first one publishes the nonces that it sees with a fresh name, and
-    again whenever one changes; whoever finds its own nonce in the list agrees to the name. Once all have agreed, the
-    first one says so, and the name is the prefix of what they share. Nonces of the dead never agree to anything.
+    Every rank stores a nonce under its number. The leader (rank 0) publishes the nonces that it sees together with a
+    new name, and again whenever one changes; a follower that finds its own nonce in the list acknowledges the name.
+    When all have, the leader confirms it, and the name becomes the key prefix. Nonces of stale ranks are never
+    acknowledged.
 
     Raises:
-        TimeoutError: not all processes came.
+        TimeoutError: not all ranks arrived.
     """
     nonce, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"sslfast/nonce/{rank}", nonce)
-    meeting = _Leader(store, nonce, world_size) if rank == 0 else _Follower(store, nonce, rank)
+    party = _Leader(store, nonce, world_size) if rank == 0 else _Follower(store, nonce, rank)
     while True:
-        name = meeting.agreed()
+        name = party.agreed()
         if name is not None:
             return PrefixStore(f"sslfast/{name}", store)
         if time.monotonic() > end:
@@ -40,7 +42,7 @@ def rendezvous(store: Store, *, rank: int, world_size: int, timeout: timedelta) 
 
 
 class _Leader:
-    """The first process."""
+    """Rank 0."""
 
     def __init__(self, store: Store, nonce: str, world_size: int) -> None:
         self._store, self._nonce, self._world_size = store, nonce, world_size
@@ -54,7 +56,7 @@ class _Leader:
         seen = [self._nonce, *(self._store.get(key).decode() for key in others)]
         if seen != self._seen:
             self._seen, self._name = seen, uuid.uuid4().hex
-            self._store.set("sslfast/meeting", json.dumps({"name": self._name, "nonces": seen}))
+            self._store.set("sslfast/rendezvous", json.dumps({"name": self._name, "nonces": seen}))
         if self._store.add(f"sslfast/agreed/{self._name}", 0) < self._world_size - 1:
             return None
         self._store.set(f"sslfast/begin/{self._name}", "1")
@@ -62,17 +64,17 @@ class _Leader:
 
 
 class _Follower:
-    """Any other process."""
+    """Any other rank."""
 
     def __init__(self, store: Store, nonce: str, rank: int) -> None:
         self._store, self._nonce, self._rank = store, nonce, rank
         self._agreed_to = ""
 
     def agreed(self) -> str | None:
-        if not self._store.check(["sslfast/meeting"]):
+        if not self._store.check(["sslfast/rendezvous"]):
             return None
-        meeting = json.loads(self._store.get("sslfast/meeting"))
-        name, nonces = meeting["name"], meeting["nonces"]
+        published = json.loads(self._store.get("sslfast/rendezvous"))
+        name, nonces = published["name"], published["nonces"]
         if len(nonces) <= self._rank or nonces[self._rank] != self._nonce:
             return None
         if name != self._agreed_to:

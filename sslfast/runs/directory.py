@@ -1,4 +1,4 @@
-"""The run directory: where a run's files lie, the lock that keeps a second process out, and what ran it.
+"""The run directory: the paths of a run, the lock that keeps a second process out, and the versions that ran it.
 
 ``config.json`` resolved configuration · ``versions.json`` software, device and git state of every start ·
 ``manifest.tsv`` rows of the data · ``log.jsonl`` log records · ``tensorboard/`` event files ·
@@ -22,11 +22,11 @@ import torch
 
 from sslfast.config import load_json, save_json
 
-_WAIT_SECONDS = 120.0  # a network file system frees the lock of a machine that is gone after its lease
+_WAIT_SECONDS = 120.0  # a network file system releases the lock of a lost machine when its lease ends
 
 
 class RunDirectory:
-    """Paths of a run. Nothing is made before :meth:`create`."""
+    """Paths of a run. Nothing is created before :meth:`create`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -40,7 +40,7 @@ class RunDirectory:
         self._lock = self.path / ".lock"
 
     def create(self) -> None:
-        """Make the directory.
+        """Create the directory.
 
         Raises:
             ValueError: it cannot be made or written.
@@ -52,7 +52,7 @@ class RunDirectory:
             raise ValueError(f"cannot write to {self.path} ({reason}); choose another output directory") from None
 
     def free_bytes(self) -> int:
-        """Free disk space where the directory lies or will lie."""
+        """Free disk space where the directory is or will be created."""
         path = self.path.absolute()
         while not path.exists():
             path = path.parent
@@ -68,7 +68,7 @@ class RunDirectory:
             )
 
     def check_unlocked(self) -> None:
-        """Raises ValueError where another process holds the directory; writes nothing."""
+        """Raises ValueError if another process has locked the directory; writes nothing."""
         if self._lock.exists():
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -78,7 +78,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, *, is_restart: bool = False) -> Iterator[None]:
-        """Hold the directory for this process; the system gives it free when the process ends, however it ends.
+        """Lock the directory for this process; the system releases the lock when the process ends, however it ends.
 
         A POSIX record lock: unlike ``flock`` it is not inherited by loader workers, so that workers which outlive a
         killed trainer for a moment do not block its successor. A restart after a failure waits for the lock of its
@@ -117,7 +117,7 @@ class RunDirectory:
                 ) from None
 
     def add_versions(self, facts: dict[str, Any]) -> None:
-        """Append one start to ``versions.json``."""
+        """Append a record of this start to ``versions.json``."""
         starts = []
         if self.versions.exists():
             starts = load_json(self.versions).get("starts", [])
@@ -140,7 +140,7 @@ class RunDirectory:
 
 
 def versions() -> dict[str, Any]:
-    """Software, device and git facts of this process; never fails for want of git."""
+    """Software, device and git facts of this process; git may be missing."""
     import sslfast
 
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -159,7 +159,7 @@ def versions() -> dict[str, Any]:
 def git_state(directory: Path) -> dict[str, Any] | None:
     """``{"commit", "dirty"}`` of the working tree that tracks ``directory``, None where there is none."""
     try:
-        # An installed package may lie inside somebody's repository without being a part of it.
+        # An installed package may be inside a repository that does not track it.
         if not _git(directory, "ls-files", "."):
             return None
         return {"commit": _git(directory, "rev-parse", "HEAD"), "dirty": bool(_git(directory, "status", "--porcelain"))}

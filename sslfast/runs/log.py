@@ -55,7 +55,7 @@ class LogFile:
         except OSError as error:
             raise OSError(
                 f"cannot write {self._path} ({error.strerror}); free some space or correct the disk, "
-                "the same command then goes on from the last checkpoint"
+                "the same command then resumes from the last checkpoint"
             ) from None
 
 

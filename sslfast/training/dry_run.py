@@ -1,4 +1,4 @@
-"""The screen before the first step: what will run where."""
+"""The summary before the first step: what will run where, and an estimate of its memory."""
 
 import os
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     steps += f" = {trainer.total_steps:,} steps"
     if trainer.feature_pass is not None:
         passes = sum(trainer.method.needs_feature_pass(epoch) for epoch in range(config.epochs))
-        steps += f", before {passes:,} of the epochs a pass over the data, forward alone"
+        steps += f", a feature pass (forward only) before {passes:,} of the epochs"
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
@@ -53,9 +53,9 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 
 
 def _res5(trainer: Trainer) -> str:
-    """Cells that the trunk's last stage has of each view."""
+    """Size of the trunk's last feature map for each view."""
     if not isinstance(trainer.config.model, ResNetConfig):
-        return f"unknown: {trainer.config.model.factory} is no ResNet"
+        return f"unknown: {trainer.config.model.factory} is not a ResNet"
     stride = trunk_stride(trainer.config.model)
     words, fewest = [], stride
     for name, view in trainer.config.method.views().items():

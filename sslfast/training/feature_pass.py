@@ -1,4 +1,4 @@
-"""The pass over the data that some methods make before an epoch: forward alone, at fixed weights."""
+"""The feature pass that some methods need before an epoch: forward only, at fixed weights."""
 
 from collections.abc import Callable, Iterator
 from signal import Signals
@@ -11,13 +11,13 @@ from sslfast.views import Batch, ViewStage
 
 
 class FeaturePass:
-    """Shows a method the samples of an epoch before it begins, where the method asks for them.
+    """Gives a method the samples of an epoch before it begins, if :meth:`Method.needs_feature_pass` says so.
 
-    The trunk is in evaluation mode, so that features depend on no other sample; the method is in training mode
-    afterwards. A pass depends on the weights and the epoch alone: one that was interrupted is made again in full.
+    The trunk is in evaluation mode, so features depend on no other sample; the method is in training mode afterwards.
+    A pass depends on the weights and the epoch only: after an interruption it is repeated in full.
 
     Args:
-        method: :meth:`Method.needs_feature_pass` says whether, :meth:`Method.store_features` takes every batch.
+        method: :meth:`Method.store_features` gets every batch.
         loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of
             an epoch are those that it trains on.
         stage: renders these views.
@@ -39,12 +39,12 @@ class FeaturePass:
         watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
         stop: Callable[[], Signals | None] = lambda: None,
     ) -> Signals | None:
-        """The pass before ``epoch``, if there is one, to its end or to the signal that it returns.
+        """Run the pass before ``epoch``, if there is one; returns the signal that stopped it, or None.
 
         Args:
-            epoch: that is about to begin.
-            watch: the batches go through it.
-            stop: asked after every batch; on every rank the same answer.
+            epoch: the epoch that is about to begin.
+            watch: wraps the iterator of batches.
+            stop: called after every batch; must return the same on every rank.
         """
         if not self.method.needs_feature_pass(epoch):
             return None

@@ -40,7 +40,7 @@ class DeviceMeans:
         return means, None if bad_step < 0 else int(bad_step)
 
     def _merge_ranks(self) -> None:
-        """Makes sums the means over ranks: the same on each, and what the interval goes on from."""
+        """Replaces the sums by their means over ranks, the same on each; the interval continues from them."""
         if world_size() == 1 or not self.sums:
             return
         merged = mean_over_ranks(torch.stack(list(self.sums.values())))

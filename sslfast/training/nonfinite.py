@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: noticed on the device, undone there if so configured, told with a name."""
+"""Detect NaN and Inf in losses and gradients on the device, roll the step back if configured, report the samples."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from sslfast.distributed import gather_objects, max_over_ranks
 from sslfast.training.metrics import DeviceMeans
 
 _FINITE = "finite"
-_NAMED = 4  # rows in a message
+_MAX_REPORTED = 4  # sample ids in a message
 
 
 class NonFiniteLossError(RuntimeError):
@@ -18,18 +18,18 @@ class NonFiniteLossError(RuntimeError):
 
 
 class NonFinite:
-    """What is known of steps that were not finite, kept on the device until a log record reads it.
+    """Tracks steps with a non-finite loss or gradient, on the device until a log record reads it.
 
-    ``begin``, the step with ``watch`` once per micro-batch, ``end``. With ``skip`` the step that follows ``begin`` is
-    undone by ``end`` where a loss or a gradient of any rank is not finite: parameters, buffers (bank, BatchNorm) and
-    momentum are then what they were, to the bit. The decision is made on the device, which costs a second copy of this
-    state and one pass over it per step; the host never waits. Without ``skip``, ``begin`` and ``end`` do nothing.
+    Call ``begin``, then the step with ``watch`` once per micro-batch, then ``end``. With ``skip``, ``end`` rolls the
+    step back if a loss or a gradient of any rank is not finite: parameters, buffers (bank, BatchNorm) and momentum are
+    bit-equal to those before ``begin``. The decision is made on the device, at the cost of a second copy of this state
+    and one pass over it per step; the host never waits. Without ``skip``, ``begin`` and ``end`` do nothing.
 
     Args:
-        skip: undo such steps.
-        limit: most of them in a row.
-        method, optimizer: whose state it is.
-        device: where it lies.
+        skip: roll such steps back.
+        limit: largest number of consecutive steps that are skipped.
+        method, optimizer: their state is rolled back.
+        device: of that state.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class NonFinite:
         self._method, self._optimizer, self._device = method, optimizer, device
         self._kept: list[Tensor] = []
         self._is_bad = torch.zeros((), dtype=torch.bool, device=device)
-        self._rows: Tensor | None = None
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # skipped, in a row now, longest row
+        self._sample_ids: Tensor | None = None
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # skipped, consecutive now, most consecutive
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember the state before the step."""
+        """Keep a copy of the state before the step."""
         if not self.skip:
             return
         state = self._state()
@@ -52,16 +52,16 @@ class NonFinite:
             self._kept = [torch.empty_like(tensor) for tensor in state]
         torch._foreach_copy_(self._kept, state)
 
-    def watch(self, loss: Tensor, rows: Tensor) -> None:
-        """Take note of a micro-batch: its 0-d loss and its rows ``[b]``."""
+    def watch(self, loss: Tensor, sample_ids: Tensor) -> None:
+        """Record a micro-batch: its 0-d loss and its sample ids ``[b]``."""
         is_bad = ~torch.isfinite(loss.detach())
-        known = torch.full_like(rows, -1) if self._rows is None else self._rows
-        self._rows = torch.where(is_bad & (known[0] < 0), rows, known)
+        known = torch.full_like(sample_ids, -1) if self._sample_ids is None else self._sample_ids
+        self._sample_ids = torch.where(is_bad & (known[0] < 0), sample_ids, known)
         self._is_bad = self._is_bad | is_bad
 
     @torch.no_grad()
     def end(self) -> None:
-        """Undo the step if it was not finite; its gradients must still be there."""
+        """Roll the step back if it was not finite; its gradients must not have been cleared yet."""
         if not self.skip:
             return
         gradients = [p.grad for p in self._method.parameters() if p.grad is not None]
@@ -73,29 +73,29 @@ class NonFinite:
         in_a_row = (in_a_row + 1) * is_bad
         longest = torch.maximum(longest, in_a_row)
         self._counts = torch.stack([skipped + is_bad, in_a_row, longest])
-        if self._rows is not None:  # a row of bad steps that is over, and was short enough, needs no name
-            self._rows = torch.where((in_a_row == 0) & (longest <= self.limit), -1, self._rows)
+        if self._sample_ids is not None:  # a finished series of bad steps within the limit is not reported
+            self._sample_ids = torch.where((in_a_row == 0) & (longest <= self.limit), -1, self._sample_ids)
         self._is_bad = torch.zeros_like(self._is_bad)
 
     def read(self) -> tuple[int, bool]:
-        """``(steps skipped in the whole run, more than the limit in a row)``; waits for the device."""
+        """``(steps skipped in the whole run, whether more than the limit were consecutive)``; waits for the device."""
         if not self.skip:
             return 0, False
         skipped, _, longest = self._counts.tolist()  # host sync: once per log record
         return skipped, longest > self.limit
 
-    def rows(self) -> list[int]:
-        """A few rows of the first micro-batch of any rank whose loss was not finite; with ``skip`` of the last such
-        steps in a row. Every rank calls it."""
-        own = [] if self._rows is None else [row for row in self._rows.tolist() if row >= 0]
-        return next((rows for rows in gather_objects(own) if rows), [])[:_NAMED]
+    def sample_ids(self) -> list[int]:
+        """A few samples of the first micro-batch of any rank whose loss was not finite; with ``skip``, of the latest
+        series of such steps. Every rank calls it."""
+        own = [] if self._sample_ids is None else [row for row in self._sample_ids.tolist() if row >= 0]
+        return next((ids for ids in gather_objects(own) if ids), [])[:_MAX_REPORTED]
 
     def state_dict(self) -> dict[str, Any]:
         """Counts for a checkpoint."""
         return {"counts": self._counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         self._counts = state["counts"].to(self._device)
 
     def _state(self) -> list[Tensor]:
@@ -107,7 +107,7 @@ class NonFinite:
 
 
 class FiniteMeans(DeviceMeans):
-    """:class:`DeviceMeans` that, with ``leave_out``, is of the finite losses alone and names no bad step."""
+    """:class:`DeviceMeans` that, with ``leave_out``, averages finite losses only and reports no bad step."""
 
     def __init__(self, device: torch.device, *, leave_out: bool) -> None:
         super().__init__(device)
@@ -127,16 +127,19 @@ class FiniteMeans(DeviceMeans):
         return {name: value / share if share else float("nan") for name, value in means.items()}, bad_step
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue an interval, also one that was begun with the other ``leave_out``."""
+        """Continue an interval, also one that began with the other setting of ``leave_out``."""
         super().load_state_dict(state)
         known = self.sums.pop(_FINITE, torch.tensor(float(self.count), dtype=torch.float64, device=self.device))
         if self.leave_out and self.count:
             self.sums[_FINITE] = known
 
 
-def describe_rows(rows: list[int], paths: Any) -> str:
-    """``; its samples: row 7 (a/b.jpg), ...``; empty where nothing is known. ``paths``: row -> path, or None."""
-    if not rows:
+def describe_samples(sample_ids: list[int], paths: Any) -> str:
+    """``; first samples of that batch: row 7 (a/b.jpg), ...``; empty if there are none.
+
+    ``paths``: row -> path, or None.
+    """
+    if not sample_ids:
         return ""
-    named = [f"row {row}" + (f" ({paths[row]})" if paths is not None else "") for row in rows]
+    named = [f"row {row}" + (f" ({paths[row]})" if paths is not None else "") for row in sample_ids]
     return f"; first samples of that batch: {', '.join(named)}"

@@ -1,4 +1,4 @@
-"""The views of the next samples, rendered beside the step that still runs."""
+"""Renders the views of the next samples while the current step is still running."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -10,20 +10,20 @@ from torch import Tensor
 from sslfast.views import Batch, View, ViewStage
 
 Part = tuple[Tensor, Mapping[str, View]]
-"""Rows ``[b]`` and views of a micro-batch."""
+"""Sample ids ``[b]`` and views of a micro-batch."""
 
 
 class Prefetcher:
-    """Takes a loader's batches apart into micro-batches and renders their views.
+    """Splits a loader's batches into micro-batches and renders their views.
 
-    On CUDA everything up to the views is queued on a stream of its own, and :meth:`ahead`, called when a step has been
-    queued, begins the next micro-batch: the host waits for the loader, the copies and the view kernels run while the
-    device computes the step. On a CPU :meth:`ahead` does nothing. What comes out, its order and the place where an
-    error comes out are the same.
+    On CUDA everything up to the views is queued on a separate stream, and :meth:`ahead`, called once a step has been
+    queued, starts the next micro-batch: the host waits for the loader, and copies and view kernels run while the device
+    computes the step. On a CPU :meth:`ahead` does nothing. Results, their order and where errors are raised are the
+    same.
 
     Args:
         stage: batch -> views.
-        parts: micro-batches of a batch; divides its rows.
+        parts: micro-batches of a batch; divides its number of samples.
         device: of the batches.
     """
 
@@ -79,8 +79,8 @@ class Prefetcher:
 
 
 def _tensors(part: Part) -> list[Tensor]:
-    rows, views = part
-    found = [rows]
+    sample_ids, views = part
+    found = [sample_ids]
     for view in views.values():
         found += [value for value in vars(view).values() if isinstance(value, Tensor)]
     return found

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that the training loop grants after the step it is in, and how a run may end."""
+"""Graceful shutdown on SIGTERM and SIGINT: the training loop finishes its step, saves a checkpoint and stops."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class RunInterruptedError(Exception):
-    """A run that was asked to stop, and has saved a checkpoint."""
+    """The run was stopped by a signal and has saved a checkpoint."""
 
 
 class Interrupts:
     """Context in which the first SIGTERM or SIGINT only sets :attr:`requested`; a second SIGINT stops at once.
 
-    Outside the main thread, where Python takes no signal handlers, it changes nothing.
+    Outside the main thread, where Python accepts no signal handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Loader workers are forked with this handler and get Ctrl-C too: they go on until their owner closes them.
+        # Loader workers are forked with this handler and get Ctrl-C too: they continue until their owner closes them.
         if os.getpid() != self._owner:
             return
         if self.requested is not None and number == signal.SIGINT:
@@ -42,5 +42,5 @@ class Interrupts:
         if self.requested is None:
             self.requested = signal.Signals(number)
             line = f"sslfast: {self.requested.name}: finishing the step and saving; Ctrl-C stops at once\n"
-            # print() may be in the middle of a write of its own; a plain write cannot re-enter it.
+            # print() may be in the middle of a write; os.write does not re-enter it.
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())

@@ -33,7 +33,7 @@ from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
 from sslfast.training.logging import Recorder, find_loggers
-from sslfast.training.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_rows
+from sslfast.training.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_samples
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
 from sslfast.training.signals import Interrupts, RunInterruptedError
@@ -63,20 +63,20 @@ class TrainResult:
 class Trainer:
     """One pretraining run: this process's part of it, on one device.
 
-    Under ``torchrun`` every rank makes one; they share the batch, gradients are averaged, every rank holds the whole
-    state of the method, and the first rank alone writes.
+    Under ``torchrun`` every rank creates one; they share the batch, gradients are averaged, every rank holds the whole
+    state of the method, and only rank 0 writes.
 
-    Everything that can be wrong with the configuration, the data, the device or the disk is a ValueError or
-    FileNotFoundError here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, but
-    for the list of images where several ranks must agree on it.
+    Anything wrong with the configuration, the data, the device or the disk is a ValueError or FileNotFoundError here or
+    at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, except the manifest if there
+    are several ranks.
 
     Args:
         config: what to train and how.
-        data: folder of images, manifest (.tsv), .beton file, or a number of made-up images for the synthetic loader.
-        output: run directory; made if needed, and locked while training.
-        resume: ``auto`` (go on from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
+        data: folder of images, manifest (.tsv), .beton file, or the number of synthetic images.
+        output: run directory; created if needed, and locked while training.
+        resume: ``auto`` (resume from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
-        report: takes single lines for the user.
+        report: receives single lines for the user.
         open_store: the checkpoint store in a directory; rank 0 writes one hashed file per checkpoint by default.
     """
 
@@ -163,23 +163,23 @@ class Trainer:
         """The algorithm. Nothing here waits for the device."""
         self.optimizer.zero_grad()
         for part in range(1, self.config.accumulate_steps + 1):
-            rows, views = self.samples.take(batches)
+            sample_ids, views = self.samples.take(batches)
             with self._gradient_exchange(part == self.config.accumulate_steps):
-                values = self._forward(views, rows)
+                values = self._forward(views, sample_ids)
                 (values["loss"] / self.config.accumulate_steps).backward()
             self.means.add(values, step=self.device_step)
-            self.nonfinite.watch(values["loss"], rows)
+            self.nonfinite.watch(values["loss"], sample_ids)
             self.samples.ahead(batches)
         self.optimizer.step()
         self.method.after_step()
         self.device_step += 1
         self.step += 1
 
-    def _forward(self, views: Mapping[str, View], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _forward(self, views: Mapping[str, View], sample_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.config.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            values: dict[str, torch.Tensor] = self.model(views, rows, step=self.device_step)
+            values: dict[str, torch.Tensor] = self.model(views, sample_ids, step=self.device_step)
         return values
 
     def _gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
@@ -194,7 +194,7 @@ class Trainer:
             NonFiniteLossError: names the step and the last good checkpoint.
             RunInterruptedError: after SIGTERM or SIGINT, with a checkpoint saved.
         """
-        # The first rank writes; the others read what it has read, and compute.
+        # Rank 0 writes; the others read the same checkpoint and compute.
         if self.is_main:
             self.check_space()
             self.run.create()
@@ -223,7 +223,7 @@ class Trainer:
         self.run.check_space(self.disk_bytes() - stored_bytes(self.store))
 
     def close(self) -> None:
-        """End loader processes and let go of the process group. :meth:`fit` ends with it."""
+        """End loader processes and delete the DDP module. :meth:`fit` ends with it."""
         self.loader.close()
         if self.feature_pass is not None:
             self.feature_pass.loader.close()
@@ -249,7 +249,7 @@ class Trainer:
                     path = self._save(must=True)
                     raise RunInterruptedError(
                         f"stopped by {stop.name} after step {self.step}/{self.total_steps}, "
-                        f"saved {path}; the same command goes on from there"
+                        f"saved {path}; the same command resumes it"
                     )
             checkpoint = self._finish(first_step)
         finally:
@@ -307,7 +307,7 @@ class Trainer:
 
     @staticmethod
     def _stop_signal(interrupts: Interrupts) -> Signals | None:
-        """The signal that any rank has got: all of them stop after the same step."""
+        """The signal that any rank has received: all ranks stop after the same step."""
         own = torch.tensor(int(interrupts.requested or 0))  # on the host: waits for no device
         number = int(distributed.max_over_ranks(own))
         return Signals(number) if number else None
@@ -319,7 +319,7 @@ class Trainer:
     def _finish(self, first_step: int) -> Path:
         if first_step < self.total_steps:
             return self._save(must=True)
-        # The run had ended before: nothing to write, its last record and checkpoint are the result.
+        # The run was already complete: its last record and checkpoint are the result.
         records = read_log(self.run.log)
         assert self.recorder is not None
         self.recorder.last = records[-1] if records else {}
@@ -344,7 +344,7 @@ class Trainer:
         """Means of the current interval; waits for the device.
 
         Raises:
-            NonFiniteLossError: a loss of the interval was not finite, or too many in a row that were to be skipped.
+            NonFiniteLossError: a loss of the interval was not finite, or too many consecutive steps were skipped.
         """
         means, bad_step = self.means.read()
         skipped, too_many = self.nonfinite.read()
@@ -357,14 +357,14 @@ class Trainer:
                 what += ", had a loss or gradient that is not finite"
             paths = None if self.manifest is None else self.manifest.paths
             raise NonFiniteLossError(
-                f"{what}{describe_rows(self.nonfinite.rows(), paths)}; {good}; "
+                f"{what}{describe_samples(self.nonfinite.sample_ids(), paths)}; {good}; "
                 "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
             )
         return {**means, "skipped_steps": skipped} if self.nonfinite.skip else means
 
     def _save(self, *, must: bool = False) -> Path:
-        """Write a checkpoint and delete old ones. One that cannot be written ends the run only if it ``must`` be."""
-        # Reading the means keeps a step with a loss that is not finite out of every checkpoint.
+        """Write a checkpoint and delete old ones. A failed write ends the run only with ``must``."""
+        # Reading the means keeps steps with a non-finite loss out of every checkpoint.
         self._read_means()
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         self._list_bad_images()

@@ -1,9 +1,9 @@
 """CUDA kernels on the CPU: compiles csrc/cuda/<op>.cu with g++ against `include/` and runs it on CPU tensors.
 
-`include/` implements the needed part of CUDA on the host: the blocks of a launch run one after another, the threads
-of a block as fibers whose order is drawn from a number. Missing barriers show as wrong results; divergence at
-barriers, addresses outside of memory, misaligned vector accesses and writes outside of tensors are errors that name
-the thread. Speed and memory ordering between running blocks are not emulated.
+`include/` implements the needed part of CUDA on the host: the blocks of a launch run one after another, the threads of
+a block as fibers whose order is drawn from a number. Missing barriers show as wrong results; divergence at barriers,
+addresses outside of memory, misaligned vector accesses and writes outside of tensors are errors that name the thread.
+Speed and memory ordering between running blocks are not emulated.
 """
 
 import ctypes

@@ -121,7 +121,7 @@ def test_the_command_pretrains_it_and_knn_evaluates_it(
     options += ["--precision", "fp32", "--no-tensorboard", "--progress", "off"]
     options += ["--model.factory", FACTORY, "--model.options", "width", "7", "norm", "False"]
     assert cli.main(["pretrain", "synthetic:8", *options, "--dry-run"]) == 0
-    assert f"{FACTORY} is no ResNet" in capsys.readouterr().out
+    assert f"{FACTORY} is not a ResNet" in capsys.readouterr().out
     assert cli.main(["pretrain", "synthetic:8", *options]) == 0
     expected = CustomTrunkConfig(factory=FACTORY, options={"width": 7, "norm": False})
     assert read_trunk_config(load_json(run / "config.json")["model"]) == expected

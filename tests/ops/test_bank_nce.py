@@ -229,7 +229,7 @@ def test_shards_equal_the_reference_and_merge(
         (90, {"shard": (1, 90)}, r"shard=\(1, 90\) must be \(first row, rows of the whole bank\)"),
         (40, {"shard": (-1, 90)}, r"shard=\(-1, 90\) must be"),
         (1, {"shard": (3, 90)}, "with at least 2 rows here, and bank has 1"),
-        (40, {"shard": (0, 90), "loss": "nce"}, "nce on a shard needs z: no shard alone can estimate it"),
+        (40, {"shard": (0, 90), "loss": "nce"}, "nce on a shard needs z: a single shard cannot estimate it"),
     ],
 )
 def test_bad_shards(held: int, options: dict[str, Any], message: str) -> None:

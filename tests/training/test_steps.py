@@ -126,7 +126,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, parts: int) -> None:
         trainer.nonfinite.begin()
         trainer.train_step(batches)
         trainer.nonfinite.end()
-        named.append(trainer.nonfinite.rows())
+        named.append(trainer.nonfinite.sample_ids())
     states.append(state(trainer))
     assert same(states[2], states[3])
     assert not same(states[1], states[2])
@@ -391,7 +391,7 @@ def test_a_restart_waits_for_the_lock_of_its_predecessor(tmp_path: Path, monkeyp
 
 
 def test_the_living_meet_and_not_the_dead() -> None:
-    """The store still holds what two attempts have left: a whole meeting, and one that lost its first process."""
+    """The store still holds what two attempts have left: a complete rendezvous, and one whose leader was lost."""
     store = HashStore()
 
     def attempt(ranks: list[int], seconds: float) -> dict[int, Any]:
