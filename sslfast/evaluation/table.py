@@ -64,7 +64,7 @@ def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
 
 
 def detection_table(result: dict[str, Any], *, width: int = 100) -> str:
-    """A line per encoder: average precision by COCO's and by VOC 2007's rule in percent, with the deviation over seeds."""
+    """A line per encoder: COCO's and VOC 2007's AP in percent, with the standard deviation over seeds."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("encoder")
     names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}

@@ -63,7 +63,7 @@ def test_points_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(recall[::-1], expected_recall[:-1])
 
 
-def test_order_of_rows_changes_nothing() -> None:
+def test_order_of_the_entries_does_not_matter() -> None:
     rng = np.random.default_rng(2)
     targets, scores = rng.random(90) < 0.4, rng.integers(0, 9, 90).astype(float)
     order = rng.permutation(90)

@@ -36,7 +36,7 @@ class Counting:
         return self.weight * images.float().mean((2, 3))
 
 
-def test_second_time_reads_no_image(tmp_path: Path) -> None:
+def test_cached_features_need_no_image(tmp_path: Path) -> None:
     manifest = Manifest.scan(write_folder(tmp_path / "data", [f"c/{i}.jpg" for i in range(5)]))
     cache, encoder = FeatureCache(tmp_path / "features"), Counting()
     first = extract_all({"a": encoder}, manifest, size=16, cache=cache)
@@ -52,7 +52,7 @@ def test_second_time_reads_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["weights", "size", "data", "deleted", "cut", "rubbish"])
-def test_what_changes_is_made_again(tmp_path: Path, change: str) -> None:
+def test_changed_inputs_are_extracted_again(tmp_path: Path, change: str) -> None:
     root = write_folder(tmp_path / "data", [f"c/{i}.jpg" for i in range(4)])
     cache, encoder, size = FeatureCache(tmp_path / "features"), Counting(), 16
     extract_all({"": encoder}, Manifest.scan(root), size=size, cache=cache)
@@ -73,7 +73,7 @@ def test_what_changes_is_made_again(tmp_path: Path, change: str) -> None:
     assert torch.equal(found.values[""], expected.values[""])
 
 
-def test_bad_images_are_remembered_and_still_an_error(tmp_path: Path) -> None:
+def test_bad_images_are_cached_and_still_an_error(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", [f"c/{i}.jpg" for i in range(3)], width=90, height=90)
     victim = root / "c" / "1.jpg"
     victim.write_bytes(victim.read_bytes()[:900])
@@ -103,7 +103,7 @@ def test_layers_are_cached_one_by_one(tmp_path: Path) -> None:
     assert torch.equal(one.values["t/res5"], two.values["t/res5"])
 
 
-def test_a_run_that_goes_on_is_evaluated_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_is_evaluated_again(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)
     first = load_evaluation_set(run, data, FeatureConfig(device="cpu"))
     folder = cache_folder(run)
@@ -130,7 +130,7 @@ def test_weights_digest() -> None:
     assert weights_digest(one) != weights_digest(two)
 
 
-def test_no_folder_keeps_nothing() -> None:
+def test_without_a_folder_nothing_is_stored() -> None:
     cache = FeatureCache(None)
     cache.save({"a": 1}, Cached(values=torch.ones(1, 1), rows=torch.zeros(1), bad_images=[]))
     assert cache.load({"a": 1}) is None

@@ -24,7 +24,7 @@ def draws(rows: int, columns: int, seed: int) -> torch.Tensor:
     return random_uniform(torch.arange(rows), columns, seed=seed, stream=0, step=0) - 0.5
 
 
-def test_perfect_clusters_are_all_right() -> None:
+def test_perfect_clusters_have_accuracy_one() -> None:
     centres = torch.eye(7)
     bank = centres.repeat_interleave(9, 0) + 0.01 * draws(63, 7, 0)
     queries = centres.repeat_interleave(3, 0) + 0.01 * draws(21, 7, 1)

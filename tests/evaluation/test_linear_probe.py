@@ -16,7 +16,7 @@ def noise(rows: int, columns: int, seed: int) -> torch.Tensor:
     return random_uniform(torch.arange(rows), columns, seed=seed, stream=0, step=0) - 0.5
 
 
-def test_separable_data_is_all_right() -> None:
+def test_separable_data_is_classified_perfectly() -> None:
     labels = torch.arange(120) % 6
     features = torch.eye(6)[labels] @ noise(6, 10, 0) * 4 + 0.05 * noise(120, 10, 1)
     probe = train_probe(features, labels, classes=6)
@@ -66,7 +66,7 @@ def test_start_does_not_change_the_optimum() -> None:
     torch.testing.assert_close(warm.weight, cold.weight, atol=1e-6, rtol=0)
 
 
-def test_same_twice_and_columns_without_variation() -> None:
+def test_probe_is_deterministic_and_ignores_constant_columns() -> None:
     labels = torch.arange(60) % 3
     features = noise(60, 5, 8)
     features[:, 2] = 7.25

@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), train=8, val=3)
 
 
-def test_all_weights_train_and_the_encoder_stays() -> None:
+def test_all_weights_train_and_the_encoder_is_not_modified() -> None:
     encoder = TrunkEncoder(build_trunk(ResNetConfig(name="resnet18"), seed=0))
     model = FineTuned(encoder, classes=3, seed=0).train()
     images = torch.arange(2 * 3 * 24 * 24).remainder(251).to(torch.uint8).reshape(2, 3, 24, 24)

@@ -42,7 +42,7 @@ def test_published_settings() -> None:
     assert [[p.ndim for p in group["params"]] for group in optimizer.param_groups] == [[2, 1], [1, 1]], decay
 
 
-def test_training_images_are_crops_and_mirrored_crops(tmp_path: Path) -> None:
+def test_training_images_are_crops_and_flipped_crops(tmp_path: Path) -> None:
     manifest = Manifest.scan(write_data(tmp_path, train=5, val=1) / "train")
 
     def images(seed: int) -> TrainingImages:

@@ -31,7 +31,7 @@ def labelled(rows: int, classes: int) -> np.ndarray:
     return np.where(np.arange(rows)[:, None] % classes == np.arange(classes), 1, -1).astype(np.int8)
 
 
-def test_separable_features_are_all_right() -> None:
+def test_separable_features_have_perfect_precision() -> None:
     train, test = labelled(60, 4), labelled(40, 4)
     features = [
         normalise((labels > 0) + 0.1 * noise(len(labels), 4, seed)) for seed, labels in enumerate((train, test))

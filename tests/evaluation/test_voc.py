@@ -6,7 +6,7 @@ from sslfast.evaluation.voc import annotation_path, read_annotation, read_split,
 from tests.evaluation.voc_data import write_voc
 
 
-def test_labels_and_annotations_say_the_same(tmp_path: Path) -> None:
+def test_labels_and_annotations_agree(tmp_path: Path) -> None:
     voc = write_voc(tmp_path, trainval=12, test=7)
     assert voc_root(tmp_path) == voc_root(voc) == voc
     split = read_split(tmp_path, "trainval")

@@ -96,7 +96,7 @@ def opened(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Browse
     return browser
 
 
-def test_the_pointer_shows_values_of_a_curve(opened: Browser) -> None:
+def test_hovering_a_curve_shows_its_values(opened: Browser) -> None:
     box = opened.run(
         "const s=document.querySelector('figure[data-kind=lines] svg');s.scrollIntoView({block:'center'});"
         "const r=s.getBoundingClientRect();return [r.left,r.top,r.width,r.height]"
@@ -108,7 +108,7 @@ def test_the_pointer_shows_values_of_a_curve(opened: Browser) -> None:
     assert text.split() == ["2", "run:", "0.8333"]  # epoch 2, loss 5 / 6
 
 
-def test_the_pointer_shows_the_image_behind_a_dot(opened: Browser) -> None:
+def test_hovering_a_dot_shows_its_image(opened: Browser) -> None:
     where = opened.run(
         "const f=document.querySelector('figure[data-kind=map]'),c=f.querySelector('canvas');"
         "c.scrollIntoView({block:'center'});const d=JSON.parse(f.querySelector('script').textContent),"
@@ -126,7 +126,7 @@ def test_the_pointer_shows_the_image_behind_a_dot(opened: Browser) -> None:
     assert sprite == 'url("data:image'
 
 
-def test_a_phone_shows_all_of_it(opened: Browser) -> None:
+def test_layout_on_a_phone(opened: Browser) -> None:
     opened.devtools("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
     try:
         wide = opened.run("return document.documentElement.scrollWidth")
@@ -162,7 +162,7 @@ def test_light_and_dark(opened: Browser, scheme: str, is_dark: bool) -> None:
         opened.devtools("Emulation.setEmulatedMedia", features=[])
 
 
-def test_nothing_is_fetched_and_nothing_fails(opened: Browser) -> None:
+def test_no_request_and_no_error(opened: Browser) -> None:
     entries = opened.run("return performance.getEntriesByType('resource').map(e=>e.name.slice(0,10))")
     assert all(name.startswith("data:") for name in entries)
     broken = opened.run("return [...document.images].filter(i=>!i.complete||!i.naturalWidth).length")

@@ -87,7 +87,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return output.read_text(encoding="utf-8"), folder
 
 
-def test_page_is_whole_and_fetches_nothing(pages: tuple[str, Path]) -> None:
+def test_page_is_complete_and_self_contained(pages: tuple[str, Path]) -> None:
     text, _ = pages
     parser = Balanced()
     parser.feed(text)
@@ -122,7 +122,7 @@ def test_every_section_is_there(pages: tuple[str, Path]) -> None:
     assert str(folder) not in text
 
 
-def test_colours_are_told_apart(pages: tuple[str, Path]) -> None:
+def test_colours_are_distinguishable(pages: tuple[str, Path]) -> None:
     text, _ = pages
     assert text.count("100.0 % of 15 validation images") == 2
     maps = [json.loads(m) for m in re.findall(r'data-kind="map".*?application/json">(.*?)</script>', text, re.S)]
@@ -131,7 +131,7 @@ def test_colours_are_told_apart(pages: tuple[str, Path]) -> None:
     assert all(0 <= p[0] <= 1 and 0 <= p[1] <= 1 for p in maps[0]["points"])
 
 
-def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+def test_a_run_without_log_records(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     RunDirectory(run).log.write_text("")
     for result in (run / "evaluation").iterdir():
@@ -164,7 +164,7 @@ def test_confusion_matrix() -> None:
     assert confusion_matrix(predicted, labels, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
 
 
-def test_map_keeps_clusters_and_is_the_same_twice() -> None:
+def test_map_keeps_clusters_and_is_deterministic() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(3, 16).repeat_interleave(12, 0)
     features = centres + 0.05 * torch.randn(36, 16, generator=generator)
@@ -204,7 +204,7 @@ def test_chart_leaves_out_what_is_not_finite() -> None:
     assert line_chart("t", {"a": []}, x_label="x") == ""
 
 
-def test_text_cannot_leave_its_place() -> None:
+def test_text_is_escaped() -> None:
     assert "</script>" not in json_text({"name": "</script><script>alert(1)"})
     assert "<i>" not in figure("<i>", "")
     assert "<i>" not in table(["<i>"], [["<i>"]])

@@ -39,7 +39,7 @@ def columns(sheet: Image.Image, colour: Any) -> int:
     return sum(count for count, found in sheet.getcolors(sheet.width * sheet.height) or [] if found == colour)
 
 
-def test_frames_tell_the_class(tmp_path: Path) -> None:
+def test_frames_mark_the_class(tmp_path: Path) -> None:
     data = evaluation(tmp_path)
     one = write_neighbours(data, tmp_path / "out" / "one.png", k=1, encoders=["one"])
     two = write_neighbours(data, tmp_path / "two.png", k=2, encoders=["one"])

@@ -70,7 +70,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_loads_with_what_its_input_needs(run: Path, resnet18: ResNetTrunk, images: Tensor) -> None:
+def test_a_run_loads_with_its_normalisation_and_size(run: Path, resnet18: ResNetTrunk, images: Tensor) -> None:
     weights = read_weights(run)
     assert (weights.model.name, weights.size, weights.facts["step"]) == ("resnet18", 224, 7)
     assert weights.mean == [0.485, 0.456, 0.406]
@@ -180,7 +180,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_checkpoints_of_other_programs(name: str, resnet18: ResNetTrunk, tmp_path: Path) -> None:
+def test_checkpoints_of_other_projects(name: str, resnet18: ResNetTrunk, tmp_path: Path) -> None:
     keys, prefix, more = FOREIGN[name]
     state = {f"{prefix}{key}": value for key, value in resnet18.state_dict().items()}
     state[f"{prefix}fc.weight"] = torch.zeros(128, 512)  # MoCo's head, torchvision's classifier

@@ -39,7 +39,7 @@ def test_voc_boxes_are_edges(voc: Path) -> None:
         assert image.difficult.tolist() == [difficult for _, _, difficult in objects(number)]
 
 
-def test_coco_and_voc_say_the_same(voc: Path, tmp_path: Path) -> None:
+def test_coco_and_voc_agree(voc: Path, tmp_path: Path) -> None:
     coco = write_boxed_coco(tmp_path / "coco", train=range(10), val=range(10, 15))
     for ours, theirs in zip(load_splits([voc]), load_splits([coco]), strict=True):
         assert ours.digest() == theirs.digest()
@@ -105,7 +105,7 @@ def test_ranks_share_a_batch(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None
         batches(split, batch_size=3)
 
 
-def test_boxes_go_with_pixels(voc: Path) -> None:
+def test_boxes_follow_the_pixels(voc: Path) -> None:
     """For any size and flip, the box holds the colour of its class and nothing of it is outside."""
     some = batches(load_splits([voc])[0], sides=(48, 64, 80))
     seen, flipped = set(), 0

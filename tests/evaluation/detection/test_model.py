@@ -100,7 +100,7 @@ def test_resnet50_is_r50_c4() -> None:
 
 
 @pytest.mark.parametrize("moco", [False, True])
-def test_weights_of_the_run_arrive(encoder: TrunkEncoder, moco: bool) -> None:
+def test_weights_of_the_run_are_loaded(encoder: TrunkEncoder, moco: bool) -> None:
     model = model_of(encoder, moco=moco)
     state, trunk = model.state_dict(), encoder.trunk.state_dict()
     assert any(value.abs().sum() > 0 for value in trunk.values())
@@ -134,7 +134,7 @@ def test_what_trains(encoder: TrunkEncoder, moco: bool) -> None:
 
 
 def test_losses_at_the_start(encoder: TrunkEncoder) -> None:
-    """Scores near zero: ln 3 for two classes and the background, ln 2 for each sampled anchor of 256 a picture."""
+    """Scores near zero: ln 3 for two classes and the background, ln 2 for each sampled anchor of 256 per image."""
     model = model_of(encoder).train()
     state = torch.random.get_rng_state()
     losses = losses_of(model, samples(), iteration=3)
@@ -217,7 +217,7 @@ def test_sampler() -> None:
     assert (int(objects.sum()), int(background.sum())) == (2, 6)
     assert (label[objects] >= 1).all()
     assert (label[background] == 0).all()
-    sampler.at(0, 7, (4, 3))  # the same picture in another batch
+    sampler.at(0, 7, (4, 3))  # the same image in another batch
     both = sampler([torch.zeros(5), label])
     assert torch.equal(both[0][1], objects)
     assert torch.equal(both[1][1], background)
