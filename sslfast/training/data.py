@@ -1,4 +1,4 @@
-"""What a run reads: its rows, which every rank agrees on, and the loaders of them."""
+"""The data of a run: a manifest that all ranks agree on, and the loaders of its images."""
 
 import sys
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class RunData:
 
     Args:
         config: of the run.
-        data: folder of images, manifest (.tsv), .beton file, or a number of made-up images for the synthetic loader.
-        run: directory whose manifest, if it has one, is checked against the data. Several ranks agree on it through
-            this file, so the first one writes it.
+        data: folder of images, manifest (.tsv), .beton file, or a number of synthetic images.
+        run: directory whose manifest, if it has one, is checked against the data. With several ranks rank 0 writes this
+            file and the others read it.
         device: of the batches.
     """
 
@@ -33,7 +33,7 @@ class RunData:
     def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
         is_main = distributed.rank() == 0
         if not is_main:
-            distributed.barrier()  # the first rank has listed the images and left the list in the run directory
+            distributed.barrier()  # until rank 0 has scanned the images and saved the manifest
         if run.manifest.exists():
             manifest = reopen_data(folder, run.manifest)
         else:
@@ -47,7 +47,7 @@ class RunData:
         return manifest
 
     def loader(self, views: Mapping[str, ViewConfig]) -> Loader:
-        """The run's loader of these views. Loaders of one run have the same samples in the same epochs."""
+        """A loader of these views. All loaders of a run yield the same samples in the same epochs."""
         return build_loader(
             self.config.loader,
             views=views,
@@ -61,5 +61,5 @@ class RunData:
         )
 
     def digest(self) -> str:
-        """Names the rows: that of the manifest, or the number of made-up ones."""
+        """Identity of the data set: digest of the manifest, or the number of synthetic images."""
         return f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()

@@ -1,4 +1,4 @@
-"""The pass over the data that some methods make before an epoch: forward alone, at fixed weights."""
+"""The feature pass that some methods make before an epoch: forward only, at fixed weights."""
 
 from collections.abc import Callable, Iterator
 from signal import Signals
@@ -11,18 +11,18 @@ from sslfast.views import Batch, ViewStage
 
 
 class FeaturePass:
-    """Shows a method the samples of an epoch before it begins, where the method asks for them.
+    """Gives a method the samples of an epoch before the epoch begins, if the method needs them.
 
     The trunk is in evaluation mode, so that features depend on no other sample; the method is in training mode
-    afterwards. A pass depends on the weights and the epoch alone: one that was interrupted is made again in full.
+    afterwards. A pass depends only on the weights and the epoch: an interrupted one is repeated from its start.
 
     Args:
-        method: :meth:`Method.needs_feature_pass` says whether, :meth:`Method.collect` takes every batch.
-        loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of
-            an epoch are those that it trains on.
+        method: :meth:`Method.needs_feature_pass` decides, :meth:`Method.collect` receives every batch.
+        loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of a
+            pass are those that the epoch trains on.
         stage: renders these views.
         device: of the batches.
-        dtype: bf16: under autocast.
+        dtype: bfloat16: run under autocast.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class FeaturePass:
         watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
         stop: Callable[[], Signals | None] = lambda: None,
     ) -> Signals | None:
-        """The pass before ``epoch``, if there is one, to its end or to the signal that it returns.
+        """Run the pass before ``epoch``, if there is one, to its end or until a signal, which is returned.
 
         Args:
-            epoch: that is about to begin.
-            watch: the batches go through it.
-            stop: asked after every batch; on every rank the same answer.
+            epoch: about to begin.
+            watch: wraps the iterator of batches.
+            stop: called after every batch; returns the same on every rank.
         """
         if not self.method.needs_feature_pass(epoch):
             return None

@@ -170,9 +170,9 @@ def test_steps_wait_for_nothing(device: torch.device, name: str, changes: dict[s
 
     def step() -> None:
         trainer._set_learning_rate()
-        trainer.nonfinite.begin()
+        trainer.nonfinite.snapshot()
         trainer.train_step(batches)
-        trainer.nonfinite.end()
+        trainer.nonfinite.restore()
 
     for _ in range(2):  # page-locked memory, cuDNN's plans; PIRL asks twice whether Z is known
         step()

@@ -120,5 +120,5 @@ def test_a_signal_that_ends_the_loader_in_a_pass_is_a_stop(tmp_path: Path) -> No
 def test_summary_counts_the_passes(tmp_path: Path) -> None:
     trainer = trainer_of(replace(config(every_epochs=3), epochs=9), tmp_path)
     assert dict(summary(trainer))["steps"] == (
-        "9 epochs x 3 steps of 8 = 27 steps, before 3 of the epochs a pass over the data, forward alone"
+        "9 epochs x 3 steps of 8 = 27 steps, with a feature pass over the data before 3 of the epochs"
     )

@@ -123,10 +123,10 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, parts: int) -> None:
     batches, states, named = trainer.loader.epoch(0), [], []
     for _ in range(4):
         states.append(state(trainer))
-        trainer.nonfinite.begin()
+        trainer.nonfinite.snapshot()
         trainer.train_step(batches)
-        trainer.nonfinite.end()
-        named.append(trainer.nonfinite.rows())
+        trainer.nonfinite.restore()
+        named.append(trainer.nonfinite.sample_ids())
     states.append(state(trainer))
     assert same(states[2], states[3])
     assert not same(states[1], states[2])

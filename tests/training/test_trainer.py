@@ -31,7 +31,7 @@ from sslfast.training.logging import LoaderTimer, LogContext
 from sslfast.training.metrics import DeviceMeans
 from sslfast.training.nonfinite import NonFiniteLossError
 from sslfast.training.progress import Progress
-from sslfast.training.signals import Interrupts, RunInterruptedError
+from sslfast.training.signals import GracefulShutdown, RunInterruptedError
 from sslfast.training.trainer import Trainer
 from tests.pictures import write_folder
 from tests.tiny import Tiny, TinyConfig, same
@@ -199,8 +199,8 @@ def test_signals_outside_the_main_thread_are_left_alone() -> None:
     seen: list[Any] = []
 
     def enter() -> None:
-        with Interrupts() as interrupts:
-            seen.append((interrupts.requested, signal.getsignal(signal.SIGTERM)))
+        with GracefulShutdown() as shutdown:
+            seen.append((shutdown.requested, signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=enter)
@@ -540,7 +540,7 @@ def test_summary_names_the_cells_of_res5(tmp_path: Path) -> None:
         trainer = Trainer(replace(config, loader=LoaderConfig(name="synthetic")), 1024, tmp_path / "run", report=quiet)
         return dict(summary(trainer))["res5"]
 
-    hint = "; 3 x 3 convolutions have one cell there: --model.stem small keeps four times the resolution"
+    hint = "; 3 x 3 convolutions see one cell there: --model.stem small keeps four times the resolution"
     assert line("jigsaw-small", "small") == "2 x 2 of jigsaw patches, 16 px"
     assert line("jigsaw-small", "imagenet") == "1 x 1 of jigsaw patches, 16 px" + hint
     assert line("pirl-small", "imagenet") == "2 x 2 of image, 64 px; 1 x 1 of pretext patches, 16 px" + hint
@@ -550,7 +550,10 @@ def test_summary_names_the_cells_of_res5(tmp_path: Path) -> None:
 
 def test_summary_says_where_val_is_trained_on(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)])
-    for data, words in ((folder, f"8 images, those of val too; {folder}/train has"), (folder / "train", "4 images")):
+    for data, words in (
+        (folder, f"8 images, val included; for train alone give {folder}/train"),
+        (folder / "train", "4 images"),
+    ):
         trainer = Trainer(TinyConfig(device="cpu"), data, tmp_path / "run")
         assert words in dict(summary(trainer))["data"]
         trainer.close()
