@@ -1,4 +1,4 @@
-"""Process group: what torchrun says of this process, and joining and leaving the group."""
+"""The process group: rank and world size from torchrun's environment, initialisation and destruction."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from sslfast.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """ImageLocation of this process, as ``torchrun`` states it in the environment."""
+    """Rank of this process, from the environment that ``torchrun`` sets."""
 
     rank: int = 0
     world_size: int = 1
@@ -25,7 +25,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """True in the process that writes logs and checkpoints."""
+        """True on rank 0, which writes logs."""
         return self.rank == 0
 
 
@@ -33,7 +33,7 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (defaults 0, 1, 0).
 
     Raises:
-        ValueError: a value is not a number in its range, or there are several processes that cannot find one another.
+        ValueError: a value is not a number in its range, or MASTER_ADDR is missing for several processes.
     """
     environment = os.environ if environment is None else environment
     world_size = _number(environment, "WORLD_SIZE", 1)
@@ -48,14 +48,14 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     return ProcessGroup(rank=rank, world_size=max(world_size, 1), local_rank=local_rank)
 
 
-_TIMEOUT = timedelta(minutes=30)  # the first rank may list and hash a large folder while the others wait
+_TIMEOUT = timedelta(minutes=30)  # rank 0 may scan and hash a large folder while the others wait
 
 
 def init_process_group(group: ProcessGroup, device: torch.device) -> None:
-    """Meet the other processes of a run; nothing to do for one process, or a second time.
+    """Initialise the process group; does nothing for a single process, or if there is one already.
 
-    Tensors travel by NCCL between CUDA devices and by gloo between CPUs; small host values always by gloo, so that
-    they never wait for a device.
+    CUDA tensors are exchanged by NCCL, CPU tensors by gloo; small host values always by gloo, so that they never wait
+    for a device.
     """
     if group.world_size == 1 or dist.is_initialized():
         return
@@ -73,23 +73,23 @@ def init_process_group(group: ProcessGroup, device: torch.device) -> None:
 def destroy_process_group() -> None:
     """Destroy the process group; does nothing in a single process. Delete DDP modules first."""
     if dist.is_available() and dist.is_initialized():
-        # A group that dies with the last object that holds it can wait for a thread that waits for Python's lock.
+        # Otherwise the garbage collector may destroy the group later, and wait for a thread that waits for the GIL.
         gc.collect()
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """Processes that have joined; 1 where none has."""
+    """Ranks in the process group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """ImageLocation of this process among those that have joined; 0 where none has."""
+    """This process's rank in the group; 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started the processes again after one of them failed."""
+    """Whether torchrun has restarted the processes after one of them failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
@@ -104,7 +104,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 @contextmanager
 def distributed_device(name: str) -> Iterator[torch.device]:
-    """The device of this process, with all processes of ``torchrun`` joined while the block runs."""
+    """The device of this process, with a process group of all ranks of ``torchrun`` while the block runs."""
     group = process_group()
     device = resolve_device(name, local_rank=group.local_rank if group.world_size > 1 else None)
     own = world_size() == 1

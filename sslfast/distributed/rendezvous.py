@@ -1,8 +1,8 @@
-"""How the processes of one attempt of ``torchrun`` find one another, and not those of the attempt before.
+"""Rendezvous of the processes of one attempt of ``torchrun``, without those of an earlier attempt.
 
-``torchrun`` keeps one store for all its restarts, and torch's process groups put addresses into it under names that do
-not say which attempt they are of: processes that were started again would call the dead. Nor does the restart count
-say it, which the agents of different machines count each for itself. So the living agree on a name of their own.
+``torchrun`` keeps one store across its restarts, and torch's process groups publish addresses in it under keys that do
+not name the attempt: restarted processes would connect to stale ranks. The restart count does not name it either, since
+the agents of different machines count their own. So the running processes agree on a key prefix of their own.
 """
 
 import json
@@ -16,22 +16,23 @@ _POLL_SECONDS = 0.02
 
 
 def rendezvous(store: Store, *, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """A part of ``store`` that exactly the processes that call this now share.
+    """A part of ``store`` shared by exactly the processes that are calling this now.
 
-    Every process leaves a nonce under its rank. The first one publishes the nonces that it sees with a fresh name, and
-    again whenever one changes; whoever finds its own nonce in the list agrees to the name. Once all have agreed, the
-    first one says so, and the name is the prefix of what they share. Nonces of the dead never agree to anything.
+    Every process publishes a nonce under its rank. The leader, rank 0, proposes a fresh prefix together with the nonces
+    that it sees, and a new one whenever a nonce changes. A follower accepts a proposal that contains its own nonce.
+    When all have accepted, the leader confirms, and all return the part of the store under that prefix. A proposal that
+    contains the nonce of a stale rank is never accepted by all.
 
     Raises:
-        TimeoutError: not all processes came.
+        TimeoutError: some processes did not take part.
     """
     nonce, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"sslfast/nonce/{rank}", nonce)
-    meeting = _Leader(store, nonce, world_size) if rank == 0 else _Follower(store, nonce, rank)
+    member = _Leader(store, nonce, world_size) if rank == 0 else _Follower(store, nonce, rank)
     while True:
-        name = meeting.agreed()
-        if name is not None:
-            return PrefixStore(f"sslfast/{name}", store)
+        prefix = member.poll()
+        if prefix is not None:
+            return PrefixStore(f"sslfast/{prefix}", store)
         if time.monotonic() > end:
             raise TimeoutError(
                 f"rank {rank} waited {timeout} for the other processes of {world_size}; see their output"
@@ -40,42 +41,44 @@ def rendezvous(store: Store, *, rank: int, world_size: int, timeout: timedelta) 
 
 
 class _Leader:
-    """The first process."""
+    """Rank 0."""
 
     def __init__(self, store: Store, nonce: str, world_size: int) -> None:
         self._store, self._nonce, self._world_size = store, nonce, world_size
         self._seen: list[str] = []
-        self._name = ""
+        self._prefix = ""
 
-    def agreed(self) -> str | None:
+    def poll(self) -> str | None:
+        """The prefix once all followers have accepted it, else None."""
         others = [f"sslfast/nonce/{rank}" for rank in range(1, self._world_size)]
         if others and not self._store.check(others):
             return None
         seen = [self._nonce, *(self._store.get(key).decode() for key in others)]
         if seen != self._seen:
-            self._seen, self._name = seen, uuid.uuid4().hex
-            self._store.set("sslfast/meeting", json.dumps({"name": self._name, "nonces": seen}))
-        if self._store.add(f"sslfast/agreed/{self._name}", 0) < self._world_size - 1:
+            self._seen, self._prefix = seen, uuid.uuid4().hex
+            self._store.set("sslfast/proposal", json.dumps({"prefix": self._prefix, "nonces": seen}))
+        if self._store.add(f"sslfast/accepted/{self._prefix}", 0) < self._world_size - 1:
             return None
-        self._store.set(f"sslfast/begin/{self._name}", "1")
-        return self._name
+        self._store.set(f"sslfast/confirmed/{self._prefix}", "1")
+        return self._prefix
 
 
 class _Follower:
-    """Any other process."""
+    """Any other rank."""
 
     def __init__(self, store: Store, nonce: str, rank: int) -> None:
         self._store, self._nonce, self._rank = store, nonce, rank
-        self._agreed_to = ""
+        self._accepted = ""
 
-    def agreed(self) -> str | None:
-        if not self._store.check(["sslfast/meeting"]):
+    def poll(self) -> str | None:
+        """The prefix once the leader has confirmed it, else None."""
+        if not self._store.check(["sslfast/proposal"]):
             return None
-        meeting = json.loads(self._store.get("sslfast/meeting"))
-        name, nonces = meeting["name"], meeting["nonces"]
+        proposal = json.loads(self._store.get("sslfast/proposal"))
+        prefix, nonces = proposal["prefix"], proposal["nonces"]
         if len(nonces) <= self._rank or nonces[self._rank] != self._nonce:
             return None
-        if name != self._agreed_to:
-            self._agreed_to = name
-            self._store.add(f"sslfast/agreed/{name}", 1)
-        return name if self._store.check([f"sslfast/begin/{name}"]) else None
+        if prefix != self._accepted:
+            self._accepted = prefix
+            self._store.add(f"sslfast/accepted/{prefix}", 1)
+        return prefix if self._store.check([f"sslfast/confirmed/{prefix}"]) else None

@@ -366,7 +366,9 @@ class Trainer:
             line = f"{error}; {'there is none before it' if last is None else f'the last good one is {last.name}'}"
             if must:
                 raise CheckpointWriteError(line) from None
-            self.report(f"{line}; training goes on, the next one is due in {self.config.checkpoint_every_steps} steps")
+            self.report(
+                f"{line}; training continues, the next one is due in {self.config.checkpoint_every_steps} steps"
+            )
         else:
             prune(self.store, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps)
         return self.store.path(self.step)
