@@ -4,7 +4,7 @@ import torch
 
 
 def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device; ``auto`` and ``cuda`` mean the local rank's, if given.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device; ``auto`` and ``cuda`` mean the local rank's one, if given.
 
     Raises:
         ValueError: no such device here.
@@ -25,7 +25,7 @@ def resolve_device(name: str, *, local_rank: int | None = None) -> torch.device:
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns once the device has done all work given to it, so that a clock sees it; at once on a CPU."""
+    """Wait until the device has finished all queued work, as a measurement of time requires; no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -33,14 +33,14 @@ def wait_for(device: torch.device) -> None:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """Data type of the autocast region: bfloat16 or float32 (no autocast).
 
-    ``auto`` is bfloat16 where the device computes in it: CUDA devices from 8.0 on, CPUs with AVX512-BF16 or AMX.
+    ``auto`` is bfloat16 on devices with native support: CUDA from compute capability 8.0, CPUs with AVX512-BF16 or AMX.
     """
     if precision == "auto":
         if device.type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            # torch has no public question for this; without an answer the CPU counts as one that cannot.
-            questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            has_bf16 = any(getattr(torch.cpu, name, bool)() for name in questions)
+            # torch has no public query for this; if these are missing, the CPU counts as one without bf16.
+            queries = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            has_bf16 = any(getattr(torch.cpu, name, bool)() for name in queries)
         return torch.bfloat16 if has_bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

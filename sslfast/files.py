@@ -1,4 +1,4 @@
-"""Files that appear, or replace an old one, whole or not at all: also where the disk fills or the machine stops."""
+"""Atomic writes: a file is replaced completely or not at all, also if the disk fills up or the machine crashes."""
 
 import os
 import secrets
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file beside ``path`` to write: it becomes ``path`` when the block ends, and goes if that raises.
+    """A temporary path beside ``path`` to write: renamed to ``path`` when the block ends, deleted if it raises.
 
-    Makes missing folders. Several processes may do this for one path: the last to end wins.
+    Creates missing folders. Several processes may do this for one path: the last to finish wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -7,13 +7,13 @@ import pytest
 from sslfast.files import replacing
 
 
-def test_the_file_appears_whole_with_usual_rights(tmp_path: Path) -> None:
+def test_the_file_appears_complete_with_the_usual_permissions(tmp_path: Path) -> None:
     path = tmp_path / "new" / "notes.txt"
     with replacing(path) as temporary:
-        temporary.write_text("all of it")
+        temporary.write_text("complete")
         assert temporary.parent == path.parent
         assert not path.exists()
-    assert path.read_text() == "all of it"
+    assert path.read_text() == "complete"
     assert os.listdir(path.parent) == ["notes.txt"]
     (tmp_path / "usual").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
@@ -21,7 +21,7 @@ def test_the_file_appears_whole_with_usual_rights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_block_that_raises_leaves_the_old_file(tmp_path: Path, error: type[BaseException], written: bool) -> None:
+def test_a_block_that_raises_keeps_the_old_file(tmp_path: Path, error: type[BaseException], written: bool) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("old")
     with pytest.raises(error), replacing(path) as temporary:  # noqa: PT012
@@ -32,7 +32,7 @@ def test_a_block_that_raises_leaves_the_old_file(tmp_path: Path, error: type[Bas
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_do_not_interfere(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     with replacing(path) as first, replacing(path) as second:
         first.write_text("first")

@@ -1,5 +1,5 @@
-"""A method of a few milliseconds a step with every kind of state of a checkpoint: weights, BatchNorm, a bank; and child
-processes that start in a fraction of a second."""
+"""A method of a few milliseconds per step with every kind of state that a checkpoint must hold (weights, BatchNorm, a
+bank), and child processes that start in a fraction of a second."""
 
 import multiprocessing
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from sslfast.views.types import CropConfig, View, ViewConfig
 
 
 class Tiny(Method):
-    """Attracts every embedding to its vector in the bank and repels it from the others."""
+    """Pulls every embedding to its bank vector, away from the others."""
 
     @dataclass(kw_only=True)
     class Config(BaseConfig):
@@ -100,7 +100,7 @@ def context(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit-equal, through dicts and lists; NaNs are equal."""
+    """Bit-equal, through dicts and lists; NaN equals NaN."""
     if isinstance(a, torch.Tensor):
         is_number = ~a.isnan()
         return (
@@ -125,10 +125,10 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def fork_server() -> ForkServerContext:
-    """Child processes forked from a server that has imported what they need once.
+    """Children forked from a server that has already imported what they need.
 
-    A process has one such server, which another test may have started without these modules: then it is restarted.
-    The first optimizer step would import torch._dynamo: seconds, in every child.
+    A process has one such server; if another test has started it without these modules, it is restarted. torch._dynamo
+    is among them because the first optimizer step imports it, which takes seconds in every child.
     """
     context = multiprocessing.get_context("forkserver")
     needed = [

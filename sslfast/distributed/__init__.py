@@ -1,5 +1,7 @@
-"""The process group and what crosses it: rendezvous, collectives, data parallelism, synchronised BatchNorm.
-Imports ``sslfast.device``."""
+"""Several processes of one run: process group, rendezvous, collectives, data parallelism, synchronised BatchNorm.
+
+Imports ``sslfast.device``. Everything works in a single process too, where it exchanges nothing.
+"""
 
 from sslfast.distributed.collectives import (
     barrier,

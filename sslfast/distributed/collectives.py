@@ -1,6 +1,6 @@
-"""Collectives over the ranks of a run.
+"""Collectives over the ranks of a run, for tensors and for host objects, and the split of rows over ranks.
 
-Every exchange is the identity in a run of one process, so callers do not ask how many there are.
+In a single process each of them is the identity, so callers need not check how many processes there are.
 """
 
 from typing import Any, TypeVar, cast
@@ -47,7 +47,7 @@ def gather_rows_with_gradient(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of a tensor over ranks, the same bits on each."""
+    """Sum of a tensor over ranks, bit-identical on each."""
     if world_size() == 1:
         return x
     total = x.clone()
@@ -56,9 +56,9 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def reduce_scatter_rows(x: Tensor) -> Tensor:
-    """``[world_size * B, ...]`` of every rank, summed over ranks, of which each rank gets its own ``[B, ...]``.
+    """``[world_size * B, ...]`` of every rank, summed over ranks; each rank gets its own ``[B, ...]`` of the sum.
 
-    The way back from :func:`gather_rows`: rank r gets what all ranks hold for the rows that it gave.
+    The transpose of :func:`gather_rows`: rank r gets the sum over ranks for the rows that it contributed.
     """
     if world_size() == 1:
         return x
@@ -92,9 +92,9 @@ def gather_uneven(x: Tensor) -> Tensor:
 
 
 def gather_to_rank0(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 18) -> Tensor | None:
-    """A tensor that is sharded over ranks by rows, whole on the host of rank 0; None on the others.
+    """A matrix that is split over ranks by rows, complete on the host of rank 0; None on the others.
 
-    Sent ``chunk_rows`` rows at a time, one rank after the other, so the first rank's device holds one chunk more.
+    Ranks send ``chunk_rows`` rows at a time, one rank after the other, so that rank 0's device holds one extra chunk.
     """
     if rank():
         for chunk in rows.split(chunk_rows):
@@ -111,7 +111,7 @@ def gather_to_rank0(rows: Tensor, bounds: list[int], *, chunk_rows: int = 1 << 1
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of a floating tensor over ranks, the same bits on each."""
+    """Mean of a floating tensor over ranks, bit-identical on each."""
     if world_size() == 1:
         return x
     total = x.clone()
@@ -120,7 +120,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
-    """The largest value of each entry over ranks."""
+    """Elementwise maximum over ranks."""
     if world_size() == 1:
         return x
     largest = x.clone()
@@ -129,7 +129,7 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """The value of rank 0 on every rank; what the others pass is ignored. Host objects only."""
+    """Rank 0's value on every rank; what other ranks pass is ignored. Host objects only."""
     if world_size() == 1:
         return value
     box = [value]
@@ -138,7 +138,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all ranks in their order, on every rank. Host objects only."""
+    """The values of all ranks in the order of ranks, on every rank. Host objects only."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -147,7 +147,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Return once every rank has called it."""
+    """Wait until every rank has called this."""
     max_over_ranks(torch.zeros(1))
 
 
@@ -157,7 +157,7 @@ def is_main() -> bool:
 
 
 def raise_together(error: str | None) -> None:
-    """ValueError on every rank if any rank has an error, so that no rank waits for one that has stopped."""
+    """Raise ValueError on every rank if any rank passes an error, so that none waits for a rank that has stopped."""
     for found in gather_objects(error):
         if found is not None:
             raise ValueError(found)

@@ -1,4 +1,4 @@
-"""Data parallelism: DDP around a method, gradient exchange, checks that replicas are equal."""
+"""Data parallelism: DDP around a method, gradient synchronisation, a check that replicas are equal."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +12,9 @@ from sslfast.distributed.process_group import world_size
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """The DDP module, whose backward averages gradients over ranks; the module itself in a single process.
+    """``module`` wrapped in DDP, whose backward averages gradients over ranks; itself in a single process.
 
-    BatchNorm normalises by each rank's own part of the batch (PIRL section 4), and buffers stay each rank's business.
+    BatchNorm normalises each rank's own part of the batch (PIRL section 4), and buffers are not synchronised.
     """
     if world_size() == 1:
         return module
@@ -23,25 +23,25 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Context whose backward accumulates local gradients without averaging them over ranks."""
+    """Context of a forward and backward that accumulates gradients locally, until the next synchronised backward."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def ignore_in_ddp(module: nn.Module, buffers: list[str]) -> None:
-    """Exclude these buffers of ``module``, which differ between ranks, from :func:`replicate`."""
+    """Exclude buffers of ``module`` that differ between ranks from :func:`replicate`."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
 
 
 def check_replicas(tensors: Iterable[Tensor]) -> None:
-    """Raises RuntimeError unless every rank holds the same values: sums of their bit patterns are compared.
+    """Raise RuntimeError unless every rank holds the same values, by a checksum of their bit patterns.
 
-    One pass over the tensors and one small exchange; waits for the device.
+    One pass over the tensors and one small all-reduce; waits for the device.
     """
     if world_size() == 1:
         return
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = torch.stack(
-        [t.detach().contiguous().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+        [t.detach().contiguous().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     ).cpu()  # host sync: once per checkpoint
     if not torch.equal(max_over_ranks(sums), -max_over_ranks(-sums)):
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The process group: rank and world size from ``torchrun``, initialisation and destruction."""
+"""The process group: rank and world size from torchrun's environment, initialisation and destruction."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from sslfast.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank, world size and local rank of this process, as ``torchrun`` sets them in the environment."""
+    """Rank of this process, from the environment that ``torchrun`` sets."""
 
     rank: int = 0
     world_size: int = 1
@@ -25,7 +25,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """True in the process that writes logs and checkpoints."""
+        """True on rank 0, which writes logs."""
         return self.rank == 0
 
 
@@ -33,7 +33,7 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` (defaults 0, 1, 0).
 
     Raises:
-        ValueError: a value is not a number in its range, or there are several processes that cannot find one another.
+        ValueError: a value is not a number in its range, or MASTER_ADDR is missing for several processes.
     """
     environment = os.environ if environment is None else environment
     world_size = _number(environment, "WORLD_SIZE", 1)
@@ -48,14 +48,14 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     return ProcessGroup(rank=rank, world_size=max(world_size, 1), local_rank=local_rank)
 
 
-_TIMEOUT = timedelta(minutes=30)  # rank 0 may list and hash a large folder while the others wait
+_TIMEOUT = timedelta(minutes=30)  # rank 0 may scan and hash a large folder while the others wait
 
 
 def init_process_group(group: ProcessGroup, device: torch.device) -> None:
-    """Initialise the process group of a run; does nothing for one process, or if it is initialised.
+    """Initialise the process group; does nothing for a single process, or if there is one already.
 
-    Tensors travel by NCCL between CUDA devices and by gloo between CPUs; small host values always by gloo, so that
-    they never wait for a device.
+    CUDA tensors are exchanged by NCCL, CPU tensors by gloo; small host values always by gloo, so that they never wait
+    for a device.
     """
     if group.world_size == 1 or dist.is_initialized():
         return
@@ -73,18 +73,18 @@ def init_process_group(group: ProcessGroup, device: torch.device) -> None:
 def destroy_process_group() -> None:
     """Destroy the process group; does nothing in a single process. Delete DDP modules first."""
     if dist.is_available() and dist.is_initialized():
-        # A group destroyed together with its last reference can wait for a thread that waits for the GIL.
+        # Otherwise the garbage collector may destroy the group later, and wait for a thread that waits for the GIL.
         gc.collect()
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """Number of processes in the group; 1 without a group."""
+    """Ranks in the process group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Rank of this process in the group; 0 without a group."""
+    """This process's rank in the group; 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -104,7 +104,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 @contextmanager
 def distributed_device(name: str) -> Iterator[torch.device]:
-    """The device of this process; inside the block the process group of ``torchrun`` is initialised."""
+    """The device of this process, with a process group of all ranks of ``torchrun`` while the block runs."""
     group = process_group()
     device = resolve_device(name, local_rank=group.local_rank if group.world_size > 1 else None)
     own = world_size() == 1

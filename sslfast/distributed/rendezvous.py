@@ -1,9 +1,8 @@
-"""Rendezvous of the ranks of one ``torchrun`` attempt, excluding stale ranks of earlier attempts.
+"""Rendezvous of the processes of one attempt of ``torchrun``, without those of an earlier attempt.
 
-``torchrun`` keeps one store for all its restarts, and torch's process groups store addresses under keys that do not
-contain the attempt, so restarted ranks would connect to addresses of ranks that have died. The restart count does not
-tell attempts apart either: the agents of different machines count for themselves. So the ranks agree on a new key
-prefix.
+``torchrun`` keeps one store across its restarts, and torch's process groups publish addresses in it under keys that do
+not name the attempt: restarted processes would connect to stale ranks. The restart count does not name it either, since
+the agents of different machines count their own. So the running processes agree on a key prefix of their own.
 """
 
 import json
@@ -17,23 +16,23 @@ _POLL_SECONDS = 0.02
 
 
 def rendezvous(store: Store, *, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """A view of ``store`` that is shared by exactly the ranks that call this now.
+    """A part of ``store`` shared by exactly the processes that are calling this now.
 
-    Every rank stores a nonce under its number. The leader (rank 0) publishes the nonces that it sees together with a
-    new name, and again whenever one changes; a follower that finds its own nonce in the list acknowledges the name.
-    When all have, the leader confirms it, and the name becomes the key prefix. Nonces of stale ranks are never
-    acknowledged.
+    Every process publishes a nonce under its rank. The leader, rank 0, proposes a fresh prefix together with the nonces
+    that it sees, and a new one whenever a nonce changes. A follower accepts a proposal that contains its own nonce.
+    When all have accepted, the leader confirms, and all return the part of the store under that prefix. A proposal that
+    contains the nonce of a stale rank is never accepted by all.
 
     Raises:
-        TimeoutError: not all ranks arrived.
+        TimeoutError: some processes did not take part.
     """
     nonce, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"sslfast/nonce/{rank}", nonce)
-    party = _Leader(store, nonce, world_size) if rank == 0 else _Follower(store, nonce, rank)
+    member = _Leader(store, nonce, world_size) if rank == 0 else _Follower(store, nonce, rank)
     while True:
-        name = party.agreed()
-        if name is not None:
-            return PrefixStore(f"sslfast/{name}", store)
+        prefix = member.poll()
+        if prefix is not None:
+            return PrefixStore(f"sslfast/{prefix}", store)
         if time.monotonic() > end:
             raise TimeoutError(
                 f"rank {rank} waited {timeout} for the other processes of {world_size}; see their output"
@@ -47,20 +46,21 @@ class _Leader:
     def __init__(self, store: Store, nonce: str, world_size: int) -> None:
         self._store, self._nonce, self._world_size = store, nonce, world_size
         self._seen: list[str] = []
-        self._name = ""
+        self._prefix = ""
 
-    def agreed(self) -> str | None:
+    def poll(self) -> str | None:
+        """The prefix once all followers have accepted it, else None."""
         others = [f"sslfast/nonce/{rank}" for rank in range(1, self._world_size)]
         if others and not self._store.check(others):
             return None
         seen = [self._nonce, *(self._store.get(key).decode() for key in others)]
         if seen != self._seen:
-            self._seen, self._name = seen, uuid.uuid4().hex
-            self._store.set("sslfast/rendezvous", json.dumps({"name": self._name, "nonces": seen}))
-        if self._store.add(f"sslfast/agreed/{self._name}", 0) < self._world_size - 1:
+            self._seen, self._prefix = seen, uuid.uuid4().hex
+            self._store.set("sslfast/proposal", json.dumps({"prefix": self._prefix, "nonces": seen}))
+        if self._store.add(f"sslfast/accepted/{self._prefix}", 0) < self._world_size - 1:
             return None
-        self._store.set(f"sslfast/begin/{self._name}", "1")
-        return self._name
+        self._store.set(f"sslfast/confirmed/{self._prefix}", "1")
+        return self._prefix
 
 
 class _Follower:
@@ -68,16 +68,17 @@ class _Follower:
 
     def __init__(self, store: Store, nonce: str, rank: int) -> None:
         self._store, self._nonce, self._rank = store, nonce, rank
-        self._agreed_to = ""
+        self._accepted = ""
 
-    def agreed(self) -> str | None:
-        if not self._store.check(["sslfast/rendezvous"]):
+    def poll(self) -> str | None:
+        """The prefix once the leader has confirmed it, else None."""
+        if not self._store.check(["sslfast/proposal"]):
             return None
-        published = json.loads(self._store.get("sslfast/rendezvous"))
-        name, nonces = published["name"], published["nonces"]
+        proposal = json.loads(self._store.get("sslfast/proposal"))
+        prefix, nonces = proposal["prefix"], proposal["nonces"]
         if len(nonces) <= self._rank or nonces[self._rank] != self._nonce:
             return None
-        if name != self._agreed_to:
-            self._agreed_to = name
-            self._store.add(f"sslfast/agreed/{name}", 1)
-        return name if self._store.check([f"sslfast/begin/{name}"]) else None
+        if prefix != self._accepted:
+            self._accepted = prefix
+            self._store.add(f"sslfast/accepted/{prefix}", 1)
+        return prefix if self._store.check([f"sslfast/confirmed/{prefix}"]) else None

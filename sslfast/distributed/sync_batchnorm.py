@@ -1,21 +1,17 @@
-"""Batch normalisation over the samples of all ranks, where torch's own has no kernel."""
+"""BatchNorm over the samples of all ranks on any device; torch's SyncBatchNorm supports CUDA only."""
 
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed.collectives import (
-    gather_rows_with_gradient,
-)
-from sslfast.distributed.process_group import (
-    world_size,
-)
+from sslfast.distributed.collectives import gather_rows_with_gradient
+from sslfast.distributed.process_group import world_size
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are those of the batches of all ranks together; plain BatchNorm in one process.
+    """BatchNorm with the mean and variance of the batches of all ranks together; plain BatchNorm in one process.
 
-    Each rank's mean and variance are gathered: ``var = mean_r(var_r) + mean_r((mean_r - mean)²)``. Ranks hold batches
-    of one size. CUDA has torch's SyncBatchNorm, which is faster and knows no other device.
+    Each rank's mean and variance are gathered: ``var = mean_r(var_r) + mean_r((mean_r - mean)²)``. All ranks must hold
+    batches of the same size. On CUDA, torch's SyncBatchNorm is faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,20 +40,18 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def globalize_batchnorm(module: nn.Module) -> None:
-    """Turns every BatchNorm inside into a :class:`GlobalBatchNorm` with the same parameters and buffers."""
+    """Turn every BatchNorm inside ``module`` into a :class:`GlobalBatchNorm` with the same parameters and buffers."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.__class__ = GlobalBatchNorm
 
 
 def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` whose BatchNorm layers normalise by the samples of all ranks; parameters and names stay.
+    """``module`` whose BatchNorm layers normalise over the samples of all ranks; parameters and names stay.
 
-    On CUDA torch's SyncBatchNorm, elsewhere :class:`~sslfast.distributed.sync_batchnorm.GlobalBatchNorm`.
+    On CUDA torch's SyncBatchNorm, elsewhere :class:`GlobalBatchNorm`.
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    from sslfast.distributed.sync_batchnorm import globalize_batchnorm  # which imports this module
-
     globalize_batchnorm(module)
     return module

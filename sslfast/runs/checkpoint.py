@@ -29,7 +29,7 @@ class HashedFileStore:
     rank reads.
 
     Args:
-        directory: made by the first :meth:`save`.
+        directory: created by the first :meth:`save`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -88,10 +88,10 @@ def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
     """Write ``state`` as the checkpoint of ``step`` (number of finished steps).
 
     Temporary file in the same directory, flush, fsync, rename, fsync of the directory: after a crash at any moment
-    the directory holds the checkpoint completely or not at all.
+    the directory holds the complete checkpoint or none.
 
     Args:
-        directory: made if it does not exist.
+        directory: created if it does not exist.
         state: tensors, dicts, lists and plain values only (what ``torch.load(weights_only=True)`` reads).
         step: at least 0.
 
@@ -140,7 +140,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read and verify one checkpoint onto the CPU; tensors and plain values only, no code is executed.
+    """Read and verify one checkpoint, with tensors on the CPU; no code in it is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -172,26 +172,26 @@ def _verify(path: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise CorruptCheckpointError(f"checkpoint {path} is damaged or cut short ({path.stat().st_size} bytes)")
+        raise CorruptCheckpointError(f"checkpoint {path} is damaged or truncated ({path.stat().st_size} bytes)")
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a directory, oldest first; empty where there is none. Nothing is verified."""
+    """Checkpoint files of a directory, oldest first; empty if there are none. Nothing is verified."""
     if not directory.is_dir():
         return []
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
-    """Number of finished steps that a checkpoint's name states."""
+    """Step in a checkpoint's file name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"{path.name} is no checkpoint name; expected step_00001000.pt")
+        raise ValueError(f"{path.name} is not the name of a checkpoint; expected the form step_00001000.pt")
     return int(match[1])
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Path of the checkpoint of ``step``."""
     return directory / f"step_{step:08d}.pt"
 
 

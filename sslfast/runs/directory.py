@@ -1,7 +1,7 @@
-"""The run directory: the paths of a run, the lock that keeps a second process out, and the versions that ran it.
+"""The run directory: paths of a run's files, the lock that excludes a second process, and the record of versions.
 
 ``config.json`` resolved configuration · ``versions.json`` software, device and git state of every start ·
-``manifest.tsv`` rows of the data · ``log.jsonl`` log records · ``tensorboard/`` event files ·
+``manifest.tsv`` rows of the data · ``log.jsonl`` log records · ``log.csv``, ``tensorboard/`` the same, if asked for ·
 ``checkpoints/`` · ``bad_images.txt`` files that could not be read.
 """
 
@@ -22,11 +22,11 @@ import torch
 
 from sslfast.config import load_json, save_json
 
-_WAIT_SECONDS = 120.0  # a network file system releases the lock of a lost machine when its lease ends
+_WAIT_SECONDS = 120.0  # a network file system releases the lock of a lost machine when its lease expires
 
 
 class RunDirectory:
-    """Paths of a run. Nothing is created before :meth:`create`."""
+    """Paths of a run. Nothing is written before :meth:`create`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -43,7 +43,7 @@ class RunDirectory:
         """Create the directory.
 
         Raises:
-            ValueError: it cannot be made or written.
+            ValueError: it cannot be created or written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ class RunDirectory:
             raise ValueError(f"cannot write to {self.path} ({reason}); choose another output directory") from None
 
     def free_bytes(self) -> int:
-        """Free disk space where the directory is or will be created."""
+        """Free space on the disk of the directory, which need not exist yet."""
         path = self.path.absolute()
         while not path.exists():
             path = path.parent
@@ -68,7 +68,7 @@ class RunDirectory:
             )
 
     def check_unlocked(self) -> None:
-        """Raises ValueError if another process has locked the directory; writes nothing."""
+        """Raises ValueError if another process holds the lock; writes nothing."""
         if self._lock.exists():
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -78,14 +78,14 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, *, is_restart: bool = False) -> Iterator[None]:
-        """Lock the directory for this process; the system releases the lock when the process ends, however it ends.
+        """Hold the lock of the directory; the system releases it when the process ends, however it ends.
 
-        A POSIX record lock: unlike ``flock`` it is not inherited by loader workers, so that workers which outlive a
-        killed trainer for a moment do not block its successor. A restart after a failure waits for the lock of its
-        predecessor, which may have died on another machine.
+        A POSIX record lock: unlike ``flock`` it is not inherited by loader workers, so that workers which briefly
+        outlive a killed trainer do not block its successor. A restart after a failure (``is_restart``) waits for the
+        lock of its predecessor, which may have died on another machine.
 
         Raises:
-            ValueError: another process holds it, or the file system has no locks.
+            ValueError: another process holds the lock, or the file system has none.
         """
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -130,7 +130,7 @@ class RunDirectory:
             for line in self.bad_images.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
                 path, _, reason = line.partition("\t")
                 known[path] = reason
-        # A tab or a line break in a name or a reason would break the table.
+        # A tab or a line break in a name or a reason would corrupt the table.
         clean = str.maketrans("\t\r\n", "   ")
         known.update((str(path).translate(clean), str(reason).translate(clean)) for path, reason in found)
         if known:
@@ -140,7 +140,7 @@ class RunDirectory:
 
 
 def versions() -> dict[str, Any]:
-    """Software, device and git facts of this process; git may be missing."""
+    """Software versions, devices and git state of this process; works without git."""
     import sslfast
 
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -159,7 +159,7 @@ def versions() -> dict[str, Any]:
 def git_state(directory: Path) -> dict[str, Any] | None:
     """``{"commit", "dirty"}`` of the working tree that tracks ``directory``, None where there is none."""
     try:
-        # An installed package may be inside a repository that does not track it.
+        # An installed package may lie inside a repository that does not track it.
         if not _git(directory, "ls-files", "."):
             return None
         return {"commit": _git(directory, "rev-parse", "HEAD"), "dirty": bool(_git(directory, "status", "--porcelain"))}

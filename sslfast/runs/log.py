@@ -1,4 +1,4 @@
-"""``log.jsonl``: one JSON record per line, appended while training and cut back at a resume."""
+"""``log.jsonl``: one JSON record per line, appended while training and truncated when a run is resumed."""
 
 import errno
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class LogFile:
-    """``log.jsonl``: one JSON table per log record, in the order of steps; what depends on the clock is under "time".
+    """``log.jsonl``: one JSON object per log record, in the order of steps; what depends on the clock is under "time".
 
-    Opening it cuts off everything after step ``last_step`` (and a line cut short by a kill), so that the log of a
-    resumed run equals that of an uninterrupted one.
+    Opening it removes everything after step ``last_step`` (and an incomplete line that a kill has left), so that the
+    log of a resumed run equals that of an uninterrupted one.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
@@ -27,25 +27,26 @@ class LogFile:
                     keep += len(line)
             os.truncate(path, keep)
         self._path = path
-        self._file = path.open("ab", buffering=0)  # nothing is left for close, which could fail anew
+        self._file = path.open("ab", buffering=0)  # unbuffered: nothing is left for close, which could fail too
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, readable by others at once.
+        """Append one record; other processes can read it at once.
 
         Raises:
             OSError: names the file, the reason and the remedy.
         """
         line = f"{json.dumps(record)}\n".encode()
         with self._explained():
-            if self._file.write(line) != len(line):  # what there was room for; the next start cuts it off
+            if self._file.write(line) != len(line):  # a partial line, which the next start removes
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Make all records durable; called before a checkpoint that counts on them. Raises as :meth:`write` does."""
+        """Make all records durable, before a checkpoint that relies on them. Raises as :meth:`write` does."""
         with self._explained():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     @contextmanager
@@ -65,7 +66,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _record_step(line: bytes) -> int | None:
-    """Step of a complete log line, None where the line is cut short or no record."""
+    """Step of a complete log line; None if the line is incomplete or no record."""
     if not line.endswith(b"\n"):
         return None
     try:

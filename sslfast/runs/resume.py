@@ -11,7 +11,7 @@ from sslfast.runs.checkpoint_store import CheckpointStore, CorruptCheckpointErro
 from sslfast.runs.directory import RunDirectory
 
 KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manifest_digest")
-"""What a checkpoint of a run holds."""
+"""Keys of a run's checkpoint."""
 
 
 def find_checkpoint(
@@ -91,5 +91,5 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
     if state["manifest_digest"] != manifest_digest:
         raise ValueError(
             f"cannot resume {path}: the images are not those it was trained on (files added, removed "
-            "or changed), so rows of the bank would be wrong. Put them back, or choose another output directory"
+            "or changed), so the bank would belong to other images. Put them back, or choose another output directory"
         )

@@ -12,10 +12,10 @@ from sslfast.optim import OptimConfig
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Everything that decides a pretraining run, except the data folder and the run directory."""
+    """Everything that defines a pretraining run, except the data folder and the run directory."""
 
     recipe: str = resumable("custom")
-    """Recipe that the values started from; kept for the record."""
+    """Recipe that the values are based on; kept for the record."""
     method: MethodConfig = field(default_factory=PIRL.Config)
     """The pretraining method."""
     model: TrunkConfig = field(default_factory=ResNetConfig)
@@ -29,46 +29,46 @@ class TrainConfig:
     batch_size: int = 1024
     """Samples per step, over all processes and micro-batches."""
     accumulate_steps: int = 1
-    """Micro-batches that a step's batch is taken in, one after the other, to fit a device's memory. Samples, crops,
-    learning rate and schedule are those of the whole batch; BatchNorm and losses that contrast the samples of a batch
-    see one micro-batch at a time."""
+    """Micro-batches that each batch is split into, processed one after the other, to fit a device's memory. Samples,
+    crops, learning rate and schedule are those of the whole batch; BatchNorm and losses that contrast the samples of a
+    batch see one micro-batch at a time."""
     sync_batchnorm: bool = False
-    """BatchNorm over the samples of all processes, as in SimCLR. The PIRL paper's runs normalise each device's own."""
+    """BatchNorm over the samples of all processes, as in SimCLR. In the PIRL paper each device normalises its own."""
     seed: int = 0
-    """Every random draw is a function of this, the step or epoch, and the sample's row."""
+    """Every random draw is a function of the seed, the step or epoch, and the sample id."""
     device: str = resumable("auto")
     """auto (the first CUDA device if there is one, else the CPU), cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast, parameters and bank stay fp32. auto: bf16 on devices that compute in it (CUDA from 8.0, CPUs with
-    AVX512-BF16 or AMX), else fp32."""
+    """bf16: autocast; parameters and bank stay fp32. auto: bf16 on devices with native bf16 arithmetic (CUDA from
+    compute capability 8.0, CPUs with AVX512-BF16 or AMX), else fp32."""
     channels_last: bool | None = None
-    """Keep images and convolution weights in the NHWC memory format, the fast one of tensor cores. None: on CUDA
-    devices alone, since on CPUs the other one is the faster."""
+    """Keep images and convolution weights in the NHWC memory format, which is faster on tensor cores. None: on CUDA
+    devices only, since NCHW is faster on CPUs."""
     compile: Literal["off", "default", "reduce-overhead"] = resumable("off")
     """Compile the method's forward and backward with torch.compile, in its mode default or reduce-overhead (CUDA
     graphs). The first step takes minutes; losses round differently."""
     on_nonfinite: Literal["error", "skip"] = resumable("error")
-    """What happens where a loss is not finite. error: the run stops, naming the step and its samples. skip: that step
-    (a gradient counts too) is undone on the device, at the cost of a second copy of parameters, bank and momentum."""
+    """What to do when a loss is NaN or infinite. error: stop the run, naming the step and its samples. skip: roll back
+    the step on the device, also for a gradient, at the cost of a second copy of parameters, bank and momentum."""
     nonfinite_limit: int = resumable(10)
-    """Most steps in a row that on_nonfinite=skip undoes; with more the run stops."""
+    """Maximum number of steps in a row that on_nonfinite=skip rolls back; with more the run stops."""
     log_every_steps: int = resumable(10)
-    """Steps between two log records; loss and metrics are averaged over them and read from the device only then."""
+    """Steps between log records; loss and metrics are averaged over them, and read from the device only then."""
     knn_every_epochs: int = resumable(0)
-    """Epochs between two measurements of knn_top1 (0: none): the leave-one-out accuracy of 20 nearest neighbours among
-    the rows of the memory bank, or features kept for clustering, with folders as classes. No image is read for it."""
+    """Epochs between measurements of knn_top1 (0: none): leave-one-out accuracy of 20 nearest neighbours among the
+    vectors of the memory bank, or features kept for clustering, with folders as classes. No image is read for it."""
     checkpoint_every_steps: int = resumable(1000)
-    """Steps between two checkpoints; one more is written at the end and on SIGTERM or SIGINT."""
+    """Steps between checkpoints; another one is written at the end and on SIGTERM or SIGINT."""
     keep_checkpoints: int = resumable(2)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: int = resumable(0)
-    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    """Never delete checkpoints whose step is a multiple of this; 0: none."""
     tensorboard: bool = resumable(True)
     """Also write TensorBoard event files (needs the package tensorboard)."""
     loggers: tuple[str, ...] = resumable(())
-    """Further logs besides log.jsonl: names of LOGGERS, or module:factory of a log of your own."""
+    """Further logs besides log.jsonl: csv (log.csv), or module:factory of your own."""
     progress: Literal["auto", "bar", "plain", "off"] = resumable("auto")
-    """Progress on the terminal; auto: a bar on a terminal, else one line per log record."""
+    """Progress display. auto: a bar on a terminal, else one line per log record."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -14,8 +14,8 @@ from sslfast.training.logging import LogContext, Logger
 class CSVLog(Logger):
     """``log.csv`` in the run directory: a row for each record, ``time/`` before what depends on the clock.
 
-    A value that appears for the first time in a later record is a new column, empty in the rows before. Records after
-    the step that a run is resumed from, and a row cut short by a kill, are removed at the start.
+    A value that first appears in a later record becomes a new column, empty in the rows before. At a resume, records
+    after the step of the checkpoint and a row that a kill has left incomplete are removed.
     """
 
     def __init__(self, context: LogContext) -> None:

@@ -1,4 +1,4 @@
-"""The data of a run: its manifest, the same on every rank, and its loaders."""
+"""The data of a run: a manifest that all ranks agree on, and the loaders of its images."""
 
 import sys
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class RunData:
 
     Args:
         config: of the run.
-        data: folder of images, manifest (.tsv), .beton file, or the number of synthetic images.
-        run: run directory whose manifest, if it has one, is checked against the data. With several ranks, rank 0
-            writes this file and the others read it.
+        data: folder of images, manifest (.tsv), .beton file, or a number of synthetic images.
+        run: directory whose manifest, if it has one, is checked against the data. With several ranks rank 0 writes this
+            file and the others read it.
         device: of the batches.
     """
 
@@ -33,7 +33,7 @@ class RunData:
     def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
         is_main = distributed.rank() == 0
         if not is_main:
-            distributed.barrier()  # rank 0 has listed the images and written the manifest
+            distributed.barrier()  # until rank 0 has scanned the images and saved the manifest
         if run.manifest.exists():
             manifest = reopen_data(folder, run.manifest)
         else:
@@ -61,5 +61,5 @@ class RunData:
         )
 
     def digest(self) -> str:
-        """Identifies the rows: the manifest's digest, or the number of synthetic images."""
+        """Identity of the data set: digest of the manifest, or the number of synthetic images."""
         return f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()

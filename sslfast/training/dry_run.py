@@ -1,4 +1,4 @@
-"""The summary before the first step: what will run where, and an estimate of its memory."""
+"""What is shown and checked before the first step: the plan of the run, and the memory that a step needs."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sslfast.views import View, ViewConfig
 
 
 def summary(trainer: Trainer) -> list[tuple[str, str]]:
-    """What ``trainer.fit()`` would do, as (name, value) lines."""
+    """The plan of ``trainer.fit()`` as (name, value) lines."""
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
     kept = trainer.store.list()
@@ -25,7 +25,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
     data = f"{source}: {trainer.loader.num_rows:,} images"
     if trainer.manifest is not None and {"train", "val"} <= set(trainer.manifest.classes):
-        data += f", those of val too; {source}/train has those of train alone"
+        data += f", val included; for train alone give {source}/train"
     loader: str = config.loader.name
     if loader == "auto":
         loader = "{} ({})".format(*choose_loader(trainer.manifest, trainer.device))
@@ -36,7 +36,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     steps += f" = {trainer.total_steps:,} steps"
     if trainer.feature_pass is not None:
         passes = sum(trainer.method.needs_feature_pass(epoch) for epoch in range(config.epochs))
-        steps += f", a feature pass (forward only) before {passes:,} of the epochs"
+        steps += f", with a feature pass over the data before {passes:,} of the epochs"
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
@@ -53,58 +53,54 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 
 
 def _res5(trainer: Trainer) -> str:
-    """Size of the trunk's last feature map for each view."""
-    if not isinstance(trainer.config.model, ResNetConfig):
-        return f"unknown: {trainer.config.model.factory} is not a ResNet"
+    """Spatial size of the trunk's last stage for each view."""
     stride = trunk_stride(trainer.config.model)
-    words, fewest = [], stride
+    sizes, smallest = [], stride
     for name, view in trainer.config.method.views().items():
         size = view.crop.size if view.jigsaw is None else view.jigsaw.patch_size
         cells = -(-size // stride)
-        fewest = min(fewest, cells)
-        words.append(f"{cells} x {cells} of {name}{'' if view.jigsaw is None else ' patches'}, {size} px")
-    hint = "; 3 x 3 convolutions have one cell there: --model.stem small keeps four times the resolution"
-    return "; ".join(words) + (hint if fewest == 1 and trainer.config.model.stem == "imagenet" else "")
+        smallest = min(smallest, cells)
+        sizes.append(f"{cells} x {cells} of {name}{'' if view.jigsaw is None else ' patches'}, {size} px")
+    hint = "; 3 x 3 convolutions see one cell there: --model.stem small keeps four times the resolution"
+    return "; ".join(sizes) + (hint if smallest == 1 and trainer.config.model.stem == "imagenet" else "")
 
 
 def _schedule(trainer: Trainer) -> str:
-    optim, scale = trainer.config.optim, trainer.config.batch_size / 256
-    peak, final = optim.peak_lr(trainer.config.batch_size), optim.final_lr_per_256_images * scale
-    warmup, epochs = optim.warmup_epochs, trainer.config.epochs
-    if warmup >= epochs:
-        last = trainer.learning_rate(trainer.total_steps - 1)
-        return f"grows to {last:.4g}: the {warmup:g} epochs of warm-up (optim.warmup_epochs) last to the end"
-    words = f"{peak:.4g} after {warmup:g} epochs of warm-up" if warmup else f"{peak:.4g}"
-    if optim.schedule == "cosine":
-        return f"{words} to {final:.4g}, cosine, changes every {optim.lr_update}"
-    if optim.schedule == "constant":
-        return f"{words}, constant"
-    return f"{words}, times {optim.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in optim.milestones)}"
+    rate = trainer.learning_rate
+    if rate.warmup >= rate.epochs:
+        last = rate(trainer.total_steps - 1)
+        return f"grows to {last:.4g}: the {rate.warmup:g} epochs of warm-up (optim.warmup_epochs) last to the end"
+    start = f"{rate.peak:.4g}" + (f" after {rate.warmup:g} epochs of warm-up" if rate.warmup else "")
+    if rate.shape == "cosine":
+        return f"{start} to {rate.final:.4g}, cosine, changes every {rate.update}"
+    if rate.shape == "constant":
+        return f"{start}, constant"
+    return f"{start}, times {rate.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in rate.milestones)}"
 
 
 def _step(trainer: Trainer) -> str:
-    """Who computes which part of a step, and with what."""
+    """How a step is split over processes and micro-batches, and its options."""
     config, ranks = trainer.config, world_size()
     samples = config.batch_size // ranks // config.accumulate_steps
-    words = [f"{ranks} process{'es' if ranks > 1 else ''} x {config.accumulate_steps} x {samples} samples"]
-    words.append(config.optim.name.upper())
+    parts = [f"{ranks} process{'es' if ranks > 1 else ''} x {config.accumulate_steps} x {samples} samples"]
+    parts.append(config.optim.name.upper())
     if config.compile != "off":
-        words.append(f"compiled ({config.compile})")
+        parts.append(f"compiled ({config.compile})")
     if config.sync_batchnorm:
-        words.append("BatchNorm over all processes")
+        parts.append("BatchNorm over all processes")
     if config.on_nonfinite == "skip":
-        words.append(f"steps that are not finite are skipped, at most {config.nonfinite_limit} in a row")
-    return ", ".join(words)
+        parts.append(f"steps that are not finite are skipped, at most {config.nonfinite_limit} in a row")
+    return ", ".join(parts)
 
 
 def estimate_memory(trainer: Trainer) -> dict[str, int]:
-    """Bytes on one device by what they are for.
+    """Bytes on one device by purpose.
 
     Parameters, gradients, momentum and the other state (bank, queues, BatchNorm) are counted; so are the views of a
-    micro-batch and, on CUDA, those of the next. Activations are what autograd keeps of one forward on the ``meta``
+    micro-batch and, on CUDA, those of the next. Activations are what autograd saves in a forward on the ``meta``
     device, where nothing is computed; half of it under bf16. The key "activations" is absent where a method's forward
-    cannot run there. Not counted: workspaces of kernels, the allocator's slack and CUDA's own memory, together about a
-    fifth more. ``trainer`` cannot be used for training afterwards.
+    cannot run there. Not counted: kernel workspaces, fragmentation of the allocator and the CUDA context, together
+    about a fifth more. ``trainer`` cannot be used for training afterwards.
     """
     method, config = trainer.method, trainer.config
     parameters = [p for p in method.parameters() if p.requires_grad]
@@ -128,21 +124,21 @@ def estimate_memory(trainer: Trainer) -> dict[str, int]:
 
 
 def device_bytes(device: torch.device) -> int:
-    """All memory of a device; of the machine for the CPU."""
+    """Total memory of a device; for the CPU, of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(trainer: Trainer) -> str:
-    """The estimate as a line. Raises ValueError where the device has less memory than that."""
-    needs, there = estimate_memory(trainer), device_bytes(trainer.device)
+    """The estimate as a line. Raises ValueError where the device has less memory."""
+    needs, available = estimate_memory(trainer), device_bytes(trainer.device)
     total = sum(needs.values())
-    words = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in needs.items())
+    items = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in needs.items())
     if "activations" not in needs:
-        words += ", activations not known"
-    line = f"about {total / 1e9:.2f} GB of {there / 1e9:.1f} GB ({words})"
-    if total > there:
+        items += ", activations unknown"
+    line = f"about {total / 1e9:.2f} GB of {available / 1e9:.1f} GB ({items})"
+    if total > available:
         raise ValueError(
             f"a step needs {line} on {trainer.device}; raise accumulate_steps, lower batch_size, or use more processes"
         )
@@ -150,7 +146,7 @@ def check_memory(trainer: Trainer) -> str:
 
 
 def _saved_bytes(trainer: Trainer, views: dict[str, View], samples: int) -> int | None:
-    """Bytes of distinct storages, parameters and buffers apart, that autograd keeps of a forward."""
+    """Bytes of distinct storages that autograd saves in a forward, without those of parameters and buffers."""
     method = trainer.method.train()
     state = {name: value.to("meta") for name, value in (*method.named_parameters(), *method.named_buffers())}
     for name, parameter in method.named_parameters():
@@ -167,15 +163,15 @@ def _saved_bytes(trainer: Trainer, views: dict[str, View], samples: int) -> int 
         name: View(pixels=v.pixels.float(), permutation=v.permutation, quarter_turns=v.quarter_turns)
         for name, v in views.items()
     }
-    rows = torch.zeros(samples, dtype=torch.int64, device="meta")
+    sample_ids = torch.zeros(samples, dtype=torch.int64, device="meta")
     step = torch.zeros((), dtype=torch.int64, device="meta")
     try:
         with (
             torch.compiler.set_stance("force_eager"),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            torch.func.functional_call(method, state, (inputs, rows), {"step": step})
-    except Exception:  # whatever a method asks of a tensor that has no values
+            torch.func.functional_call(method, state, (inputs, sample_ids), {"step": step})
+    except Exception:  # a method may read values, which a meta tensor does not have
         return None
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -1,4 +1,4 @@
-"""The feature pass that some methods need before an epoch: forward only, at fixed weights."""
+"""The feature pass that some methods make before an epoch: forward only, at fixed weights."""
 
 from collections.abc import Callable, Iterator
 from signal import Signals
@@ -11,18 +11,18 @@ from sslfast.views import Batch, ViewStage
 
 
 class FeaturePass:
-    """Gives a method the samples of an epoch before it begins, if :meth:`Method.needs_feature_pass` says so.
+    """Gives a method the samples of an epoch before the epoch begins, if the method needs them.
 
-    The trunk is in evaluation mode, so features depend on no other sample; the method is in training mode afterwards.
-    A pass depends on the weights and the epoch only: after an interruption it is repeated in full.
+    The trunk is in evaluation mode, so that features depend on no other sample; the method is in training mode
+    afterwards. A pass depends only on the weights and the epoch: an interrupted one is repeated from its start.
 
     Args:
-        method: :meth:`Method.store_features` gets every batch.
-        loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of
-            an epoch are those that it trains on.
+        method: :meth:`Method.needs_feature_pass` decides, :meth:`Method.collect` receives every batch.
+        loader: of the configuration's ``feature_views()``, with the seed and batch size of the run: the samples of a
+            pass are those that the epoch trains on.
         stage: renders these views.
         device: of the batches.
-        dtype: bf16: under autocast.
+        dtype: bfloat16: run under autocast.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class FeaturePass:
         watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
         stop: Callable[[], Signals | None] = lambda: None,
     ) -> Signals | None:
-        """Run the pass before ``epoch``, if there is one; returns the signal that stopped it, or None.
+        """Run the pass before ``epoch``, if there is one, to its end or until a signal, which is returned.
 
         Args:
-            epoch: the epoch that is about to begin.
+            epoch: about to begin.
             watch: wraps the iterator of batches.
-            stop: called after every batch; must return the same on every rank.
+            stop: called after every batch; returns the same on every rank.
         """
         if not self.method.needs_feature_pass(epoch):
             return None

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 class Logger(Protocol):
-    """Takes the log records of a run, in the order of steps, on rank 0 alone. A subclass inherits the methods that it
-    has no use for."""
+    """Receives the log records of a run, in the order of steps, on rank 0 only. A subclass inherits ``sync`` and
+    ``close``, which do nothing, if it needs none."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log a record: ``step``, ``epoch``, ``lr``, ``loss``, the method's values, and under ``time`` a table of what
@@ -26,18 +26,18 @@ class Logger(Protocol):
         """Make all records durable. Called before each checkpoint: a run resumed from it does not write them again."""
 
     def close(self) -> None:
-        """The run ends, or stops."""
+        """Close files. Called when the run ends or is interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogContext:
-    """What a logger is made from."""
+    """Argument of a logger's factory."""
 
     config: TrainConfig
     run: RunDirectory
     first_step: int
-    """Steps done before this start of the run. Records after it, which an earlier start may have written, come anew: a
-    log cuts them off."""
+    """Steps done before this start of the run. A log removes later records, which an interrupted start may have left:
+    they are written again."""
     total_steps: int
     """Of the whole run."""
 

@@ -24,7 +24,9 @@ class DeviceMeans:
     def add(self, values: Mapping[str, Tensor], *, step: Tensor) -> None:
         """Add one step's values; ``step``: 0-d int64 on the device. No host sync."""
         for name, value in values.items():
-            value = value.detach().to(torch.float64, copy=True)  # a captured graph writes over its own in the next step
+            value = value.detach().to(
+                torch.float64, copy=True
+            )  # a CUDA graph overwrites its outputs at the next replay
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         is_first_bad = (self._bad_step < 0) & ~torch.isfinite(values["loss"].detach())
         self._bad_step = torch.where(is_first_bad, step, self._bad_step)
@@ -40,7 +42,7 @@ class DeviceMeans:
         return means, None if bad_step < 0 else int(bad_step)
 
     def _merge_ranks(self) -> None:
-        """Replaces the sums by their means over ranks, the same on each; the interval continues from them."""
+        """Replace the sums by their means over ranks, from which the interval continues on every rank."""
         if world_size() == 1 or not self.sums:
             return
         merged = mean_over_ranks(torch.stack(list(self.sums.values())))
@@ -52,10 +54,10 @@ class DeviceMeans:
         self.sums, self.count = {}, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint inside an interval needs."""
+        """Sums of the current interval, for a checkpoint inside of it."""
         return {"count": self.count, "sums": dict(self.sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue an interval."""
+        """Continue the interval of a checkpoint."""
         self.count = int(state["count"])
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}

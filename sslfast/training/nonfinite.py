@@ -1,6 +1,8 @@
-"""Detect NaN and Inf in losses and gradients on the device, roll the step back if configured, report the samples."""
+"""Losses and gradients that are NaN or infinite: detected on the device, rolled back there if so configured, reported
+with the samples of the step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,26 +12,26 @@ from sslfast.distributed import gather_objects, max_over_ranks
 from sslfast.training.metrics import DeviceMeans
 
 _FINITE = "finite"
-_MAX_REPORTED = 4  # sample ids in a message
+_NAMED = 4  # samples in a message
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number."""
 
 
-class NonFinite:
-    """Tracks steps with a non-finite loss or gradient, on the device until a log record reads it.
+class NonFiniteGuard:
+    """Detects steps that are not finite; what it has seen stays on the device until a log record reads it.
 
-    Call ``begin``, then the step with ``watch`` once per micro-batch, then ``end``. With ``skip``, ``end`` rolls the
-    step back if a loss or a gradient of any rank is not finite: parameters, buffers (bank, BatchNorm) and momentum are
-    bit-equal to those before ``begin``. The decision is made on the device, at the cost of a second copy of this state
-    and one pass over it per step; the host never waits. Without ``skip``, ``begin`` and ``end`` do nothing.
+    :meth:`snapshot`, the step with :meth:`observe` once per micro-batch, :meth:`restore`. With ``skip`` a step in which
+    a loss or a gradient of any rank is not finite is rolled back: parameters, buffers (bank, BatchNorm) and momentum
+    are then what they were, to the bit. The decision is made on the device, which costs a second copy of this state and
+    one pass over it per step; the host never waits. Without ``skip``, ``snapshot`` and ``restore`` do nothing.
 
     Args:
         skip: roll such steps back.
-        limit: largest number of consecutive steps that are skipped.
-        method, optimizer: their state is rolled back.
-        device: of that state.
+        limit: maximum number of them in a row.
+        method, optimizer: whose state it is.
+        device: of the state.
     """
 
     def __init__(
@@ -40,11 +42,11 @@ class NonFinite:
         self._kept: list[Tensor] = []
         self._is_bad = torch.zeros((), dtype=torch.bool, device=device)
         self._sample_ids: Tensor | None = None
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # skipped, consecutive now, most consecutive
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # skipped, in a row now, most in a row
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Keep a copy of the state before the step."""
+    def snapshot(self) -> None:
+        """Copy the state before the step."""
         if not self.skip:
             return
         state = self._state()
@@ -52,16 +54,16 @@ class NonFinite:
             self._kept = [torch.empty_like(tensor) for tensor in state]
         torch._foreach_copy_(self._kept, state)
 
-    def watch(self, loss: Tensor, sample_ids: Tensor) -> None:
-        """Record a micro-batch: its 0-d loss and its sample ids ``[b]``."""
+    def observe(self, loss: Tensor, sample_ids: Tensor) -> None:
+        """Record a micro-batch: its 0-d loss and the ids ``[b]`` of its samples."""
         is_bad = ~torch.isfinite(loss.detach())
         known = torch.full_like(sample_ids, -1) if self._sample_ids is None else self._sample_ids
         self._sample_ids = torch.where(is_bad & (known[0] < 0), sample_ids, known)
         self._is_bad = self._is_bad | is_bad
 
     @torch.no_grad()
-    def end(self) -> None:
-        """Roll the step back if it was not finite; its gradients must not have been cleared yet."""
+    def restore(self) -> None:
+        """Roll the step back to the snapshot if it was not finite; its gradients must still be there."""
         if not self.skip:
             return
         gradients = [p.grad for p in self._method.parameters() if p.grad is not None]
@@ -73,29 +75,59 @@ class NonFinite:
         in_a_row = (in_a_row + 1) * is_bad
         longest = torch.maximum(longest, in_a_row)
         self._counts = torch.stack([skipped + is_bad, in_a_row, longest])
-        if self._sample_ids is not None:  # a finished series of bad steps within the limit is not reported
-            self._sample_ids = torch.where((in_a_row == 0) & (longest <= self.limit), -1, self._sample_ids)
+        if self._sample_ids is not None:  # bad steps within the limit that are over: their samples need no report
+            is_over = (in_a_row == 0) & (longest <= self.limit)
+            self._sample_ids = torch.where(is_over, -1, self._sample_ids)
         self._is_bad = torch.zeros_like(self._is_bad)
 
-    def read(self) -> tuple[int, bool]:
-        """``(steps skipped in the whole run, whether more than the limit were consecutive)``; waits for the device."""
-        if not self.skip:
-            return 0, False
-        skipped, _, longest = self._counts.tolist()  # host sync: once per log record
-        return skipped, longest > self.limit
+    def check(
+        self,
+        bad_step: int | None,
+        *,
+        step: int,
+        paths: Sequence[str] | None,
+        last_checkpoint: Callable[[], Path | None],
+    ) -> int:
+        """Steps skipped in the whole run. Waits for the device; every rank calls it.
+
+        Args:
+            bad_step: first step (0-based) with a loss that is not finite, as the means know it; None: none.
+            step: steps done.
+            paths: of the images, by sample id; None: they have none.
+            last_checkpoint: the newest one.
+
+        Raises:
+            NonFiniteLossError: there is a ``bad_step``, or more than ``limit`` in a row were skipped.
+        """
+        skipped, _, longest = self._counts.tolist() if self.skip else (0, 0, 0)  # host sync: once per log record
+        if longest > self.limit:
+            what = f"more than nonfinite_limit={self.limit} steps in a row, up to step {step}"
+            what += ", had a loss or gradient that is not finite"
+        elif bad_step is not None:
+            what = f"the loss of step {bad_step + 1} is not finite"
+        else:
+            return skipped
+        found = [f"row {i}" + ("" if paths is None else f" ({paths[i]})") for i in self.sample_ids()]
+        samples = f"; first samples of that batch: {', '.join(found)}" if found else ""
+        last = last_checkpoint()
+        good = "no checkpoint was saved before it" if last is None else f"the last good checkpoint is {last}"
+        raise NonFiniteLossError(
+            f"{what}{samples}; {good}; "
+            "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
+        )
 
     def sample_ids(self) -> list[int]:
-        """A few samples of the first micro-batch of any rank whose loss was not finite; with ``skip``, of the latest
-        series of such steps. Every rank calls it."""
-        own = [] if self._sample_ids is None else [row for row in self._sample_ids.tolist() if row >= 0]
-        return next((ids for ids in gather_objects(own) if ids), [])[:_MAX_REPORTED]
+        """A few samples of the first micro-batch of any rank whose loss was not finite; with ``skip`` of the last such
+        steps in a row. Every rank calls it."""
+        own = [] if self._sample_ids is None else [number for number in self._sample_ids.tolist() if number >= 0]
+        return next((found for found in gather_objects(own) if found), [])[:_NAMED]
 
     def state_dict(self) -> dict[str, Any]:
         """Counts for a checkpoint."""
         return {"counts": self._counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the counts."""
+        """Continue counting from a checkpoint."""
         self._counts = state["counts"].to(self._device)
 
     def _state(self) -> list[Tensor]:
@@ -107,7 +139,7 @@ class NonFinite:
 
 
 class FiniteMeans(DeviceMeans):
-    """:class:`DeviceMeans` that, with ``leave_out``, averages finite losses only and reports no bad step."""
+    """:class:`DeviceMeans` that, with ``leave_out``, averages the finite losses alone and reports no bad step."""
 
     def __init__(self, device: torch.device, *, leave_out: bool) -> None:
         super().__init__(device)
@@ -132,14 +164,3 @@ class FiniteMeans(DeviceMeans):
         known = self.sums.pop(_FINITE, torch.tensor(float(self.count), dtype=torch.float64, device=self.device))
         if self.leave_out and self.count:
             self.sums[_FINITE] = known
-
-
-def describe_samples(sample_ids: list[int], paths: Any) -> str:
-    """``; first samples of that batch: row 7 (a/b.jpg), ...``; empty if there are none.
-
-    ``paths``: row -> path, or None.
-    """
-    if not sample_ids:
-        return ""
-    named = [f"row {row}" + (f" ({paths[row]})" if paths is not None else "") for row in sample_ids]
-    return f"; first samples of that batch: {', '.join(named)}"

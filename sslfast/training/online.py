@@ -1,4 +1,4 @@
-"""kNN accuracy during training, from the embeddings that the method keeps anyway: no image is read for it."""
+"""kNN accuracy during training, from the embeddings that the method keeps: no image is read for it."""
 
 import torch
 
@@ -9,18 +9,18 @@ from sslfast.methods import Method
 
 K = 20
 QUERIES = 10_000
-"""Maximum number of queries; neighbours are searched among all rows."""
+"""Maximum number of query images; neighbours are searched among all images."""
 
 
 class OnlineKnn:
     """``knn_top1`` at the end of every ``every_epochs``-th epoch: leave-one-out accuracy of ``method.embeddings()``.
 
-    Labels are the folders of the manifest. See :func:`sslfast.evaluation.knn.bank_knn` for what the number says.
+    Labels are the folders of the manifest. See :func:`sslfast.evaluation.knn.bank_knn` for what the accuracy measures.
 
     Args:
-        method: keeps embeddings of all rows.
+        method: keeps embeddings of all images.
         manifest: of the run; None for synthetic images.
-        every_epochs: 0: never; the other arguments are then not checked.
+        every_epochs: 0: never, and the other arguments are not checked.
         steps_per_epoch: of the run.
 
     Raises:
@@ -52,7 +52,10 @@ class OnlineKnn:
         return self._every_steps > 0 and step % self._every_steps == 0
 
     def read(self, step: int) -> dict[str, float]:
-        """``{"knn_top1": share}`` when due, on rank 0; every rank calls this. Waits for the device."""
+        """``{"knn_top1": accuracy}`` on rank 0 where it is due, else an empty dict; every rank calls it.
+
+        Waits for the device.
+        """
         if not self.is_due(step):
             return {}
         embeddings = self._method.embeddings()

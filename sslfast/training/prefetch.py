@@ -1,4 +1,4 @@
-"""Renders the views of the next samples while the current step is still running."""
+"""Prefetching: the views of the next micro-batch are rendered while the current step runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -16,14 +16,14 @@ Part = tuple[Tensor, Mapping[str, View]]
 class Prefetcher:
     """Splits a loader's batches into micro-batches and renders their views.
 
-    On CUDA everything up to the views is queued on a separate stream, and :meth:`ahead`, called once a step has been
-    queued, starts the next micro-batch: the host waits for the loader, and copies and view kernels run while the device
-    computes the step. On a CPU :meth:`ahead` does nothing. Results, their order and where errors are raised are the
-    same.
+    On CUDA everything up to the views is queued on a side stream, and :meth:`ahead`, called once a step has been
+    queued, begins the next micro-batch: while the device computes the step, the host waits for the loader, and copies
+    and view kernels run. On a CPU :meth:`ahead` does nothing. Results, their order and the call that raises an error
+    are the same either way.
 
     Args:
         stage: batch -> views.
-        parts: micro-batches of a batch; divides its number of samples.
+        parts: micro-batches per batch; divides the batch size.
         device: of the batches.
     """
 
@@ -35,13 +35,13 @@ class Prefetcher:
         self._ready: Part | BaseException | None = None
 
     def take(self, batches: Iterator[Batch]) -> Part:
-        """The next micro-batch, for use on the current stream. Raises what the iterator raises, also its end.
+        """The next micro-batch, for use on the current stream. Raises what the iterator raises, StopIteration included.
 
-        Another iterator than the last call's begins anew: what was ahead of the old one is dropped.
+        Another iterator than in the last call starts afresh: what was prefetched from the old one is dropped.
         """
         if batches is not self._source:
             self._source, self._split, self._ready = batches, self._micro_batches(batches), None
-            if self._stream is not None:  # batches may be on their way already, by the current stream
+            if self._stream is not None:  # copies of batches may already be queued on the current stream
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
         ready, self._ready = self._ready, None
         if isinstance(ready, BaseException):
@@ -50,13 +50,13 @@ class Prefetcher:
             ready = self._render()
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)  # what is queued there now ends with these views
+            current.wait_stream(self._stream)  # all work queued there so far belongs to these views
             for tensor in _tensors(ready):
-                tensor.record_stream(current)  # made on the other stream: not to be reused before this one is done
+                tensor.record_stream(current)  # allocated on the side stream: memory is kept until this one is done
         return ready
 
     def ahead(self, batches: Iterator[Batch]) -> None:
-        """Begin the next micro-batch now. Its errors wait for :meth:`take`; Ctrl-C does not."""
+        """Begin the next micro-batch now. :meth:`take` raises its errors; KeyboardInterrupt is raised at once."""
         if self._stream is None or batches is not self._source or self._ready is not None:
             return
         try:

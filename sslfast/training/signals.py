@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGTERM and SIGINT: the training loop finishes its step, saves a checkpoint and stops."""
+"""Graceful shutdown on SIGTERM and SIGINT, and the exception of a run that has stopped so."""
 
 import os
 import signal
@@ -9,13 +9,14 @@ from typing import Any
 
 
 class RunInterruptedError(Exception):
-    """The run was stopped by a signal and has saved a checkpoint."""
+    """The run was stopped by a signal, after saving a checkpoint."""
 
 
-class Interrupts:
-    """Context in which the first SIGTERM or SIGINT only sets :attr:`requested`; a second SIGINT stops at once.
+class GracefulShutdown:
+    """Context in which the first SIGTERM or SIGINT only sets :attr:`requested`; a second SIGINT raises at once.
 
-    Outside the main thread, where Python accepts no signal handlers, it does nothing.
+    The training loop reads :attr:`requested` after every step. Outside the main thread, where Python accepts no signal
+    handlers, the context changes nothing.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class Interrupts:
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> "GracefulShutdown":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
@@ -34,7 +35,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Loader workers are forked with this handler and get Ctrl-C too: they continue until their owner closes them.
+        # Forked loader workers inherit this handler and receive Ctrl-C too: they run until their owner closes them.
         if os.getpid() != self._owner:
             return
         if self.requested is not None and number == signal.SIGINT:
@@ -42,5 +43,5 @@ class Interrupts:
         if self.requested is None:
             self.requested = signal.Signals(number)
             line = f"sslfast: {self.requested.name}: finishing the step and saving; Ctrl-C stops at once\n"
-            # print() may be in the middle of a write; os.write does not re-enter it.
+            # A handler may run inside print(), which is not reentrant; os.write is.
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())

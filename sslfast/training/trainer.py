@@ -1,4 +1,5 @@
-"""The pretraining loop: next batch, views, loss, backward, optimizer step, after_step, metrics."""
+"""The pretraining loop: views of the next batch, loss, backward, optimizer step, ``after_step``; logs, checkpoints and
+resume around it."""
 
 import math
 import time
@@ -33,16 +34,16 @@ from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
 from sslfast.training.logging import Recorder, find_loggers
-from sslfast.training.nonfinite import FiniteMeans, NonFinite, NonFiniteLossError, describe_samples
+from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
-from sslfast.training.signals import Interrupts, RunInterruptedError
+from sslfast.training.signals import GracefulShutdown, RunInterruptedError
 from sslfast.views import Batch, View, ViewConfig, ViewStage
 
 
 @dataclass(kw_only=True)
 class TrainResult:
-    """What a finished run reports."""
+    """Outcome of a finished run."""
 
     step: int
     """Steps done, over all starts of the run."""
@@ -51,9 +52,9 @@ class TrainResult:
     checkpoint: Path
     """The final checkpoint."""
     seconds: float
-    """Wall time of this process's part."""
+    """Wall time since this start of the run."""
     samples_per_second: float
-    """Of this process's part, everything included."""
+    """Throughput since this start, everything included."""
     loader_wait_share: float
     """Share of the wall time spent waiting for the loader."""
     bad_images: int
@@ -61,23 +62,23 @@ class TrainResult:
 
 
 class Trainer:
-    """One pretraining run: this process's part of it, on one device.
+    """One pretraining run on one device; under ``torchrun``, one rank of it.
 
-    Under ``torchrun`` every rank creates one; they share the batch, gradients are averaged, every rank holds the whole
-    state of the method, and only rank 0 writes.
+    Ranks split each batch, gradients are averaged, every rank holds the whole state of the method (but for a sharded
+    bank), and rank 0 alone writes logs.
 
-    Anything wrong with the configuration, the data, the device or the disk is a ValueError or FileNotFoundError here or
-    at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, except the manifest if there
-    are several ranks.
+    Whatever is wrong with the configuration, the data, the device or the disk raises ValueError or FileNotFoundError
+    here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, except for the
+    manifest where several ranks must agree on it.
 
     Args:
         config: what to train and how.
-        data: folder of images, manifest (.tsv), .beton file, or the number of synthetic images.
+        data: folder of images, manifest (.tsv), .beton file, or a number of synthetic images.
         output: run directory; created if needed, and locked while training.
         resume: ``auto`` (resume from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         report: receives single lines for the user.
-        open_store: the checkpoint store in a directory; rank 0 writes one hashed file per checkpoint by default.
+        open_store: the checkpoint store in a directory. The default: one file with its SHA-256 per checkpoint.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Trainer:
         self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
         skip = config.on_nonfinite == "skip"
         self.means = FiniteMeans(self.device, leave_out=skip)
-        self.nonfinite = NonFinite(
+        self.nonfinite = NonFiniteGuard(
             skip=skip, limit=config.nonfinite_limit, method=self.method, optimizer=self.optimizer, device=self.device
         )
         self.step = 0
@@ -160,15 +161,15 @@ class Trainer:
         return ViewStage(views, seed=self.config.seed, dtype=self.dtype, channels_last=self.channels_last)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """The algorithm. Nothing here waits for the device."""
+        """One optimizer step. Nothing here waits for the device."""
         self.optimizer.zero_grad()
         for part in range(1, self.config.accumulate_steps + 1):
             sample_ids, views = self.samples.take(batches)
-            with self._gradient_exchange(part == self.config.accumulate_steps):
+            with self._gradient_sync(part == self.config.accumulate_steps):
                 values = self._forward(views, sample_ids)
                 (values["loss"] / self.config.accumulate_steps).backward()
             self.means.add(values, step=self.device_step)
-            self.nonfinite.watch(values["loss"], sample_ids)
+            self.nonfinite.observe(values["loss"], sample_ids)
             self.samples.ahead(batches)
         self.optimizer.step()
         self.method.after_step()
@@ -182,8 +183,8 @@ class Trainer:
             values: dict[str, torch.Tensor] = self.model(views, sample_ids, step=self.device_step)
         return values
 
-    def _gradient_exchange(self, is_last: bool) -> AbstractContextManager[None]:
-        """Ranks average their gradients in the backward of the last micro-batch alone."""
+    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        """Ranks average their gradients only in the backward of the last micro-batch."""
         return nullcontext() if is_last else distributed.no_sync(self.model)
 
     def fit(self) -> TrainResult:
@@ -194,7 +195,6 @@ class Trainer:
             NonFiniteLossError: names the step and the last good checkpoint.
             RunInterruptedError: after SIGTERM or SIGINT, with a checkpoint saved.
         """
-        # Rank 0 writes; the others read the same checkpoint and compute.
         if self.is_main:
             self.check_space()
             self.run.create()
@@ -202,7 +202,7 @@ class Trainer:
             with self.run.locked(is_restart=distributed.is_restart()) if self.is_main else nullcontext():
                 self._resume()
                 if self.is_main:
-                    self._save_facts()
+                    self._record_start()
                 return self._fit()
         finally:
             self.close()
@@ -223,13 +223,14 @@ class Trainer:
         self.run.check_space(self.disk_bytes() - stored_bytes(self.store))
 
     def close(self) -> None:
-        """End loader processes and delete the DDP module. :meth:`fit` ends with it."""
+        """End loader processes and drop the DDP module, so that the process group can be destroyed. :meth:`fit` ends
+        with it."""
         self.loader.close()
         if self.feature_pass is not None:
             self.feature_pass.loader.close()
         self.model = self.method
 
-    def _save_facts(self) -> None:
+    def _record_start(self) -> None:
         save_json(self.run.config, to_dict(self.config))
         facts = {"device": str(self.device), "precision": str(self.dtype), "processes": distributed.world_size()}
         self.run.add_versions({**versions(), **facts})
@@ -243,13 +244,13 @@ class Trainer:
         )
         self.method.train()
         try:
-            with Interrupts() as interrupts:
-                stop = self._watched(self.recorder, interrupts)
+            with GracefulShutdown() as shutdown:
+                stop = self._train_or_stop(self.recorder, shutdown)
                 if stop is not None and self.step < self.total_steps:
                     path = self._save(must=True)
                     raise RunInterruptedError(
                         f"stopped by {stop.name} after step {self.step}/{self.total_steps}, "
-                        f"saved {path}; the same command resumes it"
+                        f"saved {path}; the same command resumes from there"
                     )
             checkpoint = self._finish(first_step)
         finally:
@@ -265,50 +266,48 @@ class Trainer:
             bad_images=self._list_bad_images(),
         )
 
-    def _watched(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+    def _train_or_stop(self, recorder: Recorder, shutdown: GracefulShutdown) -> Signals | None:
         try:
-            return self._train(recorder, interrupts)
+            return self._train(recorder, shutdown)
         except RuntimeError:
-            # A signal to the whole process group ends loader workers too; the step did not begin.
-            if distributed.world_size() == 1 and interrupts.requested and recorder.timer.is_waiting:
-                return interrupts.requested
+            # A signal to the whole process group also kills loader workers, and the loader raises; no step had begun.
+            if distributed.world_size() == 1 and shutdown.requested and recorder.timer.is_waiting:
+                return shutdown.requested
             raise
 
-    def _train(self, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
-        """Steps to the end, or to the signal that it returns."""
-        stop = self._stop_signal(interrupts)
+    def _train(self, recorder: Recorder, shutdown: GracefulShutdown) -> Signals | None:
+        """Train to the end, or until a signal, which is returned."""
+        stop = self._stop_signal(shutdown)
         while self.step < self.total_steps and stop is None:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             if done == 0:
-                stop = self._start_epoch(epoch, recorder, interrupts)
+                stop = self._start_epoch(epoch, recorder, shutdown)
                 if stop is not None:
                     break
             batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
             for _ in range(done, self.steps_per_epoch):
                 self._set_learning_rate()
-                self.nonfinite.begin()
+                self.nonfinite.snapshot()
                 self.train_step(batches)
-                self.nonfinite.end()
+                self.nonfinite.restore()
                 self._after_step()
-                stop = self._stop_signal(interrupts)
+                stop = self._stop_signal(shutdown)
                 if stop is not None:
                     break
         return stop
 
-    def _start_epoch(self, epoch: int, recorder: Recorder, interrupts: Interrupts) -> Signals | None:
+    def _start_epoch(self, epoch: int, recorder: Recorder, shutdown: GracefulShutdown) -> Signals | None:
         if self.feature_pass is not None:
-            stop = self.feature_pass.run(
-                epoch, watch=recorder.timer.waiting, stop=lambda: self._stop_signal(interrupts)
-            )
+            stop = self.feature_pass.run(epoch, watch=recorder.timer.waiting, stop=lambda: self._stop_signal(shutdown))
             if stop is not None:
                 return stop
         self.method.start_epoch(epoch)
         return None
 
     @staticmethod
-    def _stop_signal(interrupts: Interrupts) -> Signals | None:
+    def _stop_signal(shutdown: GracefulShutdown) -> Signals | None:
         """The signal that any rank has received: all ranks stop after the same step."""
-        own = torch.tensor(int(interrupts.requested or 0))  # on the host: waits for no device
+        own = torch.tensor(int(shutdown.requested or 0))  # on the host: waits for no device
         number = int(distributed.max_over_ranks(own))
         return Signals(number) if number else None
 
@@ -319,7 +318,7 @@ class Trainer:
     def _finish(self, first_step: int) -> Path:
         if first_step < self.total_steps:
             return self._save(must=True)
-        # The run was already complete: its last record and checkpoint are the result.
+        # The run was already complete: nothing to write, its last record and checkpoint are the result.
         records = read_log(self.run.log)
         assert self.recorder is not None
         self.recorder.last = records[-1] if records else {}
@@ -344,28 +343,16 @@ class Trainer:
         """Means of the current interval; waits for the device.
 
         Raises:
-            NonFiniteLossError: a loss of the interval was not finite, or too many consecutive steps were skipped.
+            NonFiniteLossError: a loss of the interval was not finite, or too many steps in a row were skipped.
         """
         means, bad_step = self.means.read()
-        skipped, too_many = self.nonfinite.read()
-        if bad_step is not None or too_many:
-            last = self._last_checkpoint()
-            good = "no checkpoint was saved before it" if last is None else f"the last good checkpoint is {last}"
-            what = f"the loss of step {(bad_step or 0) + 1} is not finite"
-            if too_many:
-                what = f"more than nonfinite_limit={self.config.nonfinite_limit} steps in a row, up to step {self.step}"
-                what += ", had a loss or gradient that is not finite"
-            paths = None if self.manifest is None else self.manifest.paths
-            raise NonFiniteLossError(
-                f"{what}{describe_samples(self.nonfinite.sample_ids(), paths)}; {good}; "
-                "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
-            )
+        paths = None if self.manifest is None else self.manifest.paths
+        skipped = self.nonfinite.check(bad_step, step=self.step, paths=paths, last_checkpoint=self._last_checkpoint)
         return {**means, "skipped_steps": skipped} if self.nonfinite.skip else means
 
     def _save(self, *, must: bool = False) -> Path:
-        """Write a checkpoint and delete old ones. A failed write ends the run only with ``must``."""
-        # Reading the means keeps steps with a non-finite loss out of every checkpoint.
-        self._read_means()
+        """Write a checkpoint and delete old ones. A failed write ends the run only if the checkpoint ``must`` exist."""
+        self._read_means()  # raises where a loss was not finite, so that no checkpoint holds such a step
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         self._list_bad_images()
         if self.recorder is not None:
@@ -387,7 +374,9 @@ class Trainer:
             line = f"{error}; {'there is none before it' if last is None else f'the last good one is {last.name}'}"
             if must:
                 raise CheckpointWriteError(line) from None
-            self.report(f"{line}; training goes on, the next one is due in {self.config.checkpoint_every_steps} steps")
+            self.report(
+                f"{line}; training continues, the next one is due in {self.config.checkpoint_every_steps} steps"
+            )
         else:
             prune(self.store, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps)
         return self.store.path(self.step)
@@ -430,8 +419,8 @@ class Trainer:
         return self.method.full_state_bytes() + sum(tensor.nbytes for tensor in state)
 
     def disk_bytes(self) -> int:
-        """Most disk space that the checkpoints of the whole run take at once."""
+        """Largest disk space that the checkpoints of the whole run occupy at a time."""
         config = self.config
         kept = min(config.keep_checkpoints, math.ceil(self.total_steps / config.checkpoint_every_steps)) + 1
-        for_good = self.total_steps // config.keep_every_steps if config.keep_every_steps else 0
-        return (kept + for_good) * self.checkpoint_bytes()
+        permanent = self.total_steps // config.keep_every_steps if config.keep_every_steps else 0
+        return (kept + permanent) * self.checkpoint_bytes()

@@ -1,4 +1,4 @@
-"""torchrun's agent starts all ranks again after one was killed, and the run goes on from its newest good checkpoint."""
+"""torchrun's agent restarts all ranks after one was killed, and the run resumes from its newest good checkpoint."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ ROWS = 17
 
 
 def rank(output: str, pids: str, pause: float) -> None:
-    """One rank of a run of 24 steps with a checkpoint after every fourth; writes down who it is."""
+    """One rank of a run of 24 steps with a checkpoint after every fourth; writes its pid to a file."""
     torch.set_num_threads(1)
     rundir.git_state = lambda _folder: None
     (Path(pids) / os.environ["RANK"]).write_text(str(os.getpid()))
@@ -72,7 +72,7 @@ def log_values(output: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_rank_restarts_all_and_the_run_ends_bit_equal(tmp_path: Path) -> None:
-    """First the rank that does not write is killed, then the one that holds the directory."""
+    """First rank 1 is killed, which does not write, then rank 0, which holds the lock of the directory."""
     launch(tmp_path / "whole", tmp_path / "whole-pids", 0.0)
     killed, pids = tmp_path / "killed", tmp_path / "pids"
     killer = threading.Thread(target=kill_in_step, args=(killed, pids, [1, 0]), daemon=True)

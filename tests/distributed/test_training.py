@@ -125,13 +125,13 @@ def assert_near(a: Tensor, b: Tensor, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``trained(ranks, **arguments)``: the directory of an undisturbed run, which tests share and leave as it is."""
+    """``trained(ranks, **arguments)``: the directory of an uninterrupted run, which tests share and must not change."""
     outputs: dict[str, Path] = {}
 
     def get(ranks: int, **arguments: Any) -> Path:
         key = repr((ranks, arguments))
         if key not in outputs:
-            outputs[key] = tmp_path_factory.mktemp("undisturbed")
+            outputs[key] = tmp_path_factory.mktemp("uninterrupted")
             run(train, ranks, data, outputs[key], arguments, 0.0)
         return outputs[key]
 
@@ -165,11 +165,11 @@ def exchange(rank: int, ranks: int, port: int) -> None:
     destroy_process_group()
 
 
-def test_exchanges() -> None:
+def test_collectives() -> None:
     run(exchange, 3)
 
 
-def test_one_process_exchanges_nothing() -> None:
+def test_collectives_in_one_process() -> None:
     x = torch.arange(3.0)
     assert gather_rows(x) is x
     assert mean_over_ranks(x) is x
@@ -190,7 +190,7 @@ def test_two_processes_train_as_one(trained: Callable[..., Path], loss: str, neg
 
 
 def test_two_processes_with_micro_batches_train_as_one_without(trained: Callable[..., Path]) -> None:
-    """Gradients are exchanged once per step, in the backward of the last micro-batch."""
+    """Gradients are averaged once per step, in the backward of the last micro-batch."""
     outputs = [trained(1, **PLAIN), trained(2, accumulate_steps=2)]
     assert losses(outputs[0]) == pytest.approx(losses(outputs[1]), rel=1e-5)
     one, two = map(final, outputs)
@@ -212,7 +212,7 @@ def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path, train
 
 
 def fail(rank: int, ranks: int, port: int, data: Path, output: Path, who: int, when: str) -> None:
-    """One rank of a run in which rank ``who`` cannot go on; as the command, it leaves the group then."""
+    """One rank of a run in which rank ``who`` fails; it then destroys the group, as the command does."""
     enter(rank, ranks, port)
     sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
     try:

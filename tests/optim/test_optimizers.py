@@ -87,7 +87,7 @@ def test_adamw_matches_the_paper() -> None:
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-12, atol=1e-14)
 
 
-def test_adamw_state_that_exists_from_the_start_changes_nothing() -> None:
+def test_preallocated_adamw_state_changes_nothing() -> None:
     torch.manual_seed(0)
     net = network().double()
     plain = copy.deepcopy(net)
@@ -156,8 +156,8 @@ def test_lars_where_norms_are_zero() -> None:
         optimizer.step(lambda: 0.0)
 
 
-def test_lars_takes_its_rate_from_a_tensor() -> None:
-    """The address stays, which is what a captured graph needs."""
+def test_lars_accepts_a_tensor_as_rate() -> None:
+    """Its address does not change, as a captured graph requires."""
     (net, optimizer), (other, plain) = lars_pair(torch.tensor(0.5, dtype=torch.float64)), lars_pair(0.5)
     rate = optimizer.param_groups[0]["lr"]
     for step, lr in enumerate((0.5, 0.125)):
@@ -195,15 +195,15 @@ def test_state_is_allocated_before_the_first_step_and_keeps_its_place(name: str)
     optimizer = build_optimizer(net, OptimConfig(name=name), lr=0.03)  # type: ignore[arg-type]
     assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.03]
 
-    def places() -> list[int]:
+    def addresses() -> list[int]:
         return [v.data_ptr() for values in optimizer.state.values() for v in values.values() if v is not None]
 
-    before = places()
+    before = addresses()
     assert len(before) >= len(list(net.parameters()))
     for number in range(2):
         gradients(net, number)
         optimizer.step()
-    assert places() == before
+    assert addresses() == before
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -228,7 +228,7 @@ def test_resumed_optimizer_continues_bit_equal(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
-def test_momentum_that_exists_from_the_start_changes_nothing() -> None:
+def test_preallocated_momentum_changes_nothing() -> None:
     torch.manual_seed(0)
     net = network().double()
     plain = copy.deepcopy(net)
@@ -241,8 +241,8 @@ def test_momentum_that_exists_from_the_start_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
 
 
-def test_kernels_are_the_devices_own_after_loading() -> None:
-    """A checkpoint of a CUDA run says fused; the CPU goes on with foreach."""
+def test_loading_keeps_the_kernels_of_the_device() -> None:
+    """A checkpoint of a CUDA run says fused; the CPU continues with foreach."""
     optimizer = build_optimizer(network(), OptimConfig(), lr=0.03)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:

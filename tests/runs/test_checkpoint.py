@@ -99,7 +99,7 @@ def spoil_sum(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, lose_sum, spoil_sum])
-def test_a_damaged_newest_one_is_named_and_the_one_before_used(tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path: Path, damage: Any) -> None:
     save_checkpoint(tmp_path, state(1), 1)
     damage(save_checkpoint(tmp_path, state(2), 2))
     lines: list[str] = []
@@ -128,7 +128,7 @@ def test_default_report_is_standard_error(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("sslfast: checkpoint ")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_checkpoints(tmp_path: Path) -> None:
     assert load_latest(tmp_path) is None
     assert load_latest(tmp_path / "none") is None
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -146,7 +146,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, {"other": 1}, 1)
     with pytest.raises(CorruptCheckpointError, match="no step in it"):
         load_checkpoint(path)
@@ -170,7 +170,7 @@ def test_order_is_by_number(tmp_path: Path) -> None:
     assert [load_checkpoint(p)["step"] for p in list_checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 
-def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
+def test_clean_deletes_leftovers_only(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state(1), 1)
     (tmp_path / ".step_00000002.pt.tmp").write_bytes(b"half")
     (tmp_path / "step_00000002.pt.sha256").write_text("0  step_00000002.pt\n")
@@ -179,7 +179,7 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt", "step_00000001.pt", "step_00000001.pt.sha256"]
 
 
-def test_newer_ones_are_set_aside(tmp_path: Path) -> None:
+def test_newer_checkpoints_are_set_aside(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, state(step), step)
     assert [p.name for p in set_aside_newer(HashedFileStore(tmp_path), 1)] == [
@@ -190,7 +190,7 @@ def test_newer_ones_are_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "step_00000003.pt.superseded").exists()
 
 
-def write_for_ever(directory: str, done: Any) -> None:
+def write_forever(directory: str, done: Any) -> None:
     """A child that does nothing but write 8 MB checkpoints."""
     torch.set_num_threads(1)
     block = torch.arange(1_000_000)
@@ -200,12 +200,12 @@ def write_for_ever(directory: str, done: Any) -> None:
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """SIGKILL at random moments: every checkpoint that was said to be saved is there, whole."""
+    """SIGKILL at random moments: every checkpoint reported as saved exists and is complete."""
     rng = random.Random(0)
     server = fork_server()
     for trial in range(5):
         directory, done = tmp_path / str(trial), server.RawValue("q", 0)
-        child = server.Process(target=write_for_ever, args=(str(directory), done))
+        child = server.Process(target=write_forever, args=(str(directory), done))
         child.start()
         while child.is_alive() and not done.value:
             time.sleep(0.001)

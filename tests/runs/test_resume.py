@@ -1,7 +1,7 @@
-"""A run killed with SIGKILL and started again ends bit-equal to one that was never disturbed.
+"""A run killed with SIGKILL and resumed ends bit-equal to an uninterrupted one.
 
 The children come from a fork server that has imported torch once: real processes, killed by the kernel, that start
-in a fraction of a second. Each computes with one thread, so that the order of every sum is fixed.
+in a fraction of a second. Each computes with one thread, which fixes the order of every sum.
 """
 
 import multiprocessing
@@ -92,7 +92,7 @@ def train(output: str, moment: str | None) -> None:
 
 
 def command_line(data: str, output: str) -> None:
-    """``sslfast pretrain`` with everything real: PIRL with jigsaw on a narrow ResNet-18, images from files, a loader
+    """``sslfast pretrain`` with nothing replaced: PIRL with jigsaw on a narrow ResNet-18, images from files, a loader
     process.
 
     Crops of 16 and 24 px; 8 steps of 4 images with a checkpoint after 3 and 6.
@@ -120,7 +120,7 @@ def command_line(data: str, output: str) -> None:
 
 
 def train_slowly(output: str) -> None:
-    """A child that is hit at a random time: steps of 5 ms, a checkpoint after each."""
+    """A child that is interrupted at a random time: steps of 5 ms, a checkpoint after each."""
     torch.set_num_threads(1)
     after_step = Tiny.after_step
 
@@ -196,11 +196,11 @@ def train_long(output: str, pause: float, checkpoint_every_steps: int) -> None:
 
 
 def test_killed_fifty_times_at_random_moments(server: ForkServerContext, tmp_path: Path) -> None:
-    """After the first checkpoint of a life anything may be under way: a step, writing a checkpoint or the log, deleting
-    old checkpoints. Every life gets a little further, and none long enough to end the run."""
+    """After the first checkpoint of a start anything may be in progress: a step, a checkpoint or log being written, old
+    checkpoints being deleted. Every start gets a little further, and none runs long enough to finish."""
     output, whole = tmp_path / "killed", tmp_path / "whole"
-    undisturbed = start(server, train_long, whole, 0.0, 100, wait=False)
-    rng, cut_short = random.Random(0), 0
+    uninterrupted = start(server, train_long, whole, 0.0, 100, wait=False)
+    rng, partial = random.Random(0), 0
     for number in range(KILLS):
         known = {path.name for path in list_checkpoints(output / "checkpoints")}
         child = start(server, train_long, output, 0.01, 1, wait=False)
@@ -213,11 +213,11 @@ def test_killed_fifty_times_at_random_moments(server: ForkServerContext, tmp_pat
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        cut_short += any((output / "checkpoints").glob(".step_*.tmp"))
-    assert cut_short >= 1  # some died while they wrote a checkpoint
+        partial += any((output / "checkpoints").glob(".step_*.tmp"))
+    assert partial >= 1  # some died while they wrote a checkpoint
     assert KILLS <= checkpoint_step(list_checkpoints(output / "checkpoints")[-1]) < 240
     assert start(server, train_long, output, 0.0, 100).exitcode == 0
-    undisturbed.join()
+    uninterrupted.join()
     states = [load_checkpoint(checkpoint_path(path / "checkpoints", 240)) for path in (output, whole)]
     # Another checkpoint interval is in the saved configuration, and nowhere else.
     assert same(states[0] | {"config": None}, states[1] | {"config": None})
@@ -238,9 +238,9 @@ def test_terminated_child_leaves_a_checkpoint_at_its_step(
 
 
 def test_command_line_killed_terminated_and_resumed(server: ForkServerContext, tmp_path: Path) -> None:
-    data, undisturbed, output = tmp_path / "data", tmp_path / "undisturbed", tmp_path / "output"
+    data, uninterrupted, output = tmp_path / "data", tmp_path / "uninterrupted", tmp_path / "output"
     write_images(data, 18)
-    assert start(server, command_line, data, undisturbed).exitcode == 0
+    assert start(server, command_line, data, uninterrupted).exitcode == 0
 
     child = start(server, command_line, data, output, wait=False)
     wait_for(child, output, count=1)
@@ -255,15 +255,15 @@ def test_command_line_killed_terminated_and_resumed(server: ForkServerContext, t
     assert child.exitcode == 75
     assert start(server, command_line, data, output).exitcode == 0
 
-    states = [load_checkpoint(checkpoint_path(path / "checkpoints", 8)) for path in (output, undisturbed)]
+    states = [load_checkpoint(checkpoint_path(path / "checkpoints", 8)) for path in (output, uninterrupted)]
     assert {"trunk.conv1.weight", "bank.vectors", "z"} <= states[0]["method"].keys()
     assert same(states[0], states[1])
-    assert log_values(output) == log_values(undisturbed)
+    assert log_values(output) == log_values(uninterrupted)
     assert [record["step"] for record in log_values(output)] == [2, 4, 6, 8]
 
 
 def load_and_hang(data: str, method: str, pids: str) -> None:
-    """A child in the middle of an epoch, with a loader process whose number it writes down."""
+    """A child in the middle of an epoch, with a loader process whose pid it writes down."""
     multiprocessing.set_start_method(method, force=True)
     loader = PillowLoader(Manifest.scan(data), Tiny.Config().views(), batch_size=4, seed=0, workers=1)
     next(loader.epoch(0))
@@ -289,7 +289,7 @@ def test_loader_processes_end_with_a_killed_run(method: str, server: ForkServerC
 
 
 def is_running(pid: int) -> bool:
-    """A process that is there and no zombie."""
+    """Whether the process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

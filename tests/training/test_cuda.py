@@ -1,8 +1,8 @@
-"""Training as a GPU sees it: no step waits for the device, and what comes out is what comes out on a CPU.
+"""Training on a GPU: no step waits for the device, and results are those of a CPU.
 
 Tests with ``device`` run on every device of the machine; on CUDA torch forbids the host to wait during a step. On any
-machine a step is also traced with tensors that hold nothing and claim to be on a GPU: reading one, or copying between
-host and device, shows there.
+machine a step is also traced with fake tensors that claim to be on a GPU, which detects reads and copies between host
+and device.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ METHOD_CHANGES: dict[str, dict[str, Any]] = {
     "sela-small": {"clusters": 4},
 }
 STEPS = 12
-"""Batches that are rendered ahead."""
+"""Batches that are prefetched."""
 SMALL = sorted(name for name in RECIPES if name.endswith("-small") and name not in ("moco-v1-small", "npid-small"))
 MORE = {
     "pirl-shared": {"negatives": "shared"},
@@ -50,7 +50,7 @@ MORE = {
 
 @pytest.fixture(autouse=True)
 def without_faiss() -> Iterator[None]:
-    """DeepCluster asks for it when it is made; steps do not use it."""
+    """DeepCluster imports it when it is built; steps do not use it."""
     with patch("sslfast.methods.deepcluster.import_faiss"):
         yield
 
@@ -101,7 +101,7 @@ def trace_step(name: str) -> list[str]:
     stage = ViewStage(views, seed=config.seed)
     with FakeTensorMode(), HostCopies() as copies:
         claim_cuda(method)
-        method._z_is_set = True  # PIRL asks the device for it in the first two steps
+        method._z_is_set = True  # PIRL reads it from the device in the first two steps
         rows = torch.empty(BATCH, dtype=torch.int64, device="cuda")
         crops = {
             name: torch.empty(BATCH, 3, view.crop.size, view.crop.size, dtype=torch.uint8, device="cuda")
@@ -119,7 +119,7 @@ def test_a_step_copies_nothing_between_host_and_device(name: str) -> None:
     assert trace_step(name) == []
 
 
-def test_tracing_sees_what_would_wait() -> None:
+def test_tracing_detects_host_syncs() -> None:
     with FakeTensorMode(), HostCopies() as copies:
         x = torch.ones(3, device="cuda")
         torch.tensor([1.0, 2.0], device="cuda")
@@ -170,11 +170,11 @@ def test_steps_wait_for_nothing(device: torch.device, name: str, changes: dict[s
 
     def step() -> None:
         trainer._set_learning_rate()
-        trainer.nonfinite.begin()
+        trainer.nonfinite.snapshot()
         trainer.train_step(batches)
-        trainer.nonfinite.end()
+        trainer.nonfinite.restore()
 
-    for _ in range(2):  # page-locked memory, cuDNN's plans; PIRL asks twice whether Z is known
+    for _ in range(2):  # pinned memory, cuDNN's plans; PIRL reads from the device twice whether Z is known
         step()
     with no_waiting(device):
         step()
@@ -185,8 +185,8 @@ def test_steps_wait_for_nothing(device: torch.device, name: str, changes: dict[s
     trainer.close()
 
 
-def test_views_rendered_ahead_are_the_same(device: torch.device) -> None:
-    """The side stream renders while the current one is busy; memory of a batch is not given away before it was read."""
+def test_prefetched_views_are_the_same(device: torch.device) -> None:
+    """The side stream renders while the current one is busy; memory of a batch is not reused before it was read."""
     config = small("pirl-small")
     views = config.method.views()
 
@@ -201,10 +201,10 @@ def test_views_rendered_ahead_are_the_same(device: torch.device) -> None:
     load = torch.ones(1024 if device.type == "cuda" else 8, 1024 if device.type == "cuda" else 8, device=device)
     sums = []
     for _ in range(STEPS * 2):
-        rows, rendered = samples.take(ahead)
-        load = load @ load / len(load)  # what the views have to wait behind
-        sums.append([rows.sum(), *(view.pixels.double().sum() for view in rendered.values())])
-        del rows, rendered
+        sample_ids, rendered = samples.take(ahead)
+        load = load @ load / len(load)  # work that the views are queued behind
+        sums.append([sample_ids.sum(), *(view.pixels.double().sum() for view in rendered.values())])
+        del sample_ids, rendered
         samples.ahead(ahead)
     expected = []
     for batch in batches():
@@ -247,31 +247,31 @@ def test_twenty_one_steps_of_pirl_are_those_of_the_cpu(device: torch.device, tmp
 
 
 @pytest.mark.parametrize("to_device", [True, False])
-def test_a_run_goes_on_on_another_device(device: torch.device, to_device: bool, tmp_path: Path) -> None:
+def test_a_run_resumes_on_another_device(device: torch.device, to_device: bool, tmp_path: Path) -> None:
     first, second = (pirl("cpu"), pirl(device)) if to_device else (pirl(device), pirl("cpu"))
     with exact_products():
         train(pirl("cpu"), tmp_path / "whole")
         train(first, tmp_path / "moved", stop_after=5)
         trainer = train(second, tmp_path / "moved")
     assert_same_training(tmp_path / "moved", tmp_path / "whole")
-    assert_momentum_lies_as_its_parameter(trainer.optimizer)
+    assert_momentum_has_its_parameters_layout(trainer.optimizer)
 
 
-def assert_momentum_lies_as_its_parameter(optimizer: torch.optim.Optimizer) -> None:
+def assert_momentum_has_its_parameters_layout(optimizer: torch.optim.Optimizer) -> None:
     for parameter, values in optimizer.state.items():
         assert values["momentum_buffer"].stride() == parameter.stride()
         assert values["momentum_buffer"].device == parameter.device
 
 
 def test_momentum_of_another_memory_format(device: torch.device) -> None:
-    """The fused optimizer wants momentum laid out as its parameter; a checkpoint has it as where it was written."""
+    """The fused optimizer requires the memory format of the parameter; a checkpoint has that of its device."""
     first, second = (torch.nn.Conv2d(3, 4, 3) for _ in range(2))
     second = second.to(device).to(memory_format=torch.channels_last)
     optimizers = [build_optimizer(net, OptimConfig(), lr=0.03) for net in (first, second)]
     first(torch.ones(2, 3, 5, 5)).square().mean().backward()
     optimizers[0].step()
     load_optimizer(optimizers[1], optimizers[0].state_dict())
-    assert_momentum_lies_as_its_parameter(optimizers[1])
+    assert_momentum_has_its_parameters_layout(optimizers[1])
     for old, new in zip(first.parameters(), second.parameters(), strict=True):
         momenta = [optimizer.state[p]["momentum_buffer"] for optimizer, p in zip(optimizers, (old, new), strict=True)]
         assert torch.equal(momenta[0], momenta[1].cpu())
@@ -281,7 +281,7 @@ def test_momentum_of_another_memory_format(device: torch.device) -> None:
 
 
 def test_means_own_their_memory(device: torch.device) -> None:
-    """A captured graph writes every step's values, such as Z in float64, to one place."""
+    """A captured graph writes the values of every step, such as Z in float64, to the same memory."""
     means = FiniteMeans(device, leave_out=False)
     value, step = (torch.zeros((), dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
     for number in (1.0, 3.0):
@@ -290,7 +290,7 @@ def test_means_own_their_memory(device: torch.device) -> None:
     assert means.read() == ({"loss": 2.0}, None)
 
 
-def test_captured_steps_are_those_that_are_not(device: torch.device, tmp_path: Path) -> None:
+def test_captured_steps_equal_eager_ones(device: torch.device, tmp_path: Path) -> None:
     """On CUDA by CUDA graphs; compiling for a CPU is tested elsewhere."""
     config = replace(pirl(device), epochs=2)
     captured = replace(config, compile="reduce-overhead") if device.type == "cuda" else config

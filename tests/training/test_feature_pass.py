@@ -31,7 +31,7 @@ def trainer_of(config: TrainConfig, output: Path) -> Trainer:
         return Trainer(config, ROWS, output, report=lambda _line: None)
 
 
-def test_a_pass_shows_the_samples_of_its_epoch(tmp_path: Path) -> None:
+def test_a_pass_collects_the_samples_of_its_epoch(tmp_path: Path) -> None:
     trainer = trainer_of(config(every_epochs=2), tmp_path)
     assert trainer.feature_pass is not None
     method, seen = trainer.method.train(), []
@@ -58,7 +58,7 @@ def test_a_pass_shows_the_samples_of_its_epoch(tmp_path: Path) -> None:
         trainer.feature_pass.run(2)
 
 
-def test_methods_without_one_have_no_second_loader(tmp_path: Path) -> None:
+def test_methods_without_a_feature_pass_have_no_second_loader(tmp_path: Path) -> None:
     assert Trainer(TinyConfig(), ROWS, tmp_path, report=lambda _line: None).feature_pass is None
     assert not Method().needs_feature_pass(0)
     with pytest.raises(RuntimeError, match="Method has no feature pass"):
@@ -66,7 +66,7 @@ def test_methods_without_one_have_no_second_loader(tmp_path: Path) -> None:
 
 
 def test_features_depend_on_their_image_alone(tmp_path: Path) -> None:
-    """Not on the batch, the time of the visit or the augmentation: another order of the rows gives the same ones."""
+    """Not on the batch, its position in the epoch or augmentation: another order gives the same features."""
     trainer = trainer_of(config("sela"), tmp_path)
     assert trainer.feature_pass is not None
     features = []
@@ -80,7 +80,7 @@ def test_features_depend_on_their_image_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["deepcluster", "sela"])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_stopped_pass_is_made_again(tmp_path: Path, name: str, epoch: int) -> None:
+def test_an_interrupted_pass_is_repeated(tmp_path: Path, name: str, epoch: int) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(config(name), whole)
     trainer = trainer_of(config(name), cut)
@@ -102,8 +102,8 @@ def test_a_stopped_pass_is_made_again(tmp_path: Path, name: str, epoch: int) -> 
     assert losses(cut) == losses(whole)
 
 
-def test_a_signal_that_ends_the_loader_in_a_pass_is_a_stop(tmp_path: Path) -> None:
-    """Workers get the signals of the whole process group: the loader fails while the pass waits for it."""
+def test_a_signal_that_kills_the_loader_in_a_pass_stops_the_run(tmp_path: Path) -> None:
+    """Loader workers receive signals of the whole process group: the loader fails while the pass waits for it."""
     trainer = trainer_of(config(), tmp_path)
     assert trainer.feature_pass is not None
 
@@ -120,5 +120,5 @@ def test_a_signal_that_ends_the_loader_in_a_pass_is_a_stop(tmp_path: Path) -> No
 def test_summary_counts_the_passes(tmp_path: Path) -> None:
     trainer = trainer_of(replace(config(every_epochs=3), epochs=9), tmp_path)
     assert dict(summary(trainer))["steps"] == (
-        "9 epochs x 3 steps of 8 = 27 steps, a feature pass (forward only) before 3 of the epochs"
+        "9 epochs x 3 steps of 8 = 27 steps, with a feature pass over the data before 3 of the epochs"
     )

@@ -1,4 +1,4 @@
-"""Accuracy of the bank while training: its value, where it stands in the log, resumes, what is refused."""
+"""kNN accuracy of the bank during training: its value, its place in the log, resume, and what is refused."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def test_the_accuracy_of_the_bank_is_in_the_record_of_the_epoch(data: Path, tmp_
     assert result.metrics["knn_top1"] == records[36]["knn_top1"]
 
 
-def test_it_changes_no_step_and_a_resume_logs_the_same(data: Path, tmp_path: Path) -> None:
+def test_training_is_unchanged_and_a_resumed_run_logs_the_same(data: Path, tmp_path: Path) -> None:
     trainer(data, tmp_path / "whole").fit()
     trainer(data, tmp_path / "without", TinyConfig(log_every_steps=5, checkpoint_every_steps=12)).fit()
     stopped = trainer(data, tmp_path / "stopped")
@@ -94,7 +94,7 @@ def test_embeddings_are_rows_of_all_images(recipe: str) -> None:
     assert len(embeddings) == ROWS
 
 
-def test_what_has_no_labels_or_no_bank_is_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
+def test_images_without_enough_labels_are_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
     config = TinyConfig(knn_every_epochs=1)
     with pytest.raises(ValueError, match=r"knn_every_epochs=1 needs more than 20 labelled images .* 0 of 0; put each"):
         trainer(30, tmp_path / "run", config)
@@ -119,7 +119,7 @@ def test_a_method_without_a_bank_is_refused(data: Path, tmp_path: Path, monkeypa
         trainer(data, tmp_path, TinyConfig(knn_every_epochs=1))
 
 
-def test_it_is_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_accuracy_is_shown_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     record = {"step": 5, "epoch": 1.0, "lr": 0.1, "loss": 2.0, "knn_top1": 0.4321}
     clock = {"samples_per_second": 10.0, "loader_wait_share": 0.0}
     Progress("plain", total_steps=10, first_step=0, batch_size=10).write({**record, "time": clock})

@@ -1,4 +1,4 @@
-"""What a step can be besides the plain one: in parts, undone, compiled, rendered ahead; what is checked before it."""
+"""Variants of a step: micro-batches, rollback, torch.compile, prefetching; checks before a run; rendezvous."""
 
 import errno
 import os
@@ -98,12 +98,12 @@ def test_runs_of_micro_batches_resume_bit_equal(tmp_path: Path) -> None:
         ({"nonfinite_limit": 0}, "nonfinite_limit must be at least 1"),
     ],
 )
-def test_what_cannot_be_is_said_first(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_rejected_first(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **values)
 
 
-def test_an_error_names_the_samples(tmp_path: Path) -> None:
+def test_the_error_of_a_nan_names_the_samples(tmp_path: Path) -> None:
     write_images(tmp_path / "data", 17)
     trainer = Trainer(TinyConfig(method=Tiny.Config(bad_step=6)), tmp_path / "data", tmp_path / "run", report=print)
     rows = trainer.loader.plan.share(trainer.loader.plan.order(1), 2)
@@ -123,9 +123,9 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, parts: int) -> None:
     batches, states, named = trainer.loader.epoch(0), [], []
     for _ in range(4):
         states.append(state(trainer))
-        trainer.nonfinite.begin()
+        trainer.nonfinite.snapshot()
         trainer.train_step(batches)
-        trainer.nonfinite.end()
+        trainer.nonfinite.restore()
         named.append(trainer.nonfinite.sample_ids())
     states.append(state(trainer))
     assert same(states[2], states[3])
@@ -135,7 +135,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path, parts: int) -> None:
     assert means["skipped_steps"] == 1
     assert 0 < means["loss"] < 10
     skipped = trainer.loader.plan.share(trainer.loader.plan.order(0), 2).tolist()[: 4 // parts]
-    assert named == [[], [], skipped, []]  # a step that was made up for is not blamed for a later one
+    assert named == [[], [], skipped, []]  # a rolled back step is not reported with a later one
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path) -> None:
     assert last["nonfinite"]["counts"].tolist() == [2, 0, 2]
 
 
-def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     trainer = make(tmp_path, on_nonfinite="skip", nonfinite_limit=3)
     trainer.method.head.weight.register_hook(lambda g: g * torch.nan)  # type: ignore[union-attr, operator]
     with pytest.raises(
@@ -193,7 +193,7 @@ def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Monk
         trainer.fit()
     assert len(lines) == 1
     assert "cannot write checkpoint" in lines[0]
-    assert "the last good one is step_00000005.pt; training goes on, the next one is due in 5 steps" in lines[0]
+    assert "the last good one is step_00000005.pt; training continues, the next one is due in 5 steps" in lines[0]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert [name for name in names if name.endswith(".pt")] == ["step_00000015.pt", "step_00000020.pt"]
     assert len(names) == 4
@@ -204,7 +204,7 @@ def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(last[0], last[1])
 
 
-def test_a_disk_too_full_for_the_log_is_one_line_and_the_run_goes_on_later(
+def test_a_disk_too_full_for_the_log_is_one_line_and_the_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(tmp_path / "run")
@@ -238,9 +238,7 @@ def test_a_disk_too_full_for_the_log_is_one_line_and_the_run_goes_on_later(
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
 
 
-def test_a_disk_that_lets_nothing_be_deleted_does_not_hide_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_disk_does_not_hide_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(*_arguments: Any, **_options: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -259,7 +257,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         make(tmp_path).fit()
 
 
-def test_compiled_steps_are_near_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_steps_are_close_to_eager_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph capture of torch.compile without its code generator, which takes minutes."""
     monkeypatch.setattr(
         Tiny, "compile", lambda self, mode: torch.nn.Module.compile(self, backend="aot_eager"), raising=False
@@ -277,7 +275,7 @@ def test_compiled_steps_are_near_and_resume(tmp_path: Path, monkeypatch: pytest.
 
 
 class FakeStream:
-    """What the prefetcher asks of a CUDA stream."""
+    """The part of a CUDA stream that the prefetcher uses."""
 
     def wait_stream(self, other: object) -> None:
         pass
@@ -321,10 +319,10 @@ def test_prefetching_keeps_order_and_errors(tmp_path: Path, ahead: bool, streams
 
     stream = batches()
     for part in range(4):
-        rows, views = prefetcher.take(stream)
+        sample_ids, views = prefetcher.take(stream)
         batch = source[part // 2]
         chosen = slice(2 * (part % 2), 2 * (part % 2) + 2)
-        assert torch.equal(rows, batch.sample_ids[chosen])
+        assert torch.equal(sample_ids, batch.sample_ids[chosen])
         assert torch.equal(views["image"].pixels, trainer.stage(batch)["image"].pixels[chosen])
         prefetcher.ahead(stream)
         prefetcher.ahead(stream)
@@ -333,8 +331,8 @@ def test_prefetching_keeps_order_and_errors(tmp_path: Path, ahead: bool, streams
         prefetcher.take(stream)
     if ahead:
         assert streams == ["side", "main", "kept", "kept", *["side", "main", "kept", "kept"] * 3, "side", "main"]
-    rows, _ = prefetcher.take(iter(source[1:]))  # another iterator begins anew
-    assert torch.equal(rows, source[1].sample_ids[:2])
+    sample_ids, _ = prefetcher.take(iter(source[1:]))  # another iterator starts afresh
+    assert torch.equal(sample_ids, source[1].sample_ids[:2])
 
 
 def test_dry_checks_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +359,7 @@ def test_dry_checks_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         trainer.check()
 
 
-def test_dry_check_finds_what_would_stop_the_start(tmp_path: Path) -> None:
+def test_dry_run_finds_what_would_prevent_the_start(tmp_path: Path) -> None:
     make(tmp_path).fit()
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         make(tmp_path, seed=1).check()
@@ -390,21 +388,21 @@ def test_a_restart_waits_for_the_lock_of_its_predecessor(tmp_path: Path, monkeyp
     directory.check_unlocked()
 
 
-def test_the_living_meet_and_not_the_dead() -> None:
-    """The store still holds what two attempts have left: a complete rendezvous, and one whose leader was lost."""
+def test_rendezvous_leaves_out_stale_ranks() -> None:
+    """The store still holds the keys of two earlier attempts: a complete one, and one that lost its leader."""
     store = HashStore()
 
     def attempt(ranks: list[int], seconds: float) -> dict[int, Any]:
         found: dict[int, Any] = {}
 
-        def come(rank: int) -> None:
+        def take_part(rank: int) -> None:
             time.sleep(0.03 * rank)
             try:
                 found[rank] = rendezvous(store, rank=rank, world_size=3, timeout=timedelta(seconds=seconds))
             except TimeoutError as error:
                 found[rank] = error
 
-        threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
+        threads = [threading.Thread(target=take_part, args=(rank,)) for rank in ranks]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -412,11 +410,11 @@ def test_the_living_meet_and_not_the_dead() -> None:
         return found
 
     first = attempt([0, 1, 2], 20)
-    first[1].set("address", "of the dead")
-    assert first[2].get("address") == b"of the dead"
+    first[1].set("address", "of a stale rank")
+    assert first[2].get("address") == b"of a stale rank"
     lost = attempt([1, 2], 0.3)
     assert all("waited 0:00:00.300000 for the other processes of 3" in str(error) for error in lost.values())
     third = attempt([0, 1, 2], 20)
     assert not third[0].check(["address"])
-    third[0].set("address", "of the living")
-    assert [third[rank].get("address") for rank in range(3)] == [b"of the living"] * 3
+    third[0].set("address", "of this attempt")
+    assert [third[rank].get("address") for rank in range(3)] == [b"of this attempt"] * 3

@@ -31,7 +31,7 @@ from sslfast.training.logging import LoaderTimer, LogContext
 from sslfast.training.metrics import DeviceMeans
 from sslfast.training.nonfinite import NonFiniteLossError
 from sslfast.training.progress import Progress
-from sslfast.training.signals import Interrupts, RunInterruptedError
+from sslfast.training.signals import GracefulShutdown, RunInterruptedError
 from sslfast.training.trainer import Trainer
 from tests.pictures import write_folder
 from tests.tiny import Tiny, TinyConfig, same
@@ -95,7 +95,7 @@ def test_run_directory_and_result(tmp_path: Path) -> None:
     assert from_dict(TinyConfig, load_json(tmp_path / "config.json")) == config
     facts = load_json(tmp_path / "versions.json")["starts"][0]
     assert facts["torch"] == torch.__version__
-    asked = {
+    expected = {
         "sslfast",
         "torch",
         "python",
@@ -108,7 +108,7 @@ def test_run_directory_and_result(tmp_path: Path) -> None:
         "precision",
         "processes",
     }
-    assert set(facts) == asked
+    assert set(facts) == expected
     assert result.step == STEPS
     assert result.checkpoint == checkpoint_path(tmp_path / "checkpoints", STEPS)
     assert result.metrics["loss"] == log_values(tmp_path)[-1]["loss"]
@@ -149,7 +149,7 @@ def test_runs_are_reproducible_and_seeds_differ(whole: Path, tmp_path: Path) -> 
     assert log_values(tmp_path / "other") != log_values(whole)
 
 
-def test_global_generator_is_neither_read_nor_moved(whole: Path, tmp_path: Path) -> None:
+def test_global_generator_is_neither_read_nor_advanced(whole: Path, tmp_path: Path) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
     run(tmp_path)
@@ -193,14 +193,14 @@ def test_second_sigint_stops_at_once(tmp_path: Path, whole: Path) -> None:
     assert equals_whole(tmp_path, whole)
 
 
-def test_signals_outside_the_main_thread_are_left_alone() -> None:
+def test_signal_handlers_stay_outside_the_main_thread() -> None:
     import threading
 
     seen: list[Any] = []
 
     def enter() -> None:
-        with Interrupts() as interrupts:
-            seen.append((interrupts.requested, signal.getsignal(signal.SIGTERM)))
+        with GracefulShutdown() as shutdown:
+            seen.append((shutdown.requested, signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=enter)
@@ -233,7 +233,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path: Pa
     lines: list[str] = []
     run(tmp_path, report=lines.append)
     assert len(lines) == 3
-    assert "step_00000017.pt is damaged or cut short" in lines[0]
+    assert "step_00000017.pt is damaged or truncated" in lines[0]
     assert "trying the one before, step_00000015.pt" in lines[0]
     assert "set aside step_00000017.pt.superseded" in lines[1]
     assert equals_whole(tmp_path, whole)
@@ -246,7 +246,7 @@ def test_no_good_checkpoint_is_an_error(tmp_path: Path) -> None:
         run(tmp_path)
 
 
-def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_run_is_left_unchanged(tmp_path: Path) -> None:
     first = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet).fit()
     written = first.checkpoint.stat().st_mtime_ns
     again = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet).fit()
@@ -288,7 +288,7 @@ def test_resume_from_another_run_directory(tmp_path: Path, whole: Path) -> None:
         run(tmp_path / "c", resume=tmp_path / "nowhere.pt")
 
 
-def test_changed_configuration_is_one_line_with_every_field(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_refused_in_one_line_with_every_field(tmp_path: Path) -> None:
     run(tmp_path)
     changed = TinyConfig(optim=OptimConfig(momentum=0.8), method=Tiny.Config(bank_momentum=0.25), epochs=9)
     with pytest.raises(ValueError, match=r"cannot resume .*step_00000024\.pt") as caught:
@@ -305,7 +305,7 @@ def test_changed_configuration_is_one_line_with_every_field(tmp_path: Path) -> N
     assert from_dict(TinyConfig, load_json(tmp_path / "config.json")) == TinyConfig()
 
 
-def test_a_checkpoint_older_than_a_field_goes_on_with_its_default(tmp_path: Path, whole: Path) -> None:
+def test_a_checkpoint_older_than_a_field_resumes_with_its_default(tmp_path: Path, whole: Path) -> None:
     trainer = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet)
     stop_at(trainer, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(RunInterruptedError):
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", resume=path)
 
 
-def test_harmless_fields_may_change(tmp_path: Path, whole: Path) -> None:
+def test_resumable_fields_may_change(tmp_path: Path, whole: Path) -> None:
     trainer = Trainer(TinyConfig(), ROWS, tmp_path, report=quiet)
     stop_at(trainer, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(RunInterruptedError):
@@ -475,7 +475,7 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
         TinyConfig(**values)
 
 
-def test_what_cannot_start_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_start_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     for config, message in (
         (TinyConfig(device="cuda:99"), "device='cuda:99', but torch sees .* CUDA devices; use device cpu"),
@@ -519,7 +519,7 @@ def test_device_and_precision() -> None:
     assert resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
 
 
-def test_summary_names_what_will_run(tmp_path: Path) -> None:
+def test_summary_describes_the_run(tmp_path: Path) -> None:
     lines = dict(
         summary(Trainer(TinyConfig(recipe="tiny-recipe", device="cpu", precision="fp32"), ROWS, tmp_path / "run"))
     )
@@ -540,7 +540,7 @@ def test_summary_names_the_cells_of_res5(tmp_path: Path) -> None:
         trainer = Trainer(replace(config, loader=LoaderConfig(name="synthetic")), 1024, tmp_path / "run", report=quiet)
         return dict(summary(trainer))["res5"]
 
-    hint = "; 3 x 3 convolutions have one cell there: --model.stem small keeps four times the resolution"
+    hint = "; 3 x 3 convolutions see one cell there: --model.stem small keeps four times the resolution"
     assert line("jigsaw-small", "small") == "2 x 2 of jigsaw patches, 16 px"
     assert line("jigsaw-small", "imagenet") == "1 x 1 of jigsaw patches, 16 px" + hint
     assert line("pirl-small", "imagenet") == "2 x 2 of image, 64 px; 1 x 1 of pretext patches, 16 px" + hint
@@ -550,7 +550,10 @@ def test_summary_names_the_cells_of_res5(tmp_path: Path) -> None:
 
 def test_summary_says_where_val_is_trained_on(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(4)])
-    for data, words in ((folder, f"8 images, those of val too; {folder}/train has"), (folder / "train", "4 images")):
+    for data, words in (
+        (folder, f"8 images, val included; for train alone give {folder}/train"),
+        (folder / "train", "4 images"),
+    ):
         trainer = Trainer(TinyConfig(device="cpu"), data, tmp_path / "run")
         assert words in dict(summary(trainer))["data"]
         trainer.close()
@@ -569,7 +572,7 @@ def test_summary_names_the_warm_up(tmp_path: Path, warmup: float, words: str) ->
     assert dict(summary(Trainer(config, ROWS, tmp_path / "run")))["learning rate"].startswith(words)
 
 
-def test_checkpoint_size_is_foreseen(tmp_path: Path) -> None:
+def test_checkpoint_size_is_predicted(tmp_path: Path) -> None:
     trainer = Trainer(TinyConfig(), 100_000, tmp_path, report=quiet)
     trainer.run.create()
     assert trainer._save().stat().st_size == pytest.approx(trainer.checkpoint_bytes(), rel=0.01)
@@ -584,7 +587,7 @@ def test_means_report_the_first_bad_step() -> None:
     assert values["x"] == 1.5
 
 
-def test_log_is_cut_back_to_the_step(tmp_path: Path) -> None:
+def test_log_is_truncated_to_the_step(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     for last_step, content, kept in (
         (2, b'{"step": 1}\n{"step": 2}\n{"step": 3}\n', 2),
@@ -599,7 +602,7 @@ def test_log_is_cut_back_to_the_step(tmp_path: Path) -> None:
         assert [r["step"] for r in read_log(path)] == [*range(1, kept + 1), 10]
 
 
-def test_waiting_time_is_counted_and_errors_are_known_to_be_the_loaders() -> None:
+def test_waiting_time_is_counted_and_errors_are_attributed_to_the_loader() -> None:
     def batches() -> Any:
         yield 1
         yield 2
@@ -613,7 +616,7 @@ def test_waiting_time_is_counted_and_errors_are_known_to_be_the_loaders() -> Non
         next(stream)
     assert timer.is_waiting
     assert list(timer.waiting(iter(()))) == []
-    assert not timer.is_waiting  # what fails after the last batch is not the loader's
+    assert not timer.is_waiting  # an error after the last batch is not the loader's
     steps, seconds, waited = timer.lap(7)
     assert steps == 2
     assert 0 <= waited <= seconds
@@ -664,7 +667,7 @@ def test_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: pyte
         Trainer(TinyConfig(tensorboard=True), ROWS, tmp_path)
 
 
-def test_tensorboard_hides_what_a_resume_redoes(tmp_path: Path) -> None:
+def test_tensorboard_hides_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from sslfast.training.tensorboard_log import TensorBoardLog
