@@ -54,6 +54,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 
 def _res5(trainer: Trainer) -> str:
     """Spatial size of the trunk's last stage for each view."""
+    if not isinstance(trainer.config.model, ResNetConfig):
+        return f"unknown: {trainer.config.model.factory} is not a ResNet"
     stride = trunk_stride(trainer.config.model)
     sizes, smallest = [], stride
     for name, view in trainer.config.method.views().items():
