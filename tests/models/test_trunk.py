@@ -11,7 +11,7 @@ import sslfast
 from sslfast.cli import main as cli
 from sslfast.config import from_dict, load_json, to_dict
 from sslfast.evaluation.detection.model import check_trunk
-from sslfast.evaluation.knn import evaluate_knn
+from sslfast.evaluation.knn import KnnConfig, evaluate_knn
 from sslfast.methods.autoencoder import Autoencoder
 from sslfast.methods.colorization import Colorization
 from sslfast.methods.cpc import CPC
@@ -129,7 +129,7 @@ def test_the_command_pretrains_it_and_knn_evaluates_it(
 
     trunk = sslfast.load(run)
     assert trunk(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
-    found = evaluate_knn(run, write_data(tmp_path / "data", train=4, val=2), k=(1,), device="cpu")
+    found = evaluate_knn(run, write_data(tmp_path / "data", train=4, val=2), KnnConfig(k=(1,), device="cpu"))
     assert {row["encoder"] for row in found["results"]} == {"trained", "untrained", "raw pixels"}
     with pytest.raises(ValueError, match=rf"a timm file holds a ResNet, got model\.factory={FACTORY}; export as onnx"):
         export_trunk(run, tmp_path / "trunk.pth", format="timm")
