@@ -1,5 +1,6 @@
 """What the benchmarks share: clocks that wait for the device, implementations in turns, quantiles, peak memory."""
 
+import gc
 import platform
 import statistics
 import time
@@ -75,6 +76,7 @@ def peak_extra_bytes(device: torch.device, function: Callable[[], Any]) -> int |
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # garbage that is freed during the call would hide its peak
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
         before = _status_kib("VmRSS")
