@@ -22,7 +22,6 @@ from sslfast.distributed.collectives import (
 )
 from sslfast.distributed.data_parallel import check_replicas, ignore_in_ddp, no_sync, replicate
 from sslfast.distributed.process_group import (
-    ProcessGroup,
     destroy_process_group,
     distributed_device,
     init_process_group,
@@ -31,11 +30,9 @@ from sslfast.distributed.process_group import (
     rank,
     world_size,
 )
-from sslfast.distributed.sync_batchnorm import GlobalBatchNorm, convert_sync_batchnorm, globalize_batchnorm
+from sslfast.distributed.sync_batchnorm import convert_sync_batchnorm
 
 __all__ = [
-    "GlobalBatchNorm",
-    "ProcessGroup",
     "barrier",
     "broadcast_object",
     "check_replicas",
@@ -47,7 +44,6 @@ __all__ = [
     "gather_rows_with_gradient",
     "gather_to_rank0",
     "gather_uneven",
-    "globalize_batchnorm",
     "ignore_in_ddp",
     "init_process_group",
     "is_main",

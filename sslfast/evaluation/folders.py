@@ -1,6 +1,5 @@
 """Labelled data sets in folders: ``data/train/<class>/`` and ``data/val/<class>/``, and subsets of them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,8 +101,3 @@ def random_order(count: int, *, seed: int, step: int) -> Tensor:
     """``[count]`` int64: a permutation by one Philox draw per row."""
     draws = random_uint32(torch.arange(count), 1, seed=seed, stream=Stream.PROBE_SPLIT, step=step)[:, 0]
     return draws.argsort(stable=True)
-
-
-def take_rows(manifest: Manifest, rows: Sequence[int]) -> Manifest:
-    """The manifest of some rows, renumbered from 0, with the same classes."""
-    return manifest.take(rows)

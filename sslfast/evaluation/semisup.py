@@ -22,7 +22,7 @@ from sslfast.distributed import distributed_device, mean_over_ranks, replicate
 from sslfast.evaluation.config import ImageConfig, check_at_least, check_seeds
 from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.folders import drawn_rows, listed_rows, load_manifests, take_rows
+from sslfast.evaluation.folders import drawn_rows, listed_rows, load_manifests
 from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_folder, run_facts, write_result
 from sslfast.evaluation.sgd import SEMISUP, ResumeState, TrainingImages, check_finite, count_hits
 from sslfast.evaluation.table import layer_table
@@ -207,8 +207,8 @@ def evaluate_semisup(
 
 def _subset(train: Manifest, config: SemisupConfig, seed: int) -> Manifest:
     if config.subset is not None:
-        return take_rows(train, listed_rows(train, config.subset))
-    return take_rows(train, drawn_rows(train, config.fraction, seed=seed))
+        return train.take(listed_rows(train, config.subset))
+    return train.take(drawn_rows(train, config.fraction, seed=seed))
 
 
 def render_table(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sslfast.data.manifest import Manifest
-from sslfast.evaluation.folders import drawn_rows, listed_rows, take_rows
+from sslfast.evaluation.folders import drawn_rows, listed_rows
 from tests.pictures import write_folder
 
 
@@ -32,7 +32,7 @@ def test_listed_rows(tmp_path: Path) -> None:
     names.write_text("b_1.jpg\na/a_3.jpg\n\nb_0.jpg\n")
     rows = listed_rows(manifest, names)
     assert [manifest.paths[row] for row in rows] == ["a/a_3.jpg", "b/b_0.jpg", "b/b_1.jpg"]
-    part = take_rows(manifest, rows)
+    part = manifest.take(rows)
     assert (part.paths, part.labels.tolist()) == (["a/a_3.jpg", "b/b_0.jpg", "b/b_1.jpg"], [0, 1, 1])
     assert part.classes == ["a", "b"]
     assert part.path(0).is_file()
