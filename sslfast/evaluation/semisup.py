@@ -135,7 +135,7 @@ def evaluate_semisup(
     part = f"{100 * config.fraction:g}%" if config.subset is None else config.subset.stem
     path = output or evaluation_folder(run) / f"semisup-{part}.json"
     with distributed_device(config.device) as device:
-        train, val = load_manifests(data, on_bad_image=config.on_bad_image)
+        train, val = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
         subsets = {seed: _subset(train, config, seed) for seed in config.seeds}
         loaded = load_run(run)
         encoders = trunk_encoders(loaded, config.encoders)
