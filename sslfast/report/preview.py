@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.data import DEFAULT_DECODING, Manifest, combined, decode_full, open_data, quiet_pillow
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, combined, decode_full, open_data, quiet_pillow
 from sslfast.loaders import BatchDecoder, epoch_order
 from sslfast.views import AugmentConfig, Batch, View, ViewConfig, ViewStage, crop_boxes, crop_draws
 
