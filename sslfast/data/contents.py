@@ -7,7 +7,15 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 
 from sslfast.data.deep import FULL
-from sslfast.data.images import BadImageError, Decoding, OpenImage, decode_pixels, open_image, quiet_pillow
+from sslfast.data.images import (
+    BadImageError,
+    Decoding,
+    OpenImage,
+    decode_pixels,
+    has_transparency,
+    open_image,
+    quiet_pillow,
+)
 from sslfast.data.manifest import Manifest
 from sslfast.data.source import ImageSource
 
@@ -85,7 +93,7 @@ def facts_of(opened: OpenImage) -> Facts:
     kinds = []
     if opened.orientation != 1:
         kinds.append("turned upright by their orientation tag")
-    if image.has_transparency_data or stripped.key is not None:
+    if image.mode in ("La", "RGBa") or has_transparency(image) or stripped.key is not None:
         kinds.append("with transparency, composited on white")
     elif image.mode in ("CMYK", "YCbCr", "HSV"):
         kinds.append(f"in {image.mode}, converted to RGB without a colour profile")

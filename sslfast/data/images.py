@@ -39,6 +39,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import IO, Literal
 
 import numpy as np
@@ -50,7 +51,8 @@ from sslfast.data.exif import exif_orientation
 from sslfast.data.jpeg import JpegScan
 from sslfast.data.stripped import MAX_PIXELS, BadImageError, Stripped, strip
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")  # MPO comes as JPEG
+_HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # Pillow 11.3 and later
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", *(["AVIF"] if _HAS_AVIF else []), "JPEG2000")
 SUFFIXES = frozenset(
     f".{name}"
     for names in ("jpg jpeg jpe jfif mpo png gif bmp dib", "webp tif tiff ppm pgm pbm pnm avif jp2 j2k")
@@ -322,7 +324,7 @@ def _plain(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode == "La":
         image = image.convert("LA")
-    if image.has_transparency_data:
+    if has_transparency(image):
         return _on_white(image.convert("RGBA"))
     if mode in ("RGB", "L"):
         return image
@@ -331,6 +333,12 @@ def _plain(image: Image.Image) -> Image.Image:
     if mode in ("P", "CMYK", "YCbCr", "HSV", "RGBX"):
         return image.convert("RGB")
     raise BadImageError(f"pixel format {mode} ({image.format}) has no defined white level: convert to 8 or 16 bits")
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether there is an alpha channel, be it of the palette, or a transparent colour. Pillow 10.0 does not say."""
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA") or palette.endswith("A")
 
 
 def _on_white(rgba: Image.Image) -> Image.Image:

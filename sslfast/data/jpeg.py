@@ -117,9 +117,11 @@ def _walk(data: bytes, scan: JpegScan, metadata: _Metadata, header: bool) -> Non
     markers: _EntropyMarkers | None = None
     while True:
         if not scanned and position < len(data) and data[position] != 0xFF:
-            position, scan.junk = data.find(b"\xff", position), True
-            if position < 0:
+            after, scan.junk = data.find(b"\xff", position), True
+            if after < 0:
                 return
+            scan.unneeded.append((position, after))
+            position = after
         if position >= len(data) or data[position] != 0xFF:
             if scanned:  # no marker follows the segment, so it is not a segment
                 scan.state, scan.reason = "damaged", f"marker {kind:02X} inside the pixel data at byte {start}"

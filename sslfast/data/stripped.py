@@ -220,7 +220,8 @@ def _tiff(data: bytes) -> Stripped:
     if colours and max(colours) < 256:  # written with 8 bits instead of 16, which would be black
         wide = struct.pack(f"{directory.order}{len(colours)}H", *(257 * value for value in colours))
         found.data = b"".join([found.data[:place], wide, found.data[place + len(wide) :]])
-    value = (tags.get(ORIENTATION_TAG) or (0,))[0]
+    stated = tags.get(ORIENTATION_TAG, ())
+    value = stated[0] if len(stated) == 1 else 0
     found.orientation = value if 1 <= value <= 8 else _orientation(None, xmp if ORIENTATION_TAG not in tags else b"")
     _check_tiff(found, directory, tags)
     return found
