@@ -17,6 +17,8 @@ from PIL.ImageFile import ImageFile
 from sslfast.data.stripped import BadImageError, Stripped
 
 FULL = 65_535
+_ROWS = 64
+"""Rows that are reduced at once: wide intermediate values of whole images take memory and time."""
 _OTHER = "B" if sys.byteorder == "little" else "L"
 _EXCHANGED = {
     f"{mode};16{order}": f"{mode};16{other}"
@@ -48,7 +50,6 @@ def deep_samples(image: ImageFile, stripped: Stripped, *, low_bytes: bool) -> ND
         return np.asarray(image).astype(np.uint16)
     if not (is_deep_colour(image, stripped) and low_bytes):
         return None
-    again = Image.open(io.BytesIO(stripped.data), formats=[image.format or ""])
     raw = _arguments(image)[0]
     if raw == "LA;16B":  # has no counterpart; 32 bits a pixel are read as they are
         _set_rawmode(image, "RGBA")
@@ -57,10 +58,13 @@ def deep_samples(image: ImageFile, stripped: Stripped, *, low_bytes: bool) -> ND
         return pairs[..., [0, 0, 0, 1]]
     if raw not in _EXCHANGED or stripped.in_planes:
         raise BadImageError(f"pixel format not supported with a white level: {stripped.described}")
-    _set_rawmode(again, _EXCHANGED[raw])
-    high, low = np.asarray(image), np.asarray(again)
-    samples: NDArray[Any] = high.astype(np.uint16) << 8
-    samples |= low
+    # In this order and in place: these arrays are what limits the size of an image.
+    image.load()
+    samples: NDArray[Any] = np.asarray(image).astype(np.uint16)
+    samples <<= 8
+    with Image.open(io.BytesIO(stripped.data), formats=[image.format or ""]) as again:
+        _set_rawmode(again, _EXCHANGED[raw])
+        samples |= np.asarray(again)
     return samples
 
 
@@ -79,13 +83,12 @@ def stated_white(image: ImageFile, stripped: Stripped) -> int | None:
 
 def to_8_bits(samples: NDArray[Any], white: int) -> NDArray[np.uint8]:
     """``value * 256 // (white + 1)``, at most 255: the high byte where white is 65535. Levels below 255 are scaled."""
-    if white < 255:
-        scaled: NDArray[Any] = (samples.astype(np.uint32) * 255 + white // 2) // white
-    elif (white + 1) & white == 0:
-        scaled = samples >> (white.bit_length() - 8)
-    else:
-        scaled = samples.astype(np.uint32) * 256 // (white + 1)
-    return np.minimum(scaled, 255).astype(np.uint8)
+    reduced = np.empty(samples.shape, np.uint8)
+    for start in range(0, len(samples), _ROWS):
+        part = samples[start : start + _ROWS].astype(np.uint32)
+        scaled = (part * 255 + white // 2) // white if white < 255 else part * 256 // (white + 1)
+        reduced[start : start + _ROWS] = np.minimum(scaled, 255)
+    return reduced
 
 
 def _portable(image: ImageFile, stripped: Stripped, maximum: int) -> NDArray[Any]:

@@ -4,28 +4,36 @@ One policy for every kind of file. "Converted" files are trained on; "bad" files
 caller follows ``--on-bad-image error|skip``. "Scan" means that the header shows it when the manifest is written;
 "decode" means that only decoding the pixels shows it.
 
-=============================================== ============================================================ ========
-file                                            policy                                                       seen at
-=============================================== ============================================================ ========
-JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF,     accepted, recognised by content and not by suffix
+================================================ ============================================================ =======
+file                                             policy                                                       seen at
+================================================ ============================================================ =======
+JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF,      accepted, recognised by content and not by suffix
 JPEG 2000, MPO
-grayscale, bilevel, YCbCr, HSV                  converted to RGB
-CMYK / YCCK (also Adobe's inverted JPEGs)       converted to RGB, without colour profile
-palette                                         converted to RGB through its palette
-transparency (RGBA, LA, palette, tRNS)          composited on white
-16 bits a channel                               the high byte is kept (``value >> 8``)
-animated, multi-picture                         first frame
-EXIF orientation 2 to 8                         applied; a damaged EXIF block counts as "upright"
-unreadable (permission, dangling link, device)  bad: ``unreadable: ...``                                     scan
-zero bytes                                      bad: ``empty file``                                          scan
-not an image, whatever its suffix               bad: ``not an image ...``                                    scan
-a side below ``MIN_SIDE`` = 8 pixels            bad: ``too small ...``                                       scan
-more than ``MAX_PIXELS`` = 89,478,485 pixels    bad: ``too large ...`` (decompression bombs; cut into tiles) scan
-damaged header                                  bad: ``damaged ...``                                         scan
-truncated or damaged pixels, wrong PNG checksum bad: ``damaged ...``                                         decode
-JPEG with a marker inside its pixel data        bad: ``damaged ...`` (see :mod:`sslfast.data.jpeg`)          decode
-32-bit integer or float pixels, CIELAB          bad: ``pixel format ...`` (no defined white level)           decode
-=============================================== ============================================================ ========
+grayscale, bilevel, YCbCr, HSV                   converted to RGB
+CMYK / YCCK (of a JPEG as inverted, Adobe's way) converted to RGB, without colour profile
+palette                                          converted to RGB through its palette
+transparency (RGBA, LA, palette, tRNS)           composited on white
+16 bits a channel                                the high byte is kept (``value >> 8``); another white level:
+                                                 ``Decoding.white_level``
+fewer bits in 16: maximum of a PGM or PPM, TIFF  ``value * 256 // (white + 1)``, white is their largest
+of 12 bits, PNG's sBIT and no larger value       value
+animated, multi-picture                          first frame
+orientation 2 to 8 (EXIF, TIFF, else XMP; AVIF's applied, once; a damaged EXIF block counts as "upright"
+irot and imir)
+other metadata, whatever its state               left out before decoding (:mod:`sslfast.data.stripped`)
+unreadable (permission, dangling link, device)   bad: ``unreadable: ...``                                     scan
+a file of more than ``MAX_BYTES`` = 1 GiB        bad: ``too large ...``                                       scan
+zero bytes                                       bad: ``empty file``                                          scan
+not an image, whatever its suffix                bad: ``not an image ...``                                    scan
+a side below ``MIN_SIDE`` = 8 pixels             bad: ``too small ...``                                       scan
+more than ``MAX_PIXELS`` = 89,478,485 pixels     bad: ``too large ...`` (decompression bombs; cut into tiles) scan
+more than ``Decoding.max_pixels``                bad: ``too large ...``                                       decode
+damaged header                                   bad: ``damaged ...``                                         scan
+truncated or damaged pixels, wrong PNG checksum  bad: ``damaged ...``                                         decode
+JPEG with a marker inside its pixel data         bad: ``damaged ...`` (see :mod:`sslfast.data.jpeg`)          decode
+32-bit integer or float pixels, CIELAB, signed   bad: ``pixel format ...`` (no defined white level)           decode
+layouts that Pillow lacks or misreads            bad: ``pixel format not supported ...``, which names them    decode
+================================================ ============================================================ =======
 
 Not detected: flipped bits or zeros inside a JPEG's entropy-coded data (the format has no checksum, and libjpeg fills
 the rest of the image with plausible pixels), and damage from before the file was encoded. Pillow's module-level
@@ -84,8 +92,8 @@ class Decoding:
     often store 0 to 1023, 4095 or 16383. Files that state their own level keep it: a PGM or PPM with another maximum, a
     TIFF of 12 bits, a PNG whose sBIT chunk names fewer bits and that has no larger value."""
     max_pixels: int | None = None
-    """Images of more pixels are bad; None: 89,478,485. An image just below that takes 0.4 to 1.5 GB of memory while it
-    is decoded, in every decoding process at once."""
+    """Images of more pixels are bad; None: 89,478,485. An image just below that takes 0.3 to 1.6 GB of memory while it
+    is decoded, of 16 bits with a white level up to 2.3 GB, in each of the decoding processes or threads."""
 
     def __post_init__(self) -> None:
         if self.white_level is not None and not 255 <= self.white_level <= 65535:

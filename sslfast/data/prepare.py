@@ -47,7 +47,7 @@ class PrepareConfig:
     """Sample value that is white in images of 16 bits a channel, often 1023, 4095 or 16383; None: as recorded by
     `sslfast data verify`, else 65535."""
     max_pixels: int | None = None
-    """Images of more pixels are unusable; None: 89,478,485, which take up to 1.5 GB of memory each."""
+    """Images of more pixels are unusable; None: 89,478,485, which take 0.3 to 2.3 GB of memory each."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("jpg", "raw", "proportion"):

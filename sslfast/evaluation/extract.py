@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -142,7 +142,7 @@ def extract(
         "size": reader.size,
         "preprocessing": PREPROCESSING,
         "device": device.type,
-        "white level": manifest.source.decoding.white_level,
+        "decoding": asdict(manifest.source.decoding),
     }
     keys = {name: None if key is None else {**key, **images} for name, key in identities.items()}
     stored = {name: None if key is None else cache.load(key) for name, key in keys.items()}

@@ -5,7 +5,7 @@ The probe is :mod:`sslfast.evaluation.linear_probe`; Goyal et al.'s and MoCo's p
 """
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,7 +127,14 @@ def _evaluate_sgd(
     for seed in config.seeds:
         resume = ResumeState(
             output.with_name(f"{output.stem}-seed{seed}.partial.pt"),
-            {**facts, "seeds": seed, "layers": layers, "encoders": config.encoders, "data": manifests[0].digest()},
+            {
+                **facts,
+                "seeds": seed,
+                "layers": layers,
+                "encoders": config.encoders,
+                "data": manifests[0].digest(),
+                "decoding": asdict(config.decoding(run)),
+            },
         )
         states.append(resume)
         images = TrainingImages(

@@ -50,7 +50,8 @@ class LoaderConfig:
     """Sample value that is white in images of 16 bits a channel, often 1023, 4095 or 16383; None: as recorded with DATA
     by `sslfast data verify` or `prepare`, else 65535. Evaluations of the run use the same."""
     max_pixels: int | None = resumable(None)
-    """Images of more pixels are unusable; None: 89,478,485, which take up to 1.5 GB of memory each in every process."""
+    """Images of more pixels are unusable; None: 89,478,485, which take 0.3 to 2.3 GB of memory each, in every loader
+    process at once."""
     shuffle: Literal["full", "shards"] = "full"
     """Order of an epoch. full: all rows. shards: tar shards are shuffled, then the rows of ``mixed_shards`` of them at
     a time, so that disk caches need hold no more; less random where a shard holds few classes."""
