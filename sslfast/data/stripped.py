@@ -112,7 +112,7 @@ def _png(data: bytes, header: bool) -> Stripped:
         if is_needed or kind in _PNG_READ:
             is_whole = zlib.crc32(view[position + 4 : end]) == struct.unpack_from(">I", data, end)[0]
             if is_needed and not is_whole:
-                raise BadImageError(f"damaged: wrong checksum of PNG chunk {kind.decode('latin-1')} at byte {position}")
+                raise BadImageError(f"damaged: wrong checksum of PNG chunk {ascii(kind)[2:-1]} at byte {position}")
             kind = kind if is_whole else b""
         if kind == b"IHDR" and length >= 13:
             found.bits, colour = data[begin + 8], data[begin + 9]
