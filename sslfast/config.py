@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from sslfast.files import replacing
+from sslfast.files import ANOTHER_PLACE, open_regular, reason_of, write_file
 
 T = TypeVar("T")
 
@@ -124,10 +124,12 @@ def resumable_fields(config: Any, *, where: str = "") -> set[str]:
     return found
 
 
-def save_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` as readable JSON; the file is replaced at once or not at all, also where the machine stops."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def save_json(path: Path, data: Mapping[str, Any], *, remedy: str = ANOTHER_PLACE) -> None:
+    """Write ``data`` as readable JSON; the file is replaced at once or not at all, also where the machine stops.
+
+    ``remedy`` and errors as of :func:`sslfast.files.replacing`.
+    """
+    write_file(path, json.dumps(data, indent=2) + "\n", remedy=remedy)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -135,13 +137,16 @@ def load_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON or holds no table.
+        ValueError: the file cannot be read, is not JSON or holds no table.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = json.loads(file.read().decode("utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; give a run directory that sslfast pretrain wrote") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); restore it or start a new run") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); restore it or start a new run") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds {type(data).__name__}, expected a table; restore it or start a new run")

@@ -10,7 +10,8 @@ from sslfast.runs.checkpoint_store import (
     stored_bytes,
 )
 from sslfast.runs.directory import RunDirectory, versions
-from sslfast.runs.log import LogFile, read_log
+from sslfast.runs.log import LogFile, print_error, read_log
+from sslfast.runs.outbox import Outbox, surviving
 from sslfast.runs.resume import check_same_run, find_checkpoint
 
 __all__ = [
@@ -19,15 +20,18 @@ __all__ = [
     "CorruptCheckpointError",
     "HashedFileStore",
     "LogFile",
+    "Outbox",
     "RunDirectory",
     "check_same_run",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_latest",
+    "print_error",
     "prune",
     "read_log",
     "set_aside_newer",
     "stored_bytes",
+    "surviving",
     "versions",
 ]

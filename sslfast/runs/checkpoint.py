@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from sslfast.distributed import broadcast_object, is_main
-from sslfast.files import fsync_directory
+from sslfast.files import fsync_directory, make_folder, open_regular, reason_of, save_tensors, what_helps
 from sslfast.runs.checkpoint_store import CheckpointWriteError, CorruptCheckpointError, load_newest
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -64,17 +65,25 @@ class HashedFileStore:
         path = self.path(step)
         aside = path.with_name(path.name + ".superseded")
         if is_main():
+            number = 1
+            while os.path.lexists(aside):  # of an earlier start: nothing is overwritten
+                number += 1
+                aside = path.with_name(f"{path.name}.superseded-{number}")
             os.replace(path, aside)
-            _sum_path(path).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.replace(_sum_path(path), _sum_path(aside))
         return aside
 
     def clean(self) -> None:
-        if is_main() and self.directory.is_dir():
-            for path in self.directory.glob(".step_*.tmp"):
-                path.unlink()
-            for path in self.directory.glob("step_*.pt.sha256"):
-                if not path.with_name(path.name.removesuffix(".sha256")).exists():
-                    path.unlink()
+        if not is_main():
+            return
+        names = set(_names(self.directory))
+        for name in names:
+            is_part = name.startswith(".step_") and name.endswith(".tmp")
+            is_lone_sum = name.endswith(".sha256") and _NAME.fullmatch(name.removesuffix(".sha256")) is not None
+            if is_part or (is_lone_sum and name.removesuffix(".sha256") not in names):
+                with suppress(OSError):  # it is in nobody's way
+                    (self.directory / name).unlink()
 
 
 def load_latest(directory: Path, *, report: Callable[[str], None] | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -110,24 +119,19 @@ def save_checkpoint(directory: Path, state: dict[str, Any], step: int) -> Path:
                 leftover.with_name(f".{leftover.name}.tmp").unlink(missing_ok=True)
             if not path.exists():
                 _sum_path(path).unlink(missing_ok=True)
-        raise CheckpointWriteError(
-            f"cannot write checkpoint {path} ({error.strerror or error}); free some space or correct the disk"
-        ) from None
+        remedy = what_helps(error.errno) or "make the folder writable"
+        raise CheckpointWriteError(f"cannot write checkpoint {path} ({reason_of(error)}); {remedy}") from None
     return path
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     directory = path.parent
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     sum_path = _sum_path(path)
     temporary, sum_temporary = (p.with_name(f".{p.name}.tmp") for p in (path, sum_path))
     with temporary.open("wb") as file:
         hashing = _HashingWriter(file)
-        try:
-            torch.save(state, hashing)  # type: ignore[arg-type]
-        except RuntimeError:
-            # After a failed write torch raises its own error about the file position, which hides the cause.
-            raise hashing.error or RuntimeError(f"torch cannot save the state of {path}") from None
+        save_tensors(state, hashing)
         file.flush()
         os.fsync(file.fileno())
     with sum_temporary.open("w", encoding="ascii") as text:
@@ -140,46 +144,78 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read and verify one checkpoint, with tensors on the CPU; no code in it is executed.
+    """Read and verify one checkpoint, with tensors on the CPU; no code in it is executed, and no pipe waited for.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CorruptCheckpointError: the checksum is missing or does not match, or the content is no checkpoint.
+        CorruptCheckpointError: it cannot be read, the checksum is missing or does not match, or the content is no
+            checkpoint or that of another step.
     """
-    _verify(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise CorruptCheckpointError(f"{path} is not a checkpoint of sslfast ({first_line}); use another") from None
+        with open_regular(path) as file:
+            _verify(path, file)
+            file.seek(0)
+            state = _content(path, file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"checkpoint {path} does not exist; give the path of a step_*.pt file") from None
+    except OSError as error:
+        raise CorruptCheckpointError(f"checkpoint {path} cannot be read ({reason_of(error)})") from None
     if not isinstance(state, dict) or "step" not in state:
         raise CorruptCheckpointError(f"{path} is not a checkpoint of sslfast (no step in it); use another")
+    step = state["step"]
+    if type(step) is not int or step < 0 or (_NAME.fullmatch(path.name) and step != checkpoint_step(path)):
+        raise CorruptCheckpointError(f"{path} holds step {str(step)[:40]}, which is not the step in its name")
     return state
 
 
-def _verify(path: Path) -> None:
-    """Compare the file with its checksum; raises as :func:`load_checkpoint` does."""
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; give the path of a step_*.pt file")
+def _content(path: Path, file: BinaryIO) -> Any:
     try:
-        expected = _sum_path(path).read_text(encoding="ascii").partition(" ")[0]
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise CorruptCheckpointError(f"{path} is not a checkpoint of sslfast ({first_line}); use another") from None
+
+
+def _verify(path: Path, file: BufferedReader) -> None:
+    """Compare the file with its checksum; raises as :func:`load_checkpoint` does."""
+    name = _sum_path(path).name
+    try:
+        with open_regular(_sum_path(path)) as sums:
+            expected = sums.read(64).decode("ascii", "replace")
     except FileNotFoundError:
         raise CorruptCheckpointError(
-            f"checkpoint {path} has no checksum {_sum_path(path).name} beside it; copy both or use another"
+            f"checkpoint {path} has no checksum {name} beside it; copy both or use another"
         ) from None
-    except UnicodeDecodeError:
-        expected = ""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise CorruptCheckpointError(f"checkpoint {path} is damaged or truncated ({path.stat().st_size} bytes)")
+    except OSError as error:
+        raise CorruptCheckpointError(f"the checksum {name} of {path} cannot be read ({reason_of(error)})") from None
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found == expected:
+        return
+    if set(expected) <= set("0123456789abcdef") and len(expected) == 64:
+        raise CorruptCheckpointError(
+            f"checkpoint {path} is damaged or truncated ({os.fstat(file.fileno()).st_size} bytes)"
+        )
+    raise CorruptCheckpointError(f"the checksum {name} of {path} is damaged")
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint files of a directory, oldest first; empty if there are none. Nothing is verified."""
-    if not directory.is_dir():
+    """Checkpoint files of a directory, oldest first; empty if there are none. Nothing is verified.
+
+    Raises:
+        OSError: the directory cannot be listed.
+    """
+    return sorted((directory / name for name in _names(directory) if _NAME.fullmatch(name)), key=checkpoint_step)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=checkpoint_step)
+    except OSError as error:
+        raise OSError(f"cannot list the checkpoints in {directory} ({reason_of(error)}); make it readable") from None
 
 
 def checkpoint_step(path: Path) -> int:
@@ -201,15 +237,10 @@ class _HashingWriter:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
-        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        return self.file.write(data)
 
     def flush(self) -> None:
         self.file.flush()

@@ -13,14 +13,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sslfast.config import load_json, save_json
+from sslfast.distributed import broadcast_object
+from sslfast.files import open_regular, reason_of, write_file
+from sslfast.runs.log import print_error
 
 _WAIT_SECONDS = 120.0  # a network file system releases the lock of a lost machine when its lease expires
 
@@ -29,7 +33,11 @@ class RunDirectory:
     """Paths of a run. Nothing is written before :meth:`create`."""
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self._descriptor: int | None = None
+        self._move(Path(path))
+
+    def _move(self, path: Path) -> None:
+        self.path = path
         self.config = self.path / "config.json"
         self.versions = self.path / "versions.json"
         self.manifest = self.path / "manifest.tsv"
@@ -47,9 +55,70 @@ class RunDirectory:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.check_writable()
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                weakref.finalize(self, os.close, self._descriptor)
         except OSError as error:
-            reason = error.strerror
-            raise ValueError(f"cannot write to {self.path} ({reason}); choose another output directory") from None
+            raise _not_writable(self.path, reason_of(error)) from None
+
+    def check_writable(self) -> None:
+        """Raises ValueError unless the directory can be written, or created where it does not exist; writes nothing."""
+        for folder in (self.checkpoints, self.path):
+            path = folder.absolute()
+            while not os.path.lexists(path) and path != path.parent:
+                path = path.parent
+            if not path.is_dir():
+                raise _not_writable(self.path, f"{path} is no folder")
+            if not os.access(path, os.W_OK | os.X_OK):
+                is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+                raise _not_writable(self.path, os.strerror(errno.EROFS if is_read_only else errno.EACCES))
+
+    def follow(self) -> bool:
+        """Whether the directory was renamed or moved since :meth:`create`; its paths are then those of the new place.
+
+        Raises:
+            FileNotFoundError: it was deleted, or copied to another disk.
+        """
+        if self._descriptor is None:
+            return False
+        own = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            there = None
+        except OSError:  # a disk that does not answer is no move
+            return False
+        if there is not None and os.path.samestat(there, own):
+            return False
+        try:
+            now = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            if there is not None and now == self.path.resolve():  # file systems whose inode numbers change
+                return False
+            is_found = os.path.samestat(os.stat(now), own)
+        except OSError:
+            is_found = False
+        if not is_found:
+            raise FileNotFoundError(
+                f"{self.path} was deleted or moved to another disk while it was trained in; "
+                "the same command, with --output where it is now, resumes from the last checkpoint there"
+            )
+        self._move(now)
+        return True
+
+    def follow_together(self) -> Path:
+        """:meth:`follow` of rank 0 for every rank; where the directory is now. Raises on all of them."""
+        error = None
+        try:
+            self.follow()
+        except FileNotFoundError as problem:
+            error = str(problem)
+        path, error = broadcast_object((self.path, error))
+        if error is not None:
+            raise FileNotFoundError(error)
+        if path != self.path:
+            self._move(path)
+        return path
 
     def free_bytes(self) -> int:
         """Free space on the disk of the directory, which need not exist yet."""
@@ -116,27 +185,68 @@ class RunDirectory:
                     "wait for it, stop it, or choose another output directory"
                 ) from None
 
-    def add_versions(self, facts: dict[str, Any]) -> None:
-        """Append a record of this start to ``versions.json``."""
-        starts = []
-        if self.versions.exists():
-            starts = load_json(self.versions).get("starts", [])
+    def records(
+        self,
+        config: dict[str, Any],
+        facts: dict[str, Any],
+        save_manifest: Callable[[Path], None] | None,
+        *,
+        report: Callable[[str], None],
+    ) -> dict[str, Callable[[], None]]:
+        """What a start records, by file name, for an :class:`~sslfast.runs.outbox.Outbox`.
+
+        Args:
+            config: of the run.
+            facts: go to ``versions.json``, beside :func:`versions`.
+            save_manifest: writes the manifest to a path; None: there is none.
+            report: takes one line for the user.
+        """
+        facts = {**versions(), **facts}
+        actions: dict[str, Callable[[], None]] = {
+            "config.json": lambda: save_json(self.config, config),
+            "versions.json": lambda: self.add_versions(facts, report=report),
+        }
+        if save_manifest is not None and not self.manifest.exists():
+            actions["manifest.tsv"] = lambda: save_manifest(self.manifest)
+        return actions
+
+    def add_versions(self, facts: dict[str, Any], *, report: Callable[[str], None] = print_error) -> None:
+        """Append a record of this start to ``versions.json``. A damaged one is set aside, as ``report`` is told."""
+        starts: list[Any] = []
+        try:
+            found = load_json(self.versions).get("starts")
+            if not isinstance(found, list):
+                raise ValueError(f"{self.versions} holds no list of starts")
+            starts = found
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            aside = self.versions.with_name(f"versions.damaged-{time.time_ns()}.json")
+            os.replace(self.versions, aside)
+            report(f"{str(error).partition(';')[0]}; it is now {aside.name}, and a new record begins")
         save_json(self.versions, {"starts": [*starts, facts]})
 
     def add_bad_images(self, found: Iterable[tuple[str, str]]) -> int:
         """Merge ``(path, reason)`` pairs into ``bad_images.txt``, sorted; returns how many it lists."""
         known: dict[str, str] = {}
-        if self.bad_images.exists():
-            for line in self.bad_images.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-                path, _, reason = line.partition("\t")
+        before = ""
+        with suppress(FileNotFoundError), open_regular(self.bad_images) as file:
+            before = file.read().decode("utf-8", "surrogateescape")
+        for line in before.split("\n"):
+            path, tab, reason = line.partition("\t")
+            if tab:
                 known[path] = reason
         # A tab or a line break in a name or a reason would corrupt the table.
         clean = str.maketrans("\t\r\n", "   ")
         known.update((str(path).translate(clean), str(reason).translate(clean)) for path, reason in found)
-        if known:
-            text = "".join(f"{path}\t{reason}\n" for path, reason in sorted(known.items()))
-            self.bad_images.write_text(text, encoding="utf-8", errors="surrogateescape")
+        text = "".join(f"{path}\t{reason}\n" for path, reason in sorted(known.items()))
+        if text != before:
+            write_file(self.bad_images, text)
         return len(known)
+
+
+def _not_writable(path: Path, reason: str) -> ValueError:
+    return ValueError(f"cannot write to {path} ({reason}); choose another output directory with --output")
 
 
 def versions() -> dict[str, Any]:

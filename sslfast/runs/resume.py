@@ -1,5 +1,6 @@
 """Which checkpoint a run is resumed from, and whether configuration and data allow it."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from sslfast.config import differences, from_dict, resumable_fields, to_dict
 from sslfast.distributed import broadcast_object
 from sslfast.runs.checkpoint import load_checkpoint
-from sslfast.runs.checkpoint_store import CheckpointStore, CorruptCheckpointError, load_newest
+from sslfast.runs.checkpoint_store import CheckpointStore, CorruptCheckpointError, list_steps, load_newest
 from sslfast.runs.directory import RunDirectory
 
 KEYS = ("step", "method", "optimizer", "metrics", "config", "precision", "manifest_digest")
@@ -33,7 +34,7 @@ def find_checkpoint(
         ValueError, FileNotFoundError: ``run`` or ``resume`` does not allow it; names the remedy.
     """
     store = open_store(run.checkpoints)
-    holds_checkpoints, holds_log = broadcast_object((bool(store.list()), run.log.exists()))
+    holds_checkpoints, holds_log = bool(list_steps(store)), broadcast_object(os.path.lexists(run.log))
     if resume == "never":
         if holds_checkpoints or holds_log:
             raise ValueError(
@@ -54,14 +55,25 @@ def find_checkpoint(
         found = newest
     else:
         found = path, load_checkpoint(path)
+    _check_keys(*found)
     if holds_checkpoints and found[0].resolve().parent != run.checkpoints.resolve():
         raise ValueError(f"{run.path} already holds another run; choose a new output directory to resume {path} in")
     return found
 
 
 def _newest(store: CheckpointStore, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    found = load_newest(store, report=report, all_ranks=True)
+    found = load_newest(store, report=report, all_ranks=True, check=_check_keys)
     return None if found is None else (store.path(found[0]), found[1])
+
+
+def _check_keys(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises CorruptCheckpointError unless ``state`` has what a run's checkpoint has."""
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing); use another")
+    tables = [key for key in ("method", "optimizer", "metrics", "config") if not isinstance(state[key], Mapping)]
+    if tables:
+        raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(tables)} no table); use another")
 
 
 def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifest_digest: str) -> None:
@@ -73,9 +85,6 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
     Raises:
         ValueError: one line with every field that differs, its old and its new value.
     """
-    missing = [key for key in KEYS if key not in state]
-    if missing:
-        raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing); use another")
     try:
         before = to_dict(from_dict(type(config), state["config"]))
     except ValueError as error:

@@ -3,11 +3,12 @@
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from sslfast.runs import LogFile, RunDirectory
+from sslfast.runs import LogFile, Outbox, RunDirectory, print_error
 from sslfast.training.config import TrainConfig
 from sslfast.training.progress import Progress
 
@@ -20,7 +21,11 @@ class Logger(Protocol):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log a record: ``step``, ``epoch``, ``lr``, ``loss``, the method's values, and under ``time`` a table of what
-        depends on the clock (``unix_seconds``, ``samples_per_second``, ``loader_wait_share``)."""
+        depends on the clock (``unix_seconds``, ``samples_per_second``, ``loader_wait_share``).
+
+        A log that fails does not end the run: it costs one line on the screen. After an OSError (a full disk) the
+        record is kept in memory and given again, before later ones; after another error it is lost.
+        """
 
     def sync(self) -> None:
         """Make all records durable. Called before each checkpoint: a run resumed from it does not write them again."""
@@ -40,6 +45,8 @@ class LogContext:
     they are written again."""
     total_steps: int
     """Of the whole run."""
+    report: Callable[[str], None] = print_error
+    """Takes one line for the user."""
 
 
 LOGGERS: dict[str, str] = {
@@ -51,14 +58,14 @@ LOGGERS: dict[str, str] = {
 ``loggers=("module:factory",)``."""
 
 
-def find_loggers(config: TrainConfig) -> list[Callable[[LogContext], Logger]]:
-    """Factories of the logs that ``config`` names, each once.
+def find_loggers(config: TrainConfig) -> dict[str, Callable[[LogContext], Logger]]:
+    """Factories of the logs that ``config`` names, each once, by name.
 
     Raises:
         ValueError: a log is unknown, or a package that it needs is missing.
     """
     names = dict.fromkeys([*(("tensorboard",) if config.tensorboard else ()), *config.loggers])
-    return [_factory(name) for name in names]
+    return {name: _factory(name) for name in names}
 
 
 def _factory(name: str) -> Callable[[LogContext], Logger]:
@@ -103,25 +110,62 @@ class LoaderTimer:
         return lap
 
 
+class _Opened(Logger):
+    """A log that is opened at once, or where the disk is full with the first record that it can take."""
+
+    def __init__(self, make: Callable[[], Logger]) -> None:
+        self._make, self._log = make, None
+        with suppress(OSError):
+            self.open()
+
+    _log: Logger | None
+
+    def open(self) -> Logger:
+        if self._log is None:
+            self._log = self._make()
+        return self._log
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.open().write(record)
+
+    def sync(self) -> None:
+        self.open().sync()
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+
 class Recorder:
     """Composes the log records of a run and hands them to its loggers.
 
     Args:
         config: of the run.
         run: its directory.
+        outbox: takes what the logs write, and says what fails.
         first_step: steps that were finished before this start.
         total_steps: of the whole run.
         is_main: whether this process writes; others only keep time.
+        report: takes one line for the user.
     """
 
     def __init__(
-        self, config: TrainConfig, run: RunDirectory, *, first_step: int, total_steps: int, is_main: bool
+        self,
+        config: TrainConfig,
+        run: RunDirectory,
+        outbox: Outbox,
+        *,
+        first_step: int,
+        total_steps: int,
+        is_main: bool,
+        report: Callable[[str], None] = print_error,
     ) -> None:
         self.timer = LoaderTimer(first_step)
         self.last: dict[str, Any] = {}
         """The last record."""
-        self.loggers: list[Logger] = []
+        self.loggers: dict[str, Logger] = {}
         self._batch_size = config.batch_size
+        self._outbox = outbox
         self._progress = Progress(
             config.progress if is_main else "off",
             total_steps=total_steps,
@@ -129,10 +173,10 @@ class Recorder:
             batch_size=config.batch_size,
         )
         if is_main:
-            context = LogContext(config=config, run=run, first_step=first_step, total_steps=total_steps)
-            self.loggers.append(LogFile(run.log, last_step=first_step))
-            self.loggers += [factory(context) for factory in find_loggers(config)]
-            self.loggers.append(self._progress)
+            context = LogContext(config=config, run=run, first_step=first_step, total_steps=total_steps, report=report)
+            self.loggers[run.log.name] = _Opened(lambda: LogFile(run.log, last_step=first_step, report=report))
+            for name, factory in find_loggers(config).items():
+                self.loggers[name] = _Opened(partial(factory, context))
 
     def step(self) -> None:
         """One step is done (or queued on the device)."""
@@ -154,16 +198,15 @@ class Recorder:
                 "loader_wait_share": round(waited / seconds, 4),
             },
         }
-        for logger in self.loggers:
-            logger.write(self.last)
+        self._outbox.write({name: partial(logger.write, self.last) for name, logger in self.loggers.items()})
+        self._outbox.attempt("show", {"progress": partial(self._progress.write, self.last)})
 
     def sync(self) -> None:
         """Make all records durable."""
-        for logger in self.loggers:
-            logger.sync()
+        self._outbox.retry()
+        self._outbox.attempt("sync", {name: logger.sync for name, logger in self.loggers.items()})
 
     def close(self) -> None:
         """Close every logger, also where one of them fails."""
-        with ExitStack() as stack:
-            for logger in self.loggers:
-                stack.callback(logger.close)
+        actions = {name: logger.close for name, logger in self.loggers.items()}
+        self._outbox.close({**actions, "progress": self._progress.close})

@@ -1,12 +1,18 @@
 """TensorBoard event files."""
 
+import os
+import platform
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from sslfast.files import AppendFile
 from sslfast.training.logging import LogContext, Logger
 
 try:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard import RecordWriter
 except ImportError as error:
     raise ImportError(
         f"it needs the package tensorboard ({error}); pip install tensorboard, or pass --no-tensorboard"
@@ -14,17 +20,57 @@ except ImportError as error:
 
 
 class TensorBoardLog(Logger):
-    """The numbers of every record as scalars, in ``tensorboard/`` of the run directory."""
+    """The numbers of every record as scalars, in ``tensorboard/`` of the run directory.
+
+    An event file of this start. Its records are encoded by tensorboard and written here: tensorboard's own writer runs
+    in a thread, which a full disk ends for good.
+    """
 
     def __init__(self, context: LogContext) -> None:
-        # purge_step hides what an earlier start wrote after the checkpoint that this one resumes from.
-        self._writer = SummaryWriter(str(context.run.tensorboard), purge_step=context.first_step + 1)
+        now = time.time()
+        name = f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = AppendFile(context.run.tensorboard / name)
+        # The session's start hides what an earlier one wrote after the checkpoint that this one resumes from.
+        start = SessionLog(status=SessionLog.START)
+        self._begin = b"".join(
+            map(
+                _encoded,
+                (
+                    Event(wall_time=now, file_version="brain.Event:2"),
+                    Event(wall_time=now, step=context.first_step + 1, session_log=start),
+                ),
+            )
+        )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        step = record["step"]
-        for name, value in [*record.items(), *((f"time/{k}", v) for k, v in record["time"].items())]:
-            if isinstance(value, int | float) and name not in ("step", "time/unix_seconds"):
-                self._writer.add_scalar(name, value, step)
+        step, clock = record["step"], record["time"]
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in [*record.items(), *((f"time/{name}", value) for name, value in clock.items())]
+            if isinstance(value, int | float) and name not in ("step", "time/unix_seconds")
+        ]
+        now = clock.get("unix_seconds", time.time())
+        event = _encoded(Event(wall_time=now, step=step, summary=Summary(value=values)))
+        self._file.write(event if self._file.size else self._begin + event)
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+
+class _Bytes:
+    """A file of one record, for tensorboard's encoder."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+
+def _encoded(event: Event) -> bytes:
+    file = _Bytes()
+    RecordWriter(file).write(event.SerializeToString())
+    return file.data

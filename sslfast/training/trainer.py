@@ -4,7 +4,7 @@ resume around it."""
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sslfast import distributed
-from sslfast.config import save_json, to_dict
+from sslfast.config import to_dict
 from sslfast.device import resolve_device, resolve_precision
 from sslfast.methods import Method, MethodContext
 from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
@@ -21,6 +21,7 @@ from sslfast.runs import (
     CheckpointStore,
     CheckpointWriteError,
     HashedFileStore,
+    Outbox,
     RunDirectory,
     check_same_run,
     find_checkpoint,
@@ -28,7 +29,7 @@ from sslfast.runs import (
     read_log,
     set_aside_newer,
     stored_bytes,
-    versions,
+    surviving,
 )
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
@@ -94,13 +95,15 @@ class Trainer:
         group = distributed.process_group()
         self.is_main = group.is_main
         self.config, self.resume = config, str(resume)
-        self.report = report if self.is_main else lambda _line: None
+        self.report = surviving(report) if self.is_main else lambda _line: None
+        self.outbox = Outbox(self.report)
         self.device = resolve_device(config.device, local_rank=group.local_rank if group.world_size > 1 else None)
         distributed.init_process_group(group, self.device)
         self.dtype = resolve_precision(config.precision, self.device)
         self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         find_loggers(config)  # a missing package is an error before the run starts
         self.run = RunDirectory(output)
+        self.place = self.run.path
         self.open_store, self.store = open_store, open_store(self.run.checkpoints)
         views = config.method.views()
         self.data = RunData(config, data, self.run, device=self.device)
@@ -231,16 +234,20 @@ class Trainer:
         self.model = self.method
 
     def _record_start(self) -> None:
-        save_json(self.run.config, to_dict(self.config))
         facts = {"device": str(self.device), "precision": str(self.dtype), "processes": distributed.world_size()}
-        self.run.add_versions({**versions(), **facts})
-        if self.manifest is not None and not self.run.manifest.exists():
-            self.manifest.save(self.run.manifest)
+        save = None if self.manifest is None else self.manifest.save
+        self.outbox.write(self.run.records(to_dict(self.config), facts, save, report=self.report))
 
     def _fit(self) -> TrainResult:
         first_step, started = self.step, time.perf_counter()
         self.recorder = Recorder(
-            self.config, self.run, first_step=first_step, total_steps=self.total_steps, is_main=self.is_main
+            self.config,
+            self.run,
+            self.outbox,
+            first_step=first_step,
+            total_steps=self.total_steps,
+            is_main=self.is_main,
+            report=self.report,
         )
         self.method.train()
         try:
@@ -313,7 +320,10 @@ class Trainer:
 
     def _list_bad_images(self) -> int:
         found = [pair for pairs in distributed.gather_objects(self.loader.bad_images) for pair in pairs]
-        return self.run.add_bad_images(found) if self.is_main else len(found)
+        counts = [len(found)]
+        if self.is_main:
+            self.outbox.attempt("write", {"bad_images.txt": lambda: counts.append(self.run.add_bad_images(found))})
+        return counts[-1]
 
     def _finish(self, first_step: int) -> Path:
         if first_step < self.total_steps:
@@ -354,6 +364,9 @@ class Trainer:
         """Write a checkpoint and delete old ones. A failed write ends the run only if the checkpoint ``must`` exist."""
         self._read_means()  # raises where a loss was not finite, so that no checkpoint holds such a step
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
+        if (place := self.run.follow_together()) != self.place:
+            self.report(f"{self.place} is now {place}; the run goes on there")
+            self.place, self.store = place, self.open_store(self.run.checkpoints)
         self._list_bad_images()
         if self.recorder is not None:
             self.recorder.sync()
@@ -378,12 +391,18 @@ class Trainer:
                 f"{line}; training continues, the next one is due in {self.config.checkpoint_every_steps} steps"
             )
         else:
-            prune(self.store, keep=self.config.keep_checkpoints, keep_every_steps=self.config.keep_every_steps)
+            prune(
+                self.store,
+                keep=self.config.keep_checkpoints,
+                keep_every_steps=self.config.keep_every_steps,
+                report=self.report,
+            )
         return self.store.path(self.step)
 
     def _last_checkpoint(self) -> Path | None:
-        steps = self.store.list()
-        return self.store.path(steps[-1]) if steps else None
+        with suppress(OSError):  # the disk may answer nothing now
+            return next((self.store.path(step) for step in reversed(self.store.list())), None)
+        return None
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from, checked to be of this run; None for a new run."""

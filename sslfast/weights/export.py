@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.config import save_json, to_dict
-from sslfast.files import replacing
+from sslfast.files import replacing, save_tensors
 from sslfast.models import ResNetConfig
 from sslfast.weights.load import Weights, import_safetensors, read_weights
 
@@ -62,9 +62,10 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
                     f"{name}={value} is not of a network that {format} has; export as safetensors or onnx, "
                     "or load the run with sslfast.load"
                 )
-    with replacing(output) as temporary:
+    remedy = "name another file as OUT"
+    with replacing(output, remedy=remedy) as temporary:
         _WRITERS[format](weights, temporary)
-        _write_card(weights, output, format)
+        _write_card(weights, output, format, remedy)
     return output
 
 
@@ -78,11 +79,12 @@ def detectron2_name(name: str) -> str:
 
 
 def _write_torch(weights: Weights, path: Path) -> None:
-    torch.save(_checked(weights), path)
+    with path.open("wb") as file:
+        save_tensors(_checked(weights), file)
 
 
 def _write_safetensors(weights: Weights, path: Path) -> None:
-    import_safetensors().save_file(_checked(weights), path, metadata={"format": "pt"})
+    path.write_bytes(import_safetensors().save(_checked(weights), metadata={"format": "pt"}))
 
 
 def _write_detectron2(weights: Weights, path: Path) -> None:
@@ -121,17 +123,17 @@ def _write_onnx(weights: Weights, path: Path) -> None:
     size, dim = weights.size, torch.export.Dim
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's exporter about torch's own code
-        torch.onnx.export(
+        program = torch.onnx.export(
             _FromPixels(weights).eval(),
             (torch.rand(2, 3, size, size),),
-            str(path),
             input_names=["images"],
             output_names=["features"],
             dynamic_shapes={"images": {0: dim("batch"), 2: dim.DYNAMIC, 3: dim.DYNAMIC}},
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
+    assert program is not None
+    path.write_bytes(program.model_proto.SerializeToString())
 
 
 def _checked(weights: Weights) -> dict[str, Tensor]:
@@ -139,7 +141,7 @@ def _checked(weights: Weights) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in weights.build().state_dict().items()}
 
 
-def _write_card(weights: Weights, output: Path, format: Format) -> None:
+def _write_card(weights: Weights, output: Path, format: Format, remedy: str) -> None:
     card = {
         "format": format,
         "model": to_dict(weights.model),
@@ -148,7 +150,7 @@ def _write_card(weights: Weights, output: Path, format: Format) -> None:
         "size": weights.size,
         "facts": {**weights.facts, "source": Path(weights.source).name},
     }
-    save_json(output.with_name(output.name + ".json"), card)
+    save_json(output.with_name(output.name + ".json"), card, remedy=remedy)
 
 
 _WRITERS: dict[Format, Callable[[Weights, Path], None]] = {

@@ -3,6 +3,7 @@
 ``sslfast.load(path)`` returns the network; :func:`read_weights` also returns the input normalisation and the origin.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.config import load_json
+from sslfast.config import differences, load_json
 from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, read_trunk_config
-from sslfast.runs import RunDirectory, list_checkpoints, load_checkpoint, load_latest
+from sslfast.runs import RunDirectory, list_checkpoints, load_checkpoint, load_latest, print_error
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 
 _TRUNK = "trunk."
 _HEAD = "fc."
+_MAX_SIZE = 1 << 16
 
 
 @dataclass(kw_only=True)
@@ -111,7 +113,9 @@ def read_weights(path: Path | str) -> Weights:
     else:
         layout, state = _find(path, _read_torch(path))
     state = {name: value for name, value in state.items() if not name.startswith(_HEAD)}
-    options = {name: known[name] for name in ("mean", "std", "size", "facts") if name in known}
+    options = _checked_input(known, card)
+    if isinstance(known.get("facts"), dict):
+        options["facts"] = known["facts"]
     source = f"{path} ({layout.name})"
     return Weights(model=_recognise(path, state), state=state, source=source, path=path, **options)
 
@@ -128,30 +132,76 @@ def import_safetensors() -> Any:
 
 
 def _of_run(path: Path, chosen: Path | None = None) -> Weights:
-    """Of a checkpoint of a run; None: the newest good one."""
+    """Of a checkpoint of a run; None: the newest good one.
+
+    The configuration is the checkpoint's, which its checksum protects: where ``config.json`` says something else, or
+    nothing, a line on standard error says so.
+    """
     directory = RunDirectory(path)
-    config = load_json(directory.config)
-    try:
-        model = read_trunk_config(config["model"])
-        view = config["method"]["image_view"]
-        size, mean, std = int(view["crop"]["size"]), view["augment"]["mean"], view["augment"]["std"]
-        method = {"method": config["method"].get("name"), "recipe": config.get("recipe"), "seed": config["seed"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory.config} lacks {error}; it is not the configuration of a run") from None
     found = load_latest(directory.checkpoints) if chosen is None else (chosen, load_checkpoint(chosen))
     if found is None:
+        load_json(directory.config)  # raises where this is no run at all
         raise FileNotFoundError(f"{directory.path} holds no checkpoint yet; let the run reach its first one")
     checkpoint, state = found
+    own = state.get("config")
+    if own is None:  # written by a program that kept it in the file alone
+        used = _used(load_json(directory.config), directory.config)
+    else:
+        used = _used(own, checkpoint)
+        _name_differences(used, directory.config, checkpoint)
+    weights = state.get("method")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{checkpoint} holds no state of a method; use another checkpoint")
     return Weights(
-        model=model,
-        state={name.removeprefix(_TRUNK): v for name, v in state["method"].items() if name.startswith(_TRUNK)},
+        model=read_trunk_config(used["model"]),
+        state={name.removeprefix(_TRUNK): v for name, v in weights.items() if name.startswith(_TRUNK)},
         source=str(checkpoint),
         path=checkpoint,
-        mean=mean,
-        std=std,
-        size=size,
-        facts={**method, "step": int(state["step"])},
+        facts={"method": used["method"], "recipe": used["recipe"], "seed": used["seed"], "step": int(state["step"])},
+        **_checked_input(used, checkpoint),
     )
+
+
+def _used(config: Any, where: Path) -> dict[str, Any]:
+    """What an encoder needs of a run's configuration."""
+    try:
+        view, method = config["method"]["image_view"], config["method"]
+        return {
+            "model": config["model"],
+            "method": method.get("name"),
+            "recipe": config.get("recipe"),
+            "seed": config["seed"],
+            "size": view["crop"]["size"],
+            "mean": view["augment"]["mean"],
+            "std": view["augment"]["std"],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} lacks {error}; it is not the configuration of a run") from None
+
+
+def _name_differences(used: dict[str, Any], path: Path, checkpoint: Path) -> None:
+    try:
+        found = differences(used, _used(load_json(path), path))
+    except (FileNotFoundError, ValueError) as error:
+        return print_error(f"{error}; the configuration in {checkpoint.name} is used")
+    changed = "; ".join(f"{name} is {now!r} there and {own!r} in {checkpoint.name}" for name, own, now in found)
+    if changed:
+        print_error(f"{path} is not what was trained: {changed}; the checkpoint's is used")
+
+
+def _checked_input(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """``mean``, ``std`` and ``size`` as far as ``values`` has them. ValueError for what no input can have."""
+    for name in ("mean", "std"):
+        numbers = values.get(name, (1.0, 1.0, 1.0))
+        is_list = isinstance(numbers, list | tuple) and len(numbers) == 3
+        if not is_list or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"{where}: {name} must be three numbers, got {str(numbers)[:100]}; restore the file")
+        if name == "std" and min(numbers) <= 0:
+            raise ValueError(f"{where}: std must be above 0, got {str(numbers)[:100]}; restore the file")
+    size = values.get("size", 1)
+    if type(size) is not int or not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"{where}: size must be in [1, {_MAX_SIZE}], got {str(size)[:100]}; restore the file")
+    return {name: values[name] for name in ("mean", "std", "size") if name in values}
 
 
 def _read_torch(path: Path) -> Any:

@@ -592,7 +592,7 @@ def test_log_is_truncated_to_the_step(tmp_path: Path) -> None:
     for last_step, content, kept in (
         (2, b'{"step": 1}\n{"step": 2}\n{"step": 3}\n', 2),
         (9, b'{"step": 1}\n{"step": 2}\n{"st', 2),
-        (9, b'{"step": 1}\n\x00\x00\x00\n{"step": 2}\n', 1),
+        (9, b'{"step": 1}\n\x00\x00\x00\n{"step": 2}\n', 2),
         (0, b'{"step": 1}\n', 0),
     ):
         path.write_bytes(content)
