@@ -7,6 +7,7 @@ from sslfast.models.decoder import Decoder
 from sslfast.models.heads import JigsawHead, MLPHead, PairHead, PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
+from sslfast.models.recomputation import snapshot
 from sslfast.models.resnet import ResNetConfig, ResNetTrunk
 from sslfast.models.trunk import CustomTrunkConfig, Trunk, trunk_factory
 
@@ -29,6 +30,7 @@ __all__ = [
     "read_trunk_config",
     "require_resnet",
     "seeded",
+    "snapshot",
     "trunk_factory",
     "trunk_stride",
 ]
