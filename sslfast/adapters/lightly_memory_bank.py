@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from sslfast.adapters.checks import check_counts, check_features, check_precision, check_temperature
 from sslfast.distributed import gather_rows, gather_rows_with_gradient, rank, world_size
-from sslfast.models import info_nce, initial_rows, snapshot
+from sslfast.models import first_derivative_only, info_nce, initial_rows, snapshot
 from sslfast.ops import bank_nce_dense
 
 
@@ -179,8 +179,8 @@ class NTXentLoss(nn.Module):
     once for loss and gradient; no copy of it and no ``[B, rows]`` logits are stored.
 
     Gradients flow to both outputs, under autocast and in half types from sums in fp32. Without a memory bank all
-    derivatives are computed; with one, those that ``sslfast.ops.bank_nce`` computes. ``torch.utils.checkpoint`` may
-    recompute the former; for the latter it is a RuntimeError in the backward pass.
+    derivatives are computed; with one, first derivatives in reverse mode, others are a RuntimeError.
+    ``torch.utils.checkpoint`` may recompute the former; for the latter it is a RuntimeError in the backward pass.
 
     Differences from lightly: the loss is fp32 for half types (fp64 for fp64); what the head of this module lists; see
     :class:`MemoryBankModule` for the queue. ``bank`` and ``bank_ptr`` are those of ``memory_bank``: before 1.5.16
@@ -252,7 +252,8 @@ class NTXentLoss(nn.Module):
             (len(query),), -1, dtype=torch.int64, device=query.device
         )  # the positive is not in the bank
         index = snapshot(no_row, "NTXentLoss", once=query.requires_grad)
-        negatives, _ = bank_nce_dense(query[None], bank, index, temperature=self.temperature)
+        scored = first_derivative_only(query[None], "NTXentLoss")
+        negatives, _ = bank_nce_dense(scored, bank, index, temperature=self.temperature)
         if query.requires_grad:
             self.memory_bank.enqueue(key)
         positive = (query * (1 / self.temperature) * key).sum(dim=1)  # rounded as in the op

@@ -46,7 +46,7 @@ class NCEAverage(NCEMemory):
       pass.
 
     Features in half types are scored in fp32 and give an fp32 loss; ``.half()``, ``.bfloat16()`` and ``.double()``
-    convert the memory alone. Derivatives are those of ``sslfast.ops.bank_nce``.
+    convert the memory alone. First derivatives in reverse mode are computed; others are a RuntimeError.
 
     Args:
         inputSize, outputSize: columns and rows of the memory; at least 1 and 2.
@@ -127,7 +127,8 @@ class NCEAverage(NCEMemory):
         Raises:
             TypeError: features that are not floating, or fp64 for a memory of less.
             ValueError: a shape, dtype or device.
-            RuntimeError: on CPU a row outside the memory (CUDA: a device trap); in train mode, inside a recomputation.
+            RuntimeError: on CPU a row outside the memory (CUDA: a device trap); in train mode, inside a recomputation;
+                a second or forward-mode derivative.
         """
         losses, features, y = self._losses(x, y, x_jig, idx)
         means = losses.mean(dim=1)

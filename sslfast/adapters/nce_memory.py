@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from sslfast.adapters.checks import check_counts, check_features, check_precision, check_temperature
 from sslfast.distributed import gather_rows, mean_over_ranks
-from sslfast.models import initial_rows, snapshot
+from sslfast.models import first_derivative_only, initial_rows, snapshot
 from sslfast.ops import bank_nce, bank_update_, estimate_z
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -108,7 +108,7 @@ class NCEMemory(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(losses ``[V, B]``, log-sum-exp of the scores ``[V, B]``) of ``[V, B, columns]``; NCE if z is given."""
         scored = bank_nce(
-            query,
+            first_derivative_only(query, self._name),
             getattr(self, self._memories[memory]),
             y,
             temperature=self.T,

@@ -67,7 +67,7 @@ def _check(queries: Tensor, keys: Tensor, positives: Tensor, excluded: Tensor | 
             raise ValueError(
                 f"info_nce: {name} is on {tensor.device} and queries on {queries.device}; move one with .to(device)"
             )
-    compared = len(keys) - (excluded is not None)
+    compared = len(keys) if excluded is None else len(keys) - 1
     if compared < 2 and torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         raise ValueError(
             f"info_nce: a query is compared with {compared} key, so the loss is 0 whatever the embeddings; "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.distributed import gather_rows, gather_to_rank0, rank, shard_bounds, world_size
+from sslfast.models.derivatives import first_derivative_only
 from sslfast.models.recomputation import snapshot
 from sslfast.ops import bank_nce, bank_update_
 from sslfast.ops.philox import Stream, random_uniform
@@ -99,8 +100,13 @@ class MemoryBank(nn.Module):
 
         Returns:
             ``(losses, log-sum-exps of the scores)``, each ``[V, B]``; gradient flows to ``query`` through the losses.
+
+        Raises:
+            ValueError, RuntimeError: as ``bank_nce`` does.
+            RuntimeError: inside a recomputation; a second or forward-mode derivative is asked for.
         """
         index = snapshot(index, "MemoryBank.score", once=True)
+        query = first_derivative_only(query, "MemoryBank.score")
         if self.vectors.dtype == torch.float64:
             query = query.double()
         if self.is_sharded:

@@ -44,10 +44,11 @@ def score_over_shards(
         loss, temperature, options: of ``bank_nce``; NCE needs ``z``.
 
     Returns:
-        ``(losses, log-sum-exps)``, each ``[V, B]``; the latter detached. Differentiable once, in reverse mode.
+        ``(losses, log-sum-exps)``, each ``[V, B]``; the latter detached. :meth:`MemoryBank.score` guards against
+        second derivatives.
 
     Raises:
-        ValueError, RuntimeError: as ``bank_nce`` does; a second derivative is asked for.
+        ValueError, RuntimeError: as ``bank_nce`` does.
     """
     query = query if vectors.dtype == torch.float64 else query.float()
     options |= {"shard": shard, "loss": loss, "temperature": temperature}
@@ -96,22 +97,4 @@ class _ScoreOverShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        of_query = gradients[0][..., None] * grad
-        if torch.is_grad_enabled():  # create_graph
-            of_query = cast(Tensor, _FirstDerivative.apply(of_query.detach().requires_grad_()))
-        return of_query, None, None, None
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Identity that cannot be differentiated: the gradient of a query depends on the query, which is not recorded."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_gradients: Tensor) -> Tensor:
-        raise RuntimeError(
-            "MemoryBank.score: a sharded bank has no second derivative; score a replicated one with "
-            "sslfast.ops.bank_nce_reference"
-        )
+        return gradients[0][..., None] * grad, None, None, None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sslfast.adapters import NTXentLoss
@@ -169,6 +170,32 @@ def test_the_normaliser_keeps_its_range(name: str, dtype: torch.dtype) -> None:
     module.to(dtype)
     assert all(getattr(module, normaliser) == 1e30 for normaliser in normalisers)
     assert all(getattr(module, memory).dtype == dtype for memory in module._memories)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "queue_by_hand"])
+def test_derivatives_that_are_not_computed_are_errors(name: str) -> None:
+    case = CASES[name]
+    given = views(0)
+    gradients = torch.autograd.grad(case.loss(case.make(), *given), given, create_graph=True)
+    for ours, exact in zip(gradients, expected(case, case.make(), given)[1], strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+    penalty = sum((gradient**2).sum() for gradient in gradients)
+    for inputs in (given, given[:1]):
+        with pytest.raises(RuntimeError, match=r"only first derivatives in reverse mode.*bank_nce_reference"):
+            torch.autograd.grad(penalty, inputs, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(view.detach(), torch.ones_like(view)) for view in given]
+        with pytest.raises(RuntimeError, match=r"only first derivatives in reverse mode"):
+            case.loss(case.make(), *dual)
+    for transform in (torch.func.grad, torch.func.hessian):
+        with pytest.raises(RuntimeError):
+            transform(lambda a: case.loss(case.make(), a, given[1].detach()))(given[0].detach())
+
+
+def test_the_queue_itself_has_every_derivative() -> None:
+    case, given = CASES["queue_by_hand"], tuple(views(0, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda a, b: case.loss(case.make().double(), a, b), given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda a, b: case.loss(case.make().double(), a, b), given)
 
 
 class TestLossWithoutState:
