@@ -72,7 +72,7 @@ def refuse_in_bootstrap() -> None:
     too. The process that started it reports the exit code (:func:`why_ended`).
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise SystemExit(_NO_GUARD)
+        os._exit(_NO_GUARD)  # at once: what its parent sees is this code, under every start method
 
 
 def why_ended(code: int | None, remedy: str) -> str:

@@ -81,7 +81,7 @@ def test_pretrain_help_lists_recipes_options_and_exit_codes(capsys: pytest.Captu
     for expected in (
         "tiny: Six epochs of a tiny method.",
         "tiny-long: The same, longer.",
-        "75   stopped by SIGTERM or SIGINT",
+        "75   stopped by a signal (SIGTERM, SIGINT, SIGHUP,",
         "--epochs INT",
         "Passes over the data; the cosine ends with the last one. (default: 6)",
         "--optim.momentum FLOAT",
