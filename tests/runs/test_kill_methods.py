@@ -1,5 +1,5 @@
-"""Methods with state of their own (queue and momentum encoder, cluster assignments, optimal-transport labels), killed at
-random moments: the run ends bit-equal to an uninterrupted one."""
+"""Methods with state of their own (queue and momentum encoder, cluster assignments, optimal-transport labels), killed
+at random moments: the run ends bit-equal to an uninterrupted one."""
 
 import random
 import signal
