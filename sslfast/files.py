@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ANOTHER_PLACE = "choose another place"
+OUTPUT = "name another file with --output"
+"""Remedy of commands that have the option."""
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _FIRST_AID = {
     errno.ENOSPC: "free some space",
