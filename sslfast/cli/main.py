@@ -225,6 +225,8 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.errno is not None and error.strerror:  # one that nobody has explained
         remedy = _REMEDIES.get(error.errno) or what_helps(error.errno)
+        if error.filename is None and "temporary directory" in error.strerror:  # tempfile's own words
+            remedy = "set TMPDIR to a folder that can be written"
         text = f"{error.filename or 'a file'} cannot be used ({error.strerror}){remedy and '; '}{remedy}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "sslfast":
         text += "; pip install 'sslfast[train]'"
