@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sslfast.cli.options import parse, print_table, printable
-from sslfast.data import PrepareConfig, prepare_beton, verify_images
+from sslfast.data import Contents, Decoding, PrepareConfig, prepare_beton, verify_images
 from sslfast.files import OUTPUT, write_file, writing
 
 
@@ -26,6 +26,7 @@ class Verify:
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
     """Decoding processes; default: one per core."""
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(default_factory=Decoding)
 
 
 @dataclass(kw_only=True)
@@ -48,13 +49,22 @@ def verify(arguments: list[str]) -> int:
     chosen = parse(Verify, arguments, prog="sslfast data verify")
     if isinstance(chosen, int):
         return chosen
-    manifest, bad = verify_images(chosen.data, workers=chosen.workers, progress=sys.stderr.isatty())
+    contents = Contents()
+    manifest, bad = verify_images(
+        chosen.data,
+        workers=chosen.workers,
+        progress=sys.stderr.isatty(),
+        decoding=chosen.decoding,
+        contents=contents,
+    )
     output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
     write_file(output, manifest.dump(), remedy=OUTPUT)
     for path, reason in bad:
         print(f"{printable(path)}\t{printable(reason)}")
     total, classes = len(manifest) + len(bad), len(manifest.classes)
     print(f"{len(manifest):,} of {total:,} images can be used, {classes:,} classes; wrote {output}")
+    for line in [*contents.lines(), *contents.warnings("--white-level")]:
+        print(line)
     return 1 if bad else 0
 
 

@@ -100,7 +100,15 @@ def preview(arguments: list[str]) -> int:
     method, seed = chosen.config.method, chosen.config.seed
     method.validate()
     panels = partial(method.preview_panels, seed=seed)
-    write_preview(chosen.data, method.preview_views(), chosen.output, count=chosen.count, seed=seed, panels=panels)
+    write_preview(
+        chosen.data,
+        method.preview_views(),
+        chosen.output,
+        count=chosen.count,
+        seed=seed,
+        panels=panels,
+        decoding=chosen.config.loader.decoding(),
+    )
     print(chosen.output)
     return 0
 

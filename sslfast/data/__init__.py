@@ -2,11 +2,14 @@
 Imports ``sslfast.files`` and ``sslfast.ops``."""
 
 from sslfast.data.beton import JPG, Beton, BetonSource
+from sslfast.data.contents import Contents, combined, recorded_decoding, sample_contents
 from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
 from sslfast.data.folder import FolderSource
 from sslfast.data.images import (
+    DEFAULT_DECODING,
     ORIENTATION,
     BadImageError,
+    Decoding,
     ImageHeader,
     OnBadImage,
     OpenImage,
@@ -28,6 +31,7 @@ from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, Source
 from sslfast.data.verify import verify_images
 
 __all__ = [
+    "DEFAULT_DECODING",
     "HASHED_BYTES",
     "JPG",
     "ORIENTATION",
@@ -35,6 +39,8 @@ __all__ = [
     "BadImageError",
     "Beton",
     "BetonSource",
+    "Contents",
+    "Decoding",
     "FolderSource",
     "ImageHeader",
     "ImageLocation",
@@ -47,6 +53,7 @@ __all__ = [
     "all_sources",
     "available_cores",
     "check_size",
+    "combined",
     "content_hash",
     "decode_full",
     "decode_pixels",
@@ -58,8 +65,10 @@ __all__ = [
     "prepare_beton",
     "quiet_pillow",
     "read_bytes",
+    "recorded_decoding",
     "reopen_data",
     "require_strict_pillow",
+    "sample_contents",
     "scan_jpeg",
     "silence_pillow",
     "some_paths",

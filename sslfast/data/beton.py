@@ -179,7 +179,13 @@ class Beton:
         """Settings of ``sslfast data prepare``, and the counts of what it did."""
         text = texts[: middle - begin].decode("utf-8", "surrogateescape")
         made_of = Manifest.parse(text, f"inside {self.path}")
-        source = BetonSource(root=made_of.root, paths=made_of.paths, archive=self.path, archive_id=identity)
+        source = BetonSource(
+            root=made_of.root,
+            paths=made_of.paths,
+            archive=self.path,
+            archive_id=identity,
+            decoding=made_of.source.decoding,
+        )
         self.manifest = replace(made_of, source=source)
         """The rows; the source is this file."""
         if len(self.manifest) != count:

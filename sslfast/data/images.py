@@ -4,28 +4,36 @@ One policy for every kind of file. "Converted" files are trained on; "bad" files
 caller follows ``--on-bad-image error|skip``. "Scan" means that the header shows it when the manifest is written;
 "decode" means that only decoding the pixels shows it.
 
-=============================================== ============================================================ ========
-file                                            policy                                                       seen at
-=============================================== ============================================================ ========
-JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF,     accepted, recognised by content and not by suffix
+================================================ ============================================================ =======
+file                                             policy                                                       seen at
+================================================ ============================================================ =======
+JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF,      accepted, recognised by content and not by suffix
 JPEG 2000, MPO
-grayscale, bilevel, YCbCr, HSV                  converted to RGB
-CMYK / YCCK (also Adobe's inverted JPEGs)       converted to RGB, without colour profile
-palette                                         converted to RGB through its palette
-transparency (RGBA, LA, palette, tRNS)          composited on white
-16 bits a channel                               the high byte is kept (``value >> 8``)
-animated, multi-picture                         first frame
-EXIF orientation 2 to 8                         applied; a damaged EXIF block counts as "upright"
-unreadable (permission, dangling link, device)  bad: ``unreadable: ...``                                     scan
-zero bytes                                      bad: ``empty file``                                          scan
-not an image, whatever its suffix               bad: ``not an image ...``                                    scan
-a side below ``MIN_SIDE`` = 8 pixels            bad: ``too small ...``                                       scan
-more than ``MAX_PIXELS`` = 89,478,485 pixels    bad: ``too large ...`` (decompression bombs; cut into tiles) scan
-damaged header                                  bad: ``damaged ...``                                         scan
-truncated or damaged pixels, wrong PNG checksum bad: ``damaged ...``                                         decode
-JPEG with a marker inside its pixel data        bad: ``damaged ...`` (see :mod:`sslfast.data.jpeg`)          decode
-32-bit integer or float pixels, CIELAB          bad: ``pixel format ...`` (no defined white level)           decode
-=============================================== ============================================================ ========
+grayscale, bilevel, YCbCr, HSV                   converted to RGB
+CMYK / YCCK (of a JPEG as inverted, Adobe's way) converted to RGB, without colour profile
+palette                                          converted to RGB through its palette
+transparency (RGBA, LA, palette, tRNS)           composited on white
+16 bits a channel                                the high byte is kept (``value >> 8``); another white level:
+                                                 ``Decoding.white_level``
+fewer bits in 16: maximum of a PGM or PPM, TIFF  ``value * 256 // (white + 1)``, white is their largest
+of 12 bits, PNG's sBIT and no larger value       value
+animated, multi-picture                          first frame
+orientation 2 to 8 (EXIF, TIFF, else XMP; AVIF's applied, once; a damaged EXIF block counts as "upright"
+irot and imir)
+other metadata, whatever its state               left out before decoding (:mod:`sslfast.data.stripped`)
+unreadable (permission, dangling link, device)   bad: ``unreadable: ...``                                     scan
+a file of more than ``MAX_BYTES`` = 1 GiB        bad: ``too large ...``                                       scan
+zero bytes                                       bad: ``empty file``                                          scan
+not an image, whatever its suffix                bad: ``not an image ...``                                    scan
+a side below ``MIN_SIDE`` = 8 pixels             bad: ``too small ...``                                       scan
+more than ``MAX_PIXELS`` = 89,478,485 pixels     bad: ``too large ...`` (decompression bombs; cut into tiles) scan
+more than ``Decoding.max_pixels``                bad: ``too large ...``                                       decode
+damaged header                                   bad: ``damaged ...``                                         scan
+truncated or damaged pixels, wrong PNG checksum  bad: ``damaged ...``                                         decode
+JPEG with a marker inside its pixel data         bad: ``damaged ...`` (see :mod:`sslfast.data.jpeg`)          decode
+32-bit integer or float pixels, CIELAB, signed   bad: ``pixel format ...`` (no defined white level)           decode
+layouts that Pillow lacks or misreads            bad: ``pixel format not supported ...``, which names them    decode
+================================================ ============================================================ =======
 
 Not detected: flipped bits or zeros inside a JPEG's entropy-coded data (the format has no checksum, and libjpeg fills
 the rest of the image with plausible pixels), and damage from before the file was encoded. Pillow's module-level
@@ -34,28 +42,33 @@ settings are never changed; its default ``LOAD_TRUNCATED_IMAGES`` = False is req
 
 import io
 import os
-import struct
+import stat
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, Any, Literal
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
-from sslfast.data.jpeg import JpegScan, scan_jpeg
+from sslfast.data.deep import FULL, deep_samples, is_deep_colour, stated_white, to_8_bits
+from sslfast.data.exif import exif_orientation
+from sslfast.data.jpeg import JpegScan
+from sslfast.data.stripped import MAX_PIXELS, BadImageError, Stripped, strip
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")  # MPO comes as JPEG
+_HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # Pillow 11.3 and later
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", *(["AVIF"] if _HAS_AVIF else []), "JPEG2000")
 SUFFIXES = frozenset(
     f".{name}"
     for names in ("jpg jpeg jpe jfif mpo png gif bmp dib", "webp tif tiff ppm pgm pbm pnm avif jp2 j2k")
     for name in names.split()
 )
 MIN_SIDE = 8
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb warning
+MAX_BYTES = 1 << 30
+"""Largest file that is read: more than any image of ``MAX_PIXELS`` needs."""
 
 # EXIF orientation -> what makes the stored image upright: transpose, then flip vertically, then horizontally.
 ORIENTATION = {
@@ -70,12 +83,26 @@ ORIENTATION = {
 }
 
 
-class BadImageError(ValueError):
-    """An image file that must not be trained on. ``reason`` is one short line without the path."""
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What the policy leaves to the user. It belongs to the data: all loaders and evaluations of a run use the same."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    white_level: int | None = None
+    """Sample value that is white in files of 16 bits a channel; None: 65535. Scanners and cameras of 10, 12 or 14 bits
+    often store 0 to 1023, 4095 or 16383. Files that state their own level keep it: a PGM or PPM with another maximum, a
+    TIFF of 12 bits, a PNG whose sBIT chunk names fewer bits and that has no larger value."""
+    max_pixels: int | None = None
+    """Images of more pixels are bad; None: 89,478,485. An image just below that takes 0.3 to 1.6 GB of memory while it
+    is decoded, of 16 bits with a white level up to 2.3 GB, in each of the decoding processes or threads."""
+
+    def __post_init__(self) -> None:
+        if self.white_level is not None and not 255 <= self.white_level <= 65535:
+            raise ValueError(f"white_level must be in [255, 65535], got {self.white_level}")
+        if self.max_pixels is not None and not MIN_SIDE**2 <= self.max_pixels <= MAX_PIXELS:
+            raise ValueError(f"max_pixels must be in [{MIN_SIDE**2}, {MAX_PIXELS}], got {self.max_pixels}")
+
+
+DEFAULT_DECODING = Decoding()
 
 
 @dataclass
@@ -91,9 +118,18 @@ class ImageHeader:
 class OpenImage(ImageHeader):
     """A file whose header has been read and whose pixels have not."""
 
-    image: Image.Image
-    jpeg: JpegScan | None = None
-    """Of a JPEG: the result of the marker scan."""
+    image: ImageFile.ImageFile
+    stripped: Stripped
+    decoding: Decoding = field(default_factory=Decoding)
+    peak: int | None = None
+    """Of 16 bits a channel, once decoded: the largest sample value, of colours rounded up to ``256 n - 1``."""
+    white: int | None = None
+    """Of 16 bits a channel, once decoded: the sample value that became white."""
+
+    @property
+    def jpeg(self) -> JpegScan | None:
+        """Of a JPEG: the result of the marker scan."""
+        return self.stripped.jpeg
 
 
 def silence_pillow() -> None:
@@ -121,20 +157,62 @@ def require_strict_pillow() -> None:
         )
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The file's bytes; BadImageError where it cannot be read or is empty."""
+@contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular file, opened once, and its size; BadImageError where it is none, cannot be read, or is too large.
+
+    Type and size are those of what was opened, so a link that changes its target in between does no harm; opening
+    neither waits for a pipe's writer nor starts a device.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.readall()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("unreadable: not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise BadImageError(f"too large: a file of {status.st_size:,} bytes, at most {MAX_BYTES:,}")
+            yield file, status.st_size
     except OSError as error:
         raise BadImageError(f"unreadable: {error.strerror or error}") from None
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The file's bytes, as many as it had when it was opened; BadImageError where it cannot be read or is empty."""
+    with open_regular(path) as (file, size):
+        data = file.read(size)
     if not data:
         raise BadImageError("empty file")
     return data
 
 
-def open_header(file: IO[bytes]) -> Image.Image:
-    """Read the header and apply every rule of the policy that needs only the header. Raises BadImageError."""
+def open_header(file: IO[bytes]) -> None:
+    """Apply every rule of the policy that needs only the header. Raises BadImageError."""
+    if file.read(4).startswith(_METADATA_FIRST):
+        for most in _HEADER_BYTES:
+            file.seek(0)
+            data = file.read(most)
+            try:
+                _open_pillow(io.BytesIO(strip(data, header=True).data))
+                return
+            except BadImageError:
+                if len(data) < most:
+                    break
+    else:
+        try:
+            _open_pillow(file)
+            return
+        except BadImageError:
+            file.seek(0)
+            data = file.read(MAX_BYTES)
+    _opened(strip(data, header=True), DEFAULT_DECODING)
+
+
+_METADATA_FIRST = (b"\xff\xd8", b"\x89PNG")
+"""Formats that may have megabytes of metadata before the header of their pixels."""
+_HEADER_BYTES = (1 << 14, 1 << 18, MAX_BYTES)
+
+
+def _open_pillow(file: IO[bytes]) -> ImageFile.ImageFile:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -149,35 +227,39 @@ def open_header(file: IO[bytes]) -> Image.Image:
     return image
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, decoding: Decoding = DEFAULT_DECODING) -> None:
     """BadImageError if the size is outside of what the policy allows."""
+    most = decoding.max_pixels or MAX_PIXELS
     if min(width, height) < MIN_SIDE:
         raise BadImageError(f"too small: {width} x {height}, smallest side is {MIN_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise BadImageError(f"too large: {width} x {height}, at most {MAX_PIXELS} pixels")
+    if width * height > most:
+        raise BadImageError(f"too large: {width} x {height}, at most {most} pixels")
 
 
-def open_image(data: bytes) -> OpenImage:
+def open_image(data: bytes, decoding: Decoding = DEFAULT_DECODING) -> OpenImage:
     """Header, size after EXIF orientation; no pixel is decoded for JPEG. Raises BadImageError."""
-    image = open_header(io.BytesIO(data))
-    jpeg: JpegScan | None = None
-    if image.format == "PNG":
-        _check_png(data)
-    elif isinstance(image, JpegImagePlugin.JpegImageFile):
-        jpeg = scan_jpeg(data)
-        if jpeg.state == "damaged":
-            raise BadImageError(f"damaged: {jpeg.reason}")
+    return _opened(strip(data), decoding)
+
+
+def _opened(stripped: Stripped, decoding: Decoding) -> OpenImage:
     try:
-        orientation = image.getexif().get(0x0112, 1)
-    except MemoryError:
+        image = _open_pillow(io.BytesIO(stripped.data))
+    except BadImageError as error:
+        if stripped.described and error.reason.startswith(("not an image", "damaged header")):
+            raise BadImageError(
+                f"damaged, or pixel format not supported: {stripped.described}; convert to 8 or 16 bits"
+            ) from None
         raise
-    except Exception:  # a damaged EXIF block says nothing about the pixels
-        orientation = 1
-    orientation = orientation if orientation in ORIENTATION else 1
+    if not stripped.is_supported:
+        raise BadImageError(f"pixel format not supported: {stripped.described}; convert to 8 or 16 bits")
+    check_size(*image.size, decoding)
+    orientation = stripped.orientation
+    if image.format == "AVIF":
+        orientation = exif_orientation(image.info.get("exif", b"")) or 1
     width, height = image.size
     if ORIENTATION[orientation][0]:
         width, height = height, width
-    return OpenImage(width, height, orientation, image, jpeg)
+    return OpenImage(width, height, orientation, image, stripped, decoding)
 
 
 def decode_pixels(opened: OpenImage, *, factor: int = 1) -> tuple[NDArray[np.uint8], int]:
@@ -197,18 +279,17 @@ def decode_pixels(opened: OpenImage, *, factor: int = 1) -> tuple[NDArray[np.uin
             image.draft(None, (max(image.width // factor, 1), max(image.height // factor, 1)))
         else:
             factor = 1
-        plain = _plain(image)
+        array = _decode(opened)
     except (MemoryError, BadImageError):
         raise
     except Exception as error:  # decoders raise arbitrary exceptions on damaged data
         raise BadImageError(f"damaged: {_one_line(error)}") from None
-    array: NDArray[np.uint8] = np.asarray(plain)
     return array.reshape(*array.shape[:2], -1), factor
 
 
-def decode_full(data: bytes) -> NDArray[np.uint8]:
+def decode_full(data: bytes, decoding: Decoding = DEFAULT_DECODING) -> NDArray[np.uint8]:
     """``[H, W, 3]`` the whole upright image by the same policy, for evaluation and previews. Raises BadImageError."""
-    opened = open_image(data)
+    opened = open_image(data, decoding)
     pixels, _ = decode_pixels(opened)
     transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
     if transpose:
@@ -217,40 +298,59 @@ def decode_full(data: bytes) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
-def _check_png(data: bytes) -> None:
-    """Verify the checksums of the critical chunks; Pillow ignores those of the pixel data."""
-    position = 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
-        if end + 4 > len(data) or kind == b"IEND":
-            return
-        if (
-            kind[:1].isupper()
-            and zlib.crc32(memoryview(data)[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]
-        ):
-            raise BadImageError(f"damaged: wrong checksum of PNG chunk {kind.decode('latin-1')} at byte {position}")
-        position = end + 4
+def _decode(opened: OpenImage) -> NDArray[np.uint8]:
+    """The pixels as stored: 8 bits, ``[H, W]`` gray or ``[H, W, 3]`` RGB."""
+    image, stripped, level = opened.image, opened.stripped, opened.decoding.white_level
+    stated, key = stated_white(image, stripped), stripped.key
+    low_bytes = key is not None or (level or FULL) < FULL or (stripped.significant or 16) < 16
+    samples = deep_samples(image, stripped, low_bytes=low_bytes)
+    if samples is None:
+        image.load()
+        array = stored = np.asarray(_plain(image))
+        if is_deep_colour(image, stripped):
+            opened.peak, opened.white = int(array.max()) * 256 + 255, FULL
+        elif key is not None and stripped.bits < 8:  # Pillow scales the levels
+            key = tuple(value * 255 // (2**stripped.bits - 1) for value in key)
+    else:
+        colours = samples[..., :3] if samples.ndim == 3 else samples
+        opened.peak, significant = int(colours.max()), stripped.significant or 16
+        own = 2**significant - 1 if opened.peak < 2**significant else FULL
+        opened.white = stated or level or own
+        stored = samples if not stripped.inverted else opened.white - np.minimum(samples, opened.white)
+        array = to_8_bits(stored, opened.white)
+        if array.ndim == 3 and array.shape[2] == 4:
+            array[..., 3] = samples[..., 3] >> 8
+            array = np.asarray(_on_white(Image.fromarray(array)))
+    if key is not None:
+        array = array.copy()
+        array[(stored.reshape(*stored.shape[:2], -1) == np.array(key)).all(axis=2)] = 255
+    return array
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Decode the pixels into mode ``RGB`` or ``L`` (8 bits)."""
-    image.load()
+    """Loaded pixels of 8 bits in mode ``RGB`` or ``L``."""
     mode = image.mode
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if mode == "La":
+        image = image.convert("LA")
+    if has_transparency(image):
+        return _on_white(image.convert("RGBA"))
     if mode in ("RGB", "L"):
         return image
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PPM", "PNG")):
-        # Pillow opens 16-bit PGM files as 32-bit integers that hold 16-bit values.
-        values: NDArray[Any] = np.asarray(image)
-        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
     if mode == "1":
         return image.convert("L")
     if mode in ("P", "CMYK", "YCbCr", "HSV", "RGBX"):
         return image.convert("RGB")
     raise BadImageError(f"pixel format {mode} ({image.format}) has no defined white level: convert to 8 or 16 bits")
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether there is an alpha channel, be it of the palette, or a transparent colour. Pillow 10.0 does not say."""
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA") or palette.endswith("A")
+
+
+def _on_white(rgba: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _one_line(error: Exception) -> str:

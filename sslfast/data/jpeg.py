@@ -16,12 +16,19 @@ from typing import Literal
 
 import numpy as np
 
-_SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
+from sslfast.data.exif import exif_orientation, xmp_orientation
+
+_SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP2, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xE2, 0xEE
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _SEQUENTIAL_HUFFMAN, _PROGRESSIVE_HUFFMAN = (0xC0, 0xC1), 0xC2
 _BEFORE_A_SCAN = frozenset({0xC4, 0xCC, _SOS, 0xDB, _DRI})  # tables and the scan itself
-_ANYWHERE = frozenset({0xDC, 0xFE, *range(0xE0, 0xF0)})  # number of lines, comment, applications
+_APPLICATIONS = frozenset({0xFE, *range(0xE0, 0xF0)})  # and comments
+_ANYWHERE = _APPLICATIONS | {0xDC}  # and the number of lines
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_EXIF_SEGMENTS = 16  # a directory is at the start of its block
+_MOST_SEGMENTS = 100_000  # a profile of 16 MiB has 255
+_MOST_SCANS = 500  # libjpeg-turbo's advice; every scan costs a pass over the whole image
 
 
 @dataclass
@@ -46,8 +53,14 @@ class JpegScan:
     jfif: bool = False
     adobe: int | None = None
     """Colour transform of Adobe's marker: 0 none, 1 YCbCr, 2 YCCK."""
-    metadata: bool = False
-    """Whether there is a segment that may hold an orientation (EXIF or XMP)."""
+    orientation: int = 1
+    """That EXIF, or else XMP, states."""
+    several: bool = False
+    """Whether an index of further pictures (MPO) is present."""
+    junk: bool = False
+    """Whether there are bytes between two segments, which decoders skip."""
+    unneeded: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end of the segments before the first scan that no pixel depends on: comments, profiles, thumbnails."""
 
     @property
     def is_common(self) -> bool:
@@ -55,6 +68,7 @@ class JpegScan:
         colour = (self.jfif or self.components == [1, 2, 3]) and self.adobe in (None, 1)
         return (
             self.state == "whole"
+            and not self.junk
             and self.frame in (*_SEQUENTIAL_HUFFMAN, _PROGRESSIVE_HUFFMAN)
             and self.precision == 8
             and self.height > 0
@@ -62,20 +76,52 @@ class JpegScan:
         )
 
 
-def scan_jpeg(data: bytes) -> JpegScan:
-    """Scan the markers of a JPEG file; tens of microseconds for a photograph of ImageNet's size."""
-    scan = JpegScan()
+def scan_jpeg(data: bytes, *, header: bool = False) -> JpegScan:
+    """Scan the markers of a JPEG file; tens of microseconds for a photograph of ImageNet's size.
+
+    Args:
+        data: the file.
+        header: stop at the first scan.
+    """
+    scan, metadata = JpegScan(), _Metadata()
     with suppress(IndexError, struct.error):  # truncated: odd
-        _walk(data, scan)
+        _walk(data, scan, metadata, header)
+    scan.orientation = metadata.orientation()
     return scan
 
 
-def _walk(data: bytes, scan: JpegScan) -> None:
+@dataclass
+class _Metadata:
+    """EXIF and XMP of the segments."""
+
+    exif: list[bytes] = field(default_factory=list)
+    xmp: bytes = b""
+
+    def add(self, segment: bytes) -> None:
+        if segment.startswith(b"Exif\0\0") and len(self.exif) < _EXIF_SEGMENTS:
+            self.exif.append(segment if not self.exif else segment[6:])
+        elif segment.startswith(_XMP):
+            self.xmp = segment[len(_XMP) :]
+
+    def orientation(self) -> int:
+        value = exif_orientation(b"".join(self.exif)) if self.exif else None
+        if value is None and self.xmp:
+            value = xmp_orientation(self.xmp)
+        return value or 1
+
+
+def _walk(data: bytes, scan: JpegScan, metadata: _Metadata, header: bool) -> None:
     if data[:2] != b"\xff\xd8":
         return
-    position, interval, scanned, kind, start = 2, 0, 0, _SOI, 0
+    position, interval, scanned, scans, kind, start = 2, 0, 0, 0, _SOI, 0
     markers: _EntropyMarkers | None = None
     while True:
+        if not scanned and position < len(data) and data[position] != 0xFF:
+            after, scan.junk = data.find(b"\xff", position), True
+            if after < 0:
+                return
+            scan.unneeded.append((position, after))
+            position = after
         if position >= len(data) or data[position] != 0xFF:
             if scanned:  # no marker follows the segment, so it is not a segment
                 scan.state, scan.reason = "damaged", f"marker {kind:02X} inside the pixel data at byte {start}"
@@ -85,6 +131,9 @@ def _walk(data: bytes, scan: JpegScan) -> None:
         kind = data[position]
         start = position - 1
         position += 1
+        if kind == 0 and not scanned:
+            scan.junk = True
+            continue
         if kind == _EOI:
             if scanned and data.endswith(_END) and data.find(_START, position) < 0 and position < len(data):
                 scan.state, scan.reason = "damaged", f"end marker inside the pixel data at byte {start}"
@@ -103,16 +152,29 @@ def _walk(data: bytes, scan: JpegScan) -> None:
             scan.frame = kind
             scan.precision, scan.height, scan.width, count = struct.unpack_from(">BHHB", data, position + 2)
             scan.components = [data[position + 8 + 3 * index] for index in range(count)]
-        elif kind == _APP0 and data[position + 2 : position + 7] == b"JFIF\0":
+        elif kind == _APP0 and length >= 16 and data[position + 2 : position + 7] == b"JFIF\0":
             scan.jfif = True
-        elif kind == _APP14 and data[position + 2 : position + 7] == b"Adobe":
+        elif kind == _APP14 and length >= 14 and data[position + 2 : position + 7] == b"Adobe":
             scan.adobe = data[position + 13]
-        elif kind == _APP1:
-            scan.metadata = True
+        elif kind in _APPLICATIONS and not scanned:
+            if len(scan.unneeded) == _MOST_SEGMENTS:
+                scan.state, scan.reason = "damaged", f"more than {_MOST_SEGMENTS} metadata segments"
+                return
+            scan.unneeded.append((start, end))
+            if kind == _APP1:
+                metadata.add(data[position + 2 : end])
+            elif kind == _APP2 and data[position + 2 : position + 6] == b"MPF\0":
+                scan.several = True
         elif kind == _DRI:
             (interval,) = struct.unpack_from(">H", data, position + 2)
         position = end
         if kind == _SOS:
+            if header:
+                return
+            scans += 1
+            if scans > _MOST_SCANS:
+                scan.state, scan.reason = "damaged", f"more than {_MOST_SCANS} scans"
+                return
             scanned += data[start + 4]
             markers = _EntropyMarkers(data) if markers is None else markers
             position, reason = markers.skip(end, interval)

@@ -1,12 +1,11 @@
 """Files under a folder by their suffix, and size, hash and header check of a file."""
 
 import os
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sslfast.data.images import SUFFIXES, BadImageError, open_header
+from sslfast.data.images import SUFFIXES, BadImageError, open_header, open_regular
 from sslfast.data.source import HASHED_BYTES, content_hash
 
 TAR = ".tar"
@@ -77,23 +76,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def identify(file: str, *, read: bool, header: bool = False) -> tuple[int, str] | str:
     """Size and hash (empty unless ``read``) of a file, or why it is bad; with ``header`` also by the image policy."""
     try:
-        status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):
-            return "unreadable: not a regular file"
-        if not read:
-            return status.st_size, ""
-        with open(file, "rb", buffering=HASHED_BYTES) as opened:
+        with open_regular(file) as (opened, size):
+            if not read:
+                return size, ""
             head = opened.read(HASHED_BYTES)
             if header and not head:
                 return "empty file"
             if header:
                 opened.seek(0)
                 open_header(opened)
-    except OSError as error:
-        return f"unreadable: {error.strerror or error}"
     except BadImageError as error:
         return error.reason
-    return status.st_size, content_hash(head)
+    return size, content_hash(head)
 
 
 def existing_folder(root: str | os.PathLike[str]) -> Path:

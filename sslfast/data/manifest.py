@@ -14,14 +14,14 @@ the size they detect a replaced file. A change after the first 16 KiB that keeps
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import SUFFIXES, OnBadImage, quiet_pillow
+from sslfast.data.images import SUFFIXES, Decoding, OnBadImage, quiet_pillow
 from sslfast.data.listing import first_folder
 from sslfast.data.source import (
     HASHED_BYTES,
@@ -111,6 +111,10 @@ class Manifest:
             sha1=[self.sha1[row] for row in rows],
             labels=self.labels[chosen],
         )
+
+    def decoded(self, decoding: Decoding) -> "Manifest":
+        """The same rows, decoded so."""
+        return replace(self, source=replace(self.source, decoding=decoding))
 
     def without(self, bad: Collection[tuple[str, str]]) -> "Manifest":
         """The manifest of the rows whose path is not in ``bad`` (path, reason), which is added to ``excluded``.
@@ -222,6 +226,7 @@ class Manifest:
             f"# digest\t{self.digest()}",
             *(["# verified\tevery row was decoded whole"] if self.verified else []),
             *([f"# archive\t{identity}"] if identity else []),
+            *(f"# {name}\t{value}" for name, value in asdict(self.source.decoding).items() if value is not None),
             "\t".join(["# classes", *map(_escape, self.classes)]),
             *("# " + "\t".join(_escape(str(part)) for part in note) for note in self.source.notes()),
             *(f"# ignored\t{_escape(suffix)}\t{count}" for suffix, count in self.ignored.items()),
@@ -279,6 +284,8 @@ class Manifest:
                 notes=notes,
                 columns=columns,
             )
+            decoding = {name: int(values[name]) for name in asdict(Decoding()) if name in values}
+            source.decoding = Decoding(**decoding)
             manifest = cls(
                 source=source,
                 bytes=sizes,

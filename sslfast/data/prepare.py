@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sslfast.data.beton import JPG, MAX_SIDE, RAW, BetonSource, BetonWriter
+from sslfast.data.contents import combined
 from sslfast.data.ffcv_library import load_decoder
-from sslfast.data.images import ORIENTATION, BadImageError, OnBadImage, OpenImage, decode_pixels, open_image
+from sslfast.data.images import ORIENTATION, BadImageError, Decoding, OnBadImage, OpenImage, decode_pixels, open_image
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data
 from sslfast.data.pool import map_processes
@@ -42,6 +43,11 @@ class PrepareConfig:
     quality: int = 90
     """JPEG quality of images that are not kept as they are: formats and colours other than RGB or grayscale JPEG,
     EXIF-rotated or scaled images, JPEGs that the decoder warns about."""
+    white_level: int | None = None
+    """Sample value that is white in images of 16 bits a channel, often 1023, 4095 or 16383; None: as recorded by
+    `sslfast data verify`, else 65535."""
+    max_pixels: int | None = None
+    """Images of more pixels are unusable; None: 89,478,485, which take 0.3 to 2.3 GB of memory each."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("jpg", "raw", "proportion"):
@@ -50,8 +56,12 @@ class PrepareConfig:
             raise ValueError(f"jpg_share must be in [0, 1], got {self.jpg_share}")
         if self.max_resolution is not None and not 8 <= self.max_resolution <= MAX_SIDE:
             raise ValueError(f"max_resolution must be in [8, {MAX_SIDE}], got {self.max_resolution}")
+        self.decoding()
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be in [1, 100], got {self.quality}")
+
+    def decoding(self) -> Decoding:
+        return Decoding(white_level=self.white_level, max_pixels=self.max_pixels)
 
     def is_jpg(self, row: int) -> bool:
         """Whether a row is stored as JPEG."""
@@ -117,6 +127,7 @@ def prepare_beton(
     manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)
     if isinstance(manifest.source, BetonSource):
         raise ValueError(f"{source} is a .beton file already: name what it was made of ({manifest.root})")
+    manifest = manifest.decoded(combined(manifest.source.decoding, config.decoding(), where=source))
     _check_space(manifest, output, config)
     work, tasks = partial(_store, manifest.source.packed(), config), list(enumerate(manifest.sha1))
     bad: list[tuple[str, str]] = []
@@ -138,7 +149,9 @@ def prepare_beton(
             usable = manifest.without(bad)
             if not len(usable):
                 raise ValueError(f"no usable image in {manifest.source}: all {len(usable.excluded)} are bad")
-            stored_rows = BetonSource(root=manifest.root, paths=usable.paths, archive=output.absolute())
+            stored_rows = BetonSource(
+                root=manifest.root, paths=usable.paths, archive=output.absolute(), decoding=manifest.source.decoding
+            )
             usable = replace(usable, source=stored_rows, verified=True)
             settings = {
                 "mode": config.mode,
@@ -183,7 +196,7 @@ def _store(source: ImageSource, config: PrepareConfig, task: tuple[int, str]) ->
         data = source.read(row)
         if content_hash(data[:HASHED_BYTES]) != sha1:
             raise ValueError(f"{source.where(row)}: content hash differs from the manifest: verify the data again")
-        opened = open_image(data)
+        opened = open_image(data, source.decoding)
         keepable = as_jpg and _is_plain_jpeg(opened)
         orientation = opened.orientation
         stored, _ = decode_pixels(opened)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import OnBadImage
+from sslfast.data.images import Decoding, OnBadImage
 
 if TYPE_CHECKING:
     from sslfast.data.manifest import Manifest
@@ -74,6 +74,8 @@ class ImageSource(ABC):
     """Absolute: the folder that paths are relative to, or the file that DATA names."""
     paths: Sequence[str]
     """Relative posix path of every row, in row order: the same list as the manifest's."""
+    decoding: Decoding = field(default_factory=Decoding)
+    """How its image files become pixels."""
 
     @classmethod
     @abstractmethod

@@ -4,14 +4,20 @@ import os
 from dataclasses import replace
 from functools import partial
 
-from sslfast.data.images import BadImageError, decode_full, require_strict_pillow
+from sslfast.data.contents import Contents, Facts, inspect
+from sslfast.data.images import DEFAULT_DECODING, BadImageError, Decoding, require_strict_pillow
 from sslfast.data.manifest import Manifest, some_paths
 from sslfast.data.pool import map_processes
 from sslfast.data.source import ImageSource
 
 
 def verify_images(
-    root: str | os.PathLike[str], *, workers: int | None = None, progress: bool = False
+    root: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    decoding: Decoding = DEFAULT_DECODING,
+    contents: Contents | None = None,
 ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Decode every image of a data set whole, and number those that can be used.
 
@@ -19,6 +25,8 @@ def verify_images(
         root: a source of image files: a folder of images or of tar shards, a tar file, a CSV list.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show progress bars on the terminal.
+        decoding: what the policy leaves to the user; the manifest records it.
+        contents: gets the counts of what was found.
 
     Returns:
         The manifest, marked as verified, and path and reason of every file left out, sorted by path (also in its
@@ -27,31 +35,39 @@ def verify_images(
     manifest = Manifest.scan(root, on_bad_image="skip", progress=progress)
     if manifest.source.loader is not None:
         raise ValueError(f"{root} holds no image files to decode: name what it was made of ({manifest.root})")
-    bad = check_images(manifest, workers=workers, progress=progress)
+    manifest = manifest.decoded(decoding)
+    bad = check_images(manifest, workers=workers, progress=progress, contents=contents)
     usable = replace(manifest.without(bad), verified=True)
     if not len(usable):
         raise ValueError(f"no usable image in {manifest.source}; all {len(bad)} are bad: {some_paths(bad)}")
     return usable, bad
 
 
-def check_images(manifest: Manifest, *, workers: int | None = None, progress: bool = False) -> list[tuple[str, str]]:
+def check_images(
+    manifest: Manifest, *, workers: int | None = None, progress: bool = False, contents: Contents | None = None
+) -> list[tuple[str, str]]:
     """Decode every image of the manifest whole and return path and reason of each bad one, sorted by path.
 
     Args:
         manifest: what to check; files that its scan excluded come back too.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show a progress bar on the terminal.
+        contents: gets the counts of what the usable ones are.
     """
     require_strict_pillow()
-    work = partial(_why_bad, manifest.source.packed())
-    reasons = map_processes(work, range(len(manifest)), workers=workers, progress=progress, title="decoding")
-    bad = [(path, reason) for path, reason in zip(manifest.paths, reasons, strict=True) if reason is not None]
+    work = partial(_look, manifest.source.packed())
+    found = map_processes(work, range(len(manifest)), workers=workers, progress=progress, title="decoding")
+    bad, counts = [], Contents() if contents is None else contents
+    for path, facts in zip(manifest.paths, found, strict=True):
+        if isinstance(facts, Facts):
+            counts.add(facts)
+        else:
+            bad.append((path, facts))
     return sorted([*manifest.excluded, *bad])
 
 
-def _why_bad(source: ImageSource, row: int) -> str | None:
+def _look(source: ImageSource, row: int) -> Facts | str:
     try:
-        decode_full(source.read(row))
+        return inspect(source, row)
     except BadImageError as error:
         return error.reason
-    return None

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from sslfast.data import OnBadImage
+from sslfast.data import Decoding, OnBadImage, recorded_decoding
+from sslfast.runs import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +22,22 @@ class ImageConfig:
     """auto, cpu, cuda or cuda:N."""
     on_bad_image: OnBadImage = "error"
     """error: stop at an image that cannot be decoded. skip: leave it out and count it."""
+    white_level: int | None = None
+    """Sample value that is white in images of 16 bits a channel; default: as the run read them, else 65535."""
+    max_pixels: int | None = None
+    """Images of more pixels are unusable; default: that of the run, else 89,478,485."""
 
     def __post_init__(self) -> None:
         check_at_least(1, size=self.size, batch_size=self.batch_size)
         check_at_least(0, workers=self.workers)
+        Decoding(white_level=self.white_level, max_pixels=self.max_pixels)
+
+    def decoding(self, run: Path | str) -> Decoding:
+        """As these options say, or else as the run read its images."""
+        recorded = recorded_decoding(RunDirectory(run).manifest)
+        return Decoding(
+            white_level=self.white_level or recorded.white_level, max_pixels=self.max_pixels or recorded.max_pixels
+        )
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

@@ -67,7 +67,7 @@ def load_evaluation_set(
         ValueError, FileNotFoundError: something is wrong with the run or the folders; before any image is decoded.
     """
     device = resolve_device(config.device)
-    manifests = load_manifests(data, on_bad_image=config.on_bad_image)
+    manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
     loaded = load_run(run)
     wanted = encoders(loaded.encoders)
     size = loaded.size if config.size is None else config.size

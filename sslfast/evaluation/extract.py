@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -22,7 +22,7 @@ from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows
 from sslfast.evaluation.cache import Cached, FeatureCache
 from sslfast.loaders import decode_crops
 
-PREPROCESSING = "centre-256/224-antialias-1"
+PREPROCESSING = "centre-256/224-antialias-2"
 """Version of :func:`eval_image`: changed whenever its pixels change, which invalidates cached features."""
 
 
@@ -92,7 +92,8 @@ class ImageReader:
 
     def _decode(self, row: int) -> Tensor | str:
         try:
-            return eval_image(open_image(self.manifest.source.read(row)), self.size)
+            source = self.manifest.source
+            return eval_image(open_image(source.read(row), source.decoding), self.size)
         except BadImageError as error:
             return error.reason
 
@@ -141,6 +142,7 @@ def extract(
         "size": reader.size,
         "preprocessing": PREPROCESSING,
         "device": device.type,
+        "decoding": asdict(manifest.source.decoding),
     }
     keys = {name: None if key is None else {**key, **images} for name, key in identities.items()}
     stored = {name: None if key is None else cache.load(key) for name, key in keys.items()}

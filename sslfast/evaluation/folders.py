@@ -5,14 +5,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslfast.data import Manifest, OnBadImage, some_paths
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, some_paths
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
 
 
-def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> tuple[Manifest, Manifest]:
+def load_manifests(
+    data: Path | str, *, on_bad_image: OnBadImage = "error", decoding: Decoding = DEFAULT_DECODING
+) -> tuple[Manifest, Manifest]:
     """Manifests of ``data/train`` and ``data/val``, which must hold the same class folders.
 
     Raises:
@@ -29,7 +31,9 @@ def load_manifests(data: Path | str, *, on_bad_image: OnBadImage = "error") -> t
             raise ValueError(
                 f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/"
             )
-    train, val = (Manifest.scan(data / split, on_bad_image=on_bad_image) for split in ("train", "val"))
+    train, val = (
+        Manifest.scan(data / split, on_bad_image=on_bad_image).decoded(decoding) for split in ("train", "val")
+    )
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:

@@ -5,7 +5,7 @@ The probe is :mod:`sslfast.evaluation.linear_probe`; Goyal et al.'s and MoCo's p
 """
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +108,7 @@ def _evaluate_sgd(
     unknown = [layer for layer in layers if layer not in protocol.layers]
     if unknown:
         raise ValueError(f"layers of {protocol.name} must be some of {', '.join(protocol.layers)}, got {unknown[0]!r}")
-    manifests = load_manifests(data, on_bad_image=config.on_bad_image)
+    manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
     loaded = load_run(run)
     encoders = trunk_encoders(loaded, config.encoders)
     size = loaded.size if config.size is None else config.size
@@ -127,7 +127,14 @@ def _evaluate_sgd(
     for seed in config.seeds:
         resume = ResumeState(
             output.with_name(f"{output.stem}-seed{seed}.partial.pt"),
-            {**facts, "seeds": seed, "layers": layers, "encoders": config.encoders, "data": manifests[0].digest()},
+            {
+                **facts,
+                "seeds": seed,
+                "layers": layers,
+                "encoders": config.encoders,
+                "data": manifests[0].digest(),
+                "decoding": asdict(config.decoding(run)),
+            },
         )
         states.append(resume)
         images = TrainingImages(

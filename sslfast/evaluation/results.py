@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def data_facts(data: Path | str, manifests: Sequence[Manifest], counts: Sequence
     return {
         "root": str(Path(data)),
         "classes": len(manifests[0].classes),
+        **{name: value for name, value in asdict(manifests[0].source.decoding).items() if value is not None},
         **{
             split: {
                 "images": count,

@@ -7,7 +7,7 @@ numbers (PIRL section 4.3) are top-5 on ImageNet with 1 % and 10 % of the labels
 
 import copy
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +135,7 @@ def evaluate_semisup(
     part = f"{100 * config.fraction:g}%" if config.subset is None else config.subset.stem
     path = output or evaluation_folder(run) / f"semisup-{part}.json"
     with distributed_device(config.device) as device:
-        train, val = load_manifests(data, on_bad_image=config.on_bad_image)
+        train, val = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
         subsets = {seed: _subset(train, config, seed) for seed in config.seeds}
         loaded = load_run(run)
         encoders = trunk_encoders(loaded, config.encoders)
@@ -164,7 +164,13 @@ def evaluate_semisup(
             for seed, subset in subsets.items():
                 resume = ResumeState(
                     path.with_name(f"{path.stem}-{encoder_name}-seed{seed}.partial.pt"),
-                    {**facts, "subset": subset.digest(), "seeds": seed, "encoder": encoder_name},
+                    {
+                        **facts,
+                        "subset": subset.digest(),
+                        "seeds": seed,
+                        "encoder": encoder_name,
+                        "decoding": asdict(config.decoding(run)),
+                    },
                 )
                 states.append(resume)
                 model = FineTuned(encoder, classes=len(train.classes), seed=seed).to(device)

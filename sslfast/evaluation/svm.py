@@ -264,7 +264,11 @@ def evaluate_svm(
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
         readers = [
             ImageReader(
-                voc_manifest(split.root, split.ids), size, config.batch_size, config.workers, config.on_bad_image
+                voc_manifest(split.root, split.ids).decoded(config.decoding(run)),
+                size,
+                config.batch_size,
+                config.workers,
+                config.on_bad_image,
             )
             for split in splits
         ]

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from sslfast.data import (
@@ -84,19 +83,17 @@ class _Preparer(BatchDecoder):
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        data = self.source.read(row)
+        data, decoding = self.source.read(row), self.source.decoding
         if row in self.refused:
-            return open_image(data)
+            return open_image(data, decoding)
         # Most files need no more than this. Opening them with Pillow would take half of the time spent on a file here,
         # holding the interpreter lock.
         scan = scan_jpeg(data)
-        if scan.is_common and not scan.metadata:
-            check_size(scan.width, scan.height)
-            return _JpegFile(scan.width, scan.height, 1, data[: scan.end])
-        opened = open_image(data)
-        if scan.is_common and isinstance(opened.image, JpegImageFile):
-            return _JpegFile(opened.width, opened.height, opened.orientation, data[: scan.end])
-        return opened
+        if scan.is_common:
+            check_size(scan.width, scan.height, decoding)
+            shape = (scan.height, scan.width) if ORIENTATION[scan.orientation][0] else (scan.width, scan.height)
+            return _JpegFile(*shape, scan.orientation, data[: scan.end])
+        return open_image(data, decoding)
 
     def _take(self, batch: DecodedBatch, slot: int, image: ImageHeader, boxes: NDArray[np.int64]) -> None:
         assert isinstance(batch, _Items)

@@ -153,7 +153,7 @@ class BatchDecoder:
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
-        return open_image(self.source.read(row))
+        return open_image(self.source.read(row), self.source.decoding)
 
     def _boxes(self, epoch: int, sample_ids: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""

@@ -13,7 +13,7 @@ from sslfast.config import resumable
 from sslfast.views import Batch, ViewConfig
 
 if TYPE_CHECKING:
-    from sslfast.data import Manifest
+    from sslfast.data import Decoding, Manifest
     from sslfast.loaders.base import ImageLoader
 
 LOADERS = {
@@ -46,11 +46,31 @@ class LoaderConfig:
     on_bad_image: Literal["error", "skip"] = resumable("error")
     """error: stop at an image that cannot be used, naming it. skip: leave it out, put another one in its place, and
     list it at the end."""
+    white_level: int | None = None
+    """Sample value that is white in images of 16 bits a channel, often 1023, 4095 or 16383; None: as recorded with DATA
+    by `sslfast data verify` or `prepare`, else 65535. Evaluations of the run use the same."""
+    max_pixels: int | None = resumable(None)
+    """Images of more pixels are unusable; None: 89,478,485, which take 0.3 to 2.3 GB of memory each, in every loader
+    process at once."""
     shuffle: Literal["full", "shards"] = "full"
     """Order of an epoch. full: all rows. shards: tar shards are shuffled, then the rows of ``mixed_shards`` of them at
     a time, so that disk caches need hold no more; less random where a shard holds few classes."""
     mixed_shards: int = 16
     """Tar shards that ``shuffle shards`` mixes at a time."""
+
+    def decoding(self) -> "Decoding":
+        """What the policy for images leaves to the user; ValueError out of range."""
+        from sslfast.data import Decoding
+
+        return Decoding(white_level=self.white_level, max_pixels=self.max_pixels)
+
+    def decode(self, manifest: "Manifest") -> "Manifest":
+        """The manifest with these options; ValueError where they contradict what is recorded in it."""
+        from sslfast.data import combined
+
+        asked = self.decoding()
+        is_final = manifest.source.loader is not None
+        return manifest.decoded(combined(manifest.source.decoding, asked, where=manifest.source, is_final=is_final))
 
     @classmethod
     def migrate(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +149,7 @@ def build_loader(
         return SyntheticLoader(rows, views, **common)
     if manifest is None:
         raise ValueError(f"loader {name!r} reads images: name a folder, or use --loader.name synthetic")
+    manifest = config.decode(manifest)
     source = manifest.source
     if source.loader not in (None, name):
         raise ValueError(

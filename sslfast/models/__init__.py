@@ -4,9 +4,11 @@ from sslfast.models.build import TrunkConfig, build_trunk, read_trunk_config, re
 from sslfast.models.context import RowContext
 from sslfast.models.contrast import info_nce
 from sslfast.models.decoder import Decoder
+from sslfast.models.derivatives import first_derivative_only
 from sslfast.models.heads import JigsawHead, MLPHead, PairHead, PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
+from sslfast.models.recomputation import snapshot
 from sslfast.models.resnet import ResNetConfig, ResNetTrunk
 from sslfast.models.trunk import CustomTrunkConfig, Trunk, trunk_factory
 
@@ -24,11 +26,13 @@ __all__ = [
     "Trunk",
     "TrunkConfig",
     "build_trunk",
+    "first_derivative_only",
     "info_nce",
     "initial_rows",
     "read_trunk_config",
     "require_resnet",
     "seeded",
+    "snapshot",
     "trunk_factory",
     "trunk_stride",
 ]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.distributed import gather_rows, gather_to_rank0, rank, shard_bounds, world_size
+from sslfast.models.derivatives import first_derivative_only
+from sslfast.models.recomputation import snapshot
 from sslfast.ops import bank_nce, bank_update_
 from sslfast.ops.philox import Stream, random_uniform
 
@@ -46,8 +48,11 @@ class MemoryBank(nn.Module):
         dtype: storage; sums are fp32 (fp64 for fp64).
         layout: over the ranks of the process group at construction.
 
+    Scoring or updating inside a function that ``torch.utils.checkpoint`` recomputes is an error: by then the vectors
+    may be others.
+
     Raises:
-        ValueError: a shard would hold fewer than 2 rows.
+        ValueError: fewer than 2 rows, or 2 for every shard; dimensions below 1; momentum outside [0, 1].
     """
 
     vectors: Tensor
@@ -64,6 +69,13 @@ class MemoryBank(nn.Module):
         layout: Literal["replicated", "sharded"] = "replicated",
     ) -> None:
         super().__init__()
+        if num_rows < 2 or dimensions < 1:
+            raise ValueError(
+                f"MemoryBank: needs at least 2 rows, a positive and a negative, of 1 dimension, got {num_rows=}, "
+                f"{dimensions=}"
+            )
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"MemoryBank: momentum must be in [0, 1], got {momentum=}")
         self.num_rows, self.momentum = num_rows, momentum
         self.is_sharded = layout == "sharded" and world_size() > 1
         self.bounds = shard_bounds(num_rows, world_size() if self.is_sharded else 1)
@@ -82,13 +94,21 @@ class MemoryBank(nn.Module):
         """``bank_nce`` of this rank's queries against the whole bank.
 
         Args:
-            query: ``[V, B, D]`` floating; sharded: V and B the same on every rank.
+            query: ``[V, B, D]`` floating, fp64 for fp64 vectors alone; sharded: V and B the same on every rank.
             index: ``[B]`` int64, rows of the whole bank.
             options: of :func:`sslfast.ops.bank_nce`; sharded, NCE needs ``z``.
 
         Returns:
             ``(losses, log-sum-exps of the scores)``, each ``[V, B]``; gradient flows to ``query`` through the losses.
+
+        Raises:
+            ValueError, RuntimeError: as ``bank_nce`` does.
+            RuntimeError: inside a recomputation; a second or forward-mode derivative is asked for.
         """
+        index = snapshot(index, "MemoryBank.score", once=True)
+        query = first_derivative_only(query, "MemoryBank.score")
+        if self.vectors.dtype == torch.float64:
+            query = query.double()
         if self.is_sharded:
             # Imported here, since it loads torch.compile, which takes seconds.
             from sslfast.models.sharded_bank import score_over_shards
@@ -103,6 +123,7 @@ class MemoryBank(nn.Module):
         Every rank gets the whole batch in the same order and updates the rows that it holds; of a repeated index the
         last occurrence counts.
         """
+        index = snapshot(index, "MemoryBank.update_", once=True)
         index, features = gather_rows(index), gather_rows(features)
         if self.is_sharded:
             bits = features.detach().float().contiguous().view(torch.int32)

@@ -44,7 +44,8 @@ def score_over_shards(
         loss, temperature, options: of ``bank_nce``; NCE needs ``z``.
 
     Returns:
-        ``(losses, log-sum-exps)``, each ``[V, B]``; the latter detached.
+        ``(losses, log-sum-exps)``, each ``[V, B]``; the latter detached. :meth:`MemoryBank.score` guards against
+        second derivatives.
 
     Raises:
         ValueError, RuntimeError: as ``bank_nce`` does.

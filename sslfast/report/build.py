@@ -343,7 +343,7 @@ def _published() -> str:
 
 def _thumbnail(location: ImageLocation, side: int) -> Image.Image:
     """The centre square of a picture."""
-    picture = Image.fromarray(decode_full(location.read())).convert("RGB")
+    picture = Image.fromarray(decode_full(location.read(), location.source.decoding)).convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) // 2, (picture.height - short) // 2
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))

@@ -195,7 +195,7 @@ def _share(name: str, queries: Sequence[Query]) -> str:
 
 def _framed(location: ImageLocation, colour: str) -> Image.Image:
     """The whole image on a square background, with a frame."""
-    picture = Image.fromarray(decode_full(location.read()))
+    picture = Image.fromarray(decode_full(location.read(), location.source.decoding))
     scale = _TILE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     if size != picture.size:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sslfast.data import Manifest, decode_full, open_data, quiet_pillow
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, combined, decode_full, open_data, quiet_pillow
 from sslfast.files import OUTPUT, save_picture
 from sslfast.loaders import BatchDecoder, epoch_order
 from sslfast.views import AugmentConfig, Batch, View, ViewConfig, ViewStage, crop_boxes, crop_draws
@@ -99,6 +99,7 @@ def write_preview(
     count: int = 8,
     seed: int = 0,
     panels: Panels | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> None:
     """Write the sheet of the first ``count`` images of a run on ``data`` as an image file.
 
@@ -108,6 +109,7 @@ def write_preview(
         output: file to write; its suffix says the format.
         count: images on the sheet; all of a smaller folder.
         seed: of the run.
+        decoding: what the policy for images leaves to the user.
 
     Raises:
         ValueError: a .beton file, no usable image, ``count`` below 1, a suffix that names no picture format.
@@ -118,6 +120,7 @@ def write_preview(
     if output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
     manifest = open_data(Path(data), on_bad_image="skip", progress=True)
+    manifest = manifest.decoded(combined(manifest.source.decoding, decoding, where=data))
     if manifest.source.loader is not None:
         raise ValueError(
             f"a preview is drawn from image files and {data} is a .beton file: name what it was made of "
@@ -134,7 +137,8 @@ def write_preview(
 
 def _originals(manifest: Manifest, batch: Batch, views: Mapping[str, ViewConfig], seed: int) -> list[Original]:
     with quiet_pillow():
-        pictures = [Image.fromarray(decode_full(manifest.source.read(int(row)))) for row in batch.sample_ids]
+        source = manifest.source
+        pictures = [Image.fromarray(decode_full(source.read(int(row)), source.decoding)) for row in batch.sample_ids]
     sizes = np.array([picture.size for picture in pictures], dtype=np.int64)
     boxes = {
         name: crop_boxes(

@@ -173,9 +173,10 @@ def _content(path: Path, file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise CorruptCheckpointError(f"{path} is not a checkpoint of sslfast ({first_line}); use another") from None
+    except Exception:  # torch's own message advises to load the pickle unsafely
+        raise CorruptCheckpointError(
+            f"{path} is not a checkpoint of sslfast (it cannot be read as plain tensors and values); use another"
+        ) from None
 
 
 def _verify(path: Path, file: BufferedReader) -> None:

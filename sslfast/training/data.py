@@ -39,6 +39,7 @@ class RunData:
         else:
             progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
             manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
+        manifest = self.config.loader.decode(manifest)
         if distributed.world_size() > 1 and is_main:
             run.create()
             if not run.manifest.exists():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslfast.data import sample_contents
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
 from sslfast.models import ResNetConfig, trunk_stride
@@ -37,11 +38,13 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     if trainer.feature_pass is not None:
         passes = sum(trainer.method.needs_feature_pass(epoch) for epoch in range(config.epochs))
         steps += f", with a feature pass over the data before {passes:,} of the epochs"
+    suspicious = [] if trainer.manifest is None else sample_contents(trainer.manifest).warnings("--loader.white-level")
     return [
         ("recipe", config.recipe),
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
         ("res5", _res5(trainer)),
         ("data", data),
+        *(("pixels", f"of a sample: {line}") for line in suspicious),
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("step", _step(trainer)),

@@ -1,13 +1,23 @@
 """Against MoCo's loss and a first-in, first-out queue, written out in torch."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslfast.adapters.lightly_memory_bank import MemoryBankModule, NTXentLoss
+from sslfast.adapters import MemoryBankModule, NCEAverage, NTXentLoss
+from sslfast.distributed import (
+    check_replicas,
+    destroy_process_group,
+    init_process_group,
+    mean_over_ranks,
+    process_group,
+)
+from tests.adapters.stateful import simclr
+from tests.distributed.test_training import enter, run
 
 
 def outputs(seed: int, *, batch: int = 4, columns: int = 16) -> Tensor:
@@ -40,26 +50,43 @@ def test_returns_the_queue_as_it_was_before_the_update() -> None:
 
 def test_dim_first_and_no_bank() -> None:
     keys = outputs(1)
-    module = MemoryBankModule(size=(8, 16), dim_first=False)
+    module = MemoryBankModule(size=(8, 16), feature_dim_first=False)
     assert module(keys)[1].shape == (8, 16)
     assert MemoryBankModule(size=0)(keys, update=True) == (keys, None)
     assert MemoryBankModule(size=(0, 16))(keys, labels=None) == (keys, None)
 
 
-def test_newest_keys_stay_where_the_batch_does_not_divide_the_queue() -> None:
-    module = MemoryBankModule(size=(7, 16))
-    keys = torch.cat([outputs(seed).detach() for seed in range(5)])
-    for part in keys.split(4):
-        module(part, update=True)
-    assert {tuple(row) for row in module.bank.tolist()} == {tuple(row) for row in keys[-7:].tolist()}
-    assert module.bank_ptr == 20 % 7
+@pytest.mark.parametrize(("rows", "batch"), [(7, 4), (8, 4), (3, 4), (1, 4), (4, 4)])
+def test_a_batch_that_reaches_the_end_fills_the_queue_and_the_next_starts_at_row_0(rows: int, batch: int) -> None:
+    module = MemoryBankModule(size=(rows, 16))
+    queue, pointer = module.bank.clone(), 0
+    for seed in range(6):
+        keys = outputs(seed, batch=batch).detach()
+        module(keys, update=True)
+        for key in keys:
+            if pointer < rows:
+                queue[pointer] = key
+            pointer += 1
+        pointer = 0 if pointer >= rows else pointer
+        assert torch.equal(module.bank, queue)
+        assert module.bank_ptr == pointer
+
+
+def test_features_of_more_dimensions() -> None:
+    module = MemoryBankModule(size=(5, 3, 2))
+    torch.testing.assert_close(module.bank.norm(dim=-1), torch.ones(5, 3))
+    maps = torch.randn(2, 3, 2)
+    assert module(maps, update=True)[1].shape == (2, 3, 5)
+    assert torch.equal(module.bank[:2], maps)
 
 
 def test_rows_only_take_the_columns_of_the_first_batch_or_of_a_checkpoint() -> None:
-    module = MemoryBankModule(size=8)
+    with pytest.warns(UserWarning, match=r"size=8 leaves the number of columns to the first batch"):
+        module, resumed, half = (MemoryBankModule(size=8) for _ in range(3))
     module(outputs(1), update=True)
     assert module.bank.shape == (8, 16)
-    resumed = MemoryBankModule(size=8)
+    half.half()(outputs(1))
+    assert half.bank.dtype == torch.float16
     resumed.load_state_dict(module.state_dict())
     assert torch.equal(resumed.bank, module.bank)
     assert resumed.bank_ptr == 4
@@ -82,7 +109,7 @@ def test_loss_gradients_and_queue_over_steps(temperature: float) -> None:
 
 
 def test_without_gradient_the_queue_is_not_updated() -> None:
-    module = NTXentLoss(memory_bank_size=8)
+    module = NTXentLoss(memory_bank_size=(8, 16))
     with torch.no_grad():
         loss = module(outputs(1).detach(), outputs(2).detach())
     assert loss.isfinite()
@@ -102,10 +129,124 @@ def test_keys_of_all_ranks(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_bad_options() -> None:
-    with pytest.raises(ValueError, match=r"MemoryBankModule: size must be rows or \(rows, columns\), none negative"):
-        MemoryBankModule(size=(-1, 4))
-    with pytest.raises(ValueError, match="NTXentLoss: temperature must be at least 1e-8, got temperature=0"):
-        NTXentLoss(0, memory_bank_size=(8, 16))
-    with pytest.raises(ValueError, match="memory_bank_size must be at least 1 row, got 0"):
-        NTXentLoss(memory_bank_size=0)
+def test_states_of_lightly_and_of_older_versions_load_strictly() -> None:
+    module = NTXentLoss(memory_bank_size=(8, 16))
+    module(outputs(1), outputs(2))
+    assert set(module.state_dict()) == {"memory_bank.bank", "memory_bank.bank_ptr"}
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict({}, strict=True)  # lightly saves neither
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    older = NTXentLoss(memory_bank_size=(8, 16))
+    older.load_state_dict({"bank": module.bank, "bank_ptr": torch.tensor(4)}, strict=True)
+    assert torch.equal(older.bank, module.bank)
+    assert older.bank_ptr.tolist() == [4]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({"memory_bank.bank": module.bank}, strict=True)
+
+
+def test_lightly_calls(device: torch.device) -> None:
+    """The calls of lightly's examples: in-batch, and with a loss that is never moved to the device of the model."""
+    out0, out1 = outputs(1).to(device), outputs(2).to(device)
+    torch.testing.assert_close(NTXentLoss()(out0, out1), simclr(out0, out1, 0.5))
+    torch.testing.assert_close(NTXentLoss(0.1, 0, True)(out0, out1), simclr(out0, out1, 0.1))
+    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(8, 16), gather_distributed=True)
+    expected = moco_loss(out0, out1, criterion.bank.to(device), 0.2)
+    torch.testing.assert_close(criterion(out0, out1), expected)
+    assert criterion.bank.device == criterion.bank_ptr.device == out0.device
+
+
+def losses_of_ranks(rank: int, ranks: int, port: int) -> None:
+    enter(rank, ranks, port)
+    whole = [outputs(seed, batch=6).detach().double().requires_grad_() for seed in (1, 2)]
+    loss = simclr(*whole, 0.3)
+    gradients = torch.autograd.grad(loss, whole)
+    init_process_group(process_group(), torch.device("cpu"))
+    own = slice(6 // ranks * rank, 6 // ranks * (rank + 1))
+    parts = [x.detach()[own].clone().requires_grad_() for x in whole]
+    got = NTXentLoss(0.3, gather_distributed=True)(*parts)
+    torch.testing.assert_close(mean_over_ranks(got.detach()), loss.detach())
+    for ours, theirs in zip(torch.autograd.grad(got, parts), gradients, strict=True):
+        torch.testing.assert_close(ours / ranks, theirs[own])  # averaged over ranks by data parallelism
+    queue = NTXentLoss(0.3, (12, 16), gather_distributed=True)
+    queue(*(x.float() for x in parts))
+    torch.testing.assert_close(queue.bank[:6], normalize(whole[1].detach(), dim=1).float())
+    local = NTXentLoss(0.3)(*parts)
+    torch.testing.assert_close(local, simclr(*parts, 0.3))
+    average = NCEAverage(16, 12, K=8, T=0.3, gather_distributed=True)
+    average(normalize(parts[0].float(), dim=1), torch.arange(6)[own])
+    check_replicas([average.memory, average.z])
+    destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gathered_over_ranks(ranks: int) -> None:
+    run(losses_of_ranks, ranks)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (-1, r"rows of size=-1 must be an integer, at least 0, got -1"),
+        ((-1, 4), r"rows of size=\(-1, 4\) must be an integer, at least 0, got -1"),
+        ((4, 0), r"columns of size=\(4, 0\) must be an integer, at least 1, got 0"),
+        ((4, 2, -1), r"columns of size=\(4, 2, -1\) must be an integer, at least 1, got -1"),
+        ((4.5, 2), r"must be an integer, at least 0, got 4.5"),
+        (True, r"must be an integer, at least 0, got True"),
+        ((), r"size must be rows or \(rows, columns\), got size=\(\)"),
+    ],
+)
+def test_bad_sizes(size: Any, text: str) -> None:
+    for build in (MemoryBankModule, lambda size: NTXentLoss(memory_bank_size=size)):
+        with pytest.raises(ValueError, match=text):
+            build(size)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), 1e-9])
+@pytest.mark.parametrize("size", [0, (8, 16)])
+def test_bad_temperatures(temperature: float, size: Any) -> None:
+    with pytest.raises(ValueError, match=r"NTXentLoss: temperature must be at least 1e-8 and finite, got"):
+        NTXentLoss(temperature, size)
+
+
+def test_one_sample_without_a_bank_has_no_gradient() -> None:
+    for sample in (
+        (outputs(1, batch=1), outputs(2, batch=1).detach()),
+        (outputs(1, batch=1).detach(), outputs(2, batch=1)),
+    ):
+        with pytest.raises(ValueError, match=r"one sample has no negatives.*give at least 2 samples, or a memory bank"):
+            NTXentLoss()(*sample)
+        with torch.no_grad():
+            assert NTXentLoss()(*sample) == 0
+    assert NTXentLoss(memory_bank_size=(8, 16))(outputs(1, batch=1), outputs(2, batch=1)) > 0
+
+
+@pytest.mark.parametrize("size", [0, (8, 16)])
+@pytest.mark.parametrize(
+    ("out0", "out1", "error", "text"),
+    [
+        (torch.ones(4, 16), torch.ones(3, 16), ValueError, r"out1 must be \[4, 16\] like out0, got \[3, 16\]"),
+        (torch.ones(4, 16), torch.ones(4, 8), ValueError, r"out1 must be \[4, 16\] like out0, got \[4, 8\]"),
+        (torch.ones(0, 16), torch.ones(0, 16), ValueError, r"out0 must be \[B, columns\], none of them 0"),
+        (torch.ones(4, 0), torch.ones(4, 0), ValueError, r"out0 must be \[B, columns\], none of them 0"),
+        (torch.ones(16), torch.ones(16), ValueError, r"out0 must be \[B, columns\].*got \[16\]"),
+        (torch.ones(4, 16).long(), torch.ones(4, 16), TypeError, r"out0 must be features, floating"),
+        (torch.ones(4, 16), [[1.0]], TypeError, r"out1 must be a tensor, got list"),
+        (torch.ones(4, 16), torch.ones(4, 16, device="meta"), ValueError, r"out1 is on meta and not on cpu"),
+    ],
+)
+def test_bad_outputs(size: Any, out0: Tensor, out1: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match="NTXentLoss: " + text):
+        NTXentLoss(memory_bank_size=size)(out0, out1)
+
+
+def test_outputs_of_another_shape_than_the_bank() -> None:
+    with pytest.raises(ValueError, match=r"MemoryBankModule: output must be \[B, 16\], none of them 0, got \[4, 8\]"):
+        NTXentLoss(memory_bank_size=(8, 16))(torch.ones(4, 8), torch.ones(4, 8))
+    with pytest.raises(TypeError, match=r"output must be a floating tensor \[B, columns\], got torch.int64"):
+        MemoryBankModule((8, 16))(torch.ones(4, 16).long())
+    with pytest.raises(
+        TypeError, match=r"NTXentLoss: features are float64 and the state is torch.float32; call .double"
+    ):
+        NTXentLoss(memory_bank_size=(8, 16))(torch.ones(4, 16).double(), torch.ones(4, 16).double())
+    with pytest.raises(ValueError, match=r"memory_bank_size must be rows or \(rows, columns\), got \(8, 4, 4\)"):
+        NTXentLoss(memory_bank_size=(8, 4, 4))

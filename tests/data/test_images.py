@@ -1,9 +1,13 @@
 """The policy for every kind of image file: what it decodes to, or why it is rejected."""
 
 import io
+import os
+import socket
 import struct
+import time
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,9 @@ from sslfast.data.images import (
     read_bytes,
     require_strict_pillow,
 )
+from sslfast.data.listing import identify
+from sslfast.data.manifest import Manifest
+from sslfast.data.verify import check_images
 from tests.pictures import encoded, picture, pixels
 
 RGB = pixels(31, 23)
@@ -245,3 +252,37 @@ def test_damaged_files_decode_or_raise_the_one_error(format: str, damage: list[t
     assert shape[2] == 3
     assert reason
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder", "socket", "process memory", "a terabyte of nothing"])
+def test_only_regular_files_of_bounded_size_are_read(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    elif what == "folder":
+        path.mkdir()
+    elif what == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif what == "process memory":
+        path.symlink_to("/proc/self/mem")
+    else:
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    start = time.perf_counter()
+    with pytest.raises(BadImageError, match=r"^(unreadable|empty file|too large: a file of 1,099,511,627,776 bytes)"):
+        read_bytes(path)
+    for header in (True, False):
+        assert isinstance(identify(str(path), read=header, header=header), str) or what == "process memory"
+    assert time.perf_counter() - start < 1
+
+
+def test_a_file_that_becomes_a_device_after_the_scan_is_bad(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(picture(), "PNG"))
+    manifest = Manifest.scan(tmp_path)
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    assert check_images(manifest, workers=0) == [("b.png", "unreadable: not a regular file")]

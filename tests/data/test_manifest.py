@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sslfast.data.listing as listing_module
 import sslfast.data.manifest as manifest_module
 import sslfast.data.pool as pool_module
 from sslfast.data.manifest import Manifest
@@ -103,7 +102,7 @@ def test_skip_leaves_out_and_lists_the_images_that_the_scan_finds_bad(tmp_path: 
 
 def test_permission_problems_are_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path, ["a/0.jpg", "b/1.jpg", "b/locked.jpg"])
-    real_open, real_scandir = open, os.scandir
+    real_open, real_scandir = os.open, os.scandir
 
     def no_open(file, *args, **options):
         if str(file).endswith("locked.jpg"):
@@ -115,7 +114,7 @@ def test_permission_problems_are_bad_images(tmp_path: Path, monkeypatch: pytest.
             raise PermissionError(13, "Permission denied")
         return real_scandir(path)
 
-    monkeypatch.setattr(listing_module, "open", no_open, raising=False)
+    monkeypatch.setattr(os, "open", no_open)
     monkeypatch.setattr(manifest_module.os, "scandir", no_scandir)
     manifest = Manifest.scan(root, on_bad_image="skip")
     assert manifest.paths == ["b/1.jpg"]

@@ -320,4 +320,5 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "method.bank_layout",
         "loader.workers",
         "loader.on_bad_image",
+        "loader.max_pixels",
     }
