@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ANOTHER_PLACE = "choose another place"
+OUTPUT = "name another file with --output"
+"""Remedy of commands that have the option."""
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _FIRST_AID = {
     errno.ENOSPC: "free some space",
@@ -31,8 +33,9 @@ class WriteError(OSError):
 
     def __init__(self, error: OSError, path: Path, *, remedy: str) -> None:
         self.reason = reason_of(error)
-        if error.errno in _IN_THE_WAY and error.filename is not None and Path(error.filename) in path.parents:
-            self.reason = f"{error.filename} is no folder"
+        if error.errno in _IN_THE_WAY:
+            found = (str(folder) for folder in path.parents if os.path.lexists(folder) and not folder.is_dir())
+            self.reason = next((f"{name} is no folder" for name in found), self.reason)
         super().__init__(f"cannot write {path} ({self.reason}); {what_helps(error.errno, remedy)}")
         self.errno = error.errno
 
@@ -75,7 +78,7 @@ def _is_about(error: OSError, path: Path) -> bool:
     """Whether an error is about a file, one beside it or a folder above it; other files may be read meanwhile."""
     if not isinstance(error.filename, str | os.PathLike):
         return True
-    name = Path(error.filename)
+    name, path = Path(os.path.abspath(os.fspath(error.filename))), Path(os.path.abspath(path))
     return name == path or name.parent == path.parent or name in path.parents
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from sslfast.cli.options import parse, print_table, printable
 from sslfast.data import Contents, Decoding, PrepareConfig, prepare_beton, verify_images
+from sslfast.files import OUTPUT, write_file, writing
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ def verify(arguments: list[str]) -> int:
         contents=contents,
     )
     output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
-    manifest.save(output)
+    write_file(output, manifest.dump(), remedy=OUTPUT)
     for path, reason in bad:
         print(f"{printable(path)}\t{printable(reason)}")
     total, classes = len(manifest) + len(bad), len(manifest.classes)
@@ -72,14 +73,15 @@ def prepare(arguments: list[str]) -> int:
     chosen = parse(Prepare, arguments, prog="sslfast data prepare")
     if isinstance(chosen, int):
         return chosen
-    prepared = prepare_beton(
-        chosen.data,
-        chosen.output,
-        chosen.config,
-        on_bad_image=chosen.on_bad_image,
-        workers=chosen.workers,
-        progress=sys.stderr.isatty(),
-    )
+    with writing(chosen.output, remedy="name another file as OUT.beton"):
+        prepared = prepare_beton(
+            chosen.data,
+            chosen.output,
+            chosen.config,
+            on_bad_image=chosen.on_bad_image,
+            workers=chosen.workers,
+            progress=sys.stderr.isatty(),
+        )
     rows = [
         (
             "images",

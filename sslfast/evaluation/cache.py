@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast.files import replacing
+from sslfast.files import WriteError, replacing, save_tensors
+from sslfast.runs import print_error
 
 
 @dataclass(kw_only=True)
@@ -56,7 +57,7 @@ class FeatureCache:
             return None
 
     def save(self, identity: dict[str, Any], found: Cached) -> None:
-        """Write the features atomically."""
+        """Write the features atomically; where that is not possible, a line says so: they are extracted again."""
         path = self.path(identity)
         if path is None:
             return
@@ -66,8 +67,11 @@ class FeatureCache:
             "rows": found.rows,
             "bad_images": found.bad_images,
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                save_tensors(state, file)
+        except WriteError as error:
+            print_error(f"cannot keep the features in {path} ({error.reason}); the next evaluation extracts them again")
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -10,6 +10,7 @@ from sslfast.config import save_json
 from sslfast.data import Manifest
 from sslfast.distributed import is_main
 from sslfast.evaluation.encoders import TRAINED, RunEncoders
+from sslfast.files import OUTPUT
 
 
 def evaluation_folder(run: Path | str) -> Path:
@@ -81,5 +82,4 @@ def accuracy_row(pairs: Sequence[tuple[float, float]], count: int) -> dict[str, 
 def write_result(result: dict[str, Any], path: Path) -> None:
     """Write a result as JSON, atomically, on the first rank."""
     if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_json(path, result)
+        save_json(path, result, remedy=OUTPUT)

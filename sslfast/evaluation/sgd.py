@@ -20,10 +20,11 @@ from sslfast.distributed import (
     world_size,
 )
 from sslfast.evaluation.extract import ImageReader
-from sslfast.files import replacing
+from sslfast.files import WriteError, replacing, save_tensors
 from sslfast.loaders import Loader, LoaderConfig, build_loader
 from sslfast.ops import ViewParameter
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer
+from sslfast.runs import print_error
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
 
@@ -193,7 +194,7 @@ class ResumeState:
             return None
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
-        """Write the state, on the first rank."""
+        """Write the state, on the first rank; where that is not possible, a line says so: training goes on."""
         if self.path is not None and is_main():
             state = {
                 "key": self.key,
@@ -201,8 +202,11 @@ class ResumeState:
                 "optimizer": optimizer.state_dict(),
                 "epochs_done": epochs_done,
             }
-            with replacing(self.path) as temporary:
-                torch.save(state, temporary)
+            try:
+                with replacing(self.path) as temporary, temporary.open("wb") as file:
+                    save_tensors(state, file)
+            except WriteError as error:
+                print_error(f"cannot keep {self.path} ({error.reason}); interrupted now, this training begins anew")
         barrier()
 
     def remove(self) -> None:

@@ -30,7 +30,7 @@ from sslfast.evaluation import (
     nearest_neighbours,
     train_probe,
 )
-from sslfast.files import replacing
+from sslfast.files import OUTPUT, write_file
 from sslfast.report.charts import figure, line_chart, number, scatter_chart
 from sslfast.report.neighbours import choose_queries
 from sslfast.report.page import legend, page, table
@@ -131,8 +131,7 @@ def report(
     ]
     title = f"sslfast: {', '.join(run.name for run in found)}"
     subtitle = ", ".join(sorted({str(run.config.get("recipe", "")) for run in found}))
-    with replacing(output) as temporary:
-        temporary.write_text(page(title, f"recipe {subtitle}", sections), encoding="utf-8")
+    write_file(output, page(title, f"recipe {subtitle}", sections), remedy=OUTPUT)
     return output
 
 

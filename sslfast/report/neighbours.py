@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sslfast.data import ImageLocation, decode_full, quiet_pillow
 from sslfast.evaluation import EvaluationSet, FeatureConfig, load_evaluation_set, nearest_neighbours
+from sslfast.files import OUTPUT, save_picture
 
 _TILE, _GAP, _FRAME = 96, 10, 4
 _MARGIN, _BLOCK_GAP = 28, 36
@@ -111,8 +112,7 @@ def write_neighbours(
         )
     if title is None:
         title = f"validation images and their {k} most similar training images"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    neighbour_sheet(sheet, title=title).save(output)
+    save_picture(neighbour_sheet(sheet, title=title), output, remedy=OUTPUT)
     return output
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, combined, decode_full, open_data, quiet_pillow
+from sslfast.files import OUTPUT, save_picture
 from sslfast.loaders import BatchDecoder, epoch_order
 from sslfast.views import AugmentConfig, Batch, View, ViewConfig, ViewStage, crop_boxes, crop_draws
 
@@ -131,8 +132,7 @@ def write_preview(
     title = f"{manifest.root.resolve().name}: what the network sees in epoch 0, seed {seed}"
     originals = _originals(manifest, batch, views, seed)
     sheet = preview_sheet(batch, views, seed=seed, originals=originals, panels=panels, title=title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(output)
+    save_picture(sheet, output, remedy=OUTPUT)
 
 
 def _originals(manifest: Manifest, batch: Batch, views: Mapping[str, ViewConfig], seed: int) -> list[Original]:

@@ -218,6 +218,7 @@ class Trainer:
         """
         if self.is_main:
             self.check_space()
+            self.run.check_writable()
             self.run.check_unlocked()
         self._find_checkpoint()
 

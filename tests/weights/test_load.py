@@ -1,7 +1,10 @@
 """Trunks that leave for other libraries and come from them compute the same features."""
 
 import json
+import os
 import pickle
+import resource
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +256,68 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.strip() == str(tmp_path / "a.safetensors")
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "a.pth")]) == 2
     assert "does not exist; give a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda c: c["method"]["image_view"]["augment"].update(mean=[0, 0, 0]), "mean is [0, 0, 0] there and [0.485,"),
+        (lambda c: c["model"].update(name="resnet34"), "model.name is 'resnet34' there and 'resnet18' in step_"),
+        (lambda c: c.pop("method"), "lacks 'method'"),
+        (None, "is not JSON"),
+    ],
+)
+def test_the_checkpoint_s_configuration_wins(
+    tmp_path: Path, resnet18: ResNetTrunk, change: Any, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = to_dict(config_of("resnet18"))
+    run = RunDirectory(tmp_path)
+    state = {f"trunk.{name}": value for name, value in resnet18.state_dict().items()}
+    save_checkpoint(run.checkpoints, {"step": 7, "method": state, "config": config}, 7)
+    save_json(run.config, config)
+    right = read_weights(tmp_path)
+    assert capsys.readouterr().err == ""
+    if change is None:
+        run.config.write_text("{")
+    else:
+        changed = to_dict(config_of("resnet18"))
+        change(changed)
+        save_json(run.config, changed)
+    found = read_weights(tmp_path)
+    assert (found.model, found.mean, found.std, found.size) == (right.model, right.mean, right.std, right.size)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mean", [1, 2]), ("mean", [1, 2, float("nan")]), ("std", [1, 1, 0]), ("std", "x"), ("size", 1e30), ("size", 0)],
+)
+def test_a_card_with_impossible_values_is_refused(tmp_path: Path, run: Path, name: str, value: Any) -> None:
+    path = export_trunk(run, tmp_path / "trunk.pth")
+    card = tmp_path / "trunk.pth.json"
+    save_json(card, {**json.loads(card.read_text()), name: value})
+    with pytest.raises(ValueError, match=rf"trunk\.pth\.json: {name} must be .*restore the file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("format", ["torchvision", "detectron2", "safetensors"])
+def test_exported_files_have_the_umask_s_mode_and_leave_nothing_where_the_disk_is_full(
+    tmp_path: Path, run: Path, format: Format
+) -> None:
+    path = tmp_path / f"trunk{SUFFIX[format]}"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*trunk.* \(File too large\); .*name another file as OUT"):
+            export_trunk(run, path, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    mask = os.umask(0o022)
+    try:
+        export_trunk(run, path, format=format)
+    finally:
+        os.umask(mask)
+    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in tmp_path.iterdir()} == {"0o644"}

@@ -34,6 +34,7 @@ from sslfast.evaluation.encoders import TRAINED, load_run, trunk_encoders
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, run_facts, write_result
 from sslfast.evaluation.sgd import ResumeState
 from sslfast.evaluation.table import detection_table
+from sslfast.files import OUTPUT, save_picture
 from sslfast.models import read_trunk_config
 from sslfast.runs import versions
 
@@ -203,8 +204,8 @@ def evaluate_detection(
                 scores.append({**areas, **{f"voc07_{key}": value for key, value in points.items()}})
                 by_class.append(classwise)
                 if config.examples and len(states) == 1 and is_main():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    draw_examples(found, test, classes, config.examples).save(path.with_name("detect-examples.png"))
+                    picture = draw_examples(found, test, classes, config.examples)
+                    save_picture(picture, path.with_name("detect-examples.png"), remedy=OUTPUT)
             rows.append({"encoder": encoder_name, "protocol": name, **_score_row(scores, by_class)})
         result = {
             "protocol": name,
