@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sslfast.data.images import OnBadImage, read_bytes
-from sslfast.data.listing import existing_folder, first_folder, identify, list_files
+from sslfast.data.listing import existing_folder, first_folder, identify, list_files, other_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.pool import map_threads
 from sslfast.data.source import Changes, ImageSource, ListedImage
@@ -38,7 +38,7 @@ class FolderSource(ImageSource):
             cls(root=path, paths=[image.path for image in images]),
             [image._replace(label=first_folder(image.path)) for image in images],
             excluded=[*bad, *listing.unreadable],
-            ignored=listing.ignored,
+            ignored=other_files(path, listing, progress=progress),
             on_bad_image=on_bad_image,
         )
 

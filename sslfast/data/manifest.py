@@ -21,9 +21,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import SUFFIXES, Decoding, OnBadImage, quiet_pillow
+from sslfast.data.images import Decoding, OnBadImage, quiet_pillow
+from sslfast.data.left_out import image_suffixes, left_out, named_counts
 from sslfast.data.listing import first_folder
 from sslfast.data.source import (
+    DATA_FORMS,
     HASHED_BYTES,
     ImageLocation,
     ImageSource,
@@ -58,7 +60,7 @@ class Manifest:
     excluded: list[tuple[str, str]] = field(default_factory=list)
     """Relative path and reason of the images that cannot be used."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Suffix -> number of files that are not images by their name."""
+    """What was found and is not used, by the keys of :mod:`sslfast.data.left_out` -> number of files."""
     verified: bool = False
     """Every row was decoded whole once, and what failed is in ``excluded``."""
 
@@ -82,6 +84,10 @@ class Manifest:
     def location(self, row: int) -> ImageLocation:
         """One row, to be read later."""
         return ImageLocation(self.source, row)
+
+    def left_out(self) -> list[str]:
+        """Lines for the screen: what looks like a picture and is not used, why, and the remedy."""
+        return left_out(self.ignored)
 
     def digest(self) -> str:
         """Identity of the row assignment and of the files behind it: SHA-256 over (path, bytes, hash) of every row and
@@ -165,7 +171,7 @@ class Manifest:
             images: the usable ones, sorted by path.
             excluded: path and reason of the others.
             on_bad_image: ``error``: ValueError that names the excluded ones.
-            ignored: suffix -> number of other files.
+            ignored: key -> number of other files.
             numbered: sort the classes by number if all of them are numbers.
 
         Raises:
@@ -178,11 +184,11 @@ class Manifest:
                 f"{some_paths(excluded)}; repair or remove the files, or pass --on-bad-image skip"
             )
         if not images:
-            others = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in ignored.items())
+            others, lines = named_counts(ignored), left_out(ignored)
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise ValueError(
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}: "
-                f"name a folder that holds images ({' '.join(sorted(SUFFIXES))})"
+                + ("; ".join(lines) or f"name a folder that holds images ({image_suffixes()}). {DATA_FORMS}")
             )
         classes = sorted({image.label for image in images if image.label is not None})
         if numbered and all(name.isdecimal() for name in classes):
@@ -313,6 +319,13 @@ class Manifest:
                 unchanged and whose modification time is not they are always compared.
         """
         changes = self.source.changes(self, contents=contents)
+        system = [(path, f"in {key}") for path, key in zip(self.paths, self.source.system_keys(), strict=True) if key]
+        if system:
+            raise ValueError(
+                f"{self.source}: {len(system)} of the {len(self)} images of its manifest are in folders of the system, "
+                f"which are no longer used: {some_paths(system)}. Verify the data again, or start a new run; to keep "
+                "them, move them into a folder with another name"
+            )
         extra = changes.added if added == "error" else []
         problems = [
             f"{len(found)} {what}: {some_paths(found)}"
