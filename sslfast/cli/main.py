@@ -4,6 +4,7 @@ Imports nothing heavy: the module of a command is imported when the command runs
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,10 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (:data:`sslfast.cli.exit_codes.EXIT_CODES`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Names of files may hold what the terminal's encoding lacks: shown as escapes, never an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if arguments == ["--version"]:
         from sslfast import __version__
 

@@ -68,6 +68,7 @@ UNPACK = {
     **dict.fromkeys((".zst", ".tzst"), "unzstd"),
     **dict.fromkeys((".7z", ".rar"), "7z x"),
     ".zip": "unzip",
+    ".tar": "tar -xf",
 }
 """Suffix of an archive -> the program that unpacks it."""
 SNIFFED = 132

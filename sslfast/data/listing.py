@@ -130,4 +130,4 @@ def existing_folder(root: str | os.PathLike[str]) -> Path:
 
 def first_folder(path: str) -> str | None:
     """The class of an image that has no other label: the first-level folder of its path."""
-    return path.split("/", 1)[0] if "/" in path else None
+    return next((part for part in path.split("/")[:-1] if part != ".."), None)

@@ -21,7 +21,14 @@ from sslfast.data.left_out import system_key
 if TYPE_CHECKING:
     from sslfast.data.manifest import Manifest
 
-SOURCES = ("beton:BetonSource", "csv_list:CsvListSource", "tar:TarSource", "folder:FolderSource")
+SOURCES = (
+    "beton:BetonSource",
+    "csv_list:CsvListSource",
+    "text_list:TextListSource",
+    "zipped:ZipSource",
+    "tar:TarSource",
+    "folder:FolderSource",
+)
 """``module:class`` of every source, in ``sslfast.data``. The first one that accepts a DATA argument opens it."""
 
 HASHED_BYTES = 16384
@@ -56,6 +63,8 @@ class Changes:
     """How the data differs from a manifest: paths, each with a short remark that may be empty."""
 
     missing: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    """Files that are gone or cannot be opened: bad images to ``--on-bad-image skip``, missing to ``error``."""
     changed: list[tuple[str, str]] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
 

@@ -1,8 +1,10 @@
 """Rows, labels, links, the text file, and every way in which a folder can stop matching its manifest."""
 
 import hashlib
+import inspect
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import sslfast.data.manifest as manifest_module
 import sslfast.data.pool as pool_module
 from sslfast.data.left_out import system_key
+from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data
 from sslfast.data.source import HASHED_BYTES
@@ -344,13 +347,20 @@ def test_pictures_that_are_not_used_are_said(tmp_path: Path, name: str, data: st
 
 
 def test_a_deep_tree_is_listed(tmp_path: Path) -> None:
-    folder = tmp_path
     write_folder(tmp_path, ["a.jpg"])
-    here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1200):
-        os.mkdir("d", dir_fd=here)
-        inner = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = inner
-    os.close(here)
-    assert Manifest.scan(folder).paths == ["a.jpg"]
+    folders = [os.open(tmp_path, os.O_RDONLY)]
+    try:
+        for _ in range(400):
+            os.mkdir("d", dir_fd=folders[-1])
+            folders.append(os.open("d", os.O_RDONLY, dir_fd=folders[-1]))
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack()) + 150)
+        try:
+            assert list_files(tmp_path).paths == ["a.jpg"]
+        finally:
+            sys.setrecursionlimit(limit)
+    finally:
+        for folder in reversed(folders[:-1]):
+            os.rmdir("d", dir_fd=folder)
+        for folder in folders:
+            os.close(folder)
