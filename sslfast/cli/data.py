@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sslfast.cli.options import parse, print_table, printable
-from sslfast.data import Contents, Decoding, PrepareConfig, prepare_beton, verify_images
+from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, prepare_beton, verify_images
 from sslfast.files import OUTPUT, write_file, writing
 
 
@@ -63,9 +63,14 @@ def verify(arguments: list[str]) -> int:
         print(f"{printable(path)}\t{printable(reason)}")
     total, classes = len(manifest) + len(bad), len(manifest.classes)
     print(f"{len(manifest):,} of {total:,} images can be used, {classes:,} classes; wrote {output}")
-    for line in [*contents.lines(), *contents.warnings("--white-level")]:
+    for line in [*contents.lines(), *contents.warnings("--white-level"), *left_out_lines(manifest)]:
         print(line)
     return 1 if bad else 0
+
+
+def left_out_lines(manifest: Manifest) -> list[str]:
+    """What looks like a picture and is not used, for the screen."""
+    return [f"left out: {printable(line)}" for line in manifest.left_out()]
 
 
 def prepare(arguments: list[str]) -> int:
@@ -90,5 +95,6 @@ def prepare(arguments: list[str]) -> int:
     ]
     rows += [(f"{count:,}", done) for done, count in prepared.counts.items()]
     rows += [("left out", f"{printable(path)} ({printable(reason)})") for path, reason in prepared.manifest.excluded]
+    rows += [("left out", printable(line)) for line in prepared.manifest.left_out()]
     print_table([*rows, ("wrote", str(prepared.path))])
     return 0

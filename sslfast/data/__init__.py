@@ -28,6 +28,7 @@ from sslfast.data.opening import open_data, parse_data, reopen_data
 from sslfast.data.pool import available_cores, exit_with_parent
 from sslfast.data.prepare import PrepareConfig, prepare_beton
 from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, SourceError, all_sources, content_hash
+from sslfast.data.spelling import alike
 from sslfast.data.verify import verify_images
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "OpenImage",
     "PrepareConfig",
     "SourceError",
+    "alike",
     "all_sources",
     "available_cores",
     "check_size",

@@ -17,10 +17,10 @@ def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool 
         on_bad_image: ``error``: images known to be bad are a ValueError that names them; ``skip``: they are left out.
         progress: show progress bars on the terminal.
     """
-    if not is_file(path, _MANIFEST):
+    if not is_manifest(path):
         return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
-    manifest = Manifest.load(path)
-    manifest.check()
+    manifest = Manifest.load(path, remedy="verify the data again (`sslfast data verify`)")
+    manifest.check(on_bad_image=on_bad_image)
     if manifest.excluded and on_bad_image == "error":
         raise ValueError(
             f"{len(manifest.excluded)} images of {path} cannot be used: {some_paths(manifest.excluded)}; repair or "
@@ -29,19 +29,31 @@ def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool 
     return manifest
 
 
-def reopen_data(path: Path, known: Path) -> Manifest:
+def is_manifest(path: Path) -> bool:
+    """Whether a .tsv file is a manifest, be it missing or damaged; other tables are lists of images."""
+    if not is_file(path, _MANIFEST):
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return True
+    return b"\t" not in head.partition(b"\n")[0] or head.startswith(b"# sslfast")
+
+
+def reopen_data(path: Path, known: Path, *, on_bad_image: OnBadImage = "error") -> Manifest:
     """The rows of a resumed run: those of its manifest file ``known``.
 
-    ValueError where the data has changed, or is another data set.
+    ValueError where the data has changed, or is another data set. With ``skip``, files that cannot be read any more are
+    bad images, as they are while a run goes on.
     """
-    is_manifest = is_file(path, _MANIFEST)
-    if not is_manifest and source_of(path).loader is None:
+    if not is_manifest(path) and source_of(path).loader is None:
         run = Manifest.load(known, root=path)
         if run.source.loader is not None:
             raise ValueError(
                 f"the run that {known} belongs to started with a .{run.source.name} file: give that one, not {path}"
             )
-        run.check()
+        run.check(on_bad_image=on_bad_image)
         return run
     manifest, run = open_data(path, on_bad_image="skip"), Manifest.load(known)
     is_same = manifest.digest() == run.digest()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, some_paths
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, some_paths
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
@@ -50,7 +50,11 @@ def load_manifests(
             )
             if these
         ]
-        raise ValueError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
+        same = alike(train.classes, val.classes)
+        remedy = f"; names that look the same: {same}; rename the folders or labels of one set" if same else ""
+        raise ValueError(
+            f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same{remedy}"
+        )
     if len(train.classes) < 2:
         raise ValueError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
     return train, val

@@ -35,7 +35,7 @@ class RunData:
         if not is_main:
             distributed.barrier()  # until rank 0 has scanned the images and saved the manifest
         if run.manifest.exists():
-            manifest = reopen_data(folder, run.manifest)
+            manifest = reopen_data(folder, run.manifest, on_bad_image=self.config.loader.on_bad_image)
         else:
             progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
             manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
