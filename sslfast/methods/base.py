@@ -42,6 +42,10 @@ class Method(nn.Module):
     Config: ClassVar[type["BaseConfig"]]
     """Its configuration, a nested dataclass that :func:`sslfast.methods.register_method` adds to the registry."""
 
+    nan_until_set: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that may be NaN in a good state, since no step has set them yet. Everything else is finite, or
+    the run ends."""
+
     trunk: Trunk
     """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
 

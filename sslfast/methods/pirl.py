@@ -123,6 +123,7 @@ class PIRL(Method):
             """The module for a run."""
             return PIRL(self, context)
 
+    nan_until_set = ("z",)
     z: Tensor
 
     def __init__(self, config: Config, context: MethodContext) -> None:

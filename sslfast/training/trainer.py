@@ -363,6 +363,7 @@ class Trainer:
     def _save(self, *, must: bool = False) -> Path:
         """Write a checkpoint and delete old ones. A failed write ends the run only if the checkpoint ``must`` exist."""
         self._read_means()  # raises where a loss was not finite, so that no checkpoint holds such a step
+        self.nonfinite.check_state(self.step, self._last_checkpoint)
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         if (place := self.run.follow_together()) != self.place:
             self.report(f"{self.place} is now {place}; the run goes on there")
@@ -406,7 +407,8 @@ class Trainer:
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from, checked to be of this run; None for a new run."""
-        found = find_checkpoint(self.run, self.resume, open_store=self.open_store, report=self.report)
+        check = self.nonfinite.check_saved
+        found = find_checkpoint(self.run, self.resume, open_store=self.open_store, report=self.report, check=check)
         if found is not None:
             check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
         return found
