@@ -15,7 +15,7 @@ import torch
 from sslfast import distributed
 from sslfast.config import to_dict
 from sslfast.device import resolve_device, resolve_precision
-from sslfast.methods import Method, MethodContext
+from sslfast.methods import BatchSplit, Method, MethodContext
 from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
 from sslfast.runs import (
     CheckpointStore,
@@ -34,6 +34,7 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
+from sslfast.training.limits import check_start
 from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
@@ -92,6 +93,8 @@ class Trainer:
         report: Callable[[str], None] = print,
         open_store: Callable[[Path], CheckpointStore] = HashedFileStore,
     ) -> None:
+        config.check_numbers()
+        config.method.validate()
         group = distributed.process_group()
         self.is_main = group.is_main
         self.config, self.resume = config, str(resume)
@@ -110,16 +113,13 @@ class Trainer:
         self.manifest = self.data.manifest
         self.loader = self.data.loader(views)
         self.steps_per_epoch = self.loader.steps_per_epoch
-        if self.steps_per_epoch < 1:
-            raise ValueError(
-                f"batch_size={config.batch_size} is more than the {self.loader.num_rows} images there are; lower it"
-            )
-        parts = group.world_size * config.accumulate_steps
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of processes x accumulate_steps = "
-                f"{group.world_size} x {config.accumulate_steps} = {parts}"
-            )
+        split = BatchSplit(
+            batch_size=config.batch_size,
+            ranks=group.world_size,
+            accumulate_steps=config.accumulate_steps,
+            sync_batchnorm=config.sync_batchnorm,
+        )
+        check_start(config, split, rows=self.loader.num_rows, steps_per_epoch=self.steps_per_epoch)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.stage = self._stage(views)
         context = MethodContext(
