@@ -116,6 +116,11 @@ class PIRL(Method):
                 raise ValueError(f"method.bank_momentum must be in [0, 1], got {self.bank_momentum}")
             if "jigsaw" in self.pretext and self.jigsaw_view.jigsaw is None:
                 raise ValueError(f"method.jigsaw_view.jigsaw must be set for {self.pretext=}")
+            jigsaw = self.jigsaw_view.jigsaw
+            if "jigsaw" in self.pretext and jigsaw is not None and jigsaw.grid < 2:
+                raise ValueError(
+                    f"method.jigsaw_view.jigsaw.grid must be at least 2: one patch has one order, got {jigsaw.grid}"
+                )
             if self.z_from == PRETEXT and self.pretext_weight == 0:
                 raise ValueError("method.z_from=pretext needs pretext_weight > 0; NPID has only the image view")
 
@@ -123,6 +128,7 @@ class PIRL(Method):
             """The module for a run."""
             return PIRL(self, context)
 
+    nan_until_set = ("z",)
     z: Tensor
 
     def __init__(self, config: Config, context: MethodContext) -> None:

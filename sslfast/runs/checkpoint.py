@@ -86,10 +86,15 @@ class HashedFileStore:
                     (self.directory / name).unlink()
 
 
-def load_latest(directory: Path, *, report: Callable[[str], None] | None = None) -> tuple[Path, dict[str, Any]] | None:
+def load_latest(
+    directory: Path,
+    *,
+    report: Callable[[str], None] | None = None,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> tuple[Path, dict[str, Any]] | None:
     """Path and state of the newest good checkpoint file of a directory; arguments and errors as
     :func:`~sslfast.runs.checkpoint_store.load_newest`."""
-    found = load_newest(HashedFileStore(directory), report=report)
+    found = load_newest(HashedFileStore(directory), report=report, check=check)
     return None if found is None else (checkpoint_path(directory, found[0]), found[1])
 
 

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from sslfast.config import differences, load_json
-from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, read_trunk_config
-from sslfast.runs import RunDirectory, list_checkpoints, load_checkpoint, load_latest, print_error
+from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, first_nonfinite, read_trunk_config
+from sslfast.runs import (
+    CorruptCheckpointError,
+    RunDirectory,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    print_error,
+)
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 
 _TRUNK = "trunk."
@@ -42,6 +49,12 @@ class Weights:
     """Side of the images that the trunk was trained on."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Recipe, method, step and seed, as far as known."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a weight is NaN or infinite: features would be numbers without meaning."""
+        name = first_nonfinite(self.state.items())
+        if name is not None:
+            raise ValueError(f"values of {name} in {self.source} are NaN or infinite; use an earlier checkpoint")
 
     def build(self) -> Trunk:
         """The trunk with these weights, in eval mode.
@@ -138,7 +151,10 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
     nothing, a line on standard error says so.
     """
     directory = RunDirectory(path)
-    found = load_latest(directory.checkpoints) if chosen is None else (chosen, load_checkpoint(chosen))
+    if chosen is None:
+        found = load_latest(directory.checkpoints, check=_check_trunk)
+    else:
+        found = chosen, load_checkpoint(chosen)
     if found is None:
         load_json(directory.config)  # raises where this is no run at all
         raise FileNotFoundError(f"{directory.path} holds no checkpoint yet; let the run reach its first one")
@@ -154,12 +170,28 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
         raise ValueError(f"{checkpoint} holds no state of a method; use another checkpoint")
     return Weights(
         model=read_trunk_config(used["model"]),
-        state={name.removeprefix(_TRUNK): v for name, v in weights.items() if name.startswith(_TRUNK)},
+        state=_trunk_of(weights),
         source=str(checkpoint),
         path=checkpoint,
         facts={"method": used["method"], "recipe": used["recipe"], "seed": used["seed"], "step": int(state["step"])},
         **_checked_input(used, checkpoint),
     )
+
+
+def _trunk_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(_TRUNK): value
+        for name, value in weights.items()
+        if name.startswith(_TRUNK) and isinstance(value, Tensor)
+    }
+
+
+def _check_trunk(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises CorruptCheckpointError where the trunk in a checkpoint of a run has a NaN or an infinite value."""
+    weights = state.get("method")
+    name = first_nonfinite(_trunk_of(weights).items()) if isinstance(weights, Mapping) else None
+    if name is not None:
+        raise CorruptCheckpointError(f"values of {_TRUNK}{name} in {path} are NaN or infinite")
 
 
 def _used(config: Any, where: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,25 @@ def test_exported_files_have_the_umask_s_mode_and_leave_nothing_where_the_disk_i
     finally:
         os.umask(mask)
     assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in tmp_path.iterdir()} == {"0o644"}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "bn1.running_var"])
+def test_weights_that_are_not_finite_are_refused(
+    run: Path, resnet18: ResNetTrunk, tmp_path: Path, name: str, value: float
+) -> None:
+    state = {key: tensor.clone() for key, tensor in resnet18.state_dict().items()}
+    state[name].view(-1)[-1] = value
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"values of {name} in .*weights\.pth .*NaN or infinite; use an earlier"):
+        sslfast.load(tmp_path / "weights.pth")
+    checkpoints = shutil.copytree(run, tmp_path / "run") / "checkpoints"
+    newer = {"step": 8, "method": {f"trunk.{key}": tensor for key, tensor in state.items()}}
+    path = save_checkpoint(checkpoints, newer, 8)
+    with pytest.raises(ValueError, match=rf"values of {name} in .*step_00000008\.pt are NaN or infinite"):
+        export_trunk(path, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+    assert read_weights(tmp_path / "run").facts["step"] == 7  # the newest good one
+    save_checkpoint(checkpoints, {**newer, "step": 7}, 7)
+    with pytest.raises(ValueError, match=rf"every checkpoint .*values of trunk\.{name}"):
+        read_weights(tmp_path / "run")
