@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sslfast.cli.options import parse, print_table, printable
+from sslfast.cli.options import parse, print_table
 from sslfast.data import Contents, Decoding, PrepareConfig, prepare_beton, verify_images
+from sslfast.text import printable
 
 
 @dataclass(kw_only=True)

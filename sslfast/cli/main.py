@@ -4,12 +4,14 @@ Imports nothing heavy: the module of a command is imported when the command runs
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sslfast.cli.exit_codes import EXIT_CODES
+from sslfast.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (:data:`sslfast.cli.exit_codes.EXIT_CODES`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that the terminal cannot show never ends a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments == ["--version"]:
         from sslfast import __version__
 
@@ -211,4 +215,4 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "sslfast":
         text += "; pip install 'sslfast[train]'"
-    return text
+    return printable(text)
