@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sslfast.cli.options import parse, print_table, printable
+from sslfast.cli.options import parse, print_table
 from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, prepare_beton, verify_images
 from sslfast.files import OUTPUT, write_file, writing
+from sslfast.text import printable
 
 
 @dataclass(kw_only=True)

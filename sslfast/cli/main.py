@@ -13,6 +13,7 @@ from io import TextIOWrapper
 
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.files import what_helps
+from sslfast.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,4 +231,4 @@ def _one_line(error: Exception) -> str:
         text = f"{error.filename or 'a file'} cannot be used ({error.strerror}){remedy and '; '}{remedy}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "sslfast":
         text += "; pip install 'sslfast[train]'"
-    return text
+    return printable(text)

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, some_paths
+from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
+
+
+class UnsuitableDataError(ValueError):
+    """The folders exist, and hold no data set that an encoder can be evaluated on."""
 
 
 def load_manifests(
@@ -18,7 +23,8 @@ def load_manifests(
     """Manifests of ``data/train`` and ``data/val``, which must hold the same class folders.
 
     Raises:
-        ValueError: a folder is missing, images lie outside class folders, or the classes differ.
+        UnsuitableDataError: no image, images outside class folders, one class, or classes that differ.
+        ValueError: a folder is missing, or images cannot be used.
     """
     data = Path(data)
     if data.is_file():
@@ -31,13 +37,11 @@ def load_manifests(
             raise ValueError(
                 f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/"
             )
-    train, val = (
-        Manifest.scan(data / split, on_bad_image=on_bad_image).decoded(decoding) for split in ("train", "val")
-    )
+    train, val = (_scan(data / split, on_bad_image=on_bad_image).decoded(decoding) for split in ("train", "val"))
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
-            raise ValueError(
+            raise UnsuitableDataError(
                 f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
                 "labels; put each image into the folder of its class"
             )
@@ -52,21 +56,30 @@ def load_manifests(
         ]
         same = alike(train.classes, val.classes)
         remedy = f"; names that look the same: {same}; rename the folders or labels of one set" if same else ""
-        raise ValueError(
+        raise UnsuitableDataError(
             f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same{remedy}"
         )
     if len(train.classes) < 2:
-        raise ValueError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
+        raise UnsuitableDataError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
     return train, val
+
+
+def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
+    try:
+        return Manifest.scan(folder, on_bad_image=on_bad_image)
+    except ValueError as error:
+        if str(error).startswith("no usable image"):
+            raise UnsuitableDataError(str(error)) from None
+        raise
 
 
 def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
     """Rows that a list file names: one file a line, by its name alone (SimCLR's ImageNet lists) or its relative path.
 
     Raises:
-        ValueError: a line matches no image or several, a class has no image, or the file is empty.
+        ValueError: a line matches no image or several, a class has no image, or the file is empty or unreadable.
     """
-    lines = [line.strip() for line in Path(subset).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_list(subset, remedy="give another list").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{subset} lists nothing; give one file name a line")
     rows_of: dict[str, list[int]] = {}
@@ -90,6 +103,19 @@ def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
             f"({', '.join(manifest.classes[label] for label in absent[:5])}); list at least one of each"
         )
     return rows
+
+
+def read_list(path: Path, *, remedy: str) -> str:
+    """The text of a list of file names; bytes that are not UTF-8 as surrogate escapes, as file names have them.
+
+    Raises:
+        ValueError: it cannot be read; ends with ``remedy``.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); {remedy}") from None
 
 
 def drawn_rows(manifest: Manifest, fraction: float, *, seed: int) -> list[int]:
