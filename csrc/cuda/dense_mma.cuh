@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      reference[m][h] = -INFINITY;
+      reference[m][h] = -FLT_MAX;
       sum[m][h] = loss[m][h] = 0.0f;
     }
   }
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
           }
         }
         highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
-        highest = scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
+        highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
         const bool raise = highest > reference[m][h] + (kLazyMargin + Instruction<T>::kShift);
         const float factor = raise ? exp2f(reference[m][h] - highest + Instruction<T>::kShift) : 1.0f;
         if (raise) reference[m][h] = highest - Instruction<T>::kShift;
@@ -196,19 +196,17 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
             }
           }
         }
-        // Only excluded rows so far: exp2(-inf - 0) = 0.
-        const float subtract = reference[m][h] > -INFINITY ? reference[m][h] : 0.0f;
 #pragma unroll
         for (int n = 0; n < kScoreTiles; ++n) {
           float pair[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float score = scores[m][n][2 * h + e];
-            pair[e] = exp2f(fmaf(score, scale, -subtract));
+            pair[e] = exp2f(fmaf(score, scale, -reference[m][h]));
             sum[m][h] += pair[e];
             if constexpr (kBinary) {
               const NceTerm<float> term = nce_term(score * static_cast<float>(p.inverse_temperature) - offset);
-              const bool counts = score > -INFINITY;
+              const bool counts = score != -INFINITY;
               loss[m][h] += counts ? term.softplus : 0.0f;
               pair[e] = counts ? term.sigmoid * float(1 << Instruction<T>::kBinaryShift) : 0.0f;
             }

@@ -1,8 +1,10 @@
 """Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``, and checks shared by the ops."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import sslfast._C as _C
@@ -33,6 +35,112 @@ def check_seed(op: str, seed: int) -> None:
     """Raise ValueError unless ``0 <= seed < 2**63``."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed=}")
+
+
+def check_arguments(
+    op: str,
+    tensors: Mapping[str, torch.Tensor | None],
+    *,
+    gradient: Collection[str] = (),
+    written: Collection[str] = (),
+) -> None:
+    """Raise TypeError or ValueError for a tensor that the op cannot take, or whose derivative it would leave out.
+
+    Args:
+        op: name of the op.
+        tensors: arguments by name; one of ``_OPTIONAL`` may be None.
+        gradient: those whose gradient the op computes, or is documented to stop.
+        written: those that the op writes.
+    """
+    check_same_device(op, **tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_kind(op, name, tensor, is_written=name in written)
+            _check_derivatives(op, name, tensor, has_gradient=name in gradient, is_written=name in written)
+
+
+def _check_kind(op: str, name: str, tensor: torch.Tensor, *, is_written: bool) -> None:
+    kind = None
+    if tensor.is_nested:
+        kind = "nested"
+    elif tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.").strip("_")
+    elif tensor.is_quantized:
+        kind = "quantized"
+    if kind is not None:
+        raise ValueError(f"{op}: {name} is a {kind} tensor, which the op does not take; pass a dense one")
+    if is_written and not torch.compiler.is_compiling() and (tensor.is_neg() or tensor._is_zerotensor()):
+        raise ValueError(
+            f"{op}: {name} is a lazily negated or lazily zero tensor, which has no memory to write; clone it"
+        )
+
+
+def _check_derivatives(op: str, name: str, tensor: torch.Tensor, *, has_gradient: bool, is_written: bool) -> None:
+    requires_grad = torch.is_grad_enabled() and tensor.requires_grad
+    if requires_grad and is_written and not tensor.is_leaf:
+        raise ValueError(
+            f"{op}: {name} was computed from tensors that require a gradient, and the op writes it without one; "
+            f"pass {name}.detach()"
+        )
+    if requires_grad and not has_gradient:
+        raise ValueError(f"{op}: {name} requires a gradient, which the op does not compute; pass {name}.detach()")
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        batched = torch._C._functorch.is_batchedtensor(tensor)
+        while torch._C._functorch.is_batchedtensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if torch._C._functorch.is_gradtrackingtensor(tensor) and (batched or (requires_grad and not is_written)):
+            raise ValueError(
+                f"{op}: {name} is differentiated by torch.func, which the op does not support; use backward() or "
+                "torch.autograd.grad"
+            )
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{op}: {name} has a tangent, and the op has no forward-mode derivative (jvp); use backward() or "
+            "torch.autograd.grad"
+        )
+
+
+def check_no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
+    """The same for the registered op, whose other tensor arguments have no gradient."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{op}: {name} requires a gradient, which the op does not compute; pass {name}.detach()")
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity of a derivative that was computed in the forward pass; differentiating it again is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, derivative: torch.Tensor, argument: torch.Tensor, op: str) -> torch.Tensor:
+        ctx.op = op
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: a second derivative is not computed (gradient penalties need one); use {ctx.op}_reference"
+        )
+
+
+def first_derivative(op: str, derivative: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
+    """``derivative`` by ``argument``, for a backward pass: an error where ``create_graph`` differentiates it again."""
+    return _FirstDerivative.apply(derivative, argument, op) if torch.is_grad_enabled() else derivative
+
+
+def check_runs_once(op: str) -> None:
+    """Raise RuntimeError where activation checkpointing would run an update twice.
+
+    The second run would also read a state that the first one changed: gradients would be wrong without a word.
+    """
+    if torch.compiler.is_compiling():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    in_checkpoint = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    if in_checkpoint or torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{op}: updates a state inside a function that activation checkpointing runs again in the backward pass; "
+            "call it outside of torch.utils.checkpoint, and not in a backward pass"
+        )
 
 
 def mark_updated(*tensors: torch.Tensor) -> None:

@@ -259,9 +259,9 @@ def test_bad_tensors() -> None:
     [
         ("jitter_order", 24.0, r"jitter_order must be in \[0, 23\], got 24"),
         ("posterize_bits", 9.0, r"posterize_bits must be in \[0, 8\], got 9"),
-        ("brightness", float("nan"), "brightness must be finite, got nan"),
-        ("hue", float("inf"), "hue must be finite, got inf"),
-        ("hue", float("-inf"), "hue must be finite, got -inf"),
+        ("brightness", float("nan"), r"brightness must be in \[0, 100\], got nan"),
+        ("hue", float("inf"), r"hue must be in \[-1, 1\], got inf"),
+        ("hue", float("-inf"), r"hue must be in \[-1, 1\], got -inf"),
         ("blur_sigma", float("nan"), r"blur_sigma must be in \[0, 5\], got nan"),
         ("blur_sigma", -0.1, r"blur_sigma must be in \[0, 5\], got -0.1"),
         ("blur_sigma", 5.01, r"blur_sigma must be in \[0, 5\], got 5.01"),
