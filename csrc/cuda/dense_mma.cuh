@@ -44,6 +44,11 @@ struct Instruction<torch::headeronly::Half> {
   static constexpr int kShift = 7, kBinaryShift = 14;
 };
 
+// A reference as a maximum of natural exponentials; the largest stays the largest, as OnlineLogSumExp expects.
+SSLFAST_HD float natural_maximum(float reference) {
+  return reference < FLT_MAX ? reference * kLn2 : FLT_MAX;
+}
+
 // Offset of 16-byte chunk `chunk` of row `row` in shared memory, in 16-bit elements: eight rows
 // of one chunk, which ldmatrix reads together, fall into different banks.
 template <int kColumns>
@@ -248,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
       const int64_t q = first_query + (warp * kM + m) * 16 + group + 8 * h;
       if (q >= p.queries) continue;
       const int64_t slot = part * p.queries + q;
-      if (member == 0) p.states[slot] = {reference[m][h] * kLn2, total, total_loss};
+      if (member == 0) p.states[slot] = {natural_maximum(reference[m][h]), total, total_loss};
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
         const int d = j * 8 + 2 * member;

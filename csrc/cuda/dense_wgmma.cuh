@@ -219,7 +219,7 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
     const int64_t q = first_query + warp * 16 + group + 8 * h;
     if (q >= p.queries) continue;
     const int64_t slot = part * p.queries + q;
-    if (member == 0) p.states[slot] = {rows.reference[h] * mma::kLn2, total, total_loss};
+    if (member == 0) p.states[slot] = {mma::natural_maximum(rows.reference[h]), total, total_loss};
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
       *reinterpret_cast<float2*>(p.weighted + slot * kColumns + 8 * i + 2 * member) =

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslfast.ops import bank_nce, bank_nce_reference, bank_update_, bank_update_reference, ema_update_, rgb_to_lab
+from sslfast.ops import (
+    bank_nce,
+    bank_nce_reference,
+    bank_update_,
+    bank_update_reference,
+    ema_update_,
+    rgb_to_lab,
+    rgb_to_lab_reference,
+)
 from tests.cuda_emulation import emulate
 
 VALUES = [float("nan"), float("inf"), float("-inf")]
@@ -73,3 +81,88 @@ def test_bank_nce_equals_the_reference(
         tolerance = 2e-2 if device.type == "cuda" and dtype == torch.bfloat16 else 1e-5
         for name, a, b in zip(("loss", "lse", "gradient"), found, expected, strict=True):
             assert_same(a, b, tolerance=tolerance, gradient=name == "gradient")
+
+
+def assert_kernels_agree(op: str, arguments: list[Any], tolerance: float, **device: int) -> None:
+    """A kernel run on the CPU beside the CPU's own in float64."""
+    expected = getattr(torch.ops.sslfast, op)(arguments[0].double(), arguments[1].double(), *arguments[2:])
+    found = emulate(op, *arguments, **device)
+    for name, a, b in zip(("loss", "lse", "gradient"), found, expected, strict=True):
+        assert_same(a, b, tolerance=tolerance, gradient=name == "gradient")
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["infonce", "nce"])
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize(
+    "place", ["one number of a query", "one number of a positive", "one number of a negative", "every row"]
+)
+def test_cuda_kernels_equal_the_reference(place: str, value: float, binary: bool) -> None:
+    for dtype, columns in ((torch.float32, 16), (torch.bfloat16, 21)):
+        query, bank, index = make(dtype, place, value, columns)
+        for rows in (None, LIST.expand(4, -1).contiguous()):
+            count = 10 if rows is None else len(LIST)
+            arguments = [query[None], bank, index, rows, None, 0, None, 50.0, count, 0.07, binary, rows is None, 1]
+            assert_kernels_agree("bank_nce", arguments, 1e-5)
+        shard = [query[None], bank[:30], index, None, None, 0, None, 50.0, 60, 0.07, binary, True, 1, 0, ROWS]
+        assert_kernels_agree("bank_nce", shard, 1e-5)
+    for dtype, columns, capability in ((torch.float32, 16, 80), (torch.bfloat16, 64, 80), (torch.float16, 64, 90)):
+        query, bank, index = make(dtype, place, value, columns)
+        if columns == 64:  # tensor cores take queries in the bank's type
+            query = query.to(dtype).float()
+        for rows in (None, LIST):
+            arguments = [query[None], bank, index, rows, None, 50.0, 0.07, binary, rows is not None]
+            assert_kernels_agree("bank_nce_dense", arguments, 2e-2, compute_capability=capability)
+
+
+def test_rows_that_are_not_scored_stay_out_of_the_gradient() -> None:
+    """Blocks of rows are filled up: a NaN in a row that was not drawn for a sample must not reach it."""
+    query, bank, index = make(torch.float32, "one number of a query", 0.0, 16)
+    for count in (1, 5, 16, 17, 64, 65):
+        rows = torch.zeros(4, count, dtype=torch.int64) + 50
+        bank[:50] = torch.nan
+        bank[60:] = torch.nan
+        arguments = [query[None], bank, torch.full((4,), 50), rows, None, 0, None, 50.0, count, 0.07, False, False, 1]
+        drawn = [query[None], bank[50:60], index, None, None, 0, None, 50.0, count, 0.07, False, True, 1]
+        for call in (arguments, drawn):
+            for outputs in (torch.ops.sslfast.bank_nce(*call), emulate("bank_nce", *call)):
+                assert all(t.isfinite().all() for t in outputs)
+        part = [query[None], bank[50:60], torch.full((4,), 50), rows, None, 0, None, 50.0, count, 0.07, False, False, 1]
+        for outputs in (torch.ops.sslfast.bank_nce(*part, 50, ROWS), emulate("bank_nce", *part, 50, ROWS)):
+            assert all(t.isfinite().all() for t in outputs)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_bank_update_equals_the_reference(device: torch.device, momentum: float, value: float) -> None:
+    for where in ("bank", "features"):
+        bank, features = torch.rand(5, 7), torch.rand(3, 7)
+        {"bank": bank, "features": features}[where][1, 2] = value
+        index = torch.tensor([1, 1, 4])
+        expected, found = bank.clone(), bank.clone().to(device)
+        bank_update_reference(expected, index, features, momentum=momentum)
+        bank_update_(found, index.to(device), features.to(device), momentum=momentum)
+        emulated = bank.clone()
+        emulate("bank_update_", emulated, index, features, momentum)
+        for result in (found.cpu(), emulated):
+            torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_ema_update_keeps_what_is_not_finite(device: torch.device, momentum: float, value: float) -> None:
+    target, source = torch.ones(2, 4), torch.full((2, 4), 2.0)
+    target[0, 1] = source[1, 2] = value
+    expected = torch.lerp(target, source, 1 - momentum)
+    moved = target.clone().to(device)
+    ema_update_([moved], [source.to(device)], momentum=momentum)
+    torch.testing.assert_close(moved.cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_lab_equals_the_reference(device: torch.device, value: float) -> None:
+    pixels = torch.rand(3, 3, 2, 2)
+    for channel in range(3):
+        pixels[channel, channel, 0, 1] = value
+    expected = rgb_to_lab_reference(pixels)
+    for result in (rgb_to_lab(pixels.to(device)).cpu(), emulate("rgb_to_lab", pixels, False)):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-3, equal_nan=True)
