@@ -53,51 +53,58 @@ def check_arguments(
         written: those that the op writes.
     """
     check_same_device(op, **tensors)
+    check_each(op, tensors, gradient=gradient, written=written)
+
+
+def check_each(
+    op: str,
+    tensors: Mapping[str, torch.Tensor | None],
+    *,
+    gradient: Collection[str] = (),
+    written: Collection[str] = (),
+) -> None:
+    """:func:`check_arguments` without the devices."""
+    with_gradients, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    functions = torch._C._are_functorch_transforms_active() and not compiling
+    forward_mode = forward_ad._current_level >= 0
     for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_kind(op, name, tensor, is_written=name in written)
-            _check_derivatives(op, name, tensor, has_gradient=name in gradient, is_written=name in written)
-
-
-def _check_kind(op: str, name: str, tensor: torch.Tensor, *, is_written: bool) -> None:
-    kind = None
-    if tensor.is_nested:
-        kind = "nested"
-    elif tensor.layout is not torch.strided:
-        kind = str(tensor.layout).removeprefix("torch.").strip("_")
-    elif tensor.is_quantized:
-        kind = "quantized"
-    if kind is not None:
-        raise ValueError(f"{op}: {name} is a {kind} tensor, which the op does not take; pass a dense one")
-    if is_written and not torch.compiler.is_compiling() and (tensor.is_neg() or tensor._is_zerotensor()):
-        raise ValueError(
-            f"{op}: {name} is a lazily negated or lazily zero tensor, which has no memory to write; clone it"
-        )
-
-
-def _check_derivatives(op: str, name: str, tensor: torch.Tensor, *, has_gradient: bool, is_written: bool) -> None:
-    requires_grad = torch.is_grad_enabled() and tensor.requires_grad
-    if requires_grad and is_written and not tensor.is_leaf:
-        raise ValueError(
-            f"{op}: {name} was computed from tensors that require a gradient, and the op writes it without one; "
-            f"pass {name}.detach()"
-        )
-    if requires_grad and not has_gradient:
-        raise ValueError(f"{op}: {name} requires a gradient, which the op does not compute; pass {name}.detach()")
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        batched = torch._C._functorch.is_batchedtensor(tensor)
-        while torch._C._functorch.is_batchedtensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-        if torch._C._functorch.is_gradtrackingtensor(tensor) and (batched or (requires_grad and not is_written)):
+        if tensor is None:
+            continue
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+            raise ValueError(f"{op}: {name} must be an ordinary dense tensor, got a {kind} one")
+        if name in written and not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
             raise ValueError(
-                f"{op}: {name} is differentiated by torch.func, which the op does not support; use backward() or "
+                f"{op}: {name} is lazily negated or zero, without memory of its own to write; pass a .clone()"
+            )
+        requires_grad = with_gradients and tensor.requires_grad
+        if requires_grad and name in written and not tensor.is_leaf:
+            raise ValueError(
+                f"{op}: {name} was computed from tensors that require a gradient, and the op writes it without one; "
+                f"pass {name}.detach()"
+            )
+        if requires_grad and name not in gradient:
+            raise ValueError(f"{op}: {name} requires a gradient, which the op does not compute; pass {name}.detach()")
+        if functions:
+            tensor = _check_functions(op, name, tensor, is_differentiated=requires_grad and name not in written)
+        if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{op}: {name} has a tangent, and the op has no forward-mode derivative (jvp); use backward() or "
                 "torch.autograd.grad"
             )
-    if forward_ad.unpack_dual(tensor).tangent is not None:
+
+
+def _check_functions(op: str, name: str, tensor: torch.Tensor, *, is_differentiated: bool) -> torch.Tensor:
+    """The tensor below torch.vmap's wrappers; ValueError where torch.func differentiates it."""
+    below = tensor
+    while torch._C._functorch.is_batchedtensor(below):
+        below = torch._C._functorch.get_unwrapped(below)
+    if torch._C._functorch.is_gradtrackingtensor(below) and (below is not tensor or is_differentiated):
         raise ValueError(
-            f"{op}: {name} has a tangent, and the op has no forward-mode derivative (jvp); use backward() or "
+            f"{op}: {name} is differentiated by torch.func, which the op does not support; use backward() or "
             "torch.autograd.grad"
         )
+    return below
 
 
 def check_no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
@@ -141,6 +148,29 @@ def check_runs_once(op: str) -> None:
             f"{op}: updates a state inside a function that activation checkpointing runs again in the backward pass; "
             "call it outside of torch.utils.checkpoint, and not in a backward pass"
         )
+
+
+def check_memory(op: str, name: str, tensor: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor whose storage was resized to less than its sizes say.
+
+    The ops do this for everything that they read; this is for tensors that torch reads before.
+    """
+    if tensor is None or tensor.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + steps + 1) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+        raise ValueError(f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor")
+
+
+def resolved(op: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, written out where it is lazily negated."""
+    if torch.compiler.is_compiling() or not tensor.is_neg():
+        return tensor
+    check_memory(op, name, tensor)
+    return tensor.resolve_neg()
 
 
 def mark_updated(*tensors: torch.Tensor) -> None:

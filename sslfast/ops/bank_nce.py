@@ -77,6 +77,8 @@ def bank_nce(
     options = {"negatives": _tensor_or_none(negatives), "step": _tensor_or_none(step), "z": _tensor_or_none(z)}
     tensors = {"query": query, "bank": bank, "index": index, **options}
     _library.check_arguments("bank_nce", tensors, gradient=("query",))
+    for name in ("query", "z"):
+        _library.check_memory("bank_nce", name, tensors[name])
     if not query.is_floating_point() or (options["z"] is not None and options["z"].is_complex()):
         raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:

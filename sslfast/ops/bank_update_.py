@@ -30,7 +30,9 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     tensors = {"bank": bank, "index": index, "features": features}
     _library.check_arguments("bank_update_", tensors, gradient=("features",), written=("bank",))
     _library.check_runs_once("bank_update_")
-    torch.ops.sslfast.bank_update_(bank, index, features.detach().resolve_neg(), momentum)
+    torch.ops.sslfast.bank_update_(
+        bank, index, _library.resolved("bank_update_", "features", features).detach(), momentum
+    )
     _library.mark_updated(bank)
 
 
