@@ -24,8 +24,10 @@ def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
         ValueError: tensors on different devices.
         RuntimeError: wrong dtype or shape, shared memory; on CPU also a head outside the bank (CUDA: a device trap).
     """
-    _library.check_same_device("bank_enqueue_", bank=bank, head=head, keys=keys)
-    torch.ops.sslfast.bank_enqueue_(bank, head, keys.detach())
+    tensors = {"bank": bank, "head": head, "keys": keys}
+    _library.check_arguments("bank_enqueue_", tensors, gradient=("keys",), written=("bank", "head"))
+    _library.check_runs_once("bank_enqueue_")
+    torch.ops.sslfast.bank_enqueue_(bank, head, _library.resolved("bank_enqueue_", "keys", keys).detach())
     _library.mark_updated(bank, head)
 
 

@@ -75,7 +75,12 @@ def bank_nce(
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
     options = {"negatives": _tensor_or_none(negatives), "step": _tensor_or_none(step), "z": _tensor_or_none(z)}
-    _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
+    tensors = {"query": query, "bank": bank, "index": index, **options}
+    _library.check_arguments("bank_nce", tensors, gradient=("query",))
+    for name in ("query", "z"):
+        _library.check_memory("bank_nce", name, tensors[name])
+    if not query.is_floating_point() or (options["z"] is not None and options["z"].is_complex()):
+        raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:
         raise ValueError(f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
     first_row, num_rows = (0, bank.shape[0]) if shard is None else shard
@@ -333,13 +338,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, bank, z_tensor = inputs[0], inputs[1], inputs[6]
+    _library.check_no_gradient("bank_nce", bank=bank, z=z_tensor)
     _, lse, grad = output
     ctx.mark_non_differentiable(lse, grad)
     ctx.save_for_backward(grad)
+    ctx.query = query  # of its values nothing is needed: it may change before the backward pass
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor, _grad_grad: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
+    grad = _library.first_derivative("bank_nce", grad, ctx.query)
     return (grad_loss[..., None] * grad, *(None,) * 14)
 
 

@@ -27,8 +27,12 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"bank_update_: momentum must be in [0, 1], got {momentum=}")
-    _library.check_same_device("bank_update_", bank=bank, index=index, features=features)
-    torch.ops.sslfast.bank_update_(bank, index, features.detach(), momentum)
+    tensors = {"bank": bank, "index": index, "features": features}
+    _library.check_arguments("bank_update_", tensors, gradient=("features",), written=("bank",))
+    _library.check_runs_once("bank_update_")
+    torch.ops.sslfast.bank_update_(
+        bank, index, _library.resolved("bank_update_", "features", features).detach(), momentum
+    )
     _library.mark_updated(bank)
 
 

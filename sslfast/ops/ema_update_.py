@@ -41,6 +41,13 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     if not targets:
         return
     _check_tensors(targets, sources, momentum_tensor)
+    given = {f"targets[{i}]": target for i, target in enumerate(targets)}
+    read = {f"sources[{i}]": source for i, source in enumerate(sources)}
+    _library.check_each("ema_update_", given | read, gradient=given | read, written=given)
+    if momentum_tensor is not None:
+        _library.check_each("ema_update_", {"momentum": momentum_tensor})
+    _library.check_runs_once("ema_update_")
+    sources = [_library.resolved("ema_update_", name, source) for name, source in read.items()]
     with torch.no_grad():  # targets are usually leaves that require grad
         torch.ops.sslfast.ema_update_(targets, sources, momentum_tensor, number)
     _library.mark_updated(*targets)

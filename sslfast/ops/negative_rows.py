@@ -43,7 +43,7 @@ def negative_rows(
     exclude_self = exclude_self and not shared
     _check(num_negatives, num_rows, seed, exclude_self)
     step_tensor, step_number = _library.step_arguments(step)
-    _library.check_same_device("negative_rows", index=index, step=step_tensor)
+    _library.check_arguments("negative_rows", {"index": index, "step": step_tensor})
     index = index.new_zeros(1) if shared else index
     rows: Tensor = torch.ops.sslfast.negative_rows(
         index, step_tensor, step_number, num_negatives, num_rows, seed, exclude_self, shared

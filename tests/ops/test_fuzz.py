@@ -166,10 +166,35 @@ def copy(value: Any) -> Any:
         return [copy(item) for item in value]
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
         return value
-    if value.is_neg() or not value.numel():
+    if value.is_neg():
+        return torch._neg_view(-value)
+    if not value.numel():
         return value.clone()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return value.as_strided((extent,), (1,)).clone().as_strided(value.shape, value.stride())
+
+
+def entangle(call: Arguments, draw: Any) -> bool:
+    """Now and then one tensor in the memory of another, or in a storage smaller than its sizes; True for the latter."""
+    names = [
+        name
+        for name, value in call.items()
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and value.numel()
+    ]
+    how = draw(st.integers(0, 9))
+    if len(names) < 2 or how > 1:
+        return False
+    name, other = draw(st.permutations(names))[:2]
+    tensor, storage = call[name], call[other].untyped_storage()
+    if how == 0:
+        if tensor.is_neg() or storage.nbytes() < tensor.numel() * tensor.element_size():
+            return False
+        offset = draw(st.integers(0, storage.nbytes() // tensor.element_size() - tensor.numel()))
+        call[name] = torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.shape)
+        return False
+    own = tensor.untyped_storage()
+    own.resize_(draw(st.sampled_from([0, own.nbytes() - 1])))
+    return True
 
 
 def exact(value: Any) -> Any:
@@ -479,6 +504,9 @@ def fuzz_public(op: str, trace: Any) -> None:
             call[name] = corrupt(call[name], data.draw)
         call = {name: copy(value) for name, value in call.items()}
         before = {name: copy(value) for name, value in call.items()}
+        is_short = entangle(call, data.draw)
+        if not is_short:
+            before = {name: copy(value) for name, value in call.items()}
         text = f"{op}({describe(call)})"
         trace(text)
         try:
@@ -487,6 +515,8 @@ def fuzz_public(op: str, trace: Any) -> None:
             if not clear(error, op):
                 raise AssertionError(f"{text}: the error does not name the op") from error
             return
+        if is_short:
+            return  # not read
         if any(t.device.type == "meta" for t in tensors(call)):
             assert all(t.device.type == "meta" for t in tensors(call)), f"{text} mixed devices"
             return
@@ -518,7 +548,9 @@ def fuzz_raw(op: str, trace: Any) -> None:
             for _ in range(data.draw(st.integers(1, 3))):
                 at = data.draw(st.integers(0, len(arguments) - 1))
                 arguments[at] = corrupt(arguments[at], data.draw)
-            arguments = [copy(value) for value in arguments]
+            named = {str(i): copy(value) for i, value in enumerate(arguments)}
+            entangle(named, data.draw)
+            arguments = list(named.values())
             text = f"{func}({describe(arguments)})"
             trace(text)
             try:
