@@ -237,6 +237,21 @@ def make_folder(path: Path) -> None:
         fsync_directory(folder.parent)
 
 
+def check_writable(path: Path | str, *, remedy: str = ANOTHER_PLACE) -> None:
+    """Raises WriteError unless a file could be created as ``path``, in folders that need not exist yet; writes nothing.
+    For the start of work whose result goes there."""
+    path = Path(path)
+    with writing(path, remedy=remedy):
+        folder = path.absolute().parent
+        while not os.path.lexists(folder) and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder", str(folder))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(number, os.strerror(number), str(folder))
+
+
 def fsync_directory(directory: Path) -> None:
     """Make renames in ``directory`` durable, where its file system can."""
     descriptor = None

@@ -15,6 +15,7 @@ from sslfast.files import (
     OUTPUT,
     AppendFile,
     WriteError,
+    check_writable,
     open_regular,
     replacing,
     save_picture,
@@ -203,3 +204,14 @@ def test_a_picture_needs_a_suffix_that_is_a_format(tmp_path: Path) -> None:
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     write_file(tmp_path / ("x" * 255), "text")
     assert os.listdir(tmp_path) == ["x" * 255]
+
+
+def test_whether_a_file_could_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "new" / "a")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=rf"\({tmp_path}/file is no folder\); {OUTPUT}"):
+        check_writable(tmp_path / "file" / "a", remedy=OUTPUT)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(WriteError, match=r"cannot write .*new/a \(Permission denied\); choose another place"):
+        check_writable(tmp_path / "new" / "a")
