@@ -202,7 +202,7 @@ def bank_nce_reference(
         if z is None:
             z = num_rows * scores.detach().exp().mean()
         z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-        logits = scores - (z * num_negatives / num_rows).log()
+        logits = scores - z.log() - math.log(num_negatives / num_rows)
         losses = -logsigmoid(logits[..., 0]) - logsigmoid(-logits[..., 1:]).sum(-1)
     return (losses, lse) if return_lse else losses
 
@@ -233,7 +233,7 @@ def _shard_reference(
     if loss == "infonce":
         return torch.where(here[:, 0], lse - scores[..., 0], lse), lse.detach()
     z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-    logits = scores - (z * num_negatives / num_rows).log()
+    logits = scores - z.log() - math.log(num_negatives / num_rows)
     positive = torch.where(here[:, 0], -logsigmoid(logits[..., 0]), 0.0)
     return positive - logsigmoid(-logits[..., 1:]).sum(-1), lse.detach()
 

@@ -1,5 +1,6 @@
 """bank_nce_dense: noise-contrastive loss of every query against the same bank rows, streamed."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,7 @@ def bank_nce_dense_reference(
     if loss == "infonce":
         return torch.where(here, lse - positive, lse), lse.detach()
     num_negatives = num_rows - 1 if negatives is None else len(listed)
-    offset = (torch.as_tensor(z, dtype=query.dtype, device=query.device) * num_negatives / num_rows).log()
+    offset = torch.as_tensor(z, dtype=query.dtype, device=query.device).log() + math.log(num_negatives / num_rows)
     terms = -logsigmoid(offset - scores)
     if negatives is None:
         terms = terms.masked_fill(own, 0.0)

@@ -30,7 +30,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
         ValueError: momentum out of range, lists of different length, tensors on different devices.
         RuntimeError: different shapes, a dtype that is not floating (leave out integer buffers such as BatchNorm's
             ``num_batches_tracked`` and copy them), a target that is expanded or overlaps itself, tensors that share
-            memory (interleaved columns are not detected).
+            memory (interleaved columns do not).
     """
     targets, sources = list(targets), list(sources)
     momentum_tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
@@ -39,6 +39,8 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     if len(targets) != len(sources):
         raise ValueError(f"ema_update_: as many sources as targets are needed, got {len(targets)=}, {len(sources)=}")
     if not targets:
+        if momentum_tensor is not None and momentum_tensor.dim() != 0:
+            raise ValueError(f"ema_update_: momentum must be 0-d, got shape {list(momentum_tensor.shape)}")
         return
     _check_tensors(targets, sources, momentum_tensor)
     given = {f"targets[{i}]": target for i, target in enumerate(targets)}
