@@ -1,4 +1,4 @@
-"""``sslfast data verify`` and ``sslfast data prepare``."""
+"""``sslfast data verify``, ``sslfast data prepare`` and ``sslfast data labels``."""
 
 import sys
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sslfast.cli.options import parse, print_table
-from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, prepare_beton, verify_images
+from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_folder, prepare_beton, verify_images
 from sslfast.files import OUTPUT, write_file, writing
 from sslfast.text import printable
 
@@ -21,8 +21,8 @@ class Verify:
     images before they start. Exit code 0: all images can be used, 1: some cannot."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, or a list of `path,label`
-    lines (.csv)."""
+    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar or .zip, or a list of
+    `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -35,7 +35,8 @@ class Prepare:
     """Store the images of a folder in one .beton file for the ffcv loader, with sample ids, manifest and checksums."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar shards, one .tar or .zip, a list (.csv, .txt, ...), or a manifest of
+    `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
     """File to write; an existing one is replaced only when the new one is complete."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -43,6 +44,35 @@ class Prepare:
     workers: int | None = None
     """Processes; default: one per core."""
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+
+
+@dataclass(kw_only=True)
+class Labels:
+    """Write a list (.csv) of a flat folder's images with the labels that a file gives them, as for ImageNet's
+    validation set. A list DATA/val.csv takes the place of the folder DATA/val in evaluations."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of images."""
+    labels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LABELS")]
+    """One label a line in the order of the sorted file names (the devkit's ground truth), `name label` lines, or a .csv
+    with a header (LOC_val_solution.csv)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+    """List to write (.csv)."""
+    train: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None
+    """Data whose classes the labels must be."""
+    names: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """What numbers mean: the devkit's meta.mat, a text file whose line k names class k, or `sorted`: the classes of
+    --train in sorted order."""
+
+
+def labels(arguments: list[str]) -> int:
+    """Run ``sslfast data labels``; returns the exit code."""
+    chosen = parse(Labels, arguments, prog="sslfast data labels")
+    if isinstance(chosen, int):
+        return chosen
+    count = label_folder(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
+    print(f"{count:,} images with their labels; wrote {chosen.output}")
+    return 0
 
 
 def verify(arguments: list[str]) -> int:
@@ -71,7 +101,10 @@ def verify(arguments: list[str]) -> int:
 
 def left_out_lines(manifest: Manifest) -> list[str]:
     """What looks like a picture and is not used, for the screen."""
-    return [f"left out: {printable(line)}" for line in manifest.left_out()]
+    return [
+        *(f"left out: {printable(line)}" for line in manifest.left_out()),
+        *(f"classes: {printable(line)}" for line in manifest.alike_classes()),
+    ]
 
 
 def prepare(arguments: list[str]) -> int:

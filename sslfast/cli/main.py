@@ -125,6 +125,11 @@ DATA_COMMANDS = {
         help="store the images in one file for the ffcv loader",
         function="sslfast.cli.data:prepare",
     ),
+    "labels": Command(
+        usage="labels DIR LABELS -o FILE.csv",
+        help="list a flat folder's images with the labels of a file (ImageNet's validation set)",
+        function="sslfast.cli.data:labels",
+    ),
 }
 BENCHMARKS = {
     "ops": Command(
@@ -171,7 +176,7 @@ COMMANDS = {
         calls="sslfast.weights.export:export_trunk",
     ),
     "data": Command(
-        usage="data verify|prepare ...", help="check images, pack them into one file", commands=DATA_COMMANDS
+        usage="data verify|prepare|labels ...", help="check images, pack them into one file", commands=DATA_COMMANDS
     ),
     "info": Command(
         usage="info", help="versions, devices, usable loaders, missing packages", function="sslfast.cli.info:info"

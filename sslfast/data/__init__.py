@@ -5,6 +5,7 @@ from sslfast.data.beton import JPG, Beton, BetonSource
 from sslfast.data.contents import Contents, combined, recorded_decoding, sample_contents
 from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
 from sslfast.data.folder import FolderSource
+from sslfast.data.ground_truth import label_folder
 from sslfast.data.images import (
     DEFAULT_DECODING,
     ORIENTATION,
@@ -60,6 +61,7 @@ __all__ = [
     "decode_full",
     "decode_pixels",
     "exit_with_parent",
+    "label_folder",
     "make_demo_data",
     "open_data",
     "open_image",

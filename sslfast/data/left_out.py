@@ -71,6 +71,7 @@ UNPACK = {
     ".tar": "tar -xf",
 }
 """Suffix of an archive -> the program that unpacks it."""
+_DATABASES = frozenset({".parquet", ".arrow", ".lmdb", ".mdb", ".tfrecord", ".rec", ".h5", ".hdf5", ".npz", ".npy"})
 SNIFFED = 132
 """Bytes at the start of a file that tell what picture it is."""
 _HEADS = (
@@ -129,7 +130,10 @@ def listed_system_keys(paths: Sequence[str]) -> list[str | None]:
 
 def unpack_remedy(path: Path) -> str:
     """The command that makes a compressed archive readable; empty for other files."""
-    command = UNPACK.get(suffix_of(path.name))
+    suffix = suffix_of(path.name)
+    command = UNPACK.get(suffix)
+    if suffix in _DATABASES:
+        return f"{suffix} files are not read; write their images into a folder of class folders, or into .tar shards"
     if command is None:
         return ""
     result = "folder" if command in ("7z x", "unzip") else "file"
@@ -160,7 +164,7 @@ def named_counts(ignored: Mapping[str, int]) -> str:
 
 def left_out(ignored: Mapping[str, int]) -> list[str]:
     """What looks like pictures, or is a system's, and is not used: a line for each reason, with the remedy."""
-    system, unread, renamed, packed = {}, {}, {}, {}
+    system, unread, renamed, packed, stores = {}, {}, {}, {}, {}
     for key, count in ignored.items():
         suffix, holds, kind = key.partition(" holding ")
         if key.endswith("/") or key in (APPLE_DOUBLE, HIDDEN):
@@ -171,6 +175,8 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
             renamed[key] = count
         elif suffix in UNPACK:
             packed[key] = count
+        elif suffix in _DATABASES:
+            stores[key] = count
     return [
         f"{named_counts(found)}: {why}"
         for found, why in (
@@ -180,6 +186,7 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
                 "pictures by their content, and not by their names; rename them (.jpg, .png, ...), or name them in a "
                 "list (.csv, .txt), which takes any name",
             ),
+            (stores, "not read; write the images in them into a folder of class folders, or into .tar shards"),
             (packed, "archives, which are not read inside a folder; unpack them, or name one as DATA (.zip)"),
             (system, "folders and files of the system, and hidden ones; move out what belongs to the data"),
         )

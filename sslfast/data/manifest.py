@@ -88,8 +88,12 @@ class Manifest:
 
     def left_out(self) -> list[str]:
         """Lines for the screen: what looks like a picture and is not used, why, and the remedy."""
+        return left_out(self.ignored)
+
+    def alike_classes(self) -> list[str]:
+        """Lines for the screen: classes whose names look the same, probably one class."""
         found = alike_among(self.classes)
-        return [*left_out(self.ignored), *([f"nothing, but classes that look the same: {found}"] if found else [])]
+        return [f"some look the same: {found}; give one class one name"] if found else []
 
     def digest(self) -> str:
         """Identity of the row assignment and of the files behind it: SHA-256 over (path, bytes, hash) of every row and

@@ -7,6 +7,13 @@ from sslfast.data.manifest import Manifest, some_paths
 from sslfast.data.source import is_file, source_of
 
 _MANIFEST = ".tsv"
+_KINDS = {
+    "csv": "a list (.csv)",
+    "list": "a list (.txt, .tsv, .json, ...)",
+    "zip": "a .zip file",
+    "tar": "tar files",
+    "folder": "a folder of images",
+}
 
 
 def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> Manifest:
@@ -52,6 +59,13 @@ def reopen_data(path: Path, known: Path, *, on_bad_image: OnBadImage = "error") 
         if run.source.loader is not None:
             raise ValueError(
                 f"the run that {known} belongs to started with a .{run.source.name} file: give that one, not {path}"
+            )
+        kind = source_of(path).name
+        if kind != run.source.name and (kind, run.source.name) != ("folder", "tar"):
+            raise ValueError(
+                f"the run that {known} belongs to started with {_KINDS.get(run.source.name, run.source.name)}, and "
+                f"{path} is another kind of data: give the data that the run started with, or choose another output "
+                "directory"
             )
         run.check(on_bad_image=on_bad_image)
         return run

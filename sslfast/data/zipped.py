@@ -188,7 +188,7 @@ def _directory(path: Path, ignored: Counter[str]) -> tuple[dict[str, zipfile.Zip
                 infos = archive.infolist()
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}): name a .zip file") from None
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise SourceError(f"{path} is not a whole zip file ({error}; {size:,} bytes): {_REMEDY}") from None
     for info in infos:
         name = "/".join(part for part in info.filename.split("/") if part not in ("", "."))

@@ -1,6 +1,7 @@
 """Labelled data sets in folders: ``data/train/<class>/`` and ``data/val/<class>/``, and subsets of them."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -32,20 +33,24 @@ def load_manifests(
             f"{data} is a file: an evaluation needs two labelled sets, a folder with train/<class>/ and val/<class>/ "
             "of images, or with .tar shards in train/ and val/"
         )
-    for split in ("train", "val"):
-        if not (data / split).is_dir():
-            raise ValueError(
-                f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/"
-            )
-    train, val = (_scan(data / split, on_bad_image=on_bad_image).decoded(decoding) for split in ("train", "val"))
+    places = {split: _place(data, split) for split in ("train", "val")}
+    train, val = (_scan(place, on_bad_image=on_bad_image).decoded(decoding) for place in places.values())
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
             raise UnsuitableDataError(
                 f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
-                "labels; put each image into the folder of its class"
+                f"labels; put each image into the folder of its class, or, if a file has the labels, run `sslfast data "
+                f"labels {quote(str(manifest.root))} LABELS --train {quote(str(places['train']))} -o "
+                f"{quote(str(data / 'val.csv'))}`"
             )
     if train.classes != val.classes:
+        same = alike(train.classes, val.classes)
+        if same:
+            raise UnsuitableDataError(
+                f"classes of {data}/train and {data}/val have names that look the same and are not: {same}; rename the "
+                "folders, or the labels, of one of them"
+            )
         only = [
             f"only in {name}: {', '.join(sorted(these)[:5])}{' ...' if len(these) > 5 else ''}"
             for name, these in (
@@ -54,10 +59,8 @@ def load_manifests(
             )
             if these
         ]
-        same = alike(train.classes, val.classes)
-        remedy = f"; names that look the same: {same}; rename the folders or labels of one set" if same else ""
         raise UnsuitableDataError(
-            f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same{remedy}"
+            f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same"
         )
     if len(train.classes) < 2:
         raise UnsuitableDataError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
@@ -71,6 +74,20 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
         if str(error).startswith("no usable image"):
             raise UnsuitableDataError(str(error)) from None
         raise
+
+
+def _place(data: Path, split: str) -> Path:
+    """The list or archive named by the split, else the folder."""
+    files = [data / f"{split}{suffix}" for suffix in (".csv", ".txt", ".json", ".jsonl", ".zip", ".tar")]
+    found = next((file for file in files[:1] if file.is_file()), data / split)
+    if not found.is_dir() and not found.is_file():
+        found = next((file for file in files if file.is_file()), found)
+    if not found.exists():
+        raise ValueError(
+            f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/, or a "
+            f"list {split}.csv or an archive {split}.tar or {split}.zip in place of a folder"
+        )
+    return found
 
 
 def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
