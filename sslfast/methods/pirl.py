@@ -196,7 +196,7 @@ class PIRL(Method):
         self._pending.append((sample_ids, queries[-1].detach()))
         if config.loss == "nce" and config.z == "exact":
             self._set_z(self._exact_z(queries.detach(), sample_ids))
-        elif config.loss == "nce" and not self._z_is_set:
+        elif config.loss == "nce" and not self._z_is_set and not self.z.is_meta:
             # Read in the next step, since a first step with a non-finite loss may be undone, and Z with it.
             self._z_is_set = not bool(self.z.isnan())  # host sync: two steps of a run, one after a load
             if not self._z_is_set:

@@ -92,7 +92,7 @@ def test_every_number_has_a_range_and_none_may_be_nan(method: str) -> None:
     ],
 )
 def test_impossible_sizes(path: str, value: Any) -> None:
-    assert str(value).removesuffix(".0").strip("()")[:4] in refused(of_method("moco"), path, value).replace(",", "")
+    assert str(value) in refused(of_method("moco"), path, value)
 
 
 def test_a_field_set_later_is_checked_too(tmp_path: Path) -> None:
@@ -121,6 +121,13 @@ def test_more_steps_than_random_draws(tmp_path: Path) -> None:
 SMALLEST: dict[str, int] = {"simclr": 2, "cpc": 2, "byol": 3}
 """Samples of the smallest forward pass with a gradient; 1 for the other methods, whose labels are their own."""
 
+SIZES: dict[str, dict[str, int]] = {
+    "deepcluster": {"clusters": 4, "pca_dimensions": 8},
+    "sela": {"clusters": 4},
+    "cpc": {"patch_size": 8, "patch_stride": 4},
+}
+"""Of methods that need more for tiny images."""
+
 
 def start(config: TrainConfig, batch_size: int, **split: Any) -> None:
     check_start(config, BatchSplit(batch_size=batch_size, **split), rows=24, steps_per_epoch=1)
@@ -128,7 +135,7 @@ def start(config: TrainConfig, batch_size: int, **split: Any) -> None:
 
 @pytest.mark.parametrize("method", BUILT_IN)
 def test_the_smallest_batch_has_a_gradient_and_a_smaller_one_is_refused(method: str) -> None:
-    config = tiny(of_method(method), **({"clusters": 4} if method in ("deepcluster", "sela") else {}))
+    config = tiny(of_method(method), **SIZES.get(method, {}))
     size = SMALLEST.get(method, 1)
     if size > 1:
         for ranks, parts in ((1, 1), (1, 8), (4, 2)):

@@ -344,3 +344,41 @@ def test_weights_that_are_not_finite_are_refused(
     save_checkpoint(checkpoints, {**newer, "step": 7}, 7)
     with pytest.raises(ValueError, match=rf"every checkpoint .*values of trunk\.{name}"):
         read_weights(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("std", [0.2, 0, 0.2], "std must be above 0"),
+        ("std", [0.2, 1e-30, 0.2], "std must be above 0"),
+        ("mean", [0.2, float("nan"), 0.2], "mean must be three numbers"),
+        ("mean", [0.2, 1e30, 0.2], "mean must be at most"),
+        ("mean", [[0.2], 0.2, 0.2], "mean must be three numbers"),
+        ("mean", 0.5, "mean must be three numbers"),
+        ("size", 0, "size must be in"),
+        ("size", 224.0, "size must be in"),
+        ("facts", [], "facts must be a table"),
+        ("facts", {"seed": "0"}, "seed must be a whole number"),
+        ("facts", {"seed": -1}, "seed must be a whole number"),
+        ("facts", {"method": ["pirl"]}, "method must be a text"),
+        ("model", "resnet18", "model must be a table"),
+        ("model", {"name": "resnet50"}, r"model\.name is resnet50 and the weights are of resnet18"),
+        ("model", {"width": 2.0}, r"model\.width is 2\.0 and the weights are of 1"),
+    ],
+)
+def test_a_card_is_checked(run: Path, tmp_path: Path, key: str, value: Any, words: str) -> None:
+    export_trunk(run, tmp_path / "a.pth")
+    card = tmp_path / "a.pth.json"
+    read_weights(tmp_path / "a.pth")
+    card.write_text(json.dumps({**json.loads(card.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"a\.pth\.json: {words}.*; restore the file"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_a_model_in_a_configuration_is_checked_with_its_file(run: Path, tmp_path: Path) -> None:
+    config = shutil.copytree(run, tmp_path / "run") / "config.json"
+    values = json.loads(config.read_text())
+    values["model"]["width"] = 0
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json: model\.width must be a positive multiple"):
+        read_weights(tmp_path / "run")
