@@ -7,7 +7,7 @@ lies below.
 
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, RunEncoders, TrunkEncoder, load_run
-from sslfast.evaluation.folders import UnsuitableDataError
+from sslfast.evaluation.folders import UnsuitableError
 from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_result, nearest_neighbours
 from sslfast.evaluation.lettering import Lettering, load_font
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
@@ -33,7 +33,7 @@ __all__ = [
     "SemisupConfig",
     "SvmConfig",
     "TrunkEncoder",
-    "UnsuitableDataError",
+    "UnsuitableError",
     "bank_knn",
     "evaluate_knn",
     "evaluate_linear",

@@ -66,7 +66,7 @@ def load_evaluation_set(
         loaded: the encoders of ``run``, where they are loaded already.
 
     Raises:
-        UnsuitableDataError: the folders hold no data set that an encoder can be evaluated on.
+        UnsuitableError: the folders hold no data set that an encoder can be evaluated on.
         ValueError, FileNotFoundError: something is wrong with the run or the folders; before any image is decoded.
     """
     device = resolve_device(config.device)

@@ -171,10 +171,10 @@ def check_weights(module: nn.Module, where: str, *, remedy: str) -> None:
     """
     for name, value in module.named_parameters():
         if not bool(value.isfinite().all()):
-            raise ValueError(f"{where} NaN or infinite weights ({name}), as training that diverged leaves: {remedy}")
+            raise ValueError(f"{where} NaN or infinite weights ({name}), as training that diverged leaves; {remedy}")
     for name, buffer in module.named_buffers():
         if bool(buffer.isnan().any()):
-            raise ValueError(f"{where} NaN ({name}), as training that diverged leaves: {remedy}")
+            raise ValueError(f"{where} NaN ({name}), as training that diverged leaves; {remedy}")
 
 
 def extract_features(

@@ -20,7 +20,7 @@ from sslfast.data import (
 )
 from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, raise_together
 from sslfast.evaluation.cache import Cached, FeatureCache
-from sslfast.evaluation.folders import UnsuitableDataError
+from sslfast.evaluation.folders import UnsuitableError
 from sslfast.loaders import decode_crops
 from sslfast.text import printable
 
@@ -112,13 +112,13 @@ class ImageReader:
 
 
 def check_features(name: str, found: Cached, manifest: Manifest) -> None:
-    """ValueError where a feature vector is not finite or its norm overflows float32: every score would be chance."""
+    """UnsuitableError where a feature vector is not finite or its norm overflows: every score would be chance."""
     bad = (~found.values.norm(dim=1).isfinite()).nonzero()[:, 0]
     if len(bad):
         first = printable(manifest.paths[int(found.rows[bad[0]])])
-        raise ValueError(
+        raise UnsuitableError(
             f"the encoder ({name}) gives NaN or infinite features for {len(bad)} of {len(found.values)} images "
-            f"({first}, ...), so its weights are broken: name other weights, for example an earlier checkpoint, as RUN"
+            f"({first}, ...), so its weights are broken; name others, for example an earlier checkpoint, as RUN"
         )
 
 
@@ -192,7 +192,7 @@ def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch
     raise_together(error)
     all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)
     if not len(all_rows):
-        raise UnsuitableDataError(f"no usable image in {reader.manifest.source}: name a folder that holds images")
+        raise UnsuitableError(f"no usable image in {reader.manifest.source}; name a folder that holds images")
     bad = [item for part in gather_objects(reader.bad_images) for item in part]
     widths = next(w for w in gather_objects({n: p[0].shape[1] for n, p in parts.items() if p}) if w)
     values = {n: torch.cat(p) if p else torch.zeros(0, widths[n]) for n, p in parts.items()}

@@ -14,8 +14,9 @@ SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
 
 
-class UnsuitableDataError(ValueError):
-    """The folders exist, and hold no data set that an encoder can be evaluated on."""
+class UnsuitableError(ValueError):
+    """This encoder cannot be evaluated on these images: too few, no labels, features that are not finite. What needs no
+    evaluation can go on. The message ends with ``; `` and a remedy."""
 
 
 def load_manifests(
@@ -24,7 +25,7 @@ def load_manifests(
     """Manifests of ``data/train`` and ``data/val``, which must hold the same class folders.
 
     Raises:
-        UnsuitableDataError: no image, images outside class folders, one class, or classes that differ.
+        UnsuitableError: no image, images outside class folders, one class, or classes that differ.
         ValueError: a folder is missing, or images cannot be used.
     """
     data = Path(data)
@@ -38,7 +39,7 @@ def load_manifests(
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
-            raise UnsuitableDataError(
+            raise UnsuitableError(
                 f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
                 f"labels; put each image into the folder of its class, or, if a file has the labels, run `sslfast data "
                 f"labels {quote(str(manifest.root))} LABELS --train {quote(str(places['train']))} -o "
@@ -47,7 +48,7 @@ def load_manifests(
     if train.classes != val.classes:
         same = alike(train.classes, val.classes)
         if same:
-            raise UnsuitableDataError(
+            raise UnsuitableError(
                 f"classes of {data}/train and {data}/val have names that look the same and are not: {same}; rename the "
                 "folders, or the labels, of one of them"
             )
@@ -59,11 +60,9 @@ def load_manifests(
             )
             if these
         ]
-        raise UnsuitableDataError(
-            f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same"
-        )
+        raise UnsuitableError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
     if len(train.classes) < 2:
-        raise UnsuitableDataError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
+        raise UnsuitableError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
     return train, val
 
 
@@ -72,7 +71,7 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
         return Manifest.scan(folder, on_bad_image=on_bad_image)
     except ValueError as error:
         if str(error).startswith("no usable image"):
-            raise UnsuitableDataError(str(error)) from None
+            raise UnsuitableError(str(error).replace(": name a", "; name a")) from None
         raise
 
 

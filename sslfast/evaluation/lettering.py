@@ -4,6 +4,7 @@ Pillow's own font has Latin letters alone and draws every other character as the
 folders of the system and of the user, and in matplotlib where it is installed; nothing is downloaded.
 """
 
+import bisect
 import importlib.util
 import os
 import sys
@@ -24,7 +25,8 @@ _MOST_CHARACTERS = 300
 _CHECKED_AT = 20
 _ABSENT = "\uffff"
 """No character, so that every font draws its box for it."""
-_STYLES = ("mono", "serif", "condensed", "light", "thin", "black", "bold", "italic", "oblique")
+_UNASSIGNED = "\u0378"
+_STYLES = ("mono", "serif", "condensed", "light", "thin", "black", "bold", "italic", "oblique", "math")
 
 
 class Lettering:
@@ -44,14 +46,20 @@ class Lettering:
         The first font that has all characters; else the one that lacks the fewest, with these as escapes. Control
         characters and changes of direction are always escapes.
         """
-        text = printable(text)
+        text = printable(unicodedata.normalize("NFC", text))
         needed = frozenset(c for c in text if not c.isascii() and not _is_joining(c))
         path, lacking = self._choose(needed)
         self._missing.update(dict.fromkeys(sorted(lacking)))
-        if not _has_shaping():  # which would hide them
-            text = "".join(c for c in text if not _is_joining(c))
-        text = "".join(escaped(c) if c in lacking else c for c in text)
-        return text, load_font(path, size)
+        shown, is_escaped = "", False
+        for character in text:
+            # A mark goes with its letter.
+            is_mark = unicodedata.category(character).startswith("M") or _is_joining(character)
+            is_escaped = character in lacking or (is_escaped and is_mark)
+            if is_escaped:
+                shown += escaped(character)
+            elif _has_shaping() or not _is_joining(character):  # without it they are boxes
+                shown += character
+        return shown, load_font(path, size)
 
     def fitted(self, text: str, size: int, width: float, *, keep_end: bool = False) -> tuple[str, Font]:
         """As :meth:`__call__`, shortened to ``width`` pixels: the beginning is kept, or the end."""
@@ -59,11 +67,14 @@ class Lettering:
         shown, font = self(few, size)
         if len(few) == len(text) and font.getlength(shown) <= width:
             return shown, font
-        while shown and font.getlength("..." + shown) > width:
-            shown = shown[1:] if keep_end else shown[:-1]
-        while keep_end and shown and unicodedata.combining(shown[0]):
-            shown = shown[1:]
-        return ("..." + shown if keep_end else shown + "..."), font
+
+        def cut(count: int) -> str:
+            return "..." + shown[len(shown) - count :].lstrip() if keep_end else shown[:count].rstrip() + "..."
+
+        count = bisect.bisect_right(range(1, len(shown)), width, key=lambda some: font.getlength(cut(some)))
+        while keep_end and count and unicodedata.combining(shown[-count]):  # a mark that lost its letter
+            count -= 1
+        return cut(count), font
 
     def report(self) -> None:
         """Say once, on standard error, which characters no font has."""
@@ -130,18 +141,32 @@ def _lacking(path: Path | None, needed: frozenset[str]) -> frozenset[str]:
 
 @lru_cache(maxsize=1 << 16)
 def _has(path: Path | None, character: str) -> bool:
-    """Whether a font draws a character, and not the box that it draws for none."""
+    """Whether a font draws a character, and not the box that it draws for none.
+
+    Fonts of last resort, which draw a sign of its block for every character, have none.
+    """
     if not _has_shaping() and unicodedata.bidirectional(character) in ("R", "AL"):
         return False  # letters would stand in the wrong order
     try:
-        return character.isspace() or _drawn(path, character) != _drawn(path, _ABSENT)
+        box = _drawn(path, _ABSENT)
+        return character.isspace() or (_drawn(path, character) != box == _drawn(path, _UNASSIGNED))
     except (OSError, ValueError):  # a damaged font, or one of pictures in other sizes
         return False
 
 
 def _drawn(path: Path | None, character: str) -> tuple[object, ...]:
-    mask, offset = load_font(path, _CHECKED_AT).getmask2(character)  # type: ignore[union-attr]
-    return mask.size, offset, bytes(mask)
+    font = _plain_font(path)
+    mask, offset = font.getmask2(character)
+    return mask.size, offset, bytes(mask), font.getlength(character)
+
+
+@lru_cache(maxsize=64)
+def _plain_font(path: Path | None) -> ImageFont.FreeTypeFont:
+    """A font without shaping, which sets a mark that has no letter on a dotted circle."""
+    font = load_font(path, _CHECKED_AT)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise ValueError("Pillow was built without FreeType")
+    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
 
 
 def _is_joining(character: str) -> bool:
