@@ -10,6 +10,7 @@ import fcntl
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -27,6 +28,36 @@ from sslfast.files import WriteError, check_writable, open_regular, reason_of, w
 from sslfast.runs.log import print_error
 
 _WAIT_SECONDS = 120.0  # a network file system releases the lock of a lost machine when its lease expires
+
+
+_locked: set[int] = set()
+"""Descriptors of the lock files that this process holds."""
+
+
+def _close_locks() -> None:
+    """In a forked child, which would otherwise hold its parent's locks."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks)
+
+
+def _lock_file(descriptor: int, *, release: bool = False) -> None:
+    """Lock a whole file for its open file description without waiting, or release it. Raises OSError.
+
+    Such locks and the record locks of earlier versions exclude each other; where there are none (other systems than
+    Linux, some network file systems), ``flock`` is the next best.
+    """
+    if hasattr(fcntl, "F_OFD_SETLK"):
+        whole = struct.pack("hhlli0l", fcntl.F_UNLCK if release else fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole)
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    fcntl.flock(descriptor, fcntl.LOCK_UN if release else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class RunDirectory:
@@ -133,7 +164,7 @@ class RunDirectory:
             )
 
     def check_unlocked(self) -> None:
-        """Raises ValueError if another process holds the lock; writes nothing."""
+        """Raises ValueError if the lock is held, by this process or another; writes nothing."""
         if self._lock.exists():
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -145,27 +176,33 @@ class RunDirectory:
     def locked(self, *, is_restart: bool = False) -> Iterator[None]:
         """Hold the lock of the directory; the system releases it when the process ends, however it ends.
 
-        A POSIX record lock: unlike ``flock`` it is not inherited by loader workers, so that workers which briefly
-        outlive a killed trainer do not block its successor. A restart after a failure (``is_restart``) waits for the
-        lock of its predecessor, which may have died on another machine.
+        The lock belongs to the open file: reading ``.lock`` or a second attempt in this process does not release it, as
+        it would a POSIX record lock. Processes forked from this one close the file at once, so that workers which
+        briefly outlive a killed trainer do not block its successor. A restart after a failure (``is_restart``) waits
+        for the lock of its predecessor, which may have died on another machine.
 
         Raises:
-            ValueError: another process holds the lock, or the file system has none.
+            ValueError: the lock is held, by this process or another, or the file system has none.
         """
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        _locked.add(descriptor)
         try:
             self._acquire(descriptor, wait=_WAIT_SECONDS if is_restart else 0.0)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
             yield
         finally:
-            os.close(descriptor)
+            if descriptor in _locked:  # not in a process forked meanwhile
+                _locked.remove(descriptor)
+                with suppress(OSError):  # also where a process that is being forked still has the file open
+                    _lock_file(descriptor, release=True)
+                os.close(descriptor)
 
     def _acquire(self, descriptor: int, *, wait: float) -> None:
         end = time.monotonic() + wait
         while True:
             try:
-                return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return _lock_file(descriptor)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise ValueError(
@@ -175,6 +212,12 @@ class RunDirectory:
                 if time.monotonic() < end:
                     time.sleep(0.2)
                     continue
+                own, others = os.fstat(descriptor), _locked - {descriptor}
+                if any(os.path.samestat(os.fstat(other), own) for other in others):
+                    raise ValueError(
+                        f"{self.path} is in use by another run of this process ({os.getpid()}); "
+                        "let it end first, or choose another output directory"
+                    ) from None
                 holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
                 raise ValueError(
                     f"{self.path} is in use by process {holder or 'unknown'}; "

@@ -232,10 +232,11 @@ def test_a_read_only_disk_does_not_hide_the_reason(tmp_path: Path, monkeypatch: 
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lockf(*_arguments: Any) -> None:
+    def no_lock(*_arguments: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(rundir.fcntl, "lockf", lockf)
+    for name in ("fcntl", "flock"):
+        monkeypatch.setattr(rundir.fcntl, name, no_lock)
     with pytest.raises(ValueError, match=r"without locks \(Function not implemented\); mount it .* or choose"):
         make(tmp_path).fit()
 

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -441,10 +442,14 @@ def test_bf16_and_layout_options(tmp_path: Path) -> None:
 
 
 def test_two_processes_in_one_run_directory(tmp_path: Path) -> None:
-    """POSIX locks belong to a process, so the rival is a child."""
+    """Neither reading the lock file nor a second attempt in the same process frees the lock."""
     lock = RunDirectory(tmp_path)
     lock.create()
     with lock.locked():
+        for again in (lock.check_unlocked, lambda: RunDirectory(tmp_path).locked().__enter__()):
+            with pytest.raises(ValueError, match=rf"in use by another run of this process \({os.getpid()}\)"):
+                again()
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
         pid = os.fork()
         if pid == 0:
             try:
@@ -456,6 +461,49 @@ def test_two_processes_in_one_run_directory(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     with lock.locked():
         pass
+
+
+@pytest.mark.parametrize("kind", ["ofd", "flock"])
+def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "flock":
+        monkeypatch.delattr("fcntl.F_OFD_SETLK", raising=False)
+    lock = RunDirectory(tmp_path)
+    lock.create()
+    ready, say_ready = os.pipe()
+    goes_on, end = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        os.close(end)
+        with lock.locked():
+            if os.fork() == 0:  # the worker
+                os.write(say_ready, b"x")
+                os.read(goes_on, 1)
+                os._exit(0)
+            time.sleep(60)
+        os._exit(1)
+    os.read(ready, 1)
+    with pytest.raises(ValueError, match=f"in use by process {trainer}"):
+        lock.check_unlocked()
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    with lock.locked():
+        pass
+    os.close(end)  # the worker reads the end of the pipe
+
+
+def test_a_second_fit_on_the_same_directory_is_refused(tmp_path: Path, whole: Path) -> None:
+    first, second = (Trainer(TinyConfig(), ROWS, tmp_path, report=quiet) for _ in range(2))
+
+    def again() -> None:
+        for start in (second.check, second.fit):
+            with pytest.raises(ValueError, match="in use by another run of this process"):
+                start()
+
+    stop_at(first, 6, again)
+    first.fit()
+    assert equals_whole(tmp_path, whole)
 
 
 @pytest.mark.parametrize(
