@@ -98,8 +98,9 @@ def bank_nce(
     exclude_self = exclude_self and mode in ("sampled", "shared")
     if mode == "shared":
         rows = negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, shared=True)
-    positive = index
     dense = mode == "full" or (rows is not None and rows.dim() == 1)
+    # To the dense op -1 is a query without a positive: out of its range, as it is out of this one's.
+    positive = torch.where(index < 0, -2, index) if dense else index
     if shard is not None and dense:
         positive, rows, own_share = _dense_rows_of_shard(index, rows, first_row, bank.shape[0], num_rows)
         dense = rows is None or rows.dim() == 1
@@ -259,12 +260,16 @@ def _dense_rows_of_shard(
     index: Tensor, rows: Tensor | None, first_row: int, held: int, num_rows: int
 ) -> tuple[Tensor, Tensor | None, float]:
     """Positives and listed rows as rows of the shard, and the K / N of the op's arguments."""
-    positive = torch.where((index >= first_row) & (index < first_row + held), index - first_row, -1)
+    elsewhere = torch.where((index >= 0) & (index < num_rows), -1, -2)  # -2: in no shard, which is an error
+    positive = torch.where((index >= first_row) & (index < first_row + held), index - first_row, elsewhere)
     if rows is None:
         return positive, None, (held - 1) / held
-    here = (
-        rows[(rows >= first_row) & (rows < first_row + held)] - first_row
-    )  # host sync: the number of rows in this shard is a shape
+    # host sync: the number of rows in this shard is a shape
+    here = rows[(rows >= first_row) & (rows < first_row + held)] - first_row
+    if bool(((rows < 0) | (rows >= num_rows)).any()):
+        raise ValueError(
+            f"bank_nce: negatives must be in [0, {num_rows}), got {rows.min().item()} to {rows.max().item()}"
+        )
     if len(here):
         return positive, here, len(here) / held
     return positive, rows[:1].expand(len(index), 1), 1 / num_rows  # a row of another shard: none is scored
