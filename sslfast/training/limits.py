@@ -3,8 +3,10 @@ gradient."""
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from sslfast.methods import BatchSplit
-from sslfast.models import ResNetConfig, trunk_stride
+from sslfast.models import ResNetConfig, ResNetTrunk, trunk_stride
 
 if TYPE_CHECKING:
     from sslfast.training.config import TrainConfig
@@ -123,10 +125,20 @@ def check_start(config: "TrainConfig", split: BatchSplit, *, rows: int, steps_pe
             "lower epochs or raise batch_size"
         )
     config.method.check_batch(split)
-    if isinstance(config.model, ResNetConfig) and config.model.norm == "batch":
-        stride = trunk_stride(config.model)
-        for name, view in config.method.views().items():
-            size = view.crop.size if view.jigsaw is None else view.jigsaw.patch_size
-            cells = (1 if view.jigsaw is None else view.jigsaw.grid**2) * (-(-size // stride)) ** 2
-            remedy = ", or set model.norm to layer" + (" or model.stem to small" if stride > 8 else "")
-            split.check_normalised(f"res5 on the view {name!r} of {size} px", per_sample=cells, remedy=remedy)
+
+
+def check_trunk(trunk: nn.Module, config: "TrainConfig", split: BatchSplit) -> None:
+    """Check that BatchNorm in res5 has values enough. A method may have another trunk than ``config.model``: of that
+    one nothing is known.
+
+    Raises:
+        ValueError: names the value and the remedy.
+    """
+    if not isinstance(trunk, ResNetTrunk) or not isinstance(config.model, ResNetConfig) or config.model.norm != "batch":
+        return
+    stride = trunk_stride(config.model)
+    for name, view in config.method.views().items():
+        size = view.crop.size if view.jigsaw is None else view.jigsaw.patch_size
+        cells = (1 if view.jigsaw is None else view.jigsaw.grid**2) * (-(-size // stride)) ** 2
+        remedy = ", or set model.norm to layer" + (" or model.stem to small" if stride > 8 else "")
+        split.check_normalised(f"res5 on the view {name!r} of {size} px", per_sample=cells, remedy=remedy)

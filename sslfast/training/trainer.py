@@ -34,7 +34,7 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
-from sslfast.training.limits import check_start
+from sslfast.training.limits import check_start, check_trunk
 from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
@@ -131,6 +131,7 @@ class Trainer:
         )
         self.config = config = replace(config, method=config.method.resolve(context))
         method = config.method.build(context)
+        check_trunk(method.trunk, config, split)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

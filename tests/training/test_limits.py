@@ -14,10 +14,10 @@ from sslfast.config import from_dict, merge, to_dict
 from sslfast.methods.base import BatchSplit
 from sslfast.methods.registry import METHODS
 from sslfast.methods.sela import SeLa
-from sslfast.models import ResNetConfig
+from sslfast.models import ResNetConfig, build_trunk
 from sslfast.recipes import RECIPES
 from sslfast.training.config import TrainConfig
-from sslfast.training.limits import check_start
+from sslfast.training.limits import check_start, check_trunk
 from sslfast.training.trainer import Trainer
 from tests.methods.harness import build, first_batch, tiny
 
@@ -198,12 +198,19 @@ def test_batches_without_a_loss(
 
 def test_batchnorm_of_one_cell_in_the_trunk() -> None:
     """32 px under the ImageNet stem are one cell of res5: torch refuses one value and two have no gradient."""
-    config = replace(tiny(of_method("rotation")), model=ResNetConfig(name="resnet18", stem="imagenet"), batch_size=2)
+    config = tiny(of_method("rotation"))
+
+    def check(batch_size: int, **model: Any) -> None:
+        chosen = ResNetConfig(name="resnet18", width=0.125, **model)
+        trunk = build_trunk(chosen, seed=0)
+        check_trunk(trunk, replace(config, model=chosen), BatchSplit(batch_size=batch_size))
+
     with pytest.raises(ValueError, match=r"res5 on the view 'image' of 32 px 2 of the 3 .* model\.stem to small"):
-        start(config, 2)
-    start(config, 3)
-    start(replace(config, model=ResNetConfig(name="resnet18", stem="imagenet", norm="layer")), 1)
-    start(replace(config, model=ResNetConfig(name="resnet18", stem="small")), 1)
+        check(2)
+    check(3)
+    check(1, norm="layer")
+    check(1, stem="small")
+    check_trunk(torch.nn.Conv2d(3, 8, 3), replace(config, model=ResNetConfig()), BatchSplit(batch_size=1))
 
 
 @pytest.mark.parametrize(
