@@ -4,8 +4,13 @@ EXIT_NOT_FINITE = 3
 """Exit code of a run whose loss became infinite or not a number."""
 
 
+EXIT_LOST = 4
+"""Exit code of a command that waited in vain: for a batch (storage, a killed loader process) or for another process of
+the run. Exceptions carry it as ``exit_code``."""
+
+
 EXIT_INTERRUPTED = 75
-"""Exit code of a run that saved a checkpoint on SIGTERM or SIGINT and can be resumed (EX_TEMPFAIL: try again)."""
+"""Exit code of a run that saved a checkpoint on a signal and can be resumed (EX_TEMPFAIL: try again)."""
 
 
 EXIT_CODES = """\
@@ -14,5 +19,8 @@ exit codes:
   1    unexpected failure, with a traceback
   2    wrong usage, configuration or data: one line with the remedy (SSLFAST_TRACEBACK=1 shows where)
   3    the loss became infinite or not a number
-  75   stopped by SIGTERM or SIGINT with a checkpoint saved: the same command continues from there
+  4    no batch came (storage, a killed process), or another process of the run is gone; the run was saved if it had
+       begun, and the same command continues
+  75   stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with a checkpoint saved: the same command
+       continues from there
   130  stopped at once by a second SIGINT (Ctrl-C)"""

@@ -57,11 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output has closed the pipe (| head): discard the rest, an error would go to the pipe too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("SSLFAST_TRACEBACK"):
+    except Exception as error:
+        is_ours = isinstance(error, ValueError | OSError | ImportError)
+        code: int | None = getattr(error, "exit_code", 2 if is_ours else None)
+        if code is None or os.environ.get("SSLFAST_TRACEBACK"):
             raise
         print(f"sslfast: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return code
 
 
 def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "") -> int:

@@ -11,7 +11,7 @@ import tyro
 from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.cli.options import parse_recipe, print_table, report
 from sslfast.data import parse_data
-from sslfast.distributed import destroy_process_group
+from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
 from sslfast.runs import RunDirectory
 from sslfast.training import (
     NonFiniteLossError,
@@ -20,6 +20,7 @@ from sslfast.training import (
     Trainer,
     TrainResult,
     check_memory,
+    stopping_at_once,
     summary,
 )
 
@@ -38,7 +39,8 @@ class Pretrain:
     """auto: continue from the newest good checkpoint in RUN if there is one. never: refuse a RUN that holds a run.
     PATH: continue from a checkpoint or from another run directory."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Check configuration, data, disk space, lock and checkpoint, estimate memory, print what would run, and stop."""
+    """Check configuration, data, disk space, output directory, lock, checkpoint and loader processes, estimate memory,
+    print what would run, and stop."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -64,21 +66,24 @@ def pretrain(arguments: list[str]) -> int:
     folder = "synthetic" if isinstance(data, int) else data.resolve().name
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
     try:
-        trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
-        lines = summary(trainer)
-        if chosen.dry_run:
-            try:
-                trainer.check()
-                lines.append(("memory", check_memory(trainer)))
-            finally:
-                trainer.close()
-        if trainer.is_main:
-            print_table(lines)
-        if chosen.dry_run:
-            return 0
-        result = trainer.fit()
+        with lost_ranks_named():
+            with stopping_at_once():
+                trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
+                lines = summary(trainer)
+                if chosen.dry_run:
+                    try:
+                        trainer.check()
+                        lines.append(("memory", check_memory(trainer)))
+                    finally:
+                        trainer.close()
+                if trainer.is_main:
+                    print_table(lines)
+                if chosen.dry_run:
+                    return 0
+            result = trainer.fit()
     except RunInterruptedError as stop:
-        trainer.report(str(stop))
+        if is_main():
+            report(str(stop))
         return EXIT_INTERRUPTED
     except NonFiniteLossError as error:
         trainer.report(f"error: {error}")

@@ -26,41 +26,67 @@ from sslfast.data.images import (
 from sslfast.data.jpeg import scan_jpeg
 from sslfast.data.manifest import Manifest, some_paths
 from sslfast.data.opening import open_data, parse_data, reopen_data
-from sslfast.data.pool import available_cores, exit_with_parent
+from sslfast.data.pool import available_cores
 from sslfast.data.prepare import PrepareConfig, prepare_beton
+from sslfast.data.processes import (
+    STOP_SIGNALS,
+    cannot_start,
+    exit_with_parent,
+    ignore_signals,
+    refuse_in_bootstrap,
+    signals_held,
+    why_ended,
+)
 from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, SourceError, all_sources, content_hash
 from sslfast.data.spelling import alike
 from sslfast.data.verify import verify_images
+from sslfast.data.waiting import (
+    LIMIT_SECONDS,
+    DaemonPool,
+    LostBatchError,
+    Patience,
+    Reading,
+    WaitInterruptedError,
+)
 
 __all__ = [
     "DEFAULT_DECODING",
     "HASHED_BYTES",
     "JPG",
+    "LIMIT_SECONDS",
     "ORIENTATION",
     "PHOTOGRAPHS",
+    "STOP_SIGNALS",
     "BadImageError",
     "Beton",
     "BetonSource",
     "Contents",
+    "DaemonPool",
     "Decoding",
     "FolderSource",
     "ImageHeader",
     "ImageLocation",
     "ImageSource",
+    "LostBatchError",
     "Manifest",
     "OnBadImage",
     "OpenImage",
+    "Patience",
     "PrepareConfig",
+    "Reading",
     "SourceError",
+    "WaitInterruptedError",
     "alike",
     "all_sources",
     "available_cores",
+    "cannot_start",
     "check_size",
     "combined",
     "content_hash",
     "decode_full",
     "decode_pixels",
     "exit_with_parent",
+    "ignore_signals",
     "label_folder",
     "make_demo_data",
     "open_data",
@@ -70,11 +96,14 @@ __all__ = [
     "quiet_pillow",
     "read_bytes",
     "recorded_decoding",
+    "refuse_in_bootstrap",
     "reopen_data",
     "require_strict_pillow",
     "sample_contents",
     "scan_jpeg",
+    "signals_held",
     "silence_pillow",
     "some_paths",
     "verify_images",
+    "why_ended",
 ]

@@ -1,23 +1,34 @@
 """Worker processes and threads for data commands, their progress bar, and the number of cores."""
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
+from signal import SIGTERM
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sslfast.data.images import quiet_pillow, silence_pillow
+from sslfast.data.processes import (
+    STOP_SIGNALS,
+    cannot_start,
+    exit_with_parent,
+    ignore_signals,
+    refuse_in_bootstrap,
+    signals_held,
+    why_ended,
+)
+from sslfast.data.waiting import DaemonPool, LostBatchError, Patience
 
 _AHEAD = 4  # chunks in flight per process
 _THREADS = 8  # hides the latency of network disks; checking headers itself holds the interpreter lock
 _CHUNK = 256
+_STORAGE = "{what}: the storage does not answer; see that it is mounted and readable, then run the command again"
+_FEWER = "use fewer processes (--workers) or more memory"
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -38,12 +49,19 @@ def progress_bar(enabled: bool) -> Progress:
 def map_threads(
     work: Callable[[Task], Result], tasks: Sequence[Task], *, progress: bool, title: str, chunk: int | None = None
 ) -> Iterator[tuple[Task, Result]]:
-    """``(task, work(task))`` in order, by 8 threads; ``chunk`` (default: a few hundred) tasks are one job."""
+    """``(task, work(task))`` in order, by 8 threads; ``chunk`` (default: a few hundred) tasks are one job.
+
+    Raises:
+        LostBatchError: a job takes longer than :class:`Patience` lasts.
+    """
     chunk = chunk or _CHUNK
     chunks = [tasks[start : start + chunk] for start in range(0, len(tasks), chunk)]
-    with ThreadPoolExecutor(_THREADS) as pool, progress_bar(progress) as bar:
+    patience = Patience()
+    with DaemonPool(_THREADS, "sslfast-scan") as pool, progress_bar(progress) as bar:
         shown = bar.add_task(title, total=len(tasks))
-        for part, results in zip(chunks, pool.map(lambda part: _work_through(work, part), chunks), strict=True):
+        jobs = deque(pool.submit(_work_through, work, part) for part in chunks)
+        for part in chunks:
+            results = patience.result(jobs.popleft(), lambda: _STORAGE.format(what=title or "reading"))
             yield from zip(part, results, strict=True)
             bar.advance(shown, len(part))
 
@@ -56,6 +74,7 @@ def map_processes(
     progress: bool,
     title: str,
     chunk: int = 16,
+    patience: Patience | None = None,
 ) -> Iterator[Result]:
     """``work(task)`` of every task, in order, with a bounded number of results in memory.
 
@@ -68,10 +87,13 @@ def map_processes(
         progress: show a progress bar on the terminal.
         title: of the bar.
         chunk: tasks sent to a process at once.
+        patience: with each of them.
 
     Raises:
-        RuntimeError: a process was killed.
+        LostBatchError: a process was killed, or does not answer.
     """
+    refuse_in_bootstrap()
+    patience = patience or Patience()
     workers = available_cores() if workers is None else workers
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers=}")
@@ -85,25 +107,46 @@ def map_processes(
                 bar.advance(shown)
         return
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(work,))
-    pool.submit(os.getpid)  # starts the processes, before the bar starts its thread
     waiting: deque[Future[list[Result]]] = deque()
+    processes: Mapping[int, BaseProcess] = pool._processes
+    is_done = False
+
+    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        try:
+            return pool.submit(function, *arguments)  # starts processes, as many as are needed
+        except (EOFError, OSError) as error:
+            raise cannot_start(error, "a process", _FEWER) from None
+
+    def next_results() -> list[Result]:
+        return patience.result(waiting.popleft(), lambda: _STORAGE.format(what=title))
+
     try:
+        with signals_held():
+            submit(os.getpid)  # before the bar starts its thread
         with progress_bar(progress) as bar:
             shown = bar.add_task(title, total=len(tasks))
             for start in range(0, len(tasks), chunk):
-                waiting.append(pool.submit(_work_in_process, tasks[start : start + chunk]))
+                waiting.append(submit(_work_in_process, tasks[start : start + chunk]))
                 if len(waiting) == workers * _AHEAD:
-                    yield from (results := waiting.popleft().result())
+                    yield from (results := next_results())
                     bar.advance(shown, len(results))
             while waiting:
-                yield from (results := waiting.popleft().result())
+                yield from (results := next_results())
                 bar.advance(shown, len(results))
+        is_done = True
     except BrokenProcessPool:
-        raise RuntimeError(
-            f"a process died while {title}: usually memory ran out; use fewer (--workers) or more memory"
-        ) from None
+        raise LostBatchError(f"a process died while {title}: {why_ended(_first_death(processes), _FEWER)}") from None
     finally:
+        if not is_done:  # one that hangs would be waited for
+            for process in list(processes.values()):
+                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _first_death(processes: Mapping[int, BaseProcess]) -> int | None:
+    """Exit code of the process that broke the pool, which ends the others by SIGTERM."""
+    codes = [process.exitcode for process in processes.values()]
+    return next((code for code in codes if code not in (None, 0, -SIGTERM)), -SIGTERM)
 
 
 def _work_through(work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
@@ -121,21 +164,6 @@ def _work_in_process(tasks: Sequence[Any]) -> list[Any]:
 def _start_worker(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals(number for number in STOP_SIGNALS if number != SIGTERM)  # by which a broken pool ends the others
     exit_with_parent()
     silence_pillow()
-
-
-def exit_with_parent() -> None:
-    """In a worker process: exit as soon as the process that started it is gone.
-
-    A killed main process collects no results, and its workers would wait for their next task forever.
-    """
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

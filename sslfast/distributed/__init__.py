@@ -19,13 +19,17 @@ from sslfast.distributed.collectives import (
     reduce_scatter_rows,
     shard_bounds,
     sum_over_ranks,
+    together,
 )
 from sslfast.distributed.data_parallel import check_replicas, ignore_in_ddp, no_sync, replicate
 from sslfast.distributed.process_group import (
+    LostRankError,
     destroy_process_group,
     distributed_device,
     init_process_group,
     is_restart,
+    local_world_size,
+    lost_ranks_named,
     process_group,
     rank,
     world_size,
@@ -33,6 +37,7 @@ from sslfast.distributed.process_group import (
 from sslfast.distributed.sync_batchnorm import convert_sync_batchnorm
 
 __all__ = [
+    "LostRankError",
     "barrier",
     "broadcast_object",
     "check_replicas",
@@ -48,6 +53,8 @@ __all__ = [
     "init_process_group",
     "is_main",
     "is_restart",
+    "local_world_size",
+    "lost_ranks_named",
     "max_over_ranks",
     "mean_over_ranks",
     "no_sync",
@@ -59,5 +66,6 @@ __all__ = [
     "replicate",
     "shard_bounds",
     "sum_over_ranks",
+    "together",
     "world_size",
 ]

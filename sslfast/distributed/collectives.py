@@ -3,6 +3,7 @@
 In a single process each of them is the identity, so callers need not check how many processes there are.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -161,3 +162,16 @@ def raise_together(error: str | None) -> None:
     for found in gather_objects(error):
         if found is not None:
             raise ValueError(found)
+
+
+def together(action: Callable[[], object], *, only_main: bool = False) -> None:
+    """Do something on every rank, or on rank 0; what is wrong on one rank is raised on all, as ValueError."""
+    error = None
+    if world_size() == 1:
+        action()
+    elif is_main() or not only_main:
+        try:
+            action()
+        except (ValueError, OSError, RuntimeError) as problem:
+            error = str(problem)
+    raise_together(error)

@@ -48,11 +48,22 @@ def process_group(environment: Mapping[str, str] | None = None) -> ProcessGroup:
     return ProcessGroup(rank=rank, world_size=max(world_size, 1), local_rank=local_rank)
 
 
-_TIMEOUT = timedelta(minutes=30)  # rank 0 may scan and hash a large folder while the others wait
+_TIMEOUT_SECONDS = 1800.0  # rank 0 may scan and hash a large folder while the others wait
 
 
-def init_process_group(group: ProcessGroup, device: torch.device) -> None:
+class LostRankError(RuntimeError):
+    """Another process of the run is gone or does not answer."""
+
+    exit_code = 4
+
+
+def init_process_group(group: ProcessGroup, device: torch.device, *, patience: float = 0.0) -> None:
     """Initialise the process group; does nothing for a single process, or if there is one already.
+
+    Args:
+        group: this process in it.
+        device: of the tensors.
+        patience: seconds that a rank may be late, at least: collectives wait for half an hour, or twice as long.
 
     CUDA tensors are exchanged by NCCL, CPU tensors by gloo; small host values always by gloo, so that they never wait
     for a device.
@@ -61,13 +72,14 @@ def init_process_group(group: ProcessGroup, device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    limit = timedelta(seconds=max(_TIMEOUT_SECONDS, 2 * patience))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=limit)
         return
-    store, rank, world_size = next(torchrun_store("env://", timeout=_TIMEOUT))
-    store = rendezvous(store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    store, rank, world_size = next(torchrun_store("env://", timeout=limit))
+    store = rendezvous(store, rank=rank, world_size=world_size, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
 def destroy_process_group() -> None:
@@ -88,6 +100,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def local_world_size() -> int:
+    """Ranks on this machine, as torchrun says; 1 without it."""
+    return max(1, _number(os.environ, "LOCAL_WORLD_SIZE", 1))
+
+
 def is_restart() -> bool:
     """Whether torchrun has restarted the processes after one of them failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
@@ -103,6 +120,23 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 @contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Context in which what torch raises because another rank is gone becomes a :class:`LostRankError` in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+            raise
+        late = "timed out" in text.lower()
+        raise LostRankError(
+            f"rank {rank()} of {world_size()}: another process of the run "
+            f"{'did not answer in time' if late else 'has ended'}; what it printed says why, and the same command "
+            "resumes from the last checkpoint"
+        ) from None
+
+
+@contextmanager
 def distributed_device(name: str) -> Iterator[torch.device]:
     """The device of this process, with a process group of all ranks of ``torchrun`` while the block runs."""
     group = process_group()
@@ -110,7 +144,8 @@ def distributed_device(name: str) -> Iterator[torch.device]:
     own = world_size() == 1
     init_process_group(group, device)
     try:
-        yield device
+        with lost_ranks_named():
+            yield device
     finally:
         if own:
             destroy_process_group()

@@ -1,12 +1,12 @@
 """Base classes of the loaders: the plan of an epoch, one iterator at a time, bad images, the copy to a GPU."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sslfast.data import Manifest, OnBadImage
+from sslfast.data import LIMIT_SECONDS, Manifest, OnBadImage, Patience, Reading
 from sslfast.loaders.plan import EpochPlan
 from sslfast.views import Batch, ViewConfig, check_views
 
@@ -45,6 +45,8 @@ class PlannedLoader:
         self._sizes = {name: view.crop.size for name, view in views.items()}
         self._generation = 0
         self._is_open = True
+        self.patience = Patience()
+        """With every batch: its limit, and what breaks a wait off."""
 
     @property
     def num_rows(self) -> int:
@@ -69,6 +71,9 @@ class PlannedLoader:
             raise RuntimeError("the loader was closed: build a new one")
         self._end_epoch()
         return self._iterate(epoch, start_step, self._generation)
+
+    def check(self) -> None:
+        """Check that the loader can start, without reading an image: processes, memory. Raises LostBatchError."""
 
     def close(self) -> None:
         """Release everything; the loader is unusable afterwards. Safe to call twice, and in the middle of an epoch."""
@@ -101,6 +106,7 @@ class ImageLoader(PlannedLoader):
         rank, world_size: of this process.
         device: where batches go.
         mixed_shards: how many tar shards an epoch mixes at a time; None: it mixes all rows.
+        timeout: seconds to wait for a batch; LostBatchError after them.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class ImageLoader(PlannedLoader):
         world_size: int = 1,
         device: torch.device | str = "cpu",
         mixed_shards: int | None = None,
+        timeout: float = LIMIT_SECONDS,
     ) -> None:
         if workers < 0:
             raise ValueError(f"workers must be 0 or more, got {workers=}")
@@ -141,6 +148,7 @@ class ImageLoader(PlannedLoader):
         self._workers = workers
         self._on_bad_image = on_bad_image
         self._bad: dict[int, str] = {}
+        self.patience.limit = timeout
         self._open(dict(views))
 
     def _open(self, views: dict[str, ViewConfig]) -> None:
@@ -151,6 +159,12 @@ class ImageLoader(PlannedLoader):
         """Relative path and reason of every image left out so far: by the scan, then by decoding, in row order."""
         decoded = [(self._manifest.paths[row], reason) for row, reason in sorted(self._bad.items())]
         return [*self._manifest.excluded, *decoded]
+
+    def _hang(self, reading: Callable[[int], None]) -> str:
+        """What to say when threads of this loader do not answer."""
+        row = reading.oldest() if isinstance(reading, Reading) else None
+        last = "" if row is None else f" (last file {self._manifest.source.where(row)})"
+        return f"a batch{last}: the storage does not answer; see that the data can be read, or raise --loader.timeout"
 
     def _copy_stream(self) -> "torch.cuda.Stream | None":
         """For :meth:`_to_device`; None on a CPU."""

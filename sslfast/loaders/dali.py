@@ -18,8 +18,8 @@ The pipeline has neither randomness nor state, so nothing of it is stored in che
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +30,7 @@ from torch import Tensor
 from sslfast.data import (
     ORIENTATION,
     BadImageError,
+    DaemonPool,
     ImageHeader,
     OpenImage,
     check_size,
@@ -83,6 +84,7 @@ class _Preparer(BatchDecoder):
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
+        self.reading(row)
         data, decoding = self.source.read(row), self.source.decoding
         if row in self.refused:
             return open_image(data, decoding)
@@ -119,10 +121,10 @@ class _Step:
         """Whether :meth:`join` neither waits nor raises."""
         return all(group.done() and group.exception() is None for group in self.groups)
 
-    def join(self) -> _Items:
-        """Wait for the groups; raises the BadImageError of one of them."""
+    def join(self, result: "Callable[[Future[_Items]], _Items]" = Future.result) -> _Items:
+        """Wait for the groups by ``result``; raises the BadImageError of one of them."""
         if self.items is None:
-            parts = [group.result() for group in self.groups]
+            parts = [result(group) for group in self.groups]
             items = _Items(
                 torch.cat([part.sample_ids for part in parts]), {}, [bad for part in parts for bad in part.bad]
             )
@@ -162,14 +164,14 @@ class DaliLoader(ImageLoader):
         # Permanently, not around each use: the state of `warnings` is per process, and files are read in threads.
         silence_pillow()
         self._decoder: DaliDecoder | None = self._new_decoder()
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self._threads, thread_name_prefix="sslfast-read")
+        self._pool: DaemonPool | None = DaemonPool(self._threads, "sslfast-read")
 
     def close(self) -> None:
         """End the threads and free DALI's memory. Safe to call twice, and in the middle of an epoch."""
         super().close()
         self._forget()
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.close()
         self._pool = self._decoder = None
 
     def _iterate(self, epoch: int, start_step: int, generation: int) -> Iterator[Batch]:
@@ -242,7 +244,7 @@ class DaliLoader(ImageLoader):
             if not step.is_ready and (self._decoding or not wait):
                 return
             try:
-                items = step.join()
+                items = step.join(self._result)
             except BadImageError as error:
                 raise ValueError(error.reason) from None
             self._reading.popleft()
@@ -250,6 +252,9 @@ class DaliLoader(ImageLoader):
             if items.encoded:
                 assert self._decoder is not None
                 self._decoder.start(list(items.encoded.values()))
+
+    def _result(self, group: Future[_Items]) -> _Items:
+        return self.patience.result(group, lambda: self._hang(self._preparer.reading))
 
     def _recover(self, epoch: int, error: Exception) -> None:
         """After DALI failed: find the images it fails on, have the threads decode them, and start a new pipeline."""

@@ -1,6 +1,6 @@
 """Batches of crops from image files: read, decode once, crop every view, and replace bad images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from sslfast.data import (
     ImageSource,
     OnBadImage,
     OpenImage,
+    Reading,
     decode_pixels,
     open_image,
     quiet_pillow,
@@ -95,6 +96,8 @@ class BatchDecoder:
     on_bad_image: OnBadImage
     known_bad: dict[int, str] = field(default_factory=dict)
     """Bad rows so far: not decoded again, which does not change results."""
+    reading: Callable[[int], None] = field(default_factory=Reading)
+    """Told the row of every file that is about to be read."""
 
     def __call__(self, epoch: int, sample_ids: NDArray[np.int64]) -> DecodedBatch:
         sizes = [view.crop.size for view in self.views.values()]
@@ -153,6 +156,7 @@ class BatchDecoder:
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
+        self.reading(row)
         return open_image(self.source.read(row), self.source.decoding)
 
     def _boxes(self, epoch: int, sample_ids: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:

@@ -19,8 +19,9 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +29,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslfast.data import JPG, BadImageError, Beton, BetonSource, ffcv_library
+from sslfast.data import JPG, BadImageError, Beton, BetonSource, DaemonPool, Reading, ffcv_library
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.plan import replacement_rows
 from sslfast.views import Batch, ViewConfig, crop_boxes, crop_draws
+
+T = TypeVar("T")
 
 _CHUNK = 8  # images per task of a thread
 _AHEAD = 2  # minimum number of steps in flight besides the one being waited for
@@ -58,14 +61,13 @@ class FFCVLoader(ImageLoader):
             self._decoder.beton.close()
             raise ValueError(f"{source} is no longer the file that was opened before: start again")
         self._manifest = self._decoder.beton.manifest
-        self._pool = _thread_pool(self._workers) if self._workers else None
+        self._pool = _thread_pool(max(1, self._workers))
         self._steps: deque[_Step] = deque()
 
     def close(self) -> None:
         """End the threads and close the file. Safe to call twice, and in the middle of an epoch."""
         super().close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
         self._decoder.beton.close()
 
     def _end_epoch(self) -> None:
@@ -93,18 +95,17 @@ class FFCVLoader(ImageLoader):
 
     def _begin(self, epoch: int, rows: NDArray[np.int64]) -> "_Step":
         step = _Step(epoch, rows.copy())
-        if self._pool is not None:
-            step.planned = self._pool.submit(self._decoder.plan, step, self._pool, self.device.type == "cuda")
+        step.planned = self._pool.submit(self._decoder.plan, step, self._pool, self.device.type == "cuda")
         return step
+
+    def _result(self, future: "Future[T]") -> T:
+        return self.patience.result(future, lambda: self._hang(self._decoder.reading))
 
     def _finish(self, step: "_Step") -> Batch:
         """Wait for a step, and replace its bad rows."""
-        if step.planned is None:
-            self._decoder.plan(step, None, self.device.type == "cuda")
-            self._decoder.fill(step, range(len(step.sample_ids)))
-        else:
-            for part in step.planned.result():
-                part.result()
+        assert step.planned is not None
+        for part in self._result(step.planned):
+            self._result(part)
         self._steps.popleft()
         candidates: dict[int, list[int]] = {}
         while step.bad:
@@ -128,7 +129,7 @@ class FFCVLoader(ImageLoader):
                 step.sample_ids[slot] = candidates[slot].pop()
             slots = [slot for slot, _ in failed]
             step.boxes[slots] = self._decoder.boxes(step.epoch, step.sample_ids[slots])
-            self._decoder.fill(step, slots)
+            self._result(self._pool.submit(self._decoder.fill, step, slots))
         sample_ids = torch.from_numpy(step.sample_ids)
         sample_ids = sample_ids.pin_memory() if self.device.type == "cuda" else sample_ids
         return Batch(sample_ids=sample_ids, crops=step.crops, epoch=step.epoch)
@@ -157,17 +158,16 @@ class _Decoder:
         self.decode = ffcv_library.load_decoder()
         self._is_checked = np.zeros(len(beton.sizes), dtype=bool)
         self._own = threading.local()
+        self.reading = Reading()
 
-    def plan(self, step: _Step, pool: ThreadPoolExecutor | None, pinned: bool) -> "list[Future[None]]":
-        """Draw the boxes, allocate the buffers, and submit the slots to the pool, if there is one."""
+    def plan(self, step: _Step, pool: DaemonPool, pinned: bool) -> "list[Future[None]]":
+        """Draw the boxes, allocate the buffers, and submit the slots to the pool."""
         if step.cancelled:
             return []
         step.boxes = self.boxes(step.epoch, step.sample_ids)
         for name, view in self.views.items():
             size = view.crop.size
             step.crops[name] = torch.empty(len(step.sample_ids), 3, size, size, dtype=torch.uint8, pin_memory=pinned)
-        if pool is None:
-            return []
         count = len(step.sample_ids)
         return [
             pool.submit(self.fill, step, range(start, min(start + _CHUNK, count))) for start in range(0, count, _CHUNK)
@@ -209,6 +209,7 @@ class _Decoder:
 
     def _pixels(self, row: int, factor: int) -> tuple[NDArray[np.uint8], int]:
         """The image at 1 / factor in a buffer of this thread, and the factor that was applied (1 for raw pixels)."""
+        self.reading(row)
         width, height = (int(side) for side in self.beton.shapes[row])
         size = int(self.beton.sizes[row])
         is_jpg = self.beton.modes[row] == JPG
@@ -245,7 +246,7 @@ def _address(buffer: NDArray[np.uint8]) -> int:
     return int(buffer.ctypes.data)
 
 
-def _thread_pool(workers: int) -> ThreadPoolExecutor:
+def _thread_pool(workers: int) -> DaemonPool:
     """Threads whose torch operations are single-threaded; the setting of all other threads is unchanged."""
     others = torch.get_num_threads()
     started = threading.Barrier(workers + 1)
@@ -255,9 +256,7 @@ def _thread_pool(workers: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         started.wait()
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="sslfast-ffcv", initializer=start)
-    for _ in range(workers):
-        pool.submit(int)
+    pool = DaemonPool(workers, "sslfast-ffcv", start)
     started.wait()
     # New threads inherit the last number that was set; the setting itself is per thread.
     torch.set_num_threads(others)

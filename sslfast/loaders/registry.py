@@ -1,7 +1,6 @@
 """Loader registry: which loaders exist, which can be used here, and the one that a configuration names."""
 
 import importlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from sslfast.config import resumable
+from sslfast.data import LIMIT_SECONDS
+from sslfast.distributed import local_world_size
 from sslfast.views import Batch, ViewConfig
 
 if TYPE_CHECKING:
-    from sslfast.data import Decoding, Manifest
+    from sslfast.data import Decoding, Manifest, Patience
     from sslfast.loaders.base import ImageLoader
 
 LOADERS = {
@@ -57,6 +58,13 @@ class LoaderConfig:
     a time, so that disk caches need hold no more; less random where a shard holds few classes."""
     mixed_shards: int = 16
     """Tar shards that ``shuffle shards`` mixes at a time."""
+    timeout: float = resumable(LIMIT_SECONDS)
+    """Seconds to wait for a batch when the storage does not answer or a process hangs; then the run saves a checkpoint
+    and stops."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"loader.timeout must be a number of seconds above 0, got {self.timeout}")
 
     def decoding(self) -> "Decoding":
         """What the policy for images leaves to the user; ValueError out of range."""
@@ -95,6 +103,12 @@ class Loader(Protocol):
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches of this rank from ``start_step`` on."""
+
+    patience: "Patience"
+    """With every batch: its limit, and what breaks a wait off."""
+
+    def check(self) -> None:
+        """Check that the loader can start, without reading an image."""
 
     def close(self) -> None:
         """End worker processes."""
@@ -162,6 +176,7 @@ def build_loader(
         workers=default_workers() if config.workers is None else config.workers,
         on_bad_image=config.on_bad_image,
         mixed_shards=config.mixed_shards if config.shuffle == "shards" else None,
+        timeout=config.timeout,
         **common,
     )
 
@@ -190,8 +205,7 @@ def default_workers() -> int:
     """This rank's share of the machine's cores (torchrun says how many ranks it started here), 1 to 16."""
     from sslfast.data import available_cores
 
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(available_cores() // ranks, _MAX_WORKERS))
+    return max(1, min(available_cores() // local_world_size(), _MAX_WORKERS))
 
 
 def loader_status() -> dict[str, tuple[bool, str, str]]:

@@ -4,7 +4,7 @@ lies below."""
 from sslfast.training.config import TrainConfig
 from sslfast.training.dry_run import check_memory, summary
 from sslfast.training.nonfinite import NonFiniteLossError
-from sslfast.training.signals import RunInterruptedError
+from sslfast.training.signals import RunInterruptedError, stopping_at_once
 from sslfast.training.trainer import Trainer, TrainResult
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "check_memory",
+    "stopping_at_once",
     "summary",
 ]

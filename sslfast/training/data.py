@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -20,8 +21,8 @@ class RunData:
     Args:
         config: of the run.
         data: folder of images, manifest (.tsv), .beton file, or a number of synthetic images.
-        run: directory whose manifest, if it has one, is checked against the data. With several ranks rank 0 writes this
-            file and the others read it.
+        run: directory whose manifest, if it has one, is checked against the data. With several ranks rank 0 finds the
+            images, and the others check that they have the same.
         device: of the batches.
     """
 
@@ -31,21 +32,36 @@ class RunData:
         self.manifest = None if isinstance(data, int) else self._manifest(Path(data), run)
 
     def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
-        is_main = distributed.rank() == 0
-        if not is_main:
-            distributed.barrier()  # until rank 0 has scanned the images and saved the manifest
-        if run.manifest.exists():
-            manifest = reopen_data(folder, run.manifest, on_bad_image=self.config.loader.on_bad_image)
-        else:
-            progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
-            manifest = open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
-        manifest = self.config.loader.decode(manifest)
-        if distributed.world_size() > 1 and is_main:
-            run.create()
-            if not run.manifest.exists():
-                manifest.save(run.manifest)
-            distributed.barrier()
+        if distributed.world_size() == 1:
+            return self.config.loader.decode(self._open(folder, run.manifest))
+        text, error, manifest = b"", None, None
+        with TemporaryDirectory(prefix="sslfast-") as place:
+            copy = Path(place) / "manifest.tsv"
+            try:
+                if distributed.is_main():
+                    manifest = self._open(folder, run.manifest)
+                    manifest.save(copy)
+                    text = copy.read_bytes()
+            except (ValueError, OSError) as problem:
+                error = str(problem)
+            distributed.raise_together(error)
+            text = distributed.broadcast_object(text)
+            try:
+                if manifest is None:
+                    copy.write_bytes(text)
+                    manifest = reopen_data(folder, copy, on_bad_image=self.config.loader.on_bad_image)
+                manifest = self.config.loader.decode(manifest)
+            except (ValueError, OSError) as problem:
+                error = f"rank {distributed.rank()}: {problem}"
+            distributed.raise_together(error)
+        assert manifest is not None
         return manifest
+
+    def _open(self, folder: Path, known: Path) -> Manifest:
+        if known.exists():
+            return reopen_data(folder, known, on_bad_image=self.config.loader.on_bad_image)
+        progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
+        return open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
 
     def loader(self, views: Mapping[str, ViewConfig]) -> Loader:
         """A loader of these views. All loaders of a run yield the same samples in the same epochs."""

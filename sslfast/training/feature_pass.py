@@ -1,13 +1,18 @@
 """The feature pass that some methods make before an epoch: forward only, at fixed weights."""
 
 from collections.abc import Callable, Iterator
-from signal import Signals
 
 import torch
 
 from sslfast.loaders import Loader
 from sslfast.methods import Method
+from sslfast.training.stopping import Stop
 from sslfast.views import Batch, ViewStage
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 class FeaturePass:
@@ -37,25 +42,31 @@ class FeaturePass:
         epoch: int,
         *,
         watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
-        stop: Callable[[], Signals | None] = lambda: None,
-    ) -> Signals | None:
-        """Run the pass before ``epoch``, if there is one, to its end or until a signal, which is returned.
+        agree: Callable[[Exception | None], Stop | None] = _raise,
+    ) -> Stop | None:
+        """Run the pass before ``epoch``, if there is one, to its end or until all ranks stop, and why.
 
         Args:
             epoch: about to begin.
             watch: wraps the iterator of batches.
-            stop: called after every batch; returns the same on every rank.
+            agree: called with every batch in hand, or with what the loader raised; returns the same on every rank.
         """
         if not self.method.needs_feature_pass(epoch):
             return None
-        found = None
+        stop = None
         self.method.eval()
-        for batch in watch(self.loader.epoch(epoch)):
+        batches = watch(self.loader.epoch(epoch))
+        for _ in range(self.loader.steps_per_epoch):
+            batch, error = None, None
+            try:
+                batch = next(batches)
+            except Exception as problem:
+                error = problem
+            stop = agree(error)
+            if stop is not None or batch is None:
+                break
             views = self.stage(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.method.store_features(views, batch.sample_ids)
-            found = stop()
-            if found is not None:
-                break
         self.method.train()
-        return found
+        return stop

@@ -35,19 +35,10 @@ class Prefetcher:
         self._ready: Part | BaseException | None = None
 
     def take(self, batches: Iterator[Batch]) -> Part:
-        """The next micro-batch, for use on the current stream. Raises what the iterator raises, StopIteration included.
-
-        Another iterator than in the last call starts afresh: what was prefetched from the old one is dropped.
-        """
-        if batches is not self._source:
-            self._source, self._split, self._ready = batches, self._micro_batches(batches), None
-            if self._stream is not None:  # copies of batches may already be queued on the current stream
-                self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        """The next micro-batch, for use on the current stream. Raises as :meth:`prepare`."""
+        self.prepare(batches)
         ready, self._ready = self._ready, None
-        if isinstance(ready, BaseException):
-            raise ready
-        if ready is None:
-            ready = self._render()
+        assert isinstance(ready, tuple)
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)  # all work queued there so far belongs to these views
@@ -55,8 +46,24 @@ class Prefetcher:
                 tensor.record_stream(current)  # allocated on the side stream: memory is kept until this one is done
         return ready
 
+    def prepare(self, batches: Iterator[Batch]) -> None:
+        """Wait for the next micro-batch, which :meth:`take` then has. Raises what the iterator raises, StopIteration
+        included.
+
+        Another iterator than in the last call starts afresh: what was prefetched from the old one is dropped.
+        """
+        if batches is not self._source:
+            self._source, self._split, self._ready = batches, self._micro_batches(batches), None
+            if self._stream is not None:  # copies of batches may already be queued on the current stream
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        if isinstance(self._ready, BaseException):
+            error, self._ready = self._ready, None
+            raise error
+        if self._ready is None:
+            self._ready = self._render()
+
     def ahead(self, batches: Iterator[Batch]) -> None:
-        """Begin the next micro-batch now. :meth:`take` raises its errors; KeyboardInterrupt is raised at once."""
+        """Begin the next micro-batch now. :meth:`prepare` raises its errors; KeyboardInterrupt is raised at once."""
         if self._stream is None or batches is not self._source or self._ready is not None:
             return
         try:

@@ -4,17 +4,19 @@ resume around it."""
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
 
 from sslfast import distributed
 from sslfast.config import to_dict
+from sslfast.data import refuse_in_bootstrap
 from sslfast.device import resolve_device, resolve_precision
+from sslfast.loaders import Loader
 from sslfast.methods import BatchSplit, Method, MethodContext
 from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
 from sslfast.runs import (
@@ -39,7 +41,8 @@ from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
-from sslfast.training.signals import GracefulShutdown, RunInterruptedError
+from sslfast.training.signals import GracefulShutdown, stopping_at_once
+from sslfast.training.stopping import Stop, agree
 from sslfast.views import Batch, View, ViewConfig, ViewStage
 
 
@@ -70,8 +73,7 @@ class Trainer:
     bank), and rank 0 alone writes logs.
 
     Whatever is wrong with the configuration, the data, the device or the disk raises ValueError or FileNotFoundError
-    here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``, except for the
-    manifest where several ranks must agree on it.
+    here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``.
 
     Args:
         config: what to train and how.
@@ -93,6 +95,7 @@ class Trainer:
         report: Callable[[str], None] = print,
         open_store: Callable[[Path], CheckpointStore] = HashedFileStore,
     ) -> None:
+        refuse_in_bootstrap()
         config.check_numbers()
         config.method.validate()
         group = distributed.process_group()
@@ -101,7 +104,7 @@ class Trainer:
         self.report = surviving(report) if self.is_main else lambda _line: None
         self.outbox = Outbox(self.report)
         self.device = resolve_device(config.device, local_rank=group.local_rank if group.world_size > 1 else None)
-        distributed.init_process_group(group, self.device)
+        distributed.init_process_group(group, self.device, patience=config.loader.timeout)
         self.dtype = resolve_precision(config.precision, self.device)
         self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
         find_loggers(config)  # a missing package is an error before the run starts
@@ -197,31 +200,44 @@ class Trainer:
         Raises:
             ValueError, FileNotFoundError: before the first step, with the remedy.
             NonFiniteLossError: names the step and the last good checkpoint.
-            RunInterruptedError: after SIGTERM or SIGINT, with a checkpoint saved.
+            RunInterruptedError: after a stop signal (:class:`GracefulShutdown`), with a checkpoint saved.
+            LostBatchError: a loader process died, or the storage does not answer; with a checkpoint saved.
         """
-        if self.is_main:
-            self.check_space()
-            self.run.create()
         try:
-            with self.run.locked(is_restart=distributed.is_restart()) if self.is_main else nullcontext():
-                self._resume()
-                if self.is_main:
-                    self._record_start()
+            with ExitStack() as until_end:
+                with stopping_at_once():
+                    distributed.together(lambda: self._open_run(until_end), only_main=True)
+                    self._resume()
+                    if self.is_main:
+                        self._record_start()
                 return self._fit()
         finally:
             self.close()
 
     def check(self) -> None:
-        """What :meth:`fit` checks before its first step: disk space, lock and checkpoint. Writes nothing.
+        """What :meth:`fit` checks before its first step: disk space, output directory, lock, checkpoint, and that the
+        loaders' processes start. Writes nothing; :meth:`close` ends those processes.
 
         Raises:
-            ValueError, FileNotFoundError: with the remedy.
+            ValueError, FileNotFoundError, LostBatchError: with the remedy.
         """
-        if self.is_main:
-            self.check_space()
-            self.run.check_writable()
-            self.run.check_unlocked()
+        distributed.together(self._check_run, only_main=True)
         self._find_checkpoint()
+        for loader in self._loaders():
+            distributed.together(loader.check)
+
+    def _open_run(self, until_end: ExitStack) -> None:
+        self.check_space()
+        self.run.create()
+        until_end.enter_context(self.run.locked(is_restart=distributed.is_restart()))
+
+    def _check_run(self) -> None:
+        self.check_space()
+        self.run.check_writable()
+        self.run.check_unlocked()
+
+    def _loaders(self) -> list[Loader]:
+        return [self.loader, *([] if self.feature_pass is None else [self.feature_pass.loader])]
 
     def check_space(self) -> None:
         """Raises ValueError unless the checkpoints of the whole run fit on the disk."""
@@ -230,9 +246,8 @@ class Trainer:
     def close(self) -> None:
         """End loader processes and drop the DDP module, so that the process group can be destroyed. :meth:`fit` ends
         with it."""
-        self.loader.close()
-        if self.feature_pass is not None:
-            self.feature_pass.loader.close()
+        for loader in self._loaders():
+            loader.close()
         self.model = self.method
 
     def _record_start(self) -> None:
@@ -254,14 +269,13 @@ class Trainer:
         self.method.train()
         try:
             with GracefulShutdown() as shutdown:
-                stop = self._train_or_stop(self.recorder, shutdown)
-                if stop is not None and self.step < self.total_steps:
-                    path = self._save(must=True)
-                    raise RunInterruptedError(
-                        f"stopped by {stop.name} after step {self.step}/{self.total_steps}, "
-                        f"saved {path}; the same command resumes from there"
-                    )
-            checkpoint = self._finish(first_step)
+                for loader in self._loaders():
+                    loader.patience.is_stopped = shutdown.is_requested
+                stop = self._train(self.recorder, shutdown)
+                if stop is not None:
+                    done = f"step {self.step}/{self.total_steps}"
+                    stop.leave(lambda: self._save(must=True), done=done, is_new=self.step > first_step)
+                checkpoint = self._finish(first_step)
         finally:
             self.recorder.close()
         seconds = time.perf_counter() - started
@@ -275,50 +289,41 @@ class Trainer:
             bad_images=self._list_bad_images(),
         )
 
-    def _train_or_stop(self, recorder: Recorder, shutdown: GracefulShutdown) -> Signals | None:
-        try:
-            return self._train(recorder, shutdown)
-        except RuntimeError:
-            # A signal to the whole process group also kills loader workers, and the loader raises; no step had begun.
-            if distributed.world_size() == 1 and shutdown.requested and recorder.timer.is_waiting:
-                return shutdown.requested
-            raise
-
-    def _train(self, recorder: Recorder, shutdown: GracefulShutdown) -> Signals | None:
-        """Train to the end, or until a signal, which is returned."""
-        stop = self._stop_signal(shutdown)
-        while self.step < self.total_steps and stop is None:
+    def _train(self, recorder: Recorder, shutdown: GracefulShutdown) -> Stop | None:
+        """Train to the end, or until all ranks stop, and why."""
+        while self.step < self.total_steps:
             epoch, done = divmod(self.step, self.steps_per_epoch)
-            if done == 0:
-                stop = self._start_epoch(epoch, recorder, shutdown)
-                if stop is not None:
-                    break
             batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
-            for _ in range(done, self.steps_per_epoch):
+            for step in range(done, self.steps_per_epoch):
+                stop = self._wait(batches, shutdown)
+                if stop is None and step == 0:  # with the first batch in hand: nothing stops the run between the two
+                    stop = self._start_epoch(epoch, recorder, shutdown)
+                if stop is not None:
+                    return stop
                 self._set_learning_rate()
                 self.nonfinite.snapshot()
                 self.train_step(batches)
                 self.nonfinite.restore()
                 self._after_step()
-                stop = self._stop_signal(shutdown)
-                if stop is not None:
-                    break
-        return stop
+        return None
 
-    def _start_epoch(self, epoch: int, recorder: Recorder, shutdown: GracefulShutdown) -> Signals | None:
+    def _wait(self, batches: Iterator[Batch], shutdown: GracefulShutdown) -> Stop | None:
+        """Wait for the next batch; not None: the run ends here on all ranks."""
+        error = None
+        if not shutdown.is_requested():
+            try:
+                self.samples.prepare(batches)
+            except Exception as problem:
+                error = problem
+        return agree(shutdown, error)
+
+    def _start_epoch(self, epoch: int, recorder: Recorder, shutdown: GracefulShutdown) -> Stop | None:
         if self.feature_pass is not None:
-            stop = self.feature_pass.run(epoch, watch=recorder.timer.waiting, stop=lambda: self._stop_signal(shutdown))
+            stop = self.feature_pass.run(epoch, watch=recorder.timer.waiting, agree=partial(agree, shutdown))
             if stop is not None:
                 return stop
         self.method.start_epoch(epoch)
         return None
-
-    @staticmethod
-    def _stop_signal(shutdown: GracefulShutdown) -> Signals | None:
-        """The signal that any rank has received: all ranks stop after the same step."""
-        own = torch.tensor(int(shutdown.requested or 0))  # on the host: waits for no device
-        number = int(distributed.max_over_ranks(own))
-        return Signals(number) if number else None
 
     def _list_bad_images(self) -> int:
         found = [pair for pairs in distributed.gather_objects(self.loader.bad_images) for pair in pairs]

@@ -140,7 +140,9 @@ def test_results_come_in_order(workers: int) -> None:
 
 
 def test_a_killed_process_is_one_clear_error() -> None:
-    with pytest.raises(RuntimeError, match=r"a process died while counting: usually memory ran out"):
+    with pytest.raises(
+        RuntimeError, match=r"a process died while counting: it was killed \(SIGKILL\): usually memory ran out"
+    ):
         list(map_processes(end_abruptly, range(10), workers=2, progress=False, title="counting"))
     with pytest.raises(ValueError, match="workers must be 0 or more, got workers=-1"):
         list(map_processes(square, range(10), workers=-1, progress=False, title="counting"))
