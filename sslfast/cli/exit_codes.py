@@ -21,6 +21,6 @@ exit codes:
   3    the loss became infinite or not a number
   4    no batch came (storage, a killed process), or another process of the run is gone; the run was saved if it had
        begun, and the same command continues
-  75   stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with a checkpoint saved: the same command
-       continues from there
+  75   stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with a checkpoint saved: the same
+       command continues from there
   130  stopped at once by a second SIGINT (Ctrl-C)"""

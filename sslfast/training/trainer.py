@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,29 +41,10 @@ from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
+from sslfast.training.result import TrainResult
 from sslfast.training.signals import GracefulShutdown, stopping_at_once
 from sslfast.training.stopping import Stop, agree
 from sslfast.views import Batch, View, ViewConfig, ViewStage
-
-
-@dataclass(kw_only=True)
-class TrainResult:
-    """Outcome of a finished run."""
-
-    step: int
-    """Steps done, over all starts of the run."""
-    metrics: dict[str, float]
-    """Last log record: loss, learning rate and the method's values."""
-    checkpoint: Path
-    """The final checkpoint."""
-    seconds: float
-    """Wall time since this start of the run."""
-    samples_per_second: float
-    """Throughput since this start, everything included."""
-    loader_wait_share: float
-    """Share of the wall time spent waiting for the loader."""
-    bad_images: int
-    """Files listed in ``bad_images.txt``."""
 
 
 class Trainer:

@@ -1,6 +1,7 @@
 """The dali loader: the pillow loader's rows, boxes and bad images, pixels within a stated distance; no file
 breaks it, it resumes bit-equal, and it leaks no memory, thread or process."""
 
+import gc
 import io
 import os
 import random
@@ -344,6 +345,7 @@ def test_close_ends_the_threads_also_in_the_middle_of_an_epoch(manifest: Manifes
     def readers() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("sslfast-read")]
 
+    gc.collect()  # loaders of other tests
     before = len(readers())
     data = loader(manifest, workers=2)
     steps = data.epoch(0)
