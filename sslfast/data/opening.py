@@ -26,14 +26,18 @@ def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool 
     """
     if not is_manifest(path):
         return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
-    manifest = Manifest.load(path, remedy="verify the data again (`sslfast data verify`)")
-    manifest.check(on_bad_image=on_bad_image)
+    manifest = _verified(path)
+    manifest.check()
     if manifest.excluded and on_bad_image == "error":
         raise ValueError(
             f"{len(manifest.excluded)} images of {path} cannot be used: {some_paths(manifest.excluded)}; repair or "
             "remove the files and verify again, or pass --on-bad-image skip"
         )
     return manifest
+
+
+def _verified(path: Path) -> Manifest:
+    return Manifest.load(path, remedy="verify the data again (`sslfast data verify`)")
 
 
 def is_manifest(path: Path) -> bool:
@@ -69,7 +73,12 @@ def reopen_data(path: Path, known: Path, *, on_bad_image: OnBadImage = "error") 
             )
         run.check(on_bad_image=on_bad_image)
         return run
-    manifest, run = open_data(path, on_bad_image="skip"), Manifest.load(known)
+    if is_manifest(path):
+        manifest = _verified(path)
+        manifest.check(on_bad_image=on_bad_image)
+    else:
+        manifest = open_data(path, on_bad_image="skip")
+    run = Manifest.load(known)
     is_same = manifest.digest() == run.digest()
     if not is_same or manifest.source.identity() != run.source.identity():
         what = "the same images stored in another way" if is_same else "other images"

@@ -124,7 +124,11 @@ def test_files_that_vanished_are_bad_images_under_skip_alone(tmp_path: Path) -> 
     (root / "a" / "1.jpg").unlink()
     with raises(r"1 missing: a/1.jpg \(unreadable: No such file"):
         reopen_data(root, tmp_path / "kept")
-    assert reopen_data(root, tmp_path / "kept", on_bad_image="skip").digest() == manifest.digest()
+    manifest.save(tmp_path / "m.tsv")
+    with raises(r"1 missing: a/1.jpg"):
+        reopen_data(tmp_path / "m.tsv", tmp_path / "kept")
+    for data in (root, tmp_path / "m.tsv"):
+        assert reopen_data(data, tmp_path / "kept", on_bad_image="skip").digest() == manifest.digest()
     (root / "a" / "2.jpg").write_bytes(b"shorter")
     with raises(r"1 changed: a/2.jpg"):
         reopen_data(root, tmp_path / "kept", on_bad_image="skip")
