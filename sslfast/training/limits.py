@@ -30,6 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "loader.white_level": (255, 65535),
     "loader.max_pixels": (1, 1 << 32),
     "loader.mixed_shards": (1, 10**6),
+    "loader.timeout": (0.1, 10**6),
     "optim.trust_coefficient": (0, 1000),
     "optim.lr_per_256_images": (0, 10**6),
     "optim.final_lr_per_256_images": (0, 10**6),
