@@ -71,7 +71,7 @@ struct Shard {
 inline Shard make_shard(const Tensor& bank, int64_t first_row, int64_t num_rows) {
   const int64_t rows = bank.size(0);
   if (num_rows == -1) num_rows = rows;
-  SSLFAST_CHECK(first_row >= 0 && first_row <= num_rows - rows && rows <= num_rows, "bank_nce: ", rows,
+  SSLFAST_CHECK(first_row >= 0 && rows <= num_rows && first_row <= num_rows - rows, "bank_nce: ", rows,
                 " rows from row ", first_row, " on are not a shard of a bank of ", num_rows, " rows");
   SSLFAST_CHECK(rows >= 1 || num_rows == 0, "bank_nce: a shard must hold at least one row");
   return {first_row, rows, num_rows};

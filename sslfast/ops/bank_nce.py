@@ -37,8 +37,9 @@ def bank_nce(
       (Wu et al. 2018, eqs. 5 to 8; PIRL section 3.2). Equal to binary cross-entropy on ``s_k - log(z K / N)``.
 
     One pass over the rows gives loss and gradient for all views together; no ``[B, K, D]`` or ``[B, K]`` tensor exists.
-    Neither query nor bank is normalised here. Gradient flows to ``query`` only and is computed in the forward pass;
-    a second derivative is not defined.
+    Neither query nor bank is normalised here. Gradient flows to ``query`` only and is computed in the forward pass, so
+    the bank may change before the backward pass. What is not computed is an error: a second derivative by ``query``,
+    forward mode (jvp), torch.func. NaN and infinite numbers give what they give in :func:`bank_nce_reference`.
 
     Args:
         query: ``[..., B, D]`` floating; leading dimensions are views scored against the same negatives. Half types are
@@ -71,13 +72,13 @@ def bank_nce(
         ``[..., B]`` fp32 loss per query in nats (fp64 for fp64), or ``(loss, lse)``.
 
     Raises:
-        ValueError: an option out of range, tensors on different devices.
+        ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
     options = {"negatives": _tensor_or_none(negatives), "step": _tensor_or_none(step), "z": _tensor_or_none(z)}
     tensors = {"query": query, "bank": bank, "index": index, **options}
     _library.check_arguments("bank_nce", tensors, gradient=("query",))
-    for name in ("query", "z"):
+    for name in ("query", "index", "negatives", "z"):  # which torch reads before the op does
         _library.check_memory("bank_nce", name, tensors[name])
     if not query.is_floating_point() or (options["z"] is not None and options["z"].is_complex()):
         raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")

@@ -50,7 +50,7 @@ def bank_nce_dense(
         scores (detached).
 
     Raises:
-        ValueError: an option out of range, tensors on different devices.
+        ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
     if not temperature > 0:

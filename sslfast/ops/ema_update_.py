@@ -30,7 +30,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
         ValueError: momentum out of range, lists of different length, tensors on different devices.
         RuntimeError: different shapes, a dtype that is not floating (leave out integer buffers such as BatchNorm's
             ``num_batches_tracked`` and copy them), a target that is expanded or overlaps itself, tensors that share
-            memory (interleaved columns do not).
+            memory; called under activation checkpointing, which would run the update twice.
     """
     targets, sources = list(targets), list(sources)
     momentum_tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)

@@ -6,7 +6,6 @@ write outside of a tensor, a freed one, an overflow or an impossible cast ends t
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,9 @@ EXAMPLES = int(os.environ.get("SSLFAST_SANITIZED_FUZZ", "150"))
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
 
 
-def run(*command: str, **options: str | Path | dict[str, str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def run(*command: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake and ninja of this environment
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
     assert done.returncode == 0, f"{' '.join(command[:3])} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return str(done.stdout)
 
@@ -35,6 +35,7 @@ def link_tree(folder: Path) -> None:
 
 
 def compile_core(folder: Path) -> None:
+    """As setup.py does, with other flags."""
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_CXX_FLAGS": f"{SANITIZE} -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -w",
@@ -52,14 +53,15 @@ def compile_core(folder: Path) -> None:
 
 
 def test_search_under_sanitizers(tmp_path: Path) -> None:
-    runtime = run("g++", "-print-file-name=libasan.so").strip() if shutil.which("g++") else ""
-    assert os.path.isabs(runtime), "the sanitizers of g++ are missing; install g++ (Debian and Ubuntu: g++, libasan8)"
+    # libstdc++ too: the sanitizer looks for its exceptions when the process starts.
+    libraries = [run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so.6")]
+    assert all(map(os.path.isabs, libraries)), "g++ has no sanitizers; install them (Debian and Ubuntu: libasan8)"
     link_tree(tmp_path)
     compile_core(tmp_path)
     trace = tmp_path / "call"
     environment = os.environ | {
         "SSLFAST_FUZZ": str(EXAMPLES),
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(libraries),
         # Python and torch keep memory until the end; huge results are refused by the ops, not by the sanitizer.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:detect_odr_violation=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
