@@ -17,7 +17,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulation/*.cu tests/cuda_emulation/include/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench gpu-check clean
+.PHONY: help install demo test sanitize lint format bench gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ demo: install ## pretrain PIRL on real photographs, evaluate beside untrained an
 test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch
 	$(BIN)/python -m pytest
 	$(ABI_VENV)/bin/python tests/abi_check.py
+
+sanitize: install ## search for memory errors and undefined behaviour in the CPU ops for longer than `make test` does
+	SSLFAST_SANITIZED_FUZZ=5000 $(BIN)/python -m pytest tests/ops/test_sanitizers.py
 
 lint: install ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -42,16 +42,12 @@ inline void check_bank_enqueue(const Tensor& bank,    // [N, D]
                 bank.size(1), "], got ", shape_string(keys));
   check_same_device(op, "head", head, "bank", bank);
   check_same_device(op, "keys", keys, "bank", bank);
-}
-
-// If keys overlapped the bank, the result would depend on the order of threads.
-inline void check_apart(const Tensor& bank, const Tensor& keys /* contiguous */) {
-  if (keys.numel() == 0) return;
-  const char* bank_begin = static_cast<const char*>(bank.const_data_ptr());
-  const char* keys_begin = static_cast<const char*>(keys.const_data_ptr());
-  const bool apart = keys_begin + keys.numel() * keys.element_size() <= bank_begin ||
-                     bank_begin + bank.numel() * bank.element_size() <= keys_begin;
-  SSLFAST_CHECK(apart, "bank_enqueue_: keys must not share memory with bank; pass keys.clone()");
+  check_memory(op, "bank", bank);
+  check_memory(op, "head", head);
+  check_memory(op, "keys", keys);
+  check_apart(op, "bank", bank, "head", head);
+  check_apart(op, "bank", bank, "keys", keys);
+  check_apart(op, "head", head, "keys", keys);
 }
 
 }  // namespace sslfast

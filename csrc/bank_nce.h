@@ -9,7 +9,9 @@
 // loss = logsumexp_k(s_k), or sum_k softplus(u_k).
 #pragma once
 
+#include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -33,15 +35,21 @@ struct NceTerm {
       : softplus((u > A(0) ? u : A(0)) + log1p_e), sigmoid((u > A(0) ? A(1) : e) / (A(1) + e)) {}
 };
 
+// The ends of what a running maximum takes. It stays finite, so that exp(score - maximum) is the right weight of every
+// score: 0 of -inf, inf of +inf and NaN of NaN, which then are in the sum as in that of the reference.
+template <typename A>
+constexpr A kLargest = std::is_same_v<A, double> ? A(DBL_MAX) : A(FLT_MAX);
+
 // Running softmax state of one query: value = sum of exp(s - maximum).
 template <typename A>
 struct OnlineLogSumExp {
   A maximum, sum;
 
-  static SSLFAST_HD OnlineLogSumExp empty() { return {A(-INFINITY), A(0)}; }
+  static SSLFAST_HD OnlineLogSumExp empty() { return {-kLargest<A>, A(0)}; }
 
   // Raises the maximum to `score` where that is larger; returns the factor that rescales earlier sums.
   SSLFAST_HD A raise(A score) {
+    score = score > kLargest<A> ? kLargest<A> : score;
     if (!(score > maximum)) return A(1);
     const A factor = exp(maximum - score);  // 0 for the empty state
     maximum = score;
@@ -63,8 +71,8 @@ struct Shard {
 inline Shard make_shard(const Tensor& bank, int64_t first_row, int64_t num_rows) {
   const int64_t rows = bank.size(0);
   if (num_rows == -1) num_rows = rows;
-  SSLFAST_CHECK(first_row >= 0 && first_row + rows <= num_rows, "bank_nce: rows ", first_row, " to ", first_row + rows,
-                " are not a shard of a bank of ", num_rows, " rows");
+  SSLFAST_CHECK(first_row >= 0 && rows <= num_rows && first_row <= num_rows - rows, "bank_nce: ", rows,
+                " rows from row ", first_row, " on are not a shard of a bank of ", num_rows, " rows");
   SSLFAST_CHECK(rows >= 1 || num_rows == 0, "bank_nce: a shard must hold at least one row");
   return {first_row, rows, num_rows};
 }
@@ -93,6 +101,7 @@ inline void check_scoring(const char* op,
   if (z_tensor) {
     SSLFAST_CHECK(z_tensor->dim() == 0 && z_tensor->scalar_type() == ScalarType::Double, op,
                   ": z must be a float or a 0-d fp64 tensor, got shape ", shape_string(*z_tensor));
+    check_memory(op, "z", *z_tensor);
     check_same_device(op, "z", *z_tensor, "query", query);
   }
 }

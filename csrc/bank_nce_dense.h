@@ -18,6 +18,8 @@ namespace sslfast {
 template <typename A>
 struct StreamState {
   A maximum, sum, binary;
+
+  static SSLFAST_HD StreamState empty() { return {-kLargest<A>, A(0), A(0)}; }
 };
 
 // The gradient times tau, from the weighted sums of the stream and the positive's row:
@@ -40,7 +42,8 @@ SSLFAST_HD DenseResult<A> finish_dense(const StreamState<A>& state, bool has_pos
   if (!has_positive) return {binary ? state.binary : lse, lse, A(0)};
   if (!binary) return {lse - score, lse, whole_bank ? A(-1) : static_cast<A>(exp(score - lse)) - A(1)};
   const A u = score - offset;
-  if (whole_bank) return {state.binary - u, lse, A(-1)};  // softplus(-u) - softplus(u) = -u
+  // softplus(-u) - softplus(u) = -u, of which an infinite one cannot be subtracted: state.binary then leaves it out.
+  if (whole_bank) return {u > kLargest<A> ? state.binary : state.binary - u, lse, A(-1)};
   const A e = static_cast<A>(exp(u > A(0) ? -u : u));
   const NceTerm<A> term(-u, e, static_cast<A>(log1p(e)));  // -log h(s_0) = softplus(-u_0), and its derivative
   return {state.binary + term.softplus, lse, -term.sigmoid};

@@ -31,16 +31,11 @@ inline void check_bank_update(const Tensor& bank,      // [N, D]
   SSLFAST_CHECK(momentum >= 0 && momentum <= 1, op, ": momentum must be in [0, 1], got ", momentum);
   check_same_device(op, "index", index, "bank", bank);
   check_same_device(op, "features", features, "bank", bank);
-  // If features overlapped the bank, the result would depend on the order of threads.
-  if (features.numel() > 0 && bank.numel() > 0) {
-    const char* bank_begin = static_cast<const char*>(bank.const_data_ptr());
-    const char* features_begin = static_cast<const char*>(features.const_data_ptr());
-    int64_t last = 0;
-    for (int64_t d = 0; d < 2; ++d) last += (features.size(d) - 1) * features.stride(d);
-    const bool apart = features_begin + (last + 1) * static_cast<int64_t>(features.element_size()) <= bank_begin ||
-                       bank_begin + bank.numel() * static_cast<int64_t>(bank.element_size()) <= features_begin;
-    SSLFAST_CHECK(apart, op, ": features must not share memory with bank; pass features.clone()");
-  }
+  check_memory(op, "bank", bank);
+  check_memory(op, "index", index);
+  check_memory(op, "features", features);
+  check_apart(op, "bank", bank, "index", index);
+  check_apart(op, "bank", bank, "features", features);
 }
 
 }  // namespace sslfast

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -37,13 +38,8 @@ struct Plan {
 // Elements of t are distinct in memory and have no gaps between them, in any order of dimensions.
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
   int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
+  for (const auto& [stride, size] : sorted_dimensions(t)) {
     if (stride != expected) return false;
     expected *= size;
   }
@@ -53,13 +49,8 @@ inline bool is_dense(const Tensor& t) {
 // Whether elements of t may share memory: not if every stride exceeds the span of the smaller ones.
 inline bool may_overlap_itself(const Tensor& t) {
   if (t.numel() == 0) return false;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
   int64_t span = 1;
-  for (const auto& [stride, size] : dims) {
+  for (const auto& [stride, size] : sorted_dimensions(t)) {
     if (stride < span) return true;
     span += (size - 1) * stride;
   }
@@ -84,6 +75,7 @@ inline void check_ema_pair(size_t i, const Tensor& target, const Tensor& source,
     SSLFAST_CHECK(is_floating(t->scalar_type()), op, ": ", list, "[", i, "] must be fp32, fp64, bf16 or fp16, got ",
                   torch::headeronly::toString(t->scalar_type()),
                   "; leave integer buffers such as num_batches_tracked out and copy them with target.copy_(source)");
+    check_memory(op, (std::string(list) + "[" + std::to_string(i) + "]").c_str(), *t);
     SSLFAST_CHECK(t->is_cuda() == first.is_cuda() && t->get_device_index() == first.get_device_index(), op, ": ", list,
                   "[", i, "] and targets[0] must be on the same device; move one of them with .to(device)");
   }
@@ -95,42 +87,40 @@ inline void check_ema_pair(size_t i, const Tensor& target, const Tensor& source,
                 "] is expanded or overlaps itself, several of its elements share memory; pass a .clone()");
 }
 
-// Memory of tensor i of a list. Columns of one matrix may interleave, so only the first element of a tensor with gaps
-// is considered.
-struct MemoryRange {
-  const char *begin, *end;
-  size_t i;
-
-  MemoryRange(const Tensor& t, size_t i)
-      : begin(static_cast<const char*>(t.const_data_ptr())),
-        end(begin + (is_dense(t) ? t.numel() : 1) * static_cast<int64_t>(t.element_size())),
-        i(i) {}
-};
-
 // Elements shared by two tensors would be updated, or read after an update, in an order that depends on threads. A
 // source may be its own target.
-inline void check_apart(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
-  std::vector<MemoryRange> ranges;
-  ranges.reserve(targets.size());
+inline void check_lists_apart(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
+  struct Entry {
+    Memory memory;
+    size_t i;
+    bool written;
+  };
+  std::vector<Entry> entries;
+  entries.reserve(targets.size() + sources.size());
   for (size_t i = 0; i < targets.size(); ++i) {
-    if (targets[i].numel() != 0) ranges.emplace_back(targets[i], i);
+    if (targets[i].numel() == 0) continue;
+    entries.push_back({Memory(targets[i]), i, true});
+    entries.push_back({Memory(sources[i]), i, false});
   }
-  std::sort(ranges.begin(), ranges.end(), [](const MemoryRange& a, const MemoryRange& b) { return a.begin < b.begin; });
-  for (size_t p = 1; p < ranges.size(); ++p) {
-    SSLFAST_CHECK(ranges[p - 1].end <= ranges[p].begin, "ema_update_: targets[", ranges[p - 1].i, "] and targets[",
-                  ranges[p].i, "] share memory; pass tied weights once");
-  }
-  for (size_t i = 0; i < sources.size(); ++i) {
-    if (sources[i].numel() == 0) continue;
-    const MemoryRange source(sources[i], i);
-    auto target = std::partition_point(ranges.begin(), ranges.end(),
-                                       [&](const MemoryRange& range) { return range.end <= source.begin; });
-    for (; target != ranges.end() && target->begin < source.end; ++target) {
-      const bool own = target->i == i && target->begin == source.begin &&
-                       targets[i].element_size() == sources[i].element_size() && same_strides(targets[i], sources[i]);
-      SSLFAST_CHECK(own, "ema_update_: sources[", i, "] and targets[", target->i,
+  std::sort(entries.begin(), entries.end(),
+            [](const Entry& a, const Entry& b) { return a.memory.begin < b.memory.begin; });
+  std::vector<const Entry*> open;  // of those before, the ones that reach past the start of the current one
+  for (const Entry& entry : entries) {
+    open.erase(std::remove_if(open.begin(), open.end(),
+                              [&](const Entry* before) { return before->memory.end <= entry.memory.begin; }),
+               open.end());
+    for (const Entry* before : open) {
+      if (!(before->written || entry.written) || !before->memory.may_share(entry.memory)) continue;
+      SSLFAST_CHECK(!(before->written && entry.written), "ema_update_: targets[", std::min(before->i, entry.i),
+                    "] and targets[", std::max(before->i, entry.i), "] share memory; pass tied weights once");
+      const size_t target = before->written ? before->i : entry.i, source = before->written ? entry.i : before->i;
+      const bool own = target == source && before->memory.begin == entry.memory.begin &&
+                       targets[target].element_size() == sources[source].element_size() &&
+                       same_strides(targets[target], sources[source]);
+      SSLFAST_CHECK(own, "ema_update_: sources[", source, "] and targets[", target,
                     "] share memory; pass a .clone() of the source");
     }
+    open.push_back(&entry);
   }
 }
 
@@ -147,9 +137,13 @@ inline void check_ema_update(const std::vector<Tensor>& targets, const std::vect
                   op, ": momentum must be a float or a 0-d fp32 or fp64 tensor, got ",
                   torch::headeronly::toString(momentum_tensor->scalar_type()), " of shape ",
                   shape_string(*momentum_tensor));
+    check_memory(op, "momentum", *momentum_tensor);
     if (!targets.empty()) check_same_device(op, "momentum", *momentum_tensor, "targets[0]", targets[0]);
+    for (size_t i = 0; i < targets.size(); ++i) {
+      check_apart(op, ("targets[" + std::to_string(i) + "]").c_str(), targets[i], "momentum", *momentum_tensor);
+    }
   }
-  check_apart(targets, sources);
+  check_lists_apart(targets, sources);
 }
 
 // Pairs of dense tensors with equal strides (contiguous, channels_last) are flat as they are; others go through
@@ -161,9 +155,9 @@ inline Plan plan_ema_update(const std::vector<Tensor>& targets, const std::vecto
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
     if (!is_flat_pair(target, source)) {
-      source = torch::stable::contiguous(source);
+      source = readable("ema_update_", "sources", source);
       if (!target.is_contiguous()) {
-        target = torch::stable::contiguous(target);
+        target = readable("ema_update_", "targets", target);
         plan.write_back.emplace_back(targets[i], target);
       }
       plan.copies.push_back(source);

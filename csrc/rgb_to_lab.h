@@ -1,6 +1,7 @@
 // rgb_to_lab: checks, and the arithmetic of one pixel.
 #pragma once
 
+#include <cfloat>
 #include <cstring>
 
 #include "common/check.h"
@@ -14,6 +15,7 @@ template <int n>
 SSLFAST_HD float inverse_root(float x) {
   static_assert(n == 3 || n == 5, "the powers below are x^3 or x^5");
   constexpr float kExponentBias = (127.0f - 0.045f) * 8388608.0f;  // 0.045 halves the largest error of the line
+  x = x < FLT_MAX ? x : FLT_MAX;                                   // of inf
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
   bits = static_cast<int32_t>(kExponentBias * (n + 1) / n) - bits / n;

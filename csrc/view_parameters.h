@@ -17,9 +17,9 @@ enum ViewParameter : int {
   kBrightness,         // factor of the levels
   kContrast,           // factor of the distance to the mean luminance
   kSaturation,         // factor of the distance to the luminance
-  kHue,                // shift in turns, in [-0.5, 0.5]
+  kHue,                // shift in turns
   kPhotometric,        // gate of posterize, sharpness, solarize and autocontrast
-  kPosterizeBits,      // upper bits kept of every level
+  kPosterizeBits,      // upper bits kept of every level, rounded down
   kSharpness,          // factor: 0 smoothed, above 1 sharpened
   kSolarizeThreshold,  // levels at or above it are inverted
   kGrayscale,          // gate: the luminance in all three channels
@@ -39,10 +39,10 @@ SSLFAST_HD constexpr ViewParameterInfo view_parameter(int index) {
       {"flip", 0.0f, -FLT_MAX, FLT_MAX},
       {"jitter", 0.0f, -FLT_MAX, FLT_MAX},
       {"jitter_order", 0.0f, 0.0f, 23.0f},
-      {"brightness", 1.0f, -FLT_MAX, FLT_MAX},
-      {"contrast", 1.0f, -FLT_MAX, FLT_MAX},
-      {"saturation", 1.0f, -FLT_MAX, FLT_MAX},
-      {"hue", 0.0f, -FLT_MAX, FLT_MAX},
+      {"brightness", 1.0f, 0.0f, 100.0f},
+      {"contrast", 1.0f, 0.0f, 100.0f},
+      {"saturation", 1.0f, 0.0f, 100.0f},
+      {"hue", 0.0f, -1.0f, 1.0f},
       {"photometric", 0.0f, -FLT_MAX, FLT_MAX},
       {"posterize_bits", 8.0f, 0.0f, 8.0f},
       {"sharpness", 1.0f, -FLT_MAX, FLT_MAX},

@@ -9,6 +9,7 @@ the choices of a field ``name`` of type Literal; :class:`OneOf` is a union that 
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -99,6 +100,36 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str = 
         elif before != after or isinstance(before, bool) != isinstance(after, bool):
             found.append((path, before, after))
     return found
+
+
+def check_numbers(config: Any, limits: Mapping[str, tuple[float, float]], *, where: str = "") -> None:
+    """Check every number in a dataclass instance, in nested ones, tuples and lists too: finite, and inside its limits.
+
+    Args:
+        config: the instance.
+        limits: smallest and largest value by the field's dotted name or its last parts, longest first:
+            ``"crop.size"`` holds for ``method.image_view.crop.size``. A field without an entry must be finite.
+        where: put before field names in messages.
+
+    Raises:
+        ValueError: names the first field that is not, its value and what is allowed.
+    """
+    for field in dataclasses.fields(config):
+        path, value = f"{where}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_numbers(value, limits, where=f"{path}.")
+            continue
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{path} must be a finite number, got {value}")
+            names = path.split(".")
+            known = (limits.get(".".join(names[first:])) for first in range(len(names)))
+            low, high = next((found for found in known if found is not None), (-math.inf, math.inf))
+            if not low <= number <= high:
+                allowed = f"at least {low:,}" if number < low else f"at most {high:,}"
+                raise ValueError(f"{path} must be {allowed}, got {value}")
 
 
 def resumable(default: T) -> T:

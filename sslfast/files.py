@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ANOTHER_PLACE = "choose another place"
+OUTPUT = "name another file with --output"
+"""Remedy of commands that have the option."""
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _FIRST_AID = {
     errno.ENOSPC: "free some space",
@@ -31,8 +33,9 @@ class WriteError(OSError):
 
     def __init__(self, error: OSError, path: Path, *, remedy: str) -> None:
         self.reason = reason_of(error)
-        if error.errno in _IN_THE_WAY and error.filename is not None and Path(error.filename) in path.parents:
-            self.reason = f"{error.filename} is no folder"
+        if error.errno in _IN_THE_WAY:
+            found = (str(folder) for folder in path.parents if os.path.lexists(folder) and not folder.is_dir())
+            self.reason = next((f"{name} is no folder" for name in found), self.reason)
         super().__init__(f"cannot write {path} ({self.reason}); {what_helps(error.errno, remedy)}")
         self.errno = error.errno
 
@@ -75,7 +78,7 @@ def _is_about(error: OSError, path: Path) -> bool:
     """Whether an error is about a file, one beside it or a folder above it; other files may be read meanwhile."""
     if not isinstance(error.filename, str | os.PathLike):
         return True
-    name = Path(error.filename)
+    name, path = Path(os.path.abspath(os.fspath(error.filename))), Path(os.path.abspath(path))
     return name == path or name.parent == path.parent or name in path.parents
 
 
@@ -232,6 +235,21 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         fsync_directory(folder.parent)
+
+
+def check_writable(path: Path | str, *, remedy: str = ANOTHER_PLACE) -> None:
+    """Raises WriteError unless a file could be created as ``path``, in folders that need not exist yet; writes nothing.
+    For the start of work whose result goes there."""
+    path = Path(path)
+    with writing(path, remedy=remedy):
+        folder = path.absolute().parent
+        while not os.path.lexists(folder) and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder", str(folder))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(number, os.strerror(number), str(folder))
 
 
 def fsync_directory(directory: Path) -> None:

@@ -134,6 +134,7 @@ def fork_server() -> ForkServerContext:
     needed = [
         "tests.runs.test_checkpoint",
         "tests.runs.test_resume",
+        "tests.runs.test_kill_methods",
         "tests.distributed.test_elastic",
         "sslfast.cli.pretrain",
         "torchvision",

@@ -25,8 +25,7 @@ void write_rows(T* bank,        // [N, D]
 
 void bank_enqueue_cpu(const Tensor& bank, const Tensor& head, const Tensor& keys_) {
   check_bank_enqueue(bank, head, keys_);
-  const Tensor keys = torch::stable::contiguous(keys_);
-  check_apart(bank, keys);
+  const Tensor keys = readable("bank_enqueue_", "keys", keys_);
   const Ring ring(bank.size(0), keys.size(0));
   int64_t* position = static_cast<int64_t*>(head.mutable_data_ptr());
   SSLFAST_CHECK(*position >= 0 && *position < ring.num_rows, "bank_enqueue_: head must be in [0, ", ring.num_rows,

@@ -156,17 +156,19 @@ SSLFAST_INLINE void score_samples(const Problem<T>& p) {
     }
     std::fill(sums, sums + p.views * padded, A(0));
 
-    // Fills `target` with the rows of block `first` and prefetches them; short blocks repeat row `own`.
+    // Fills `target` with the rows of block `first` and prefetches them. Short blocks repeat their first row: a weight
+    // of 0 would turn a NaN of any other row into a NaN of the sum.
     const auto prepare = [&](int64_t first, int64_t* target) __attribute__((always_inline)) {
       if (given != nullptr) {
-        for (int64_t r = 0; r < kRows; ++r) target[r] = first + r < num_negatives ? given[first + r] : own;
+        for (int64_t r = 0; r < kRows; ++r) target[r] = given[first + r < num_negatives ? first + r : first];
       } else {
         draw_rows<int64_t>({p.sampler, self, first, kRows, target});
+        for (int64_t r = num_negatives - first; r < kRows; ++r) target[r] = target[0];
       }
       for (int64_t r = 0; r < kRows; ++r) reader.prefetch(target[r]);
     };
 
-    prepare(0, drawn[0]);
+    if (num_negatives > 0) prepare(0, drawn[0]);
     int64_t slot = 0;
     for (int64_t first = 0; first < num_negatives; first += kRows, slot ^= 1) {
       if (first + kRows < num_negatives) prepare(first + kRows, drawn[slot ^ 1]);
@@ -249,18 +251,15 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
   const Shard shard = make_shard(bank_, first_row, num_rows);
   check_bank_nce(query_, bank_, index_, negatives_, step_tensor, z_tensor, num_negatives, temperature, exclude_self,
                  seed, shard);
-  const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
-  const Tensor index = torch::stable::contiguous(index_);
+  const Tensor query = readable("bank_nce", "query", query_), bank = readable("bank_nce", "bank", bank_);
+  const Tensor index = readable("bank_nce", "index", index_);
   check_rows_in_range("bank_nce", "index", index, shard.num_rows);
-  std::optional<Tensor> negatives;
-  if (negatives_) {
-    negatives = torch::stable::contiguous(*negatives_);
-    check_rows_in_range("bank_nce", "negatives", *negatives, shard.num_rows);
-  }
+  const std::optional<Tensor> negatives = readable("bank_nce", "negatives", negatives_);
+  if (negatives) check_rows_in_range("bank_nce", "negatives", *negatives, shard.num_rows);
   const int64_t views = query.size(0), batch = query.size(1), columns = query.size(2);
-  Tensor loss = torch::stable::new_empty(query, {views, batch});
-  Tensor lse = torch::stable::new_empty(query, {views, batch});
-  Tensor grad = torch::stable::new_empty(query, {views, batch, columns});
+  Tensor loss = allocate("bank_nce", query, {views, batch});
+  Tensor lse = allocate("bank_nce", query, {views, batch});
+  Tensor grad = allocate("bank_nce", query, {views, batch, columns});
   if (views == 0 || batch == 0) return {loss, lse, grad};
   const double z_value = z_tensor ? *static_cast<const double*>(z_tensor->const_data_ptr()) : z;
 

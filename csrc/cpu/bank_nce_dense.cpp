@@ -88,14 +88,10 @@ SSLFAST_INLINE void multiply_group(const A* __restrict__ a, int64_t stride, int6
 // Turns the scores of one query against a tile into weights; returns the factor that rescales earlier sums.
 template <typename A>
 SSLFAST_INLINE A weigh(A* __restrict__ scores, int64_t valid, bool binary, A offset, StreamState<A>& state) {
-  A highest = A(-INFINITY);
+  A highest = A(-INFINITY);  // of the numbers: a NaN stays in its score
   for (int64_t r = 0; r < kTile; ++r) {
     scores[r] = r < valid ? scores[r] : A(-INFINITY);
     highest = scores[r] > highest ? scores[r] : highest;
-  }
-  if (!(highest > A(-INFINITY))) {  // only the sample's own row
-    std::fill(scores, scores + kTile, A(0));
-    return A(1);
   }
   OnlineLogSumExp<A> softmax{state.maximum, state.sum};
   const A factor = softmax.raise(highest);
@@ -104,17 +100,16 @@ SSLFAST_INLINE A weigh(A* __restrict__ scores, int64_t valid, bool binary, A off
   if (binary) {
 #pragma omp simd reduction(+ : total, loss)
     for (int64_t r = 0; r < kTile; ++r) {
-      const bool counts = scores[r] > A(-INFINITY);
-      const A score = counts ? scores[r] : maximum;
-      const NceTerm<A> term = nce_term<A>(score - offset);
-      total += counts ? fast_exp(score - maximum) : A(0);
+      const bool counts = !(scores[r] < -kLargest<A>);
+      const NceTerm<A> term = nce_term<A>((counts ? scores[r] : maximum) - offset);
+      total += fast_exp(scores[r] - maximum);
       loss += counts ? term.softplus : A(0);
       scores[r] = counts ? term.sigmoid : A(0);
     }
   } else {
 #pragma omp simd reduction(+ : total)
     for (int64_t r = 0; r < kTile; ++r) {
-      scores[r] = scores[r] > A(-INFINITY) ? fast_exp(scores[r] - maximum) : A(0);
+      scores[r] = fast_exp(scores[r] - maximum);  // 0 for an excluded row
       total += scores[r];
     }
   }
@@ -141,7 +136,7 @@ SSLFAST_INLINE void stream_rows(const Problem<T>& p) {
     std::fill(queries.get(), queries.get() + kBlock * padded, A(0));
     std::fill(sums.get(), sums.get() + kBlock * padded, A(0));
     for (int64_t q = 0; q < kBlock; ++q) {
-      states[q] = {A(-INFINITY), A(0), A(0)};
+      states[q] = StreamState<A>::empty();
       selves[q] = q < count && p.exclude_self ? p.index[(first_query + q) % p.batch] : -1;
       for (int64_t d = 0; q < count && d < columns; ++d) {
         queries[q * padded + d] = p.query[(first_query + q) * columns + d] * p.inverse_temperature;
@@ -205,6 +200,17 @@ SSLFAST_INLINE void stream_rows(const Problem<T>& p) {
 
 SSLFAST_MULTIVERSION_BY_WIDTH(stream_rows_best, stream_rows, const Problem<T>&)
 
+// q . m_row / tau.
+template <typename T>
+accumulate_t<T> score_of(const Problem<T>& p, int64_t q, int64_t row) {
+  using A = accumulate_t<T>;
+  A score = 0;
+  for (int64_t d = 0; d < p.columns; ++d) {
+    score += p.query[q * p.columns + d] * p.inverse_temperature * static_cast<A>(p.bank[row * p.columns + d]);
+  }
+  return score;
+}
+
 // Merges the parts of one query and adds its positive.
 template <typename T>
 void finish_query(const Problem<T>& p, int64_t q, bool whole_bank, accumulate_t<T>* loss, accumulate_t<T>* lse,
@@ -214,16 +220,18 @@ void finish_query(const Problem<T>& p, int64_t q, bool whole_bank, accumulate_t<
   A binary = 0;
   for (int64_t part = 0; part < p.parts; ++part) {
     const StreamState<A>& state = p.states[part * p.queries + q];
-    if (!(state.maximum > A(-INFINITY))) continue;
     softmax.raise(state.maximum);
     softmax.sum += std::exp(state.maximum - softmax.maximum) * state.sum;
     binary += state.binary;
   }
   const int64_t self = p.index[q % p.batch];
   const T* positive = p.bank + std::max<int64_t>(self, 0) * p.columns;
-  A score = 0;
-  for (int64_t d = 0; self >= 0 && d < p.columns; ++d) {
-    score += p.query[q * p.columns + d] * p.inverse_temperature * static_cast<A>(positive[d]);
+  const A score = self >= 0 ? score_of(p, q, self) : A(0);
+  if (whole_bank && p.binary && score > kLargest<A>) {  // rare: see finish_dense
+    binary = 0;
+    for (int64_t row = 0; row < p.num_rows; ++row) {
+      if (row != self) binary += nce_term<A>(score_of(p, q, row) - p.offset).softplus;
+    }
   }
   const DenseResult<A> result =
       finish_dense<A>({softmax.maximum, softmax.sum, binary}, self >= 0, score, whole_bank, p.binary, p.offset);
@@ -245,18 +253,15 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // 
                                                       std::optional<Tensor> negatives_, std::optional<Tensor> z_tensor,
                                                       double z, double temperature, bool binary, bool exclude_self) {
   check_bank_nce_dense(query_, bank_, index_, negatives_, z_tensor, temperature, binary, exclude_self);
-  const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
-  const Tensor index = torch::stable::contiguous(index_);
+  const Tensor query = readable("bank_nce_dense", "query", query_), bank = readable("bank_nce_dense", "bank", bank_);
+  const Tensor index = readable("bank_nce_dense", "index", index_);
   check_rows_in_range("bank_nce_dense", "index", index, bank.size(0), /*lowest=*/-1);
-  std::optional<Tensor> negatives;
-  if (negatives_) {
-    negatives = torch::stable::contiguous(*negatives_);
-    check_rows_in_range("bank_nce_dense", "negatives", *negatives, bank.size(0));
-  }
+  const std::optional<Tensor> negatives = readable("bank_nce_dense", "negatives", negatives_);
+  if (negatives) check_rows_in_range("bank_nce_dense", "negatives", *negatives, bank.size(0));
   const int64_t views = query.size(0), batch = query.size(1), columns = query.size(2), queries = views * batch;
-  Tensor loss = torch::stable::new_empty(query, {views, batch});
-  Tensor lse = torch::stable::new_empty(query, {views, batch});
-  Tensor grad = torch::stable::new_empty(query, {views, batch, columns});
+  Tensor loss = allocate("bank_nce_dense", query, {views, batch});
+  Tensor lse = allocate("bank_nce_dense", query, {views, batch});
+  Tensor grad = allocate("bank_nce_dense", query, {views, batch, columns});
   if (queries == 0) return {loss, lse, grad};
   const double z_value = z_tensor ? *static_cast<const double*>(z_tensor->const_data_ptr()) : z;
   const int64_t num_negatives = negatives ? negatives->size(0) : bank.size(0) - 1;
@@ -278,10 +283,10 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // 
     p.offset = static_cast<A>(binary ? nce_offset(z_value, num_negatives, bank.size(0)) : 0.0);
     p.binary = binary;
     p.exclude_self = exclude_self;
-    const std::unique_ptr<StreamState<A>[]> states(new StreamState<A>[p.parts * queries]);
-    const std::unique_ptr<A[]> weighted(new A[p.parts * queries * columns]);
-    p.states = states.get();
-    p.weighted = weighted.get();
+    const Tensor states = allocate("bank_nce_dense", query, {p.parts, queries, 3});
+    const Tensor weighted = allocate("bank_nce_dense", query, {p.parts, queries, columns});
+    p.states = static_cast<StreamState<A>*>(states.mutable_data_ptr());
+    p.weighted = static_cast<A*>(weighted.mutable_data_ptr());
     torch::stable::parallel_for(0, blocks * p.parts, 1, [&](int64_t begin, int64_t end) {
       Problem<scalar_t> some = p;
       some.begin = begin;

@@ -46,7 +46,8 @@ void update_rows(T* bank,               // [N, D]
         buffer[d] = blend<A>(static_cast<A>(row[d]), static_cast<A>(feature[d]), momentum);
         squares += buffer[d] * buffer[d];
       }
-      const A scale = A(1) / std::max<A>(std::sqrt(squares), static_cast<A>(kNormFloor));
+      const A norm = std::sqrt(squares);
+      const A scale = A(1) / (norm < static_cast<A>(kNormFloor) ? static_cast<A>(kNormFloor) : norm);  // NaN stays NaN
 #pragma omp simd
       for (int64_t d = 0; d < columns; ++d) row[d] = static_cast<T>(buffer[d] * scale);
     }
@@ -55,7 +56,8 @@ void update_rows(T* bank,               // [N, D]
 
 void bank_update_cpu(const Tensor& bank, const Tensor& index_, const Tensor& features_, double momentum) {
   check_bank_update(bank, index_, features_, momentum);
-  const Tensor index = torch::stable::contiguous(index_), features = torch::stable::contiguous(features_);
+  const Tensor index = readable("bank_update_", "index", index_);
+  const Tensor features = readable("bank_update_", "features", features_);
   check_rows_in_range("bank_update_", "index", index, bank.size(0), /*lowest=*/-1);
   const int64_t* rows = static_cast<const int64_t*>(index.const_data_ptr());
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_update_", [&] {

@@ -1,6 +1,7 @@
 // exp and log(1 + e) as straight-line arithmetic, which vectorises, for the scoring kernels on the CPU; fp64 uses libm.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,10 +11,13 @@
 
 namespace sslfast {
 
-// exp for x <= 0 (and moderately above), relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
+// exp for x <= 0 (and up to 88), of -inf, inf and NaN; relative error below 2e-7: 2^n times a polynomial on [-ln2/2,
+// ln2/2].
 SSLFAST_INLINE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;  // below: 1e-38, negligible in a sum
-  const float n = __builtin_rintf(x * 1.44269504088896341f);
+  const bool zero = x < -FLT_MAX;  // -inf
+  x = x < -87.0f ? -87.0f : x;     // below: 1e-38, negligible in a sum
+  // inf and NaN have a power of two of their own and come out of the polynomial as they are.
+  const float n = __builtin_rintf((x < 88.0f ? x : 88.0f) * 1.44269504088896341f);
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
   float p = 1.9875691500e-4f;  // Taylor coefficients, minimax-adjusted, from Cephes' expf
   p = p * r + 1.3981999507e-3f;
@@ -25,7 +29,7 @@ SSLFAST_INLINE float fast_exp(float x) {
   const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  return zero ? 0.0f : p * scale;
 }
 SSLFAST_INLINE double fast_exp(double x) {
   return std::exp(x);

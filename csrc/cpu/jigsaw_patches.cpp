@@ -28,13 +28,14 @@ Tensor jigsaw_patches_cpu(const Tensor& images_,       // [N, C, H, W]
                           const Tensor& offsets_,      // [N, P, 2] int64
                           int64_t grid, int64_t patch_size) {
   const JigsawShape shape = check_jigsaw_patches(images_, permutation_, offsets_, grid, patch_size);
-  const Tensor images = torch::stable::contiguous(images_), offsets = torch::stable::contiguous(offsets_);
-  const Tensor permutation = torch::stable::contiguous(permutation_);
+  const Tensor images = readable("jigsaw_patches", "images", images_),
+               offsets = readable("jigsaw_patches", "offsets", offsets_);
+  const Tensor permutation = readable("jigsaw_patches", "permutation", permutation_);
   const int64_t* cell_of = static_cast<const int64_t*>(permutation.const_data_ptr());
   const int64_t* offset_of = static_cast<const int64_t*>(offsets.const_data_ptr());
   check_values(shape, cell_of, offset_of);
   const int64_t cells = shape.cells(), side = shape.patch;
-  Tensor patches = torch::stable::new_empty(images, {shape.batch, cells, shape.channels, side, side});
+  Tensor patches = allocate("jigsaw_patches", images, {shape.batch, cells, shape.channels, side, side});
   if (patches.numel() == 0) return patches;
 
   const int64_t element = static_cast<int64_t>(images.element_size());

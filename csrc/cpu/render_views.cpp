@@ -357,12 +357,13 @@ Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::op
   const float std_of[3] = {float(std_r), float(std_g), float(std_b)};
   const ViewShape shape =
       check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
-  const Tensor crops = torch::stable::contiguous(crops_), parameters = torch::stable::contiguous(parameters_);
-  std::optional<Tensor> turns, permutation, offsets;
-  if (turns_) turns = torch::stable::contiguous(*turns_);
+  const Tensor crops = readable("render_views", "crops", crops_),
+               parameters = readable("render_views", "parameters", parameters_);
+  const std::optional<Tensor> turns = readable("render_views", "quarter_turns", turns_);
+  std::optional<Tensor> permutation, offsets;
   if (grid > 0) {
-    permutation = torch::stable::contiguous(*permutation_);
-    offsets = torch::stable::contiguous(*offsets_);
+    permutation = readable("render_views", "permutation", permutation_);
+    offsets = readable("render_views", "offsets", offsets_);
   }
   const auto values = [](const std::optional<Tensor>& t) {
     return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
@@ -372,7 +373,7 @@ Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::op
   const int64_t pictures = shape.batch * shape.pictures(), side = shape.side;
   const std::vector<int64_t> sizes =
       channels_last ? std::vector<int64_t>{pictures, side, side, 3} : std::vector<int64_t>{pictures, 3, side, side};
-  Tensor out = torch::stable::new_empty(crops, sizes, dtype);
+  Tensor out = allocate("render_views", crops, sizes, dtype);
   if (pictures == 0) return out;
   dispatch_view_dtype(dtype, [&](auto zero) {
     using Out = decltype(zero);

@@ -60,9 +60,9 @@ SSLFAST_MULTIVERSION(convert_strips_best, convert_strips, const Problem<T>&)
 
 Tensor rgb_to_lab_cpu(const Tensor& pixels_, bool channels_last) {
   const LabShape shape = check_rgb_to_lab(pixels_, channels_last);
-  const Tensor pixels = torch::stable::contiguous(pixels_);
+  const Tensor pixels = readable("rgb_to_lab", "pixels", pixels_);
   const std::vector<int64_t> sizes = {pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)};
-  Tensor lab = torch::stable::new_empty(pixels, sizes, ScalarType::Float);
+  Tensor lab = allocate("rgb_to_lab", pixels, sizes, ScalarType::Float);
   if (lab.numel() == 0) return lab;
   SSLFAST_DISPATCH_FLOAT(pixels.scalar_type(), "rgb_to_lab", [&] {
     Problem<scalar_t> p{};

@@ -121,10 +121,10 @@ void rotate_plane(const T* __restrict__ in,  // [S, S]
 Tensor rotate90_cpu(const Tensor& images_,           // [N, C, S, S]
                     const Tensor& quarter_turns_) {  // [N] int64
   check_rotate90(images_, quarter_turns_);
-  const Tensor images = torch::stable::contiguous(images_);
-  const Tensor quarter_turns = torch::stable::contiguous(quarter_turns_);
+  const Tensor images = readable("rotate90", "images", images_);
+  const Tensor quarter_turns = readable("rotate90", "quarter_turns", quarter_turns_);
   const int64_t channels = images.size(1), side = images.size(2);
-  Tensor rotated = torch::stable::new_empty(images, {images.size(0), channels, side, side});
+  Tensor rotated = allocate("rotate90", images, {images.size(0), channels, side, side});
   if (images.numel() == 0) return rotated;
   const int64_t* turns = static_cast<const int64_t*>(quarter_turns.const_data_ptr());
   SSLFAST_DISPATCH_ELEMENT(images, [&] {

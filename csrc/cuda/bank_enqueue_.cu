@@ -58,8 +58,7 @@ void launch(const Tensor& bank, const Tensor& head, const Tensor& keys, const Ri
 void bank_enqueue_cuda(const Tensor& bank, const Tensor& head, const Tensor& keys_) {
   check_bank_enqueue(bank, head, keys_);
   const DeviceGuard guard(bank.get_device_index());
-  const Tensor keys = torch::stable::contiguous(keys_);
-  check_apart(bank, keys);
+  const Tensor keys = readable("bank_enqueue_", "keys", keys_);
   const Ring ring(bank.size(0), keys.size(0));
   if (ring.batch == 0) return;
   const cudaStream_t stream = current_stream(bank.get_device_index());

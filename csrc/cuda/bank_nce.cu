@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       query[v][j] *= static_cast<A>(p.inverse_temperature);
       sums[v][j] = A(0);
     }
-    maximum[v] = A(-INFINITY);
+    maximum[v] = -kLargest<A>;
   }
   // A lane's own value: view my_view of row my_row of the tile (shared by kLanesPerValue lanes).
   const int my_value = lane / kLanesPerValue, my_view = my_value / kTileRows, my_row = my_value % kTileRows;
@@ -155,6 +155,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       second = k + 1 < p.num_negatives ? given[k + 1] : self;
       if (first < 0 || first >= num_rows || second < 0 || second >= num_rows) __trap();
     }
+    // Rows past the end repeat the first: a weight of 0 would turn a NaN of any other row into a NaN of the sum.
+    const int64_t filler = __shfl_sync(kFullMask, first, 0);
+    if (base + 2 * lane >= p.num_negatives) first = filler;
+    if (base + 2 * lane + 1 >= p.num_negatives) second = filler;
     int count = static_cast<int>(min(int64_t(kDraw), p.num_negatives - base));  // of rows to score
     if constexpr (kShard) {
       waiting = collect(p.shard, first, second, 2 * lane < count, 2 * lane + 1 < count, lane, queue, waiting);
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       for (int r = 0; r < kTileRows; ++r) {
         int64_t row;
         if constexpr (kShard) {
-          row = tile + r < count ? queue[tile + r] : 0;
+          row = queue[tile + r < count ? tile + r : tile];
         } else {
           row = __shfl_sync(kFullMask, r % 2 == 0 ? first : second, (tile + r) / 2);
         }
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
           const A other = __shfl_xor_sync(kFullMask, highest, o);
           highest = other > highest ? other : highest;
         }
-        highest = highest > my_maximum ? highest : my_maximum;
+        highest = highest > my_maximum ? min(highest, kLargest<A>) : my_maximum;
 #pragma unroll
         for (int v = 0; v < kViews; ++v) {
           const A raised = __shfl_sync(kFullMask, highest, v * kTileRows * kLanesPerValue);
@@ -254,14 +258,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       for (int e = 0; e < 4; ++e) shared_sums[warp][128 * c + 4 * lane + e] = sums[v][4 * c + e];
     }
     __syncthreads();
-    A highest = A(-INFINITY), total = A(0), total_loss = A(0);
+    A highest = -kLargest<A>, total = A(0), total_loss = A(0);
     A factor[kWarps];
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) highest = shared_state[w][0] > highest ? shared_state[w][0] : highest;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      // A warp without rows has maximum -inf and nothing to add.
-      factor[w] = shared_state[w][0] > A(-INFINITY) ? exp(shared_state[w][0] - highest) : A(0);
+      factor[w] = exp(shared_state[w][0] - highest);
       total += factor[w] * shared_state[w][1];
       total_loss += shared_state[w][2];
     }
@@ -300,12 +303,14 @@ __global__ void finish_kernel(const Problem<T> p) {
   score = warp_sum(score) * inverse_temperature;
 
   OnlineLogSumExp<A> state = OnlineLogSumExp<A>::empty();
-  if (has_positive) state = {score, A(1)};
+  if (has_positive) {
+    state.raise(score);
+    state.sum = exp(score - state.maximum);
+  }
   A loss = A(0);
   for (int s = 0; s < p.splits; ++s) {
     const A* part = partial + s * (p.columns + 3);
     const A maximum = part[p.columns];
-    if (!(maximum > A(-INFINITY))) continue;  // a split without rows
     state.raise(maximum);
     state.sum += exp(maximum - state.maximum) * part[p.columns + 1];
     loss += part[p.columns + 2];
@@ -330,8 +335,8 @@ __global__ void finish_kernel(const Problem<T> p) {
     A column = positive_weight * static_cast<A>(positive[d]);
     for (int s = 0; s < p.splits; ++s) {
       const A* part = partial + s * (p.columns + 3);
-      const bool has_rows = part[p.columns] > A(-INFINITY);
-      const A weight = p.binary ? A(1) : has_rows ? exp(part[p.columns] - lse) : A(0);
+      const bool is_empty = part[p.columns + 1] == A(0);  // then lse may be -inf
+      const A weight = p.binary ? A(1) : is_empty ? A(0) : exp(part[p.columns] - lse);
       column += weight * part[d];
     }
     p.grad[vb * p.columns + d] = column * inverse_temperature;
@@ -378,7 +383,7 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
   const int64_t wanted = (int64_t(kBlocksPerSm) * multiprocessors() + p.batch - 1) / p.batch;
   p.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>((draws + kWarps - 1) / kWarps, 1024)));
   const std::vector<int64_t> partial_shape = {p.views, p.batch, int64_t(p.splits), p.columns + 3};
-  Tensor partial = torch::stable::new_empty(query, partial_shape);
+  Tensor partial = allocate("bank_nce", query, partial_shape);
   p.partial = static_cast<A*>(partial.mutable_data_ptr());
 
   const cudaStream_t stream = current_stream(query.get_device_index());
@@ -409,14 +414,13 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());
-  const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
-  const Tensor index = torch::stable::contiguous(index_);
-  std::optional<Tensor> negatives;
-  if (negatives_) negatives = torch::stable::contiguous(*negatives_);
+  const Tensor query = readable("bank_nce", "query", query_), bank = readable("bank_nce", "bank", bank_);
+  const Tensor index = readable("bank_nce", "index", index_);
+  const std::optional<Tensor> negatives = readable("bank_nce", "negatives", negatives_);
   const int64_t views = query.size(0), batch = query.size(1);
-  Tensor loss = torch::stable::new_empty(query, {views, batch});
-  Tensor lse = torch::stable::new_empty(query, {views, batch});
-  Tensor grad = torch::stable::new_empty(query, {views, batch, query.size(2)});
+  Tensor loss = allocate("bank_nce", query, {views, batch});
+  Tensor lse = allocate("bank_nce", query, {views, batch});
+  Tensor grad = allocate("bank_nce", query, {views, batch, query.size(2)});
   if (views == 0 || batch == 0) return {loss, lse, grad};
 
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce", [&] {

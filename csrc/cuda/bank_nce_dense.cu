@@ -31,22 +31,28 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const D
   const T* positive = p.bank + (self < 0 ? 0 : self) * p.columns;
   const A inverse_temperature = static_cast<A>(p.inverse_temperature);
 
-  A score = A(0);
-  if (self >= 0) {
+  const auto score_of = [&](const T* row) {
+    A sum = A(0);
     for (int64_t d = lane; d < p.columns; d += kWarpSize) {
-      score += p.rounded(p.query[q * p.columns + d]) * static_cast<A>(positive[d]);
+      sum += p.rounded(p.query[q * p.columns + d]) * static_cast<A>(row[d]);
     }
-  }
-  score = warp_sum(score) * inverse_temperature;
+    return warp_sum(sum) * inverse_temperature;
+  };
+  const A score = self >= 0 ? score_of(positive) : A(0);
 
   OnlineLogSumExp<A> softmax = OnlineLogSumExp<A>::empty();
   A binary = A(0);
   for (int part = 0; part < p.parts; ++part) {
     const StreamState<A> state = p.states[part * p.queries + q];
-    if (!(state.sum > A(0))) continue;  // all rows of this part are excluded for the query
     softmax.raise(state.maximum);
     softmax.sum += exp(state.maximum - softmax.maximum) * state.sum;
     binary += state.binary;
+  }
+  if (p.binary && p.negatives == nullptr && score > kLargest<A>) {  // rare: see finish_dense
+    binary = A(0);
+    for (int64_t row = 0; row < p.bank_rows; ++row) {
+      if (row != self) binary += nce_term(score_of(p.bank + row * p.columns) - p.offset()).softplus;
+    }
   }
   const DenseResult<A> result = finish_dense<A>({softmax.maximum, softmax.sum, binary}, self >= 0, score,
                                                 p.negatives == nullptr, p.binary, p.offset());
@@ -59,7 +65,7 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const D
     for (int part = 0; part < p.parts; ++part) {
       const int64_t slot = part * p.queries + q;
       const StreamState<A> state = p.states[slot];
-      const A weight = p.binary ? A(1) : state.sum > A(0) ? exp(state.maximum - result.lse) : A(0);
+      const A weight = p.binary ? A(1) : exp(state.maximum - result.lse);
       column += weight * p.weighted[slot * p.columns + d];
     }
     p.grad[q * p.columns + d] = column * inverse_temperature;
@@ -87,8 +93,8 @@ void launch(DenseProblem<T> p, const Tensor& query, cudaStream_t stream) {
 
   const std::vector<int64_t> states_shape = {int64_t(p.parts), p.queries, 3};
   const std::vector<int64_t> weighted_shape = {int64_t(p.parts), p.queries, p.columns};
-  Tensor states = torch::stable::new_empty(query, states_shape);
-  Tensor weighted = torch::stable::new_empty(query, weighted_shape);
+  Tensor states = allocate("bank_nce_dense", query, states_shape);
+  Tensor weighted = allocate("bank_nce_dense", query, weighted_shape);
   p.states = static_cast<StreamState<A>*>(states.mutable_data_ptr());
   p.weighted = static_cast<A*>(weighted.mutable_data_ptr());
 
@@ -116,14 +122,13 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cuda(const Tensor& query_,  //
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce_dense: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());
-  const Tensor query = torch::stable::contiguous(query_), bank = torch::stable::contiguous(bank_);
-  const Tensor index = torch::stable::contiguous(index_);
-  std::optional<Tensor> negatives;
-  if (negatives_) negatives = torch::stable::contiguous(*negatives_);
+  const Tensor query = readable("bank_nce_dense", "query", query_), bank = readable("bank_nce_dense", "bank", bank_);
+  const Tensor index = readable("bank_nce_dense", "index", index_);
+  const std::optional<Tensor> negatives = readable("bank_nce_dense", "negatives", negatives_);
   const int64_t views = query.size(0), batch = query.size(1);
-  Tensor loss = torch::stable::new_empty(query, {views, batch});
-  Tensor lse = torch::stable::new_empty(query, {views, batch});
-  Tensor grad = torch::stable::new_empty(query, {views, batch, query.size(2)});
+  Tensor loss = allocate("bank_nce_dense", query, {views, batch});
+  Tensor lse = allocate("bank_nce_dense", query, {views, batch});
+  Tensor grad = allocate("bank_nce_dense", query, {views, batch, query.size(2)});
   if (views * batch == 0) return {loss, lse, grad};
 
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce_dense", [&] {

@@ -36,7 +36,7 @@ __global__ void bank_update_kernel(T* __restrict__ bank,               // [N, D]
   }
   squares = warp_sum(squares);
   const A norm = sqrt(squares);
-  const A scale = A(1) / (norm > static_cast<A>(kNormFloor) ? norm : static_cast<A>(kNormFloor));
+  const A scale = A(1) / (norm < static_cast<A>(kNormFloor) ? static_cast<A>(kNormFloor) : norm);  // NaN stays NaN
   // The second read of row and feature hits L1; keeping the blend in registers would fix the number of columns.
   for (int64_t d = lane; d < columns; d += kWarpSize) {
     row[d] = static_cast<T>(blend<A>(static_cast<A>(row[d]), static_cast<A>(feature[d]), momentum) * scale);
@@ -56,7 +56,8 @@ void launch(const Tensor& bank, const Tensor& index, const Tensor& features, dou
 void bank_update_cuda(const Tensor& bank, const Tensor& index_, const Tensor& features_, double momentum) {
   check_bank_update(bank, index_, features_, momentum);
   const DeviceGuard guard(bank.get_device_index());
-  const Tensor index = torch::stable::contiguous(index_), features = torch::stable::contiguous(features_);
+  const Tensor index = readable("bank_update_", "index", index_);
+  const Tensor features = readable("bank_update_", "features", features_);
   if (index.size(0) == 0 || bank.size(1) == 0) return;
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_update_", [&] {
     using bank_t = scalar_t;

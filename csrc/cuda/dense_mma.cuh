@@ -44,6 +44,11 @@ struct Instruction<torch::headeronly::Half> {
   static constexpr int kShift = 7, kBinaryShift = 14;
 };
 
+// A reference as a maximum of natural exponentials; the largest stays the largest, as OnlineLogSumExp expects.
+SSLFAST_HD float natural_maximum(float reference) {
+  return reference < FLT_MAX ? reference * kLn2 : FLT_MAX;
+}
+
 // Offset of 16-byte chunk `chunk` of row `row` in shared memory, in 16-bit elements: eight rows
 // of one chunk, which ldmatrix reads together, fall into different banks.
 template <int kColumns>
@@ -113,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      reference[m][h] = -INFINITY;
+      reference[m][h] = -FLT_MAX;
       sum[m][h] = loss[m][h] = 0.0f;
     }
   }
@@ -182,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
           }
         }
         highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
-        highest = scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
+        highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
         const bool raise = highest > reference[m][h] + (kLazyMargin + Instruction<T>::kShift);
         const float factor = raise ? exp2f(reference[m][h] - highest + Instruction<T>::kShift) : 1.0f;
         if (raise) reference[m][h] = highest - Instruction<T>::kShift;
@@ -196,19 +201,17 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
             }
           }
         }
-        // Only excluded rows so far: exp2(-inf - 0) = 0.
-        const float subtract = reference[m][h] > -INFINITY ? reference[m][h] : 0.0f;
 #pragma unroll
         for (int n = 0; n < kScoreTiles; ++n) {
           float pair[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float score = scores[m][n][2 * h + e];
-            pair[e] = exp2f(fmaf(score, scale, -subtract));
+            pair[e] = exp2f(fmaf(score, scale, -reference[m][h]));
             sum[m][h] += pair[e];
             if constexpr (kBinary) {
               const NceTerm<float> term = nce_term(score * static_cast<float>(p.inverse_temperature) - offset);
-              const bool counts = score > -INFINITY;
+              const bool counts = score != -INFINITY;
               loss[m][h] += counts ? term.softplus : 0.0f;
               pair[e] = counts ? term.sigmoid * float(1 << Instruction<T>::kBinaryShift) : 0.0f;
             }
@@ -250,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
       const int64_t q = first_query + (warp * kM + m) * 16 + group + 8 * h;
       if (q >= p.queries) continue;
       const int64_t slot = part * p.queries + q;
-      if (member == 0) p.states[slot] = {reference[m][h] * kLn2, total, total_loss};
+      if (member == 0) p.states[slot] = {natural_maximum(reference[m][h]), total, total_loss};
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
         const int d = j * 8 + 2 * member;

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) kernel(const DenseProble
           q < p.queries && d < p.columns ? p.query[q * p.columns + d] * static_cast<A>(p.inverse_temperature) : A(0);
     }
     left_out[i] = p.left_out(q);
-    maximum[i] = A(-INFINITY);
+    maximum[i] = -kLargest<A>;
     sum[i] = loss[i] = A(0);
 #pragma unroll
     for (int j = 0; j < 4 * kChunks; ++j) sums[i][j] = A(0);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) kernel(const DenseProble
     for (int i = 0; i < kOwn; ++i) {
       const bool counts = valid && id != left_out[i];
       const A score = weights[i];
-      const A highest = warp_max(counts ? score : A(-INFINITY));
+      const A highest = min(warp_max(counts && score > -kLargest<A> ? score : -kLargest<A>), kLargest<A>);
       if (highest > maximum[i]) {
         const A factor = exp(maximum[i] - highest);
         maximum[i] = highest;

@@ -52,7 +52,7 @@ SSLFAST_HD int swizzled_byte(int row, int column /* of 64 */) {
 // The running state of the two query rows that a thread shares with the three others of its quad.
 template <typename T>
 struct Rows {
-  float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, loss[2] = {0.0f, 0.0f};
+  float reference[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.0f, 0.0f}, loss[2] = {0.0f, 0.0f};
 
   // Turns scores [64, kTile] into weights, in place; factor: rescales earlier sums. Returns whether any row rescales.
   __device__ __forceinline__ bool weigh(float (&scores)[kTile / 2], float scale, bool binary, float offset, int valid,
@@ -73,7 +73,7 @@ struct Rows {
         }
       }
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
-      highest = scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2));
+      highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
       const bool raise = highest > reference[h] + (kLazyMargin + kShift);
       factor[h] = raise ? exp2f(reference[h] - highest + kShift) : 1.0f;
       if (raise) reference[h] = highest - kShift;
@@ -88,7 +88,7 @@ struct Rows {
           sum[h] += weight;
           if (binary) {
             const NceTerm<float> term = nce_term(score * (scale * kLn2) - offset);
-            const bool counts = score > -INFINITY;
+            const bool counts = score != -INFINITY;
             loss[h] += counts ? term.softplus : 0.0f;
             score = counts ? term.sigmoid * float(1 << kBinaryShift) : 0.0f;
           } else {
@@ -219,7 +219,7 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
     const int64_t q = first_query + warp * 16 + group + 8 * h;
     if (q >= p.queries) continue;
     const int64_t slot = part * p.queries + q;
-    if (member == 0) p.states[slot] = {rows.reference[h] * mma::kLn2, total, total_loss};
+    if (member == 0) p.states[slot] = {mma::natural_maximum(rows.reference[h]), total, total_loss};
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
       *reinterpret_cast<float2*>(p.weighted + slot * kColumns + 8 * i + 2 * member) =

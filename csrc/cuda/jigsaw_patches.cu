@@ -70,10 +70,11 @@ Tensor jigsaw_patches_cuda(const Tensor& images_,       // [N, C, H, W]
                 "jigsaw_patches: a patch must have fewer than 2**30 elements, got C * p * p = ",
                 shape.channels * patch_size * patch_size);
   const DeviceGuard guard(images_.get_device_index());
-  const Tensor images = torch::stable::contiguous(images_), offsets = torch::stable::contiguous(offsets_);
-  const Tensor permutation = torch::stable::contiguous(permutation_);
+  const Tensor images = readable("jigsaw_patches", "images", images_),
+               offsets = readable("jigsaw_patches", "offsets", offsets_);
+  const Tensor permutation = readable("jigsaw_patches", "permutation", permutation_);
   Tensor patches =
-      torch::stable::new_empty(images, {shape.batch, shape.cells(), shape.channels, patch_size, patch_size});
+      allocate("jigsaw_patches", images, {shape.batch, shape.cells(), shape.channels, patch_size, patch_size});
   if (patches.numel() == 0) return patches;
   SSLFAST_DISPATCH_ELEMENT(images, [&] {
     constexpr int kPack = kPackBytes / sizeof(element_t);

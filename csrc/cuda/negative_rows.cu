@@ -34,9 +34,9 @@ Tensor negative_rows_cuda(const Tensor& index_,  // [B] int64
                           int64_t seed, bool exclude_self, bool shared) {
   check_negative_rows(index_, step_tensor, num_negatives, num_rows, seed, exclude_self, shared);
   const DeviceGuard guard(index_.get_device_index());
-  const Tensor index = torch::stable::contiguous(index_);
+  const Tensor index = readable("negative_rows", "index", index_);
   const int64_t batch = index.size(0);
-  Tensor rows = torch::stable::new_empty(index, {batch, num_negatives});
+  Tensor rows = allocate("negative_rows", index, {batch, num_negatives});
   if (batch == 0) return rows;
   const NegativeSampler sampler = make_sampler(seed, step, num_rows, exclude_self, shared);
   const int64_t pairs = (num_negatives + 1) / 2;

@@ -242,25 +242,26 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
   const ViewShape shape =
       check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
   const DeviceGuard guard(crops_.get_device_index());
-  const Tensor crops = torch::stable::contiguous(crops_), parameters = torch::stable::contiguous(parameters_);
-  std::optional<Tensor> turns, permutation, offsets;
-  if (turns_) turns = torch::stable::contiguous(*turns_);
+  const Tensor crops = readable("render_views", "crops", crops_),
+               parameters = readable("render_views", "parameters", parameters_);
+  const std::optional<Tensor> turns = readable("render_views", "quarter_turns", turns_);
+  std::optional<Tensor> permutation, offsets;
   if (grid > 0) {
-    permutation = torch::stable::contiguous(*permutation_);
-    offsets = torch::stable::contiguous(*offsets_);
+    permutation = readable("render_views", "permutation", permutation_);
+    offsets = readable("render_views", "offsets", offsets_);
   }
   const int64_t pictures = shape.batch * shape.pictures(), side = shape.side;
   const std::vector<int64_t> sizes =
       channels_last ? std::vector<int64_t>{pictures, side, side, 3} : std::vector<int64_t>{pictures, 3, side, side};
-  Tensor out = torch::stable::new_empty(crops, sizes, dtype);
+  Tensor out = allocate("render_views", crops, sizes, dtype);
   if (pictures == 0) return out;
   const int64_t level_bytes = photometric ? 3 * side * side : 0;
   // The levels of a 224-pixel crop fit on 8.0 and 9.0, those of patches everywhere.
   const bool shared = level_bytes + kStaticShared <= shared_memory_limit();
   const std::vector<int64_t> scratch_sizes = {shared ? 0 : pictures * level_bytes};
-  Tensor scratch = torch::stable::new_empty(crops, scratch_sizes);
+  Tensor scratch = allocate("render_views", crops, scratch_sizes);
   const std::vector<int64_t> unblurred_sizes = {blur ? pictures * 3 * side * side : 0};
-  Tensor unblurred = torch::stable::new_empty(crops, unblurred_sizes, ScalarType::Float);
+  Tensor unblurred = allocate("render_views", crops, unblurred_sizes, ScalarType::Float);
   const auto values = [](const std::optional<Tensor>& t) {
     return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr;
   };

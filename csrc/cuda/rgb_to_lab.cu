@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads) rgb_to_lab_kernel(const T* __restric
 Tensor rgb_to_lab_cuda(const Tensor& pixels_, bool channels_last) {
   const LabShape shape = check_rgb_to_lab(pixels_, channels_last);
   const DeviceGuard guard(pixels_.get_device_index());
-  const Tensor pixels = torch::stable::contiguous(pixels_);
+  const Tensor pixels = readable("rgb_to_lab", "pixels", pixels_);
   const std::vector<int64_t> sizes = {pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3)};
-  Tensor lab = torch::stable::new_empty(pixels, sizes, ScalarType::Float);
+  Tensor lab = allocate("rgb_to_lab", pixels, sizes, ScalarType::Float);
   if (lab.numel() == 0) return lab;
   const int64_t blocks = shape.images * ((shape.pixels + kBlockPixels - 1) / kBlockPixels);
   SSLFAST_CHECK(blocks < int64_t(1) << 31, "rgb_to_lab: ", shape.images, " images of ", shape.pixels,

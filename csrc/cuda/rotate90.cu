@@ -104,10 +104,10 @@ Tensor rotate90_cuda(const Tensor& images_,           // [N, C, S, S]
   SSLFAST_CHECK(images_.size(0) * images_.size(1) < (int64_t(1) << 31),
                 "rotate90: images must have fewer than 2**31 planes, got N * C = ", images_.size(0) * images_.size(1));
   const DeviceGuard guard(images_.get_device_index());
-  const Tensor images = torch::stable::contiguous(images_);
-  const Tensor quarter_turns = torch::stable::contiguous(quarter_turns_);
+  const Tensor images = readable("rotate90", "images", images_);
+  const Tensor quarter_turns = readable("rotate90", "quarter_turns", quarter_turns_);
   const int64_t side = images.size(2);
-  Tensor rotated = torch::stable::new_empty(images, {images.size(0), images.size(1), side, side});
+  Tensor rotated = allocate("rotate90", images, {images.size(0), images.size(1), side, side});
   if (images.numel() == 0) return rotated;
   SSLFAST_DISPATCH_ELEMENT(images, [&] {
     constexpr int kPack = std::max<int>(1, kPackBytes / sizeof(element_t));

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sslfast.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -49,7 +51,8 @@ def draw_bars(values: Mapping[str, float], output: Path, *, title: str, unit: st
     axes.tick_params(length=0, labelcolor=_INK, labelsize=9)
     axes.spines[:].set_visible(False)
     figure.suptitle(title, color=_INK, fontsize=12)
-    figure.savefig(output, dpi=_DPI)
+    with replacing(output, remedy="name another file with --chart") as temporary:
+        figure.savefig(temporary, dpi=_DPI, format=output.suffix[1:] or None)
 
 
 def draw_panels(
@@ -103,7 +106,8 @@ def draw_panels(
         [handles[name] for name in names], names, loc="outside lower center", ncols=legend_columns, fontsize=8,
         frameon=False,
     )  # fmt: skip
-    figure.savefig(output, dpi=_DPI)
+    with replacing(output, remedy="name another file with --chart") as temporary:
+        figure.savefig(temporary, dpi=_DPI, format=output.suffix[1:] or None)
 
 
 def _three_digits(value: float) -> str:

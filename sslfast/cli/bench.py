@@ -165,4 +165,4 @@ def step(arguments: list[str]) -> int:
 
 def _save(path: Path | None, facts: Mapping[str, Any]) -> None:
     if path is not None:
-        save_json(path, facts)
+        save_json(path, facts, remedy="name another file with --json")

@@ -1,4 +1,4 @@
-"""``sslfast data verify`` and ``sslfast data prepare``."""
+"""``sslfast data verify``, ``sslfast data prepare`` and ``sslfast data labels``."""
 
 import sys
 from dataclasses import dataclass, field
@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sslfast.cli.options import parse, print_table, printable
-from sslfast.data import Contents, Decoding, PrepareConfig, prepare_beton, verify_images
+from sslfast.cli.options import parse, print_table
+from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_folder, prepare_beton, verify_images
+from sslfast.files import OUTPUT, write_file, writing
+from sslfast.text import printable
 
 
 @dataclass(kw_only=True)
@@ -19,8 +21,8 @@ class Verify:
     images before they start. Exit code 0: all images can be used, 1: some cannot."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, or a list of `path,label`
-    lines (.csv)."""
+    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar or .zip, or a list of
+    `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -33,7 +35,8 @@ class Prepare:
     """Store the images of a folder in one .beton file for the ffcv loader, with sample ids, manifest and checksums."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar shards, one .tar or .zip, a list (.csv, .txt, ...), or a manifest of
+    `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
     """File to write; an existing one is replaced only when the new one is complete."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -41,6 +44,35 @@ class Prepare:
     workers: int | None = None
     """Processes; default: one per core."""
     config: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+
+
+@dataclass(kw_only=True)
+class Labels:
+    """Write a list (.csv) of a flat folder's images with the labels that a file gives them, as for ImageNet's
+    validation set. A list DATA/val.csv takes the place of the folder DATA/val in evaluations."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of images."""
+    labels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LABELS")]
+    """One label a line in the order of the sorted file names (the devkit's ground truth), `name label` lines, or a .csv
+    with a header (LOC_val_solution.csv)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+    """List to write (.csv)."""
+    train: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None
+    """Data whose classes the labels must be."""
+    names: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """What numbers mean: the devkit's meta.mat, a text file whose line k names class k, or `sorted`: the classes of
+    --train in sorted order."""
+
+
+def labels(arguments: list[str]) -> int:
+    """Run ``sslfast data labels``; returns the exit code."""
+    chosen = parse(Labels, arguments, prog="sslfast data labels")
+    if isinstance(chosen, int):
+        return chosen
+    count = label_folder(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
+    print(f"{count:,} images with their labels; wrote {chosen.output}")
+    return 0
 
 
 def verify(arguments: list[str]) -> int:
@@ -57,14 +89,22 @@ def verify(arguments: list[str]) -> int:
         contents=contents,
     )
     output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
-    manifest.save(output)
+    write_file(output, manifest.dump(), remedy=OUTPUT)
     for path, reason in bad:
         print(f"{printable(path)}\t{printable(reason)}")
     total, classes = len(manifest) + len(bad), len(manifest.classes)
     print(f"{len(manifest):,} of {total:,} images can be used, {classes:,} classes; wrote {output}")
-    for line in [*contents.lines(), *contents.warnings("--white-level")]:
+    for line in [*contents.lines(), *contents.warnings("--white-level"), *left_out_lines(manifest)]:
         print(line)
     return 1 if bad else 0
+
+
+def left_out_lines(manifest: Manifest) -> list[str]:
+    """What looks like a picture and is not used, for the screen."""
+    return [
+        *(f"left out: {printable(line)}" for line in manifest.left_out()),
+        *(f"classes: {printable(line)}" for line in manifest.alike_classes()),
+    ]
 
 
 def prepare(arguments: list[str]) -> int:
@@ -72,14 +112,15 @@ def prepare(arguments: list[str]) -> int:
     chosen = parse(Prepare, arguments, prog="sslfast data prepare")
     if isinstance(chosen, int):
         return chosen
-    prepared = prepare_beton(
-        chosen.data,
-        chosen.output,
-        chosen.config,
-        on_bad_image=chosen.on_bad_image,
-        workers=chosen.workers,
-        progress=sys.stderr.isatty(),
-    )
+    with writing(chosen.output, remedy="name another file as OUT.beton"):
+        prepared = prepare_beton(
+            chosen.data,
+            chosen.output,
+            chosen.config,
+            on_bad_image=chosen.on_bad_image,
+            workers=chosen.workers,
+            progress=sys.stderr.isatty(),
+        )
     rows = [
         (
             "images",
@@ -88,5 +129,6 @@ def prepare(arguments: list[str]) -> int:
     ]
     rows += [(f"{count:,}", done) for done, count in prepared.counts.items()]
     rows += [("left out", f"{printable(path)} ({printable(reason)})") for path, reason in prepared.manifest.excluded]
+    rows += [("left out", printable(line)) for line in prepared.manifest.left_out()]
     print_table([*rows, ("wrote", str(prepared.path))])
     return 0

@@ -32,6 +32,7 @@ from sslfast.evaluation import (
     linear_result,
     load_evaluation_set,
 )
+from sslfast.files import writing
 from sslfast.recipes import RECIPES
 from sslfast.report import ReportConfig, report, write_neighbours, write_preview
 from sslfast.training import NonFiniteLossError, RunInterruptedError, Trainer
@@ -78,7 +79,9 @@ def run_demo(options: Demo) -> str:
     """Run all parts; returns the text to print. Raises as :class:`sslfast.training.Trainer` does."""
     started = time.perf_counter()
     output, run = options.output, options.output / f"seed{options.seed}"
-    data = make_demo_data(output / "data", train_per_photo=options.train_per_photo, val_per_photo=options.val_per_photo)
+    counts = {"train_per_photo": options.train_per_photo, "val_per_photo": options.val_per_photo}
+    with writing(output / "data", remedy="choose another folder with --output"):
+        data = make_demo_data(output / "data", **counts)
     config = replace(RECIPES["demo"](), seed=options.seed, device=options.device, knn_every_epochs=1)
     if options.epochs is not None:
         config = replace(config, epochs=options.epochs)

@@ -11,12 +11,14 @@ import tyro
 
 from sslfast.cli.options import parse
 from sslfast.distributed import process_group
+from sslfast.evaluation import ResultNotWritten
 
 
 def run_function(target: str, arguments: list[str], prog: str) -> int:
     """Call a function with what the arguments say and print its result on the first rank; returns the exit code.
 
-    The result is printed by ``render_table`` of the function's module, where there is one, else as ``str``.
+    The result is printed by ``render_table`` of the function's module, where there is one, else as ``str``; also one
+    whose file cannot be written, before that error is raised.
 
     Args:
         target: ``package.module:function``. Parameters without a default are positional arguments of the command, a
@@ -27,11 +29,17 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
     """
     module_name, _, name = target.partition(":")
     module = importlib.import_module(module_name)
-    result = parse(as_command(getattr(module, name)), arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+    render = getattr(module, "render_table", str)
+    try:
+        command = as_command(getattr(module, name))
+        result = parse(command, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+    except ResultNotWritten as error:
+        print(render(error.result), flush=True)  # hours of work, maybe
+        raise
     if isinstance(result, int):
         return result
     if process_group().is_main:
-        print(getattr(module, "render_table", str)(result))
+        print(render(result))
     return 0
 
 

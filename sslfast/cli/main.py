@@ -3,13 +3,17 @@
 Imports nothing heavy: the module of a command is imported when the command runs.
 """
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 
 from sslfast.cli.exit_codes import EXIT_CODES
+from sslfast.files import what_helps
+from sslfast.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (:data:`sslfast.cli.exit_codes.EXIT_CODES`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a file name may hold any bytes; no command fails for showing it
+            stream.reconfigure(errors="backslashreplace")
     if arguments == ["--version"]:
         from sslfast import __version__
 
@@ -120,6 +127,11 @@ DATA_COMMANDS = {
         help="store the images in one file for the ffcv loader",
         function="sslfast.cli.data:prepare",
     ),
+    "labels": Command(
+        usage="labels DIR LABELS -o FILE.csv",
+        help="list a flat folder's images with the labels of a file (ImageNet's validation set)",
+        function="sslfast.cli.data:labels",
+    ),
 }
 BENCHMARKS = {
     "ops": Command(
@@ -166,7 +178,7 @@ COMMANDS = {
         calls="sslfast.weights.export:export_trunk",
     ),
     "data": Command(
-        usage="data verify|prepare ...", help="check images, pack them into one file", commands=DATA_COMMANDS
+        usage="data verify|prepare|labels ...", help="check images, pack them into one file", commands=DATA_COMMANDS
     ),
     "info": Command(
         usage="info", help="versions, devices, usable loaders, missing packages", function="sslfast.cli.info:info"
@@ -209,8 +221,21 @@ def _command_lines(commands: Mapping[str, Command]) -> str:
     return "\n".join(f"  {command.usage:<{width}}  {command.help}" for command in commands.values())
 
 
+_REMEDIES = {
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "change its permissions or choose another place",
+    errno.EPERM: "change its permissions or choose another place",
+    errno.ENOENT: "correct the path",
+}
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:  # one that nobody has explained
+        remedy = _REMEDIES.get(error.errno) or what_helps(error.errno)
+        if error.filename is None and "temporary directory" in error.strerror:  # tempfile's own words
+            remedy = "set TMPDIR to a folder that can be written"
+        text = f"{error.filename or 'a file'} cannot be used ({error.strerror}){remedy and '; '}{remedy}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] != "sslfast":
         text += "; pip install 'sslfast[train]'"
-    return text
+    return printable(text)

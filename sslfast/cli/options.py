@@ -67,11 +67,6 @@ def report(line: str) -> None:
     print(f"sslfast: {line}", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """A file name for one line of a terminal: control characters and undecodable bytes as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def _recipe(arguments: list[str], command: str) -> TrainConfig:
     """The recipe that ``--recipe`` names; with ``--help`` and no recipe, the first one."""
     name = _value(arguments, "--recipe")

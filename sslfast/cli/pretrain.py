@@ -1,5 +1,6 @@
 """``sslfast pretrain`` and ``sslfast preview``: every value of a recipe is an option."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.cli.options import parse_recipe, print_table, report
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
+from sslfast.runs import RunDirectory
 from sslfast.training import (
     NonFiniteLossError,
     RunInterruptedError,
@@ -89,7 +91,7 @@ def pretrain(arguments: list[str]) -> int:
     finally:
         destroy_process_group()
     if trainer.is_main:
-        _print_result(result, output)
+        _print_result(result, trainer.run)
     return 0
 
 
@@ -116,7 +118,7 @@ def preview(arguments: list[str]) -> int:
     return 0
 
 
-def _print_result(result: TrainResult, output: Path) -> None:
+def _print_result(result: TrainResult, run: RunDirectory) -> None:
     print_table(
         [
             ("steps done", f"{result.step:,} in {result.seconds:.1f} s, {result.samples_per_second:.1f} samples/s"),
@@ -126,6 +128,6 @@ def _print_result(result: TrainResult, output: Path) -> None:
         ]
     )
     if result.bad_images:
-        path = output / "bad_images.txt"
-        print(f"{result.bad_images} images could not be used, see {path}:")
-        print(path.read_text(encoding="utf-8", errors="surrogateescape"), end="")
+        print(f"{result.bad_images} images could not be used, see {run.bad_images}:")
+        with suppress(OSError):  # where it could not be written, a line has said so
+            print(run.bad_images.read_text(encoding="utf-8", errors="surrogateescape"), end="")

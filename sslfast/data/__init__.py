@@ -5,6 +5,7 @@ from sslfast.data.beton import JPG, Beton, BetonSource
 from sslfast.data.contents import Contents, combined, recorded_decoding, sample_contents
 from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
 from sslfast.data.folder import FolderSource
+from sslfast.data.ground_truth import label_folder
 from sslfast.data.images import (
     DEFAULT_DECODING,
     ORIENTATION,
@@ -37,6 +38,7 @@ from sslfast.data.processes import (
     why_ended,
 )
 from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, SourceError, all_sources, content_hash
+from sslfast.data.spelling import alike
 from sslfast.data.verify import verify_images
 from sslfast.data.waiting import (
     LIMIT_SECONDS,
@@ -74,6 +76,7 @@ __all__ = [
     "Reading",
     "SourceError",
     "WaitInterruptedError",
+    "alike",
     "all_sources",
     "available_cores",
     "cannot_start",
@@ -84,6 +87,7 @@ __all__ = [
     "decode_pixels",
     "exit_with_parent",
     "ignore_signals",
+    "label_folder",
     "make_demo_data",
     "open_data",
     "open_image",

@@ -2,17 +2,27 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TextIO
 
 from sslfast.data.folder import changed_files, list_images
 from sslfast.data.images import OnBadImage, read_bytes
+from sslfast.data.left_out import count_keys, listed_system_keys
 from sslfast.data.manifest import Manifest
 from sslfast.data.source import Changes, ImageSource, SourceError, is_file
+from sslfast.data.spelling import similar_file
 
-HEADERS = (["path"], ["path", "label"])
+PATH_NAMES = (
+    *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file", "img"),
+    *("img_path", "imagepath", "image_name", "image_id", "imageid", "url"),
+)
+LABEL_NAMES = (
+    *("label", "class", "class_name", "classname", "class_id", "label_name", "category", "target", "gt_label", "wnid"),
+    *("synset", "y"),
+)
+"""Names of columns, in any letter case; the first of each that there is counts."""
 
 
 class Entry(NamedTuple):
@@ -27,9 +37,10 @@ class Entry(NamedTuple):
 class CsvListSource(ImageSource):
     """Image files that a ``.csv`` file names: ``root`` is that file, and paths are relative to its folder.
 
-    A line is ``path,label``, quoted as CSV; the label may be empty or missing. A first line ``path,label`` or ``path``
-    is a header. Rows are ordered by path, whatever the order of the lines; the content of a file says whether it is an
-    image, not its suffix.
+    A line is ``path,label``, quoted as CSV; the label may be empty or missing. A first line with a name of
+    ``PATH_NAMES`` is a header; one with further columns must have it, and one of ``LABEL_NAMES`` for labels. Rows are
+    ordered by path, whatever the order of the lines; the content of a file says whether it is an image, not its suffix.
+    Files in folders of a system, below the folder that is common to all, are left out.
     """
 
     name: ClassVar[str] = "csv"
@@ -39,13 +50,23 @@ class CsvListSource(ImageSource):
         return is_file(path, ".csv")
 
     @classmethod
+    def lines(cls, path: Path) -> Iterator[Entry]:
+        """The entries of a list in its order, paths as written; SourceError, naming the line, where it is no list."""
+        return table_lines(path, ",")
+
+    @classmethod
     def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
-        entries = {entry.path: entry for entry in read_list(path)}
+        entries, ignored = read_entries(path, cls.lines(path))
         images, bad = list_images(cls(root=path, paths=sorted(entries)), progress=progress)
+        last = cut_line(path, entries)
         return Manifest.from_images(
             cls(root=path, paths=[image.path for image in images]),
             [image._replace(label=entries[image.path].label) for image in images],
-            excluded=[(name, f"{reason}, line {entries[name].line}") for name, reason in bad],
+            excluded=[
+                (name, f"{reason}, line {entries[name].line}{_remark(path, entries[name], reason, last, at < _LOOKED)}")
+                for at, (name, reason) in enumerate(bad)
+            ],
+            ignored=ignored,
             on_bad_image=on_bad_image,
             numbered=True,
         )
@@ -56,9 +77,12 @@ class CsvListSource(ImageSource):
     def where(self, row: int) -> str:
         return os.path.join(self.root.parent, self.paths[row])
 
+    def system_keys(self) -> list[str | None]:
+        return listed_system_keys(self.paths)
+
     def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
         """Of the files, and of the list itself: lines that went away or are new, and labels."""
-        entries = {entry.path: entry for entry in read_list(self.root)}
+        entries, _ = read_entries(self.root, self.lines(self.root))
         changes = changed_files(self, manifest, contents=contents)
         for row, path in enumerate(self.paths):
             label = int(manifest.labels[row])
@@ -72,32 +96,90 @@ class CsvListSource(ImageSource):
         return changes
 
 
-def read_list(path: Path) -> Iterator[Entry]:
-    """The entries of a CSV file in its order; SourceError, naming the line, where it is not such a list."""
-    lines: dict[str, int] = {}
+_LOOKED = 20
+"""Missing files for which a file with a similar name is searched."""
+
+
+def _remark(path: Path, entry: Entry, reason: str, last: int | None, looked: bool) -> str:
+    """Why a file that is not there may be missing."""
+    if "No such file" not in reason:
+        return ""
+    if entry.line == last:
+        return ", where the list ends without a line end: is it still being written?"
+    return similar_file(path.parent / entry.path) if looked else ""
+
+
+def cut_line(path: Path, entries: Mapping[str, Entry]) -> int | None:
+    """Number of the last line if it has no end."""
+    with path.open("rb") as file:
+        file.seek(-min(1, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        end = file.read(1)
+    return max((entry.line for entry in entries.values()), default=None) if end != b"\n" else None
+
+
+def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], dict[str, int]]:
+    """The entries of a list by their path, and what is left out, by the keys of :mod:`sslfast.data.left_out`.
+
+    SourceError, naming the line: no path, a NUL byte, or the same path twice.
+    """
+    entries: dict[str, Entry] = {}
     try:
-        # utf-8-sig: spreadsheet programs begin the file with a byte order mark.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for fields in reader:
-                line = reader.line_num
-                if not fields or (not lines and [field.strip().lower() for field in fields] in HEADERS):
-                    continue
-                if len(fields) > 2:
-                    raise SourceError(
-                        f"{path} line {line} has {len(fields)} fields: write path,label and quote what holds commas"
-                    )
-                name = "/".join(part for part in fields[0].split("/") if part != ".")
-                if not name:
-                    raise SourceError(f"{path} line {line} names no file: write path,label")
-                if name in lines:
-                    raise SourceError(
-                        f"{path} lists {name!r} twice, in lines {lines[name]} and {line}: paths are identities, so "
-                        "remove one of them"
-                    )
-                lines[name] = line
-                yield Entry(line, name, fields[1].strip() or None if len(fields) == 2 else None)
+        for line, text, label in lines:
+            if "\0" in text:
+                raise SourceError(f"{path} line {line} holds a NUL byte: save the list as UTF-8 text")
+            name = "/".join(part for part in text.split("/") if part != ".")
+            if not name:
+                raise SourceError(f"{path} line {line} names no file: write path,label")
+            if name in entries:
+                raise SourceError(
+                    f"{path} lists {name!r} twice, in lines {entries[name].line} and {line}: paths are identities, so "
+                    "remove one of them"
+                )
+            entries[name] = Entry(line, name, label)
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}): name a folder or a list") from None
-    except csv.Error as error:
-        raise SourceError(f"{path} line {reader.line_num} is not CSV ({error}): correct its quotes") from None
+    keys = listed_system_keys([*entries])
+    used = {name: entry for (name, entry), key in zip(entries.items(), keys, strict=True) if key is None}
+    return used, count_keys(keys)
+
+
+def open_list(path: Path) -> TextIO:
+    """Undecodable bytes are kept; utf-8-sig: spreadsheet programs begin the file with a byte order mark."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def find_columns(names: Sequence[str]) -> tuple[int, int | None] | None:
+    """Position of the path and of the label in a header; None where it is none."""
+    names = [name.strip().lower() for name in names]
+    path = next((names.index(name) for name in PATH_NAMES if name in names), None)
+    if path is None:
+        return None
+    label = 1 if names == ["path"] else None
+    return path, next((names.index(name) for name in LABEL_NAMES if name in names), label)
+
+
+def table_lines(path: Path, delimiter: str) -> Iterator[Entry]:
+    """The lines of a table with or without a header."""
+    columns: tuple[int, int | None] | None = None
+    is_first = True
+    with open_list(path) as file:
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
+        try:
+            for fields in reader:
+                line = reader.line_num
+                if not fields:
+                    continue
+                if is_first:
+                    is_first, columns = False, find_columns(fields)
+                    if columns is not None:
+                        continue
+                at, label_at = columns or (0, 1)
+                if columns is None and len(fields) > 2:
+                    raise SourceError(
+                        f"{path} line {line} has {len(fields)} fields: write path,label and quote what holds commas, "
+                        "or begin with a line that names the columns (path, label, ...)"
+                    )
+                label = fields[label_at].strip() if label_at is not None and label_at < len(fields) else ""
+                yield Entry(line, fields[at] if at < len(fields) else "", label or None)
+        except csv.Error as error:
+            raise SourceError(f"{path} line {reader.line_num} is not CSV ({error}): correct its quotes") from None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sslfast.data.images import OnBadImage, read_bytes
-from sslfast.data.listing import existing_folder, first_folder, identify, list_files
+from sslfast.data.listing import existing_folder, first_folder, identify, list_files, other_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.pool import map_threads
 from sslfast.data.source import Changes, ImageSource, ListedImage
@@ -38,7 +38,7 @@ class FolderSource(ImageSource):
             cls(root=path, paths=[image.path for image in images]),
             [image._replace(label=first_folder(image.path)) for image in images],
             excluded=[*bad, *listing.unreadable],
-            ignored=listing.ignored,
+            ignored=other_files(path, listing, progress=progress),
             on_bad_image=on_bad_image,
         )
 
@@ -79,7 +79,7 @@ def list_images(files: ImageSource, *, progress: bool) -> tuple[list[ListedImage
 
 
 def changed_files(files: ImageSource, manifest: Manifest, *, contents: bool) -> Changes:
-    """Which files are missing or changed."""
+    """Which files are unreadable or changed."""
     changes = Changes()
 
     def look(row: int) -> tuple[int, str] | str:
@@ -88,7 +88,7 @@ def changed_files(files: ImageSource, manifest: Manifest, *, contents: bool) -> 
     for row, now in map_threads(look, range(len(files)), progress=False, title=""):
         path, size = files.paths[row], int(manifest.bytes[row])
         if isinstance(now, str):
-            changes.missing.append((path, now))
+            changes.unreadable.append((path, now))
         elif now[0] != size:
             changes.changed.append((path, f"{size} -> {now[0]} bytes"))
         elif contents and now[1] != manifest.sha1[row]:

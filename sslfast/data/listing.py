@@ -2,11 +2,13 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sslfast.data.images import SUFFIXES, BadImageError, open_header, open_regular
-from sslfast.data.source import HASHED_BYTES, content_hash
+from sslfast.data.left_out import SNIFFED, hidden_key, may_be_picture, other_key, suffix_of, unpack_remedy
+from sslfast.data.pool import map_threads
+from sslfast.data.source import DATA_FORMS, HASHED_BYTES, content_hash
 
 TAR = ".tar"
 
@@ -22,48 +24,75 @@ class Listing:
     unreadable: list[tuple[str, str]]
     """Folders that could not be listed, and why."""
     ignored: dict[str, int]
-    """Suffix -> number of all other files."""
+    """Key (see :mod:`sslfast.data.left_out`) -> number of all other files."""
+    odd: list[str] = field(default_factory=list)
+    """Files, not yet counted in ``ignored``, of which the first bytes have to say whether they are pictures."""
 
 
 def list_files(root: Path) -> Listing:
     """Every file under ``root``; no file is opened.
 
-    Hidden files and folders are left out; links are followed, except into a folder that contains them.
+    Folders of the system and hidden files and folders are left out; links are followed, except into a folder that
+    contains them.
     """
     paths: list[str] = []
     shards: list[str] = []
     unreadable: list[tuple[str, str]] = []
+    odd: list[str] = []
     ignored: Counter[str] = Counter()
-
-    def walk(folder: str, prefix: str, parents: frozenset[tuple[int, int]]) -> None:
+    waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(root), "", frozenset())]
+    while waiting:
+        folder, prefix, parents = waiting.pop()
         try:
             status = os.stat(folder)
             # Following a link to a folder that contains it would never end.
             if (status.st_dev, status.st_ino) in parents:
-                return
+                continue
             with os.scandir(folder) as scan:
                 entries = list(scan)
         except OSError as error:
             unreadable.append((prefix, f"unreadable folder: {error.strerror}"))
-            return
+            continue
+        within = parents | {(status.st_dev, status.st_ino)}
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
-                walk(entry.path, f"{prefix}{entry.name}/", parents | {(status.st_dev, status.st_ino)})
-                continue
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if suffix in SUFFIXES:
-                paths.append(f"{prefix}{entry.name}")
+            path, suffix, is_folder = f"{prefix}{entry.name}", suffix_of(entry.name), _is_folder(entry)
+            hidden = hidden_key(f"{entry.name}/" if is_folder else entry.name)
+            if hidden is not None:
+                if is_folder or suffix in SUFFIXES:
+                    ignored[hidden] += 1
+            elif is_folder:
+                waiting.append((entry.path, f"{path}/", within))
+            elif suffix in SUFFIXES:
+                paths.append(path)
             elif suffix == TAR:
-                shards.append(f"{prefix}{entry.name}")
+                shards.append(path)
+            elif may_be_picture(suffix):
+                odd.append(path)
             else:
                 ignored[suffix] += 1
-
-    walk(str(root), "", frozenset())
     return Listing(
-        paths=sorted(paths), shards=sorted(shards), unreadable=sorted(unreadable), ignored=dict(sorted(ignored.items()))
+        paths=sorted(paths),
+        shards=sorted(shards),
+        unreadable=sorted(unreadable),
+        ignored=dict(ignored),
+        odd=sorted(odd),
     )
+
+
+def other_files(root: Path, listing: Listing, *, progress: bool) -> dict[str, int]:
+    """``listing.ignored`` with the files of ``listing.odd``, which are opened."""
+
+    def look(path: str) -> str:
+        try:
+            with open_regular(root / path) as (file, _):
+                return other_key(suffix_of(path), file.read(SNIFFED))
+        except BadImageError:
+            return suffix_of(path)
+
+    counts = Counter(listing.ignored)
+    for _, key in map_threads(look, listing.odd, progress=progress, title="looking at other files"):
+        counts[key] += 1
+    return dict(counts)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -95,10 +124,10 @@ def existing_folder(root: str | os.PathLike[str]) -> Path:
     root = Path(root).absolute()
     if not root.is_dir():
         kind = "is not a folder" if root.exists() else "does not exist"
-        raise ValueError(f"{root} {kind}: name a folder that holds images")
+        raise ValueError(f"{root} {kind}: {unpack_remedy(root) or f'name a folder that holds images. {DATA_FORMS}'}")
     return root
 
 
 def first_folder(path: str) -> str | None:
     """The class of an image that has no other label: the first-level folder of its path."""
-    return path.split("/", 1)[0] if "/" in path else None
+    return next((part for part in path.split("/")[:-1] if part != ".."), None)

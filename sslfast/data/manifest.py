@@ -21,9 +21,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import SUFFIXES, Decoding, OnBadImage, quiet_pillow
+from sslfast.data.images import Decoding, OnBadImage, quiet_pillow
+from sslfast.data.left_out import image_suffixes, left_out, named_counts
 from sslfast.data.listing import first_folder
 from sslfast.data.source import (
+    DATA_FORMS,
     HASHED_BYTES,
     ImageLocation,
     ImageSource,
@@ -32,6 +34,7 @@ from sslfast.data.source import (
     source_of,
     source_of_manifest,
 )
+from sslfast.data.spelling import alike, alike_among
 from sslfast.files import replacing
 
 _VERSION = "# sslfast manifest 1"
@@ -58,7 +61,7 @@ class Manifest:
     excluded: list[tuple[str, str]] = field(default_factory=list)
     """Relative path and reason of the images that cannot be used."""
     ignored: dict[str, int] = field(default_factory=dict)
-    """Suffix -> number of files that are not images by their name."""
+    """What was found and is not used, by the keys of :mod:`sslfast.data.left_out` -> number of files."""
     verified: bool = False
     """Every row was decoded whole once, and what failed is in ``excluded``."""
 
@@ -82,6 +85,15 @@ class Manifest:
     def location(self, row: int) -> ImageLocation:
         """One row, to be read later."""
         return ImageLocation(self.source, row)
+
+    def left_out(self) -> list[str]:
+        """Lines for the screen: what looks like a picture and is not used, why, and the remedy."""
+        return left_out(self.ignored)
+
+    def alike_classes(self) -> list[str]:
+        """Lines for the screen: classes whose names look the same, probably one class."""
+        found = alike_among(self.classes)
+        return [f"some look the same: {found}; give one class one name"] if found else []
 
     def digest(self) -> str:
         """Identity of the row assignment and of the files behind it: SHA-256 over (path, bytes, hash) of every row and
@@ -165,7 +177,7 @@ class Manifest:
             images: the usable ones, sorted by path.
             excluded: path and reason of the others.
             on_bad_image: ``error``: ValueError that names the excluded ones.
-            ignored: suffix -> number of other files.
+            ignored: key -> number of other files.
             numbered: sort the classes by number if all of them are numbers.
 
         Raises:
@@ -178,11 +190,11 @@ class Manifest:
                 f"{some_paths(excluded)}; repair or remove the files, or pass --on-bad-image skip"
             )
         if not images:
-            others = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in ignored.items())
+            others, lines = named_counts(ignored), left_out(ignored)
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise ValueError(
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}: "
-                f"name a folder that holds images ({' '.join(sorted(SUFFIXES))})"
+                + ("; ".join(lines) or f"name a folder that holds images ({image_suffixes()}). {DATA_FORMS}")
             )
         classes = sorted({image.label for image in images if image.label is not None})
         if numbered and all(name.isdecimal() for name in classes):
@@ -243,8 +255,14 @@ class Manifest:
             temporary.write_bytes(data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> "Manifest":
-        """Read a manifest file. ``root``: where the data is now, if not where it was scanned.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        root: str | os.PathLike[str] | None = None,
+        remedy: str = "restore it from a copy, or start a new run",
+    ) -> "Manifest":
+        """Read a manifest file. ``root``: where the data is now, if not where it was scanned; ``remedy``: for errors.
 
         ValueError where the file is not a manifest, or was cut short or edited (its digest no longer fits).
         """
@@ -252,15 +270,25 @@ class Manifest:
             data = Path(path).read_bytes()
         except FileNotFoundError:
             raise ValueError(f"no manifest at {path}: give the run's manifest file, or start a new run") from None
-        return cls.parse(data.decode("utf-8", "surrogateescape"), str(path), root=root)
+        except OSError as error:
+            raise ValueError(f"manifest {path} cannot be read ({error.strerror or error}): {remedy}") from None
+        return cls.parse(data.decode("utf-8", "surrogateescape"), str(path), root=root, remedy=remedy)
 
     @classmethod
-    def parse(cls, text: str, path: str, *, root: str | os.PathLike[str] | None = None) -> "Manifest":
+    def parse(
+        cls,
+        text: str,
+        path: str,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        remedy: str = "restore it from a copy, or start a new run",
+    ) -> "Manifest":
         """What :meth:`dump` made; ``path`` is where it was found, for the error texts."""
-        remedy = "restore it from a copy, or start a new run"
         lines = text.split("\n")
         start = next((n for n, line in enumerate(lines) if f"{line}\t".startswith(f"{_COLUMNS}\t")), 0)
-        if lines[0] != _VERSION or not start:
+        if lines[0] == _VERSION and not start:
+            raise ValueError(f"manifest {path} was cut short (it has no line {_COLUMNS!r}): {remedy}")
+        if lines[0] != _VERSION:
             raise ValueError(f"{path} is not a manifest (its first line must be {_VERSION!r}): {remedy}")
         notes = [[_unescape(part) for part in line.removeprefix("# ").split("\t")] for line in lines[1:start]]
         values = {note[0]: note[1] for note in notes if len(note) == 2}
@@ -298,28 +326,47 @@ class Manifest:
             )
         except SourceError as error:
             raise ValueError(f"manifest {path} is {error}") from None
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, OverflowError, StopIteration):
             raise ValueError(f"manifest {path} is damaged: {remedy}") from None
         if manifest.digest() != values.get("digest"):
             raise ValueError(f"manifest {path} was cut short or edited (digest does not fit its rows): {remedy}")
         return manifest
 
-    def check(self, *, added: Literal["error", "ignore"] = "error", contents: bool = False) -> None:
+    def check(
+        self,
+        *,
+        added: Literal["error", "ignore"] = "error",
+        contents: bool = False,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
         """Raise one ValueError naming every way in which the data no longer matches: missing, changed, added.
 
         Args:
             added: whether images that the manifest does not know are an error. ``ignore`` trains without them.
             contents: also read and compare the hashes (one read of 16 KiB per image). Of a tar file whose size is
                 unchanged and whose modification time is not they are always compared.
+            on_bad_image: ``skip``: image files that are gone or unreadable are no error, unless all are: whoever reads
+                them finds them bad, as while a run goes on.
         """
         changes = self.source.changes(self, contents=contents)
+        system = [(path, f"in {key}") for path, key in zip(self.paths, self.source.system_keys(), strict=True) if key]
+        if system:
+            raise ValueError(
+                f"{self.source}: {len(system)} of the {len(self)} images of its manifest are in folders of the system, "
+                f"which are no longer used: {some_paths(system)}. Verify the data again, or start a new run; to keep "
+                "them, move them into a folder with another name"
+            )
         extra = changes.added if added == "error" else []
+        if on_bad_image == "error" or len(changes.unreadable) == len(self):
+            changes.missing = sorted({*changes.missing, *changes.unreadable})
         problems = [
             f"{len(found)} {what}: {some_paths(found)}"
             for what, found in (("missing", changes.missing), ("changed", changes.changed), ("added", extra))
             if found
         ]
         if problems:
+            same = alike([path for path, _ in (*changes.missing, *changes.unreadable)], [path for path, _ in extra])
+            problems += [f"names that look the same: {same}"] if same else []
             raise ValueError(
                 f"{self.source} no longer matches its manifest of {len(self)} images: {'; '.join(problems)}. Rows are "
                 "identities in the bank and in checkpoints, so nothing is renumbered: put the data back as it was, "

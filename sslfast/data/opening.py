@@ -7,6 +7,13 @@ from sslfast.data.manifest import Manifest, some_paths
 from sslfast.data.source import is_file, source_of
 
 _MANIFEST = ".tsv"
+_KINDS = {
+    "csv": "a list (.csv)",
+    "list": "a list (.txt, .tsv, .json, ...)",
+    "zip": "a .zip file",
+    "tar": "tar files",
+    "folder": "a folder of images",
+}
 
 
 def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> Manifest:
@@ -17,9 +24,9 @@ def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool 
         on_bad_image: ``error``: images known to be bad are a ValueError that names them; ``skip``: they are left out.
         progress: show progress bars on the terminal.
     """
-    if not is_file(path, _MANIFEST):
+    if not is_manifest(path):
         return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
-    manifest = Manifest.load(path)
+    manifest = _verified(path)
     manifest.check()
     if manifest.excluded and on_bad_image == "error":
         raise ValueError(
@@ -29,21 +36,49 @@ def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool 
     return manifest
 
 
-def reopen_data(path: Path, known: Path) -> Manifest:
+def _verified(path: Path) -> Manifest:
+    return Manifest.load(path, remedy="verify the data again (`sslfast data verify`)")
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a .tsv file is a manifest, be it missing or damaged; other tables are lists of images."""
+    if not is_file(path, _MANIFEST):
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError:
+        return True
+    return b"\t" not in head.partition(b"\n")[0] or head.startswith(b"# sslfast")
+
+
+def reopen_data(path: Path, known: Path, *, on_bad_image: OnBadImage = "error") -> Manifest:
     """The rows of a resumed run: those of its manifest file ``known``.
 
-    ValueError where the data has changed, or is another data set.
+    ValueError where the data has changed, or is another data set. With ``skip``, files that cannot be read any more are
+    bad images, as they are while a run goes on.
     """
-    is_manifest = is_file(path, _MANIFEST)
-    if not is_manifest and source_of(path).loader is None:
+    if not is_manifest(path) and source_of(path).loader is None:
         run = Manifest.load(known, root=path)
         if run.source.loader is not None:
             raise ValueError(
                 f"the run that {known} belongs to started with a .{run.source.name} file: give that one, not {path}"
             )
-        run.check()
+        kind = source_of(path).name
+        if kind != run.source.name and (kind, run.source.name) != ("folder", "tar"):
+            raise ValueError(
+                f"the run that {known} belongs to started with {_KINDS.get(run.source.name, run.source.name)}, and "
+                f"{path} is another kind of data: give the data that the run started with, or choose another output "
+                "directory"
+            )
+        run.check(on_bad_image=on_bad_image)
         return run
-    manifest, run = open_data(path, on_bad_image="skip"), Manifest.load(known)
+    if is_manifest(path):
+        manifest = _verified(path)
+        manifest.check(on_bad_image=on_bad_image)
+    else:
+        manifest = open_data(path, on_bad_image="skip")
+    run = Manifest.load(known)
     is_same = manifest.digest() == run.digest()
     if not is_same or manifest.source.identity() != run.source.identity():
         what = "the same images stored in another way" if is_same else "other images"

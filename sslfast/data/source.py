@@ -16,14 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslfast.data.images import Decoding, OnBadImage
+from sslfast.data.left_out import system_key
 
 if TYPE_CHECKING:
     from sslfast.data.manifest import Manifest
 
-SOURCES = ("beton:BetonSource", "csv_list:CsvListSource", "tar:TarSource", "folder:FolderSource")
+SOURCES = (
+    "beton:BetonSource",
+    "csv_list:CsvListSource",
+    "text_list:TextListSource",
+    "zipped:ZipSource",
+    "tar:TarSource",
+    "folder:FolderSource",
+)
 """``module:class`` of every source, in ``sslfast.data``. The first one that accepts a DATA argument opens it."""
 
 HASHED_BYTES = 16384
+
+DATA_FORMS = (
+    "DATA is a folder of images or of .tar shards, one .tar or .zip file, a list of image files (.csv, .tsv, .txt, "
+    ".lst, .json, .jsonl), a manifest of `sslfast data verify` (.tsv), or a .beton file"
+)
+"""For error texts: every form."""
 
 
 class SourceError(ValueError):
@@ -49,6 +63,8 @@ class Changes:
     """How the data differs from a manifest: paths, each with a short remark that may be empty."""
 
     missing: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    """Files that are gone or cannot be opened: bad images to ``--on-bad-image skip``, missing to ``error``."""
     changed: list[tuple[str, str]] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
 
@@ -113,6 +129,11 @@ class ImageSource(ABC):
             manifest: ``paths``, ``bytes`` and ``sha1`` by row, and ``excluded``, which are known and not ``added``.
             contents: also compare the hashes of the contents; without it only what costs no reading.
         """
+
+    def system_keys(self) -> Iterable[str | None]:
+        """Of each row: the system folder (see :mod:`sslfast.data.left_out`) that it is in. Scans leave such files out;
+        manifests of earlier versions may have them."""
+        return map(system_key, self.paths)
 
     def where(self, row: int) -> str:
         """The path of a row, for messages."""

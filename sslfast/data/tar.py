@@ -4,26 +4,26 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import SUFFIXES, BadImageError, OnBadImage, open_header
-from sslfast.data.listing import TAR, Listing, existing_folder, first_folder, list_files
+from sslfast.data.images import SUFFIXES, BadImageError, OnBadImage
+from sslfast.data.left_out import suffix_of
+from sslfast.data.listing import TAR, Listing, existing_folder, first_folder, list_files, other_files
 from sslfast.data.manifest import Manifest
+from sslfast.data.members import is_class_archive, list_members, stem_of, visible
 from sslfast.data.pool import map_threads
 from sslfast.data.source import HASHED_BYTES, Changes, ImageSource, ListedImage, content_hash, is_file
 from sslfast.data.tar_walk import Member, ShardError, walk_tar
 
-_LONGEST_LABEL = 1024
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TarSource(ImageSource):
-    """Members of tar files; a tar file counts as a folder: ``shard-000.tar/n01440764/x.jpg``.
+    """Members of tar files; a tar file counts as a folder: ``shard-000.tar/n01440764/x.jpg``. Of tar files without any
+    label that are named by a class (``n01440764.tar``, ``dog.tar``; numbered ones are not), that name is the class.
 
     ``root`` is the folder of the tar files, or the one tar file.
     """
@@ -58,7 +58,7 @@ class TarSource(ImageSource):
         ``on_bad_image`` says."""
         found: list[tuple[ListedImage, int]] = []
         excluded = [*listing.unreadable]
-        ignored = Counter(listing.ignored)
+        ignored = Counter(other_files(root, listing, progress=progress))
         shards: list[ListedShard] = []
 
         def look(name: str) -> ListedShard:
@@ -71,7 +71,14 @@ class TarSource(ImageSource):
             ignored += shard.ignored
             shard.images.clear()
             shards.append(shard)
-        found.sort()
+        stems = sorted({image.path[: image.path.rfind("/")] for image, _ in found})
+        if (
+            all(image.label is None for image, _ in found)
+            and stems == listing.shards
+            and is_class_archive([stem_of(name) for name in stems])
+        ):
+            found = [(image._replace(label=stem_of(image.path.rpartition("/")[0])), at) for image, at in found]
+        found.sort(key=lambda item: item[0].path)
         paths = [image.path for image, _ in found]
         source = cls(
             root=root,
@@ -204,22 +211,58 @@ class ListedShard:
     bad: list[tuple[str, str]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     has_labels: bool = False
-    """Whether a label came from a .cls member."""
+    """Whether a label came from another member."""
 
 
 def list_shard(file: str) -> ListedShard:
-    """The images of one tar file, in its order, with their labels; the header of each image is checked.
+    """The images of one tar file, in its order, with their labels: see :func:`~sslfast.data.members.list_members`.
 
-    A member whose suffix is an image's is an image. Its class is the content of the member with the same stem and the
-    suffix ``.cls`` (a number or a name; a stem ends at the last dot or, as for WebDataset, at the first), else the
-    first-level folder in its name, else none.
+    Of a tar file without an image that holds tar files (ImageNet as downloaded: one for each class), the members of
+    those, whose class is the name of their tar file.
 
     ShardError: no usable archive (see :func:`~sslfast.data.tar_walk.walk_tar`), two members with the same name, or an
     empty label.
     """
+    ignored: Counter[str] = Counter()
+    members = _members(file, ignored)
+    folders: dict[str, str | None] = {}
+    inner = [name for name, member in members.items() if suffix_of(name) == TAR and not member.problem]
+    if inner and not any(suffix_of(name) in SUFFIXES for name in members):
+        by_class = is_class_archive([stem_of(name) for name in inner])
+        outer, members = members, {name: member for name, member in members.items() if name not in inner}
+        for name in inner:
+            for path, member in _members(file, ignored, within=outer[name]).items():
+                members[f"{name}/{path}"] = member
+                folders[f"{name}/{path}"] = first_folder(path) or (stem_of(name) if by_class else None)
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            status = os.fstat(opened.fileno())
+
+            def read(name: str, count: int) -> bytes:
+                member = members[name]
+                if member.problem:
+                    raise BadImageError(f"unreadable: {member.problem} of a tar file")
+                return os.pread(opened.fileno(), count, member.offset)
+
+            sizes = {name: member.size for name, member in members.items()}
+            found = list_members(f"shard {file}", sizes, read, folders=folders)
+    except OSError as error:
+        raise ShardError(f"shard {file} cannot be read ({error.strerror or error})") from None
+    return ListedShard(
+        bytes=status.st_size,
+        modified=status.st_mtime_ns,
+        images=[(image, members[image.path].offset) for image in found.images],
+        bad=found.bad,
+        ignored=ignored + found.ignored,
+        has_labels=found.has_labels,
+    )
+
+
+def _members(file: str, ignored: Counter[str], *, within: Member | None = None) -> dict[str, Member]:
+    """The visible members of a tar file, or of the tar file that is a member of it, by name."""
     members: dict[str, Member] = {}
-    for member in walk_tar(file):
-        if any(part.startswith(".") and part != ".." for part in member.name.split("/")):
+    for member in walk_tar(file, within):
+        if not visible(member.name, ignored):
             continue
         if member.name in members:
             raise ShardError(
@@ -227,71 +270,7 @@ def list_shard(file: str) -> ListedShard:
                 "without one of them"
             )
         members[member.name] = member
-    try:
-        with open(file, "rb", buffering=0) as opened:
-            return _list_members(opened.fileno(), file, members)
-    except OSError as error:
-        raise ShardError(f"shard {file} cannot be read ({error.strerror or error})") from None
-
-
-def _list_members(descriptor: int, file: str, members: dict[str, Member]) -> ListedShard:
-    status = os.fstat(descriptor)
-    found = ListedShard(bytes=status.st_size, modified=status.st_mtime_ns)
-    labels = {name: _label(descriptor, file, member) for name, member in members.items() if name.endswith(".cls")}
-    found.has_labels = bool(labels)
-    for name, member in members.items():
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix not in SUFFIXES:
-            found.ignored[suffix] += suffix != ".cls"
-            continue
-        label = next((labels[other] for other in _label_names(name) if other in labels), first_folder(name))
-        try:
-            sha1 = _check_member(descriptor, member)
-        except BadImageError as error:
-            found.bad.append((name, error.reason))
-        else:
-            found.images.append((ListedImage(name, member.size, sha1, label), member.offset))
-    found.ignored = +found.ignored
-    if not found.images and not found.bad:
-        others = ", ".join(f"{count} x {suffix or 'no suffix'}" for suffix, count in sorted(found.ignored.items()))
-        raise ShardError(
-            f"shard {file} holds no image{f' (other members: {others})' if others else ''}: images are members named "
-            f"{' '.join(sorted(SUFFIXES))}; move the file away"
-        )
-    return found
-
-
-def _check_member(descriptor: int, member: Member) -> str:
-    """Hash of a member's first bytes; BadImageError where it or its header breaks a rule of the image policy."""
-    if member.problem:
-        raise BadImageError(f"unreadable: {member.problem} of a tar file")
-    head = os.pread(descriptor, min(member.size, HASHED_BYTES), member.offset)
-    if not head:
-        raise BadImageError("empty file")
-    try:
-        open_header(BytesIO(head))
-    except BadImageError:
-        if member.size <= HASHED_BYTES:
-            raise
-        # A header that is longer than that, or at the end of the file.
-        open_header(BytesIO(os.pread(descriptor, member.size, member.offset)))
-    return content_hash(head)
-
-
-def _label(descriptor: int, file: str, member: Member) -> str:
-    text = os.pread(descriptor, min(member.size, _LONGEST_LABEL + 1), member.offset)
-    label = text.decode("utf-8", "surrogateescape").strip()
-    if member.problem or not label or len(text) > _LONGEST_LABEL:
-        raise ShardError(
-            f"shard {file}: member {member.name!r} holds no label: it must be a number or the name of a class; write "
-            "the shard again"
-        )
-    return str(int(label)) if label.isdecimal() else label
-
-
-def _label_names(name: str) -> tuple[str, str]:
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.rpartition('.')[0]}.cls", f"{folder}{slash}{base.partition('.')[0]}.cls"
+    return members
 
 
 def shard_index(names: Sequence[str], paths: Sequence[str]) -> NDArray[np.int64]:

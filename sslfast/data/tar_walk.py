@@ -5,13 +5,17 @@ which treats a damaged header as the end of the archive: here everything that co
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sslfast.data.left_out import UNPACK
 from sslfast.data.source import SourceError
 
 _BLOCK = 512
 _LONGEST_HEADER = 1 << 20  # of PAX records and of long names
+_LONGEST_NUMBER = 20
+_COMPRESSED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _REMEDY = "write the shard again, or get a good copy"
 # Type flags, POSIX.1-1988 to 2001 and GNU.
 _REGULAR = frozenset("0\x007")
@@ -36,8 +40,9 @@ class Member(NamedTuple):
     """Why it is not a regular file; empty for regular files."""
 
 
-def walk_tar(path: str) -> Iterator[Member]:
-    """Every member of a tar file except folders, in the order of the file.
+def walk_tar(path: str, within: Member | None = None) -> Iterator[Member]:
+    """Every member of a tar file except folders, in the order of the file; ``within``: of the tar file that this member
+    of it is.
 
     One pass over the headers; the contents are not read. ShardError, naming the position, if the file is empty, not a
     tar file, truncated, or has data after its end mark.
@@ -47,7 +52,7 @@ def walk_tar(path: str) -> Iterator[Member]:
     except OSError as error:
         raise ShardError(f"shard {path} cannot be read ({error.strerror or error})") from None
     try:
-        yield from _Walk(descriptor, path).members()
+        yield from _Walk(descriptor, path, within).members()
     except OSError as error:
         raise ShardError(f"shard {path} cannot be read ({error.strerror or error})") from None
     finally:
@@ -55,16 +60,18 @@ def walk_tar(path: str) -> Iterator[Member]:
 
 
 class _Walk:
-    def __init__(self, descriptor: int, path: str) -> None:
-        self.descriptor, self.path = descriptor, path
-        self.size = os.fstat(descriptor).st_size
-        self.position = 0
+    def __init__(self, descriptor: int, path: str, within: Member | None) -> None:
+        self.descriptor, self.path = descriptor, path if within is None else f"{path}/{within.name}"
+        self.first = 0 if within is None else within.offset
+        self.size = os.fstat(descriptor).st_size if within is None else within.offset + within.size
+        self.position = self.first
 
     def members(self) -> Iterator[Member]:
-        if self.size == 0:
+        if self.size == self.first:
             raise ShardError(f"shard {self.path} is empty (0 bytes): {_REMEDY}")
         long_name: bytes | None = None
-        pax: dict[bytes, bytes] = {}
+        shared: dict[bytes, bytes] = {}
+        pax = shared
         while True:
             start = self.position
             header = self._take(_BLOCK, "a header")
@@ -82,7 +89,9 @@ class _Walk:
                 if kind == _LONG_NAME:
                     long_name = text.rstrip(b"\0")
                 elif kind == _PAX:
-                    pax = self._records(text, start)
+                    pax = {**shared, **self._records(text, start)}
+                elif kind == _PAX_GLOBAL:
+                    shared = pax = {**shared, **self._records(text, start)}
                 continue
             is_sparse = kind == _SPARSE or any(key.startswith(b"GNU.sparse.") for key in pax)
             if kind == _SPARSE:
@@ -92,7 +101,7 @@ class _Walk:
             if b"size" in pax:
                 size = self._number(pax[b"size"], start, base=10)
             name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or long_name or _short_name(header)
-            long_name, pax = None, {}
+            long_name, pax = None, shared
             offset = self.position
             shown = name.decode("utf-8", "surrogateescape")
             if kind not in _WITHOUT_DATA:
@@ -106,7 +115,7 @@ class _Walk:
             yield Member(_clean(shown), offset, size, problem)
 
     def _take(self, count: int, what: str) -> bytes:
-        data = os.pread(self.descriptor, count, self.position)
+        data = os.pread(self.descriptor, min(count, self.size - self.position), self.position)
         self.position += count
         if len(data) < count:
             raise self._truncated(what)
@@ -119,7 +128,7 @@ class _Walk:
 
     def _check_end(self) -> None:
         """After the block of zeros that ends an archive there are only zeros."""
-        while data := os.pread(self.descriptor, 1 << 20, self.position):
+        while data := os.pread(self.descriptor, min(1 << 20, self.size - self.position), self.position):
             if data.count(0) != len(data):
                 raise ShardError(
                     f"shard {self.path} has data after its end mark at byte {self.position} (joined with cat?): write "
@@ -136,10 +145,10 @@ class _Walk:
         except ValueError:
             stored = -1
         if stored not in (sum(others), signed):
-            if start == 0:
+            if start == self.first:
                 raise ShardError(
                     f"{self.path} is not a tar file, or is compressed: shards are read at random offsets, so they must "
-                    "be plain .tar"
+                    f"be plain .tar{self._unpack()}"
                 )
             raise self._damaged(start)
 
@@ -156,16 +165,25 @@ class _Walk:
 
     def _records(self, text: bytes, start: int) -> dict[bytes, bytes]:
         """``LENGTH KEY=VALUE`` lines of a PAX header."""
-        records = {}
-        while text:
-            digits, _, _ = text.partition(b" ")
+        records, at = {}, 0
+        while at < len(text):
+            digits, _, _ = text[at : at + _LONGEST_NUMBER].partition(b" ")
             length = int(digits) if digits.isdigit() else 0
-            key, equals, value = text[len(digits) + 1 : length].partition(b"=")
-            if not equals or not value.endswith(b"\n"):
+            key, equals, value = text[at + len(digits) + 1 : at + length].partition(b"=")
+            if at + length > len(text) or not equals or not value.endswith(b"\n"):
                 raise self._damaged(start)
             records[key] = value[:-1]
-            text = text[length:]
+            at += length
         return records
+
+    def _unpack(self) -> str:
+        """The commands that turn a compressed file of this name into a tar file."""
+        head = os.pread(self.descriptor, 6, self.first)
+        packed = next((suffix for magic, suffix in _COMPRESSED.items() if head.startswith(magic)), None)
+        if packed is None:
+            return ""
+        file = shlex.quote(self.path)
+        return f"; run `mv {file} {file}{packed} && {UNPACK[packed].removesuffix(' -k')} {file}{packed}`"
 
     def _truncated(self, what: str) -> ShardError:
         return ShardError(

@@ -6,10 +6,13 @@ lies below.
 """
 
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
-from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, TrunkEncoder
+from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, RunEncoders, TrunkEncoder, load_run
+from sslfast.evaluation.folders import UnsuitableError
 from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_result, nearest_neighbours
+from sslfast.evaluation.lettering import Lettering, load_font
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
 from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, train_probe
+from sslfast.evaluation.results import ResultNotWritten
 from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 
@@ -23,10 +26,14 @@ __all__ = [
     "EvaluationSet",
     "FeatureConfig",
     "KnnConfig",
+    "Lettering",
     "LinearConfig",
+    "ResultNotWritten",
+    "RunEncoders",
     "SemisupConfig",
     "SvmConfig",
     "TrunkEncoder",
+    "UnsuitableError",
     "bank_knn",
     "evaluate_knn",
     "evaluate_linear",
@@ -35,6 +42,8 @@ __all__ = [
     "knn_result",
     "linear_result",
     "load_evaluation_set",
+    "load_font",
+    "load_run",
     "nearest_neighbours",
     "train_probe",
 ]

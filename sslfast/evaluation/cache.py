@@ -2,11 +2,13 @@
 
 A file holds the features of one encoder (or one of its layers) for the images of one manifest. Its name is a hash of
 everything that the features depend on: weights, normalisation, layer, image size, preprocessing, the manifest's digest,
-type of device. Files may be deleted at any time; features whose file cannot be read are extracted again.
+type of device. Files may be deleted at any time; features whose file cannot be read are extracted again, and those
+that cannot be written are extracted again the next time.
 """
 
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslfast.files import replacing
+from sslfast.files import open_regular, reason_of, replacing, save_tensors
+from sslfast.runs import print_error
+from sslfast.text import printable
 
 
 @dataclass(kw_only=True)
@@ -34,6 +38,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self._has_failed = False
 
     def path(self, identity: dict[str, Any]) -> Path | None:
         """File of the features that ``identity`` (JSON values) describes, whether it exists or not."""
@@ -42,23 +47,24 @@ class FeatureCache:
         return self.folder / f"{hashlib.sha256(_text(identity).encode()).hexdigest()[:32]}.pt"
 
     def load(self, identity: dict[str, Any]) -> Cached | None:
-        """The features, or None if there is no file or it is damaged."""
+        """The features, or None if there is no file, or one that is damaged, foreign or holds no finite features."""
         path = self.path(identity)
-        if path is None or not path.is_file():
-            return None
+        state = None if path is None else load_whole(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["identity"] != _text(identity):
+            if state is None or state["identity"] != _text(identity):
                 return None
             bad = [(str(name), str(reason)) for name, reason in state["bad_images"]]
-            return Cached(values=state["values"], rows=state["rows"], bad_images=bad)
-        except Exception:  # whatever torch.load raises for a damaged file; the features are extracted again
+            found = Cached(values=state["values"], rows=state["rows"], bad_images=bad)
+            shapes = (found.values.dtype, found.rows.dtype, found.values.ndim, found.rows.shape)
+            is_right = shapes == (torch.float32, torch.int64, 2, found.values.shape[:1])
+            return found if is_right and bool(found.values.norm(dim=1).isfinite().all()) else None
+        except (AttributeError, KeyError, TypeError, ValueError):  # another shape than ours
             return None
 
     def save(self, identity: dict[str, Any], found: Cached) -> None:
-        """Write the features atomically."""
+        """Write the features atomically. Where that fails one line says so, and no further file is tried."""
         path = self.path(identity)
-        if path is None:
+        if path is None or self._has_failed:
             return
         state = {
             "identity": _text(identity),
@@ -66,8 +72,33 @@ class FeatureCache:
             "rows": found.rows,
             "bad_images": found.bad_images,
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        self._has_failed = not save_optional(state, path, lost="features are not kept")
+
+
+def save_optional(state: dict[str, Any], path: Path, *, lost: str) -> bool:
+    """Write what an evaluation can do without, atomically; whether that succeeded. Else one line on standard error:
+    the reason, and ``lost``, what follows."""
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            save_tensors(state, file)
+    except OSError as error:
+        print_error(f"cannot write {printable(str(path))} ({reason_of(error)}): {lost}")
+        return False
+    return True
+
+
+def load_whole(path: Path) -> dict[str, Any] | None:
+    """The table that ``torch.save`` wrote; None where there is no such file or a byte of it has changed."""
+    try:
+        with open_regular(path) as file:
+            with zipfile.ZipFile(file) as members:  # torch writes the CRC-32 of every member and never compares it
+                if members.testzip() is not None:
+                    return None
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever zipfile and torch.load raise for a damaged or foreign file
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -4,12 +4,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sslfast.data import Decoding, OnBadImage, recorded_decoding
+from sslfast.data import DEFAULT_DECODING, Decoding, OnBadImage, recorded_decoding
+from sslfast.files import check_regular, reason_of
 from sslfast.runs import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
+class DecodingConfig:
+    """What the policy for images leaves to the user: by default, as the run read its own."""
+
+    white_level: int | None = None
+    """Sample value that is white in images of 16 bits a channel; default: as the run read them, else 65535."""
+    max_pixels: int | None = None
+    """Images of more pixels are unusable; default: that of the run, else 89,478,485."""
+
+    def __post_init__(self) -> None:
+        Decoding(white_level=self.white_level, max_pixels=self.max_pixels)
+
+    def decoding(self, run: Path | str) -> Decoding:
+        """As these options say, or else as the run read its images.
+
+        Raises:
+            ValueError: the run's manifest cannot be read.
+        """
+        manifest = RunDirectory(run).manifest
+        try:
+            check_regular(manifest)
+            recorded = recorded_decoding(manifest)
+        except NotADirectoryError:  # a file of weights has no manifest
+            recorded = DEFAULT_DECODING
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{manifest} does not say how the run read its images ({reason_of(error)}); restore it or move it away"
+            ) from None
+        return Decoding(
+            white_level=self.white_level or recorded.white_level, max_pixels=self.max_pixels or recorded.max_pixels
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(DecodingConfig):
     """How an evaluation reads its images, and the device that it runs on."""
 
     size: int | None = None
@@ -22,22 +56,11 @@ class ImageConfig:
     """auto, cpu, cuda or cuda:N."""
     on_bad_image: OnBadImage = "error"
     """error: stop at an image that cannot be decoded. skip: leave it out and count it."""
-    white_level: int | None = None
-    """Sample value that is white in images of 16 bits a channel; default: as the run read them, else 65535."""
-    max_pixels: int | None = None
-    """Images of more pixels are unusable; default: that of the run, else 89,478,485."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(1, size=self.size, batch_size=self.batch_size)
         check_at_least(0, workers=self.workers)
-        Decoding(white_level=self.white_level, max_pixels=self.max_pixels)
-
-    def decoding(self, run: Path | str) -> Decoding:
-        """As these options say, or else as the run read its images."""
-        recorded = recorded_decoding(RunDirectory(run).manifest)
-        return Decoding(
-            white_level=self.white_level or recorded.white_level, max_pixels=self.max_pixels or recorded.max_pixels
-        )
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

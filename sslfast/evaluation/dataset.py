@@ -12,7 +12,7 @@ from sslfast.data import ImageLocation
 from sslfast.device import resolve_device
 from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import Encoder, extract_all, load_run
+from sslfast.evaluation.encoders import Encoder, RunEncoders, extract_all, load_run
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.results import cache_folder, data_facts, run_facts
 from sslfast.runs import versions
@@ -54,6 +54,7 @@ def load_evaluation_set(
     config: FeatureConfig = FeatureConfig(),
     *,
     encoders: Callable[[Mapping[str, Encoder]], Mapping[str, Encoder]] = dict,
+    loaded: RunEncoders | None = None,
 ) -> EvaluationSet:
     """Features of ``data/train`` and ``data/val`` for the trained encoder, the untrained encoder and raw pixels.
 
@@ -62,15 +63,18 @@ def load_evaluation_set(
         data: folder with ``train/<class>/`` and ``val/<class>/``.
         config: image size, batches, cache.
         encoders: maps the three encoders by name to those that are used.
+        loaded: the encoders of ``run``, where they are loaded already.
 
     Raises:
+        UnsuitableError: the folders hold no data set that an encoder can be evaluated on.
         ValueError, FileNotFoundError: something is wrong with the run or the folders; before any image is decoded.
     """
     device = resolve_device(config.device)
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
-    loaded = load_run(run)
+    loaded = load_run(run) if loaded is None else loaded
     wanted = encoders(loaded.encoders)
     size = loaded.size if config.size is None else config.size
+    cache = FeatureCache(cache_folder(run) if config.cache else None)
     found = [
         extract_all(
             wanted,
@@ -80,7 +84,7 @@ def load_evaluation_set(
             device=device,
             workers=config.workers,
             on_bad_image=config.on_bad_image,
-            cache=FeatureCache(cache_folder(run) if config.cache else None),
+            cache=cache,
         )
         for manifest in manifests
     ]

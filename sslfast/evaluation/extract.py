@@ -20,7 +20,9 @@ from sslfast.data import (
 )
 from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, raise_together
 from sslfast.evaluation.cache import Cached, FeatureCache
+from sslfast.evaluation.folders import UnsuitableError
 from sslfast.loaders import decode_crops
+from sslfast.text import printable
 
 PREPROCESSING = "centre-256/224-antialias-2"
 """Version of :func:`eval_image`: changed whenever its pixels change, which invalidates cached features."""
@@ -109,6 +111,17 @@ class ImageReader:
             self.bad_images.append((self.manifest.paths[row], reason))
 
 
+def check_features(name: str, found: Cached, manifest: Manifest) -> None:
+    """UnsuitableError where a feature vector is not finite or its norm overflows: every score would be chance."""
+    bad = (~found.values.norm(dim=1).isfinite()).nonzero()[:, 0]
+    if len(bad):
+        first = printable(manifest.paths[int(found.rows[bad[0]])])
+        raise UnsuitableError(
+            f"the encoder ({name}) gives NaN or infinite features for {len(bad)} of {len(found.values)} images "
+            f"({first}, ...), so its weights are broken; name others, for example an earlier checkpoint, as RUN"
+        )
+
+
 Compute = Callable[[list[str], Tensor], Mapping[str, Tensor]]
 """Maps encoder names and uint8 images ``[B, 3, S, S]`` on the device to features ``[B, D]`` by name."""
 
@@ -134,7 +147,7 @@ def extract(
     With several processes each reads its part of the images, and all return the features of all images.
 
     Raises:
-        ValueError: an unusable image; on every rank.
+        ValueError: an unusable image, or features that are not finite; on every rank.
     """
     manifest = reader.manifest
     images = {
@@ -154,6 +167,7 @@ def extract(
         for name, part in _read(compute, missing, reader, device).items():
             stored[name] = part
             key = keys[name]
+            check_features(name, part, manifest)
             if key is not None and is_main():
                 cache.save(key, part)
     whole = {name: known for name in identities if (known := stored[name]) is not None}
@@ -178,7 +192,7 @@ def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch
     raise_together(error)
     all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)
     if not len(all_rows):
-        raise ValueError(f"no usable image in {reader.manifest.source}: name a folder that holds images")
+        raise UnsuitableError(f"no usable image in {reader.manifest.source}; name a folder that holds images")
     bad = [item for part in gather_objects(reader.bad_images) for item in part]
     widths = next(w for w in gather_objects({n: p[0].shape[1] for n, p in parts.items() if p}) if w)
     values = {n: torch.cat(p) if p else torch.zeros(0, widths[n]) for n, p in parts.items()}

@@ -1,15 +1,22 @@
 """Labelled data sets in folders: ``data/train/<class>/`` and ``data/val/<class>/``, and subsets of them."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
 
-from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, some_paths
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, some_paths
+from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32
 
 SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
+
+
+class UnsuitableError(ValueError):
+    """This encoder cannot be evaluated on these images: too few, no labels, features that are not finite. What needs no
+    evaluation can go on. The message ends with ``; `` and a remedy."""
 
 
 def load_manifests(
@@ -18,7 +25,8 @@ def load_manifests(
     """Manifests of ``data/train`` and ``data/val``, which must hold the same class folders.
 
     Raises:
-        ValueError: a folder is missing, images lie outside class folders, or the classes differ.
+        UnsuitableError: no image, images outside class folders, one class, or classes that differ.
+        ValueError: a folder is missing, or images cannot be used.
     """
     data = Path(data)
     if data.is_file():
@@ -26,22 +34,24 @@ def load_manifests(
             f"{data} is a file: an evaluation needs two labelled sets, a folder with train/<class>/ and val/<class>/ "
             "of images, or with .tar shards in train/ and val/"
         )
-    for split in ("train", "val"):
-        if not (data / split).is_dir():
-            raise ValueError(
-                f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/"
-            )
-    train, val = (
-        Manifest.scan(data / split, on_bad_image=on_bad_image).decoded(decoding) for split in ("train", "val")
-    )
+    places = {split: _place(data, split) for split in ("train", "val")}
+    train, val = (_scan(place, on_bad_image=on_bad_image).decoded(decoding) for place in places.values())
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
-            raise ValueError(
+            raise UnsuitableError(
                 f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
-                "labels; put each image into the folder of its class"
+                f"labels; put each image into the folder of its class, or, if a file has the labels, run `sslfast data "
+                f"labels {quote(str(manifest.root))} LABELS --train {quote(str(places['train']))} -o "
+                f"{quote(str(data / 'val.csv'))}`"
             )
     if train.classes != val.classes:
+        same = alike(train.classes, val.classes)
+        if same:
+            raise UnsuitableError(
+                f"classes of {data}/train and {data}/val have names that look the same and are not: {same}; rename the "
+                "folders, or the labels, of one of them"
+            )
         only = [
             f"only in {name}: {', '.join(sorted(these)[:5])}{' ...' if len(these) > 5 else ''}"
             for name, these in (
@@ -50,19 +60,42 @@ def load_manifests(
             )
             if these
         ]
-        raise ValueError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
+        raise UnsuitableError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
     if len(train.classes) < 2:
-        raise ValueError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
+        raise UnsuitableError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
     return train, val
+
+
+def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
+    try:
+        return Manifest.scan(folder, on_bad_image=on_bad_image)
+    except ValueError as error:
+        if str(error).startswith("no usable image"):
+            raise UnsuitableError(str(error).replace(": name a", "; name a")) from None
+        raise
+
+
+def _place(data: Path, split: str) -> Path:
+    """The list or archive named by the split, else the folder."""
+    files = [data / f"{split}{suffix}" for suffix in (".csv", ".txt", ".json", ".jsonl", ".zip", ".tar")]
+    found = next((file for file in files[:1] if file.is_file()), data / split)
+    if not found.is_dir() and not found.is_file():
+        found = next((file for file in files if file.is_file()), found)
+    if not found.exists():
+        raise ValueError(
+            f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/, or a "
+            f"list {split}.csv or an archive {split}.tar or {split}.zip in place of a folder"
+        )
+    return found
 
 
 def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
     """Rows that a list file names: one file a line, by its name alone (SimCLR's ImageNet lists) or its relative path.
 
     Raises:
-        ValueError: a line matches no image or several, a class has no image, or the file is empty.
+        ValueError: a line matches no image or several, a class has no image, or the file is empty or unreadable.
     """
-    lines = [line.strip() for line in Path(subset).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_list(subset, remedy="give another list").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{subset} lists nothing; give one file name a line")
     rows_of: dict[str, list[int]] = {}
@@ -86,6 +119,19 @@ def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
             f"({', '.join(manifest.classes[label] for label in absent[:5])}); list at least one of each"
         )
     return rows
+
+
+def read_list(path: Path, *, remedy: str) -> str:
+    """The text of a list of file names; bytes that are not UTF-8 as surrogate escapes, as file names have them.
+
+    Raises:
+        ValueError: it cannot be read; ends with ``remedy``.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); {remedy}") from None
 
 
 def drawn_rows(manifest: Manifest, fraction: float, *, seed: int) -> list[int]:

@@ -70,7 +70,7 @@ def nearest_neighbours(
     """
     most = len(bank) - (own is not None)
     if not 1 <= k <= most:
-        raise ValueError(f"k must be in [1, {most}], the number of training images, got {k=}")
+        raise ValueError(f"k must be in [1, {most}], the number of training images, got {k=}; lower --k")
     queries, bank = normalize(queries.float(), dim=1), normalize(bank.float(), dim=1)
     bank_step = max(1, min(len(bank), max_entries // max(1, min(len(queries), QUERIES_AT_ONCE))))
     query_step = max(1, max_entries // bank_step)
@@ -212,7 +212,7 @@ def check_k(k: Sequence[int], images: int) -> None:
         raise ValueError("k is empty; give at least one number of neighbours, for example 20")
     for some in k:
         if not 1 <= some <= images:
-            raise ValueError(f"k must be in [1, {images}], the number of training images, got k={some}; lower it")
+            raise ValueError(f"k must be in [1, {images}], the number of training images, got k={some}; lower --k")
 
 
 def evaluate_knn(

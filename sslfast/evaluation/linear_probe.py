@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from sslfast.device import resolve_device
 from sslfast.evaluation.config import check_positive
 from sslfast.evaluation.dataset import EvaluationSet
+from sslfast.evaluation.folders import UnsuitableError
 from sslfast.evaluation.results import accuracy_row, mean_and_spread, write_result
 from sslfast.ops.philox import Stream, random_uint32
 
@@ -130,7 +131,7 @@ def held_out_mask(labels: Tensor, *, seed: int = 0) -> Tensor:
     """``[N]`` bool: a fifth (rounded down) of the rows of every class, by Philox draws of (seed, row).
 
     Raises:
-        ValueError: no class has five images.
+        UnsuitableError: no class has five images.
     """
     count = len(labels)
     draws = random_uint32(torch.arange(count), 1, seed=seed, stream=Stream.PROBE_SPLIT, step=0)[:, 0]
@@ -139,9 +140,9 @@ def held_out_mask(labels: Tensor, *, seed: int = 0) -> Tensor:
         rows = (labels == label).nonzero()[:, 0]
         mask[rows[draws[rows].argsort(stable=True)][: len(rows) // HELD_OUT]] = True
     if not mask.any():
-        raise ValueError(
-            f"no class has {HELD_OUT} training images, so none can be held out to choose the L2 strength; "
-            "give more images, or one strength"
+        raise UnsuitableError(
+            f"no class has {HELD_OUT} training images, so none can be held out to choose the L2 strength of a linear "
+            "probe; give more images, or one strength with --strengths"
         )
     return mask
 

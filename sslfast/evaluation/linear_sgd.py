@@ -110,7 +110,7 @@ def train_heads(
             optimizer.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
-        check_finite(losses, epoch)
+        check_finite(losses, epoch, remedy="use --protocol probe")
         resume.save(heads, optimizer, epoch + 1)
     return heads.eval()
 

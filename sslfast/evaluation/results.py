@@ -10,6 +10,7 @@ from sslfast.config import save_json
 from sslfast.data import Manifest
 from sslfast.distributed import is_main
 from sslfast.evaluation.encoders import TRAINED, RunEncoders
+from sslfast.files import OUTPUT, WriteError
 
 
 def evaluation_folder(run: Path | str) -> Path:
@@ -78,8 +79,23 @@ def accuracy_row(pairs: Sequence[tuple[float, float]], count: int) -> dict[str, 
     }
 
 
+class ResultNotWritten(WriteError):
+    """The file of a result could not be written. The command prints the result all the same."""
+
+    result: dict[str, Any]
+    """As :func:`write_result` got it."""
+
+
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON, atomically, on the first rank."""
+    """Write a result as JSON, atomically, on the first rank.
+
+    Raises:
+        ResultNotWritten: it could not be written; the exception holds it.
+    """
     if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_json(path, result)
+        try:
+            save_json(path, result)
+        except OSError as error:
+            failed = ResultNotWritten(error, path, remedy=OUTPUT)
+            failed.result = result
+            raise failed from None

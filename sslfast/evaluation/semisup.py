@@ -30,6 +30,8 @@ from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
 from sslfast.runs import versions
 
+LOWER = "lower --batch-size, and the learning rate with it, or name other weights as RUN"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SemisupConfig(ImageConfig):
@@ -110,7 +112,7 @@ def fine_tune(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        check_finite({"the classifier": loss.detach()}, epoch)
+        check_finite({"the classifier": loss.detach()}, epoch, remedy=LOWER)
         resume.save(model, optimizer, epoch + 1)
     for buffer in model.buffers():
         if buffer.is_floating_point():

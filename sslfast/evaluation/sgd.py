@@ -1,6 +1,8 @@
 """What the protocols that train by SGD share: published settings, augmented images, resuming, counting hits."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from sslfast.distributed import (
     sum_over_ranks,
     world_size,
 )
+from sslfast.evaluation.cache import load_whole, save_optional
 from sslfast.evaluation.extract import ImageReader
-from sslfast.files import replacing
 from sslfast.loaders import Loader, LoaderConfig, build_loader
 from sslfast.ops import ViewParameter
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer
@@ -174,26 +176,30 @@ class ResumeState:
         Every rank starts at 0 if one of them does not see the file.
         """
         state = self._read()
-        done = 0 if state is None else int(state["epochs_done"])
+        done = 0 if state is None else state["epochs_done"]
         seen = gather_objects(done)  # on every rank, before any of them returns
         if state is None or min(seen) < done:
             return 0
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        before = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+        try:
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception:  # whatever torch raises for a state of other shapes; a part of it may be loaded
+            module.load_state_dict(before[0])
+            optimizer.load_state_dict(before[1])
+            return 0
         return done
 
     def _read(self) -> dict[str, Any] | None:
         """The state in the file if it is intact and of this training."""
-        if self.path is None or not self.path.is_file():
+        state = None if self.path is None else load_whole(self.path)
+        if state is None or state.get("key") != self.key:
             return None
-        try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            return state if state["key"] == self.key else None
-        except Exception:  # whatever torch.load raises for a damaged file; the training starts from the beginning
-            return None
+        done = state.get("epochs_done")
+        return state if type(done) is int and done > 0 and {"module", "optimizer"} <= state.keys() else None
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
-        """Write the state, on the first rank."""
+        """Write the state, on the first rank. Where that fails one line says so, once, and the training goes on."""
         if self.path is not None and is_main():
             state = {
                 "key": self.key,
@@ -201,23 +207,24 @@ class ResumeState:
                 "optimizer": optimizer.state_dict(),
                 "epochs_done": epochs_done,
             }
-            with replacing(self.path) as temporary:
-                torch.save(state, temporary)
+            if not save_optional(state, self.path, lost="a stopped evaluation starts again from the beginning"):
+                self.path = None
         barrier()
 
     def remove(self) -> None:
         """Delete the file, once the result is written."""
         if self.path is not None and is_main():
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that became read-only: the next evaluation replaces it
+                self.path.unlink(missing_ok=True)
 
 
-def check_finite(losses: Mapping[str, Tensor], epoch: int) -> None:
-    """ValueError if the last loss of an epoch is not finite."""
+def check_finite(losses: Mapping[str, Tensor], epoch: int, *, remedy: str) -> None:
+    """ValueError if the last loss of an epoch is not finite; ``remedy`` ends its message."""
     for name, loss in losses.items():
         if not bool(loss.isfinite()):  # host sync: once an epoch
             raise ValueError(
-                f"the loss of {name} is {loss.item()} after epoch {epoch + 1}: the features are not finite, or far too "
-                "large for this protocol's learning rate; use --protocol probe"
+                f"the loss of {name} is {loss.item()} after epoch {epoch + 1}: the features are far too large for this "
+                f"protocol's learning rate; {remedy}"
             )
 
 
@@ -228,23 +235,39 @@ class Hits:
         self.top1: dict[str, Tensor] = {}
         self.top5: dict[str, Tensor] = {}
         self.count = 0
+        self.broken: dict[str, Tensor] = {}
+        """Predictions by name that are not finite."""
 
     def add(self, logits: dict[str, Tensor], labels: Tensor) -> None:
         """``logits`` ``[B, C]`` by name, ``labels`` ``[B]``."""
         self.count += len(labels)
         for name, value in logits.items():
+            self.broken[name] = self.broken.get(name, 0) + (~value.isfinite()).any(1).sum()
             hits = value.topk(min(5, value.shape[1]), dim=1).indices == labels[:, None]
             self.top1[name] = self.top1.get(name, 0) + hits[:, 0].sum()
             self.top5[name] = self.top5.get(name, 0) + hits.sum()
 
     def shares(self, names: Sequence[str], device: torch.device) -> tuple[dict[str, tuple[float, float]], int]:
-        """``{name: (top-1, top-5)}`` and the number of images, over all ranks."""
+        """``{name: (top-1, top-5)}`` and the number of images, over all ranks.
+
+        Raises:
+            ValueError: there was no image, or a prediction that is not finite; on every rank.
+        """
         zero = torch.zeros((), dtype=torch.int64, device=device)
         counts = [torch.as_tensor(self.count, device=device)]
-        counts += [of.get(name, zero) for name in names for of in (self.top1, self.top5)]
+        counts += [of.get(name, zero) for name in names for of in (self.top1, self.top5, self.broken)]
         total, *found = sum_over_ranks(torch.stack(counts)).tolist()
-        pairs = zip(found[::2], found[1::2], strict=True)
-        return {name: (a / total, b / total) for name, (a, b) in zip(names, pairs, strict=True)}, total
+        if not total:
+            raise ValueError("val has no usable image; add images, or repair those that are there")
+        shares = {}
+        for name, a, b, broken in zip(names, found[::3], found[1::3], found[2::3], strict=True):
+            if broken:
+                raise ValueError(
+                    f"{name or 'the classifier'} predicts NaN or infinite values for {broken} of {total} images: "
+                    "its features are far too large; name other weights, for example an earlier checkpoint, as RUN"
+                )
+            shares[name] = (a / total, b / total)
+        return shares, total
 
 
 @torch.no_grad()

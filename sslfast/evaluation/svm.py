@@ -353,9 +353,10 @@ def check_splits(splits: Sequence[VOCSplit], shots: Sequence[int]) -> None:
         shown, absent = ((train.labels[:, position] == value).sum() for value in (1, -1))
         needed = max((FOLDS, *shots))
         if shown < needed or absent < FOLDS:
+            lower = "lower --shots or " if shown >= FOLDS and absent >= FOLDS else ""
             raise ValueError(
                 f"{train.name} has {shown} images of {name} and {absent} without it; {needed} and {FOLDS} are needed: "
-                "lower --shots or give more images"
+                f"{lower}give more images"
             )
         if not (test.labels[:, position] == 1).any():
             raise ValueError(f"{test.name} has no image of {name}, so its average precision is not defined")

@@ -4,6 +4,7 @@
 2012 have them (Everingham et al., IJCV 2010).
 """
 
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
@@ -13,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslfast.data import HASHED_BYTES, FolderSource, Manifest, content_hash
+from sslfast.evaluation.folders import read_list
+from sslfast.files import open_regular, reason_of
 
 PARTS = ("Annotations", "ImageSets/Main", "JPEGImages")
+RESTORE = "restore the files of the devkit"
+_MAX_ANNOTATION = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +84,17 @@ def read_split(folder: Path | str, name: str) -> VOCSplit:
     columns = []
     for path in lists:
         found = [
-            _label_line(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line
+            _label_line(path, number, line)
+            for number, line in enumerate(read_list(path, remedy=RESTORE).splitlines(), 1)
+            if line
         ]
         names = [image for image, _ in found]
         if ids and names != ids:
-            raise ValueError(f"{path} and {lists[0]} list different images; restore the files of the devkit")
+            raise ValueError(f"{path} and {lists[0]} list different images; {RESTORE}")
         ids = names
         columns.append([label for _, label in found])
     if not ids:
-        raise ValueError(f"{lists[0]} is empty; restore the files of the devkit")
+        raise ValueError(f"{lists[0]} is empty; {RESTORE}")
     labels = np.array(columns, dtype=np.int8).T.copy()
     classes = [path.stem.removesuffix(f"_{name}") for path in lists]
     return VOCSplit(root=root, name=name, ids=ids, classes=classes, labels=labels)
@@ -98,7 +105,10 @@ def split_ids(folder: Path | str, name: str) -> list[str]:
     path = voc_root(folder) / "ImageSets" / "Main" / f"{name}.txt"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a split that the devkit has, for example trainval or test")
-    return path.read_text().split()
+    ids = read_list(path, remedy=RESTORE).split()
+    if not ids:
+        raise ValueError(f"{path} is empty; {RESTORE}")
+    return ids
 
 
 def voc_manifest(root: Path, ids: list[str]) -> Manifest:
@@ -112,11 +122,11 @@ def voc_manifest(root: Path, ids: list[str]) -> Manifest:
     sizes, hashes = [], []
     for path in paths:
         try:
-            with open(images / path, "rb") as file:
+            with open_regular(images / path) as file:
                 hashes.append(content_hash(file.read(HASHED_BYTES)))
                 sizes.append(os.fstat(file.fileno()).st_size)
         except OSError as error:
-            raise ValueError(f"{images / path} cannot be read ({error.strerror}); restore the images") from None
+            raise ValueError(f"{images / path} cannot be read ({reason_of(error)}); restore the images") from None
     none = np.full(len(paths), -1, dtype=np.int64)
     sizes_array = np.array(sizes, dtype=np.int64)
     source = FolderSource(root=images, paths=paths)
@@ -132,25 +142,40 @@ def read_annotation(path: Path | str) -> list[VOCObject]:
     """The objects of one image, in the order of the file; parts of objects (heads, hands) are left out.
 
     Raises:
-        ValueError: the file cannot be read, is no XML, or an object lacks its name or box.
+        ValueError: the file cannot be read, is no annotation, or an object lacks its name or box.
     """
-    try:
-        tree = ElementTree.parse(path)
-    except (OSError, ElementTree.ParseError) as error:
-        raise ValueError(f"{path} cannot be read as an annotation ({error}); restore it") from None
     objects = []
-    for element in tree.getroot().findall("object"):
+    for element in _annotation(Path(path)).findall("object"):
         name = element.findtext("name")
         corners = [element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
         try:
             xmin, ymin, xmax, ymax = (float(corner or "nothing") for corner in corners)
         except ValueError:
             raise ValueError(f"{path} has an object {name!r} without a box of four numbers; restore it") from None
-        if not name or not (xmin <= xmax and ymin <= ymax):
+        if not name or not (-math.inf < xmin <= xmax < math.inf and -math.inf < ymin <= ymax < math.inf):
             raise ValueError(f"{path} has an object {name!r} with the box {(xmin, ymin, xmax, ymax)}; restore it")
         difficult = (element.findtext("difficult") or "0").strip() == "1"
         objects.append(VOCObject(name=name, box=(xmin, ymin, xmax, ymax), difficult=difficult))
     return objects
+
+
+def _annotation(path: Path) -> ElementTree.Element:
+    """The root element. Files that are huge or declare entities, which a few bytes can blow up, are not parsed."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(_MAX_ANNOTATION + 1)
+        if len(data) > _MAX_ANNOTATION:
+            raise ValueError(f"it has more than {_MAX_ANNOTATION:,} bytes")
+        if b"<!ENTITY" in data.replace(b"\0", b""):  # UTF-16 has a zero in every character
+            raise ValueError("it declares entities")
+        root = ElementTree.fromstring(data)
+        if root.tag != "annotation":
+            raise ValueError(f"its root is {root.tag!r:.60}, not annotation")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({reason_of(error)}); restore it") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} is no annotation of VOC's format ({error}); restore it") from None
+    return root
 
 
 def _is_voc(folder: Path) -> bool:

@@ -6,7 +6,7 @@ A method is registered when its module is imported: those of this package here, 
 """
 
 from sslfast.methods.autoencoder import Autoencoder
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.byol import BYOL
 from sslfast.methods.colorization import Colorization, lightness
 from sslfast.methods.cpc import CPC
@@ -31,6 +31,7 @@ __all__ = [
     "PIRL",
     "Autoencoder",
     "BaseConfig",
+    "BatchSplit",
     "Colorization",
     "DeepCluster",
     "Inpainting",

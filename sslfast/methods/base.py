@@ -32,6 +32,61 @@ class MethodContext:
         return self.total_steps // self.steps_per_epoch
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchSplit:
+    """How the samples of an optimizer step are split over processes and forward passes."""
+
+    batch_size: int
+    """Samples of a step, a multiple of ``ranks * accumulate_steps``."""
+    ranks: int = 1
+    """Processes."""
+    accumulate_steps: int = 1
+    """Forward passes of a step on each of them."""
+    sync_batchnorm: bool = False
+    """Whether BatchNorm is over all processes."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of one forward pass of one process."""
+        return self.batch_size // (self.ranks * self.accumulate_steps)
+
+    @property
+    def contrasted(self) -> int:
+        """Samples of one forward pass of all processes."""
+        return self.batch_size // self.accumulate_steps
+
+    @property
+    def normalised(self) -> int:
+        """Samples that BatchNorm takes its statistics from."""
+        return self.contrasted if self.sync_batchnorm else self.samples
+
+    def __str__(self) -> str:
+        return (
+            f"batch_size={self.batch_size} on {self.ranks} process{'es' if self.ranks > 1 else ''} in "
+            f"accumulate_steps={self.accumulate_steps}"
+        )
+
+    def check_normalised(self, layer: str, *, per_sample: int = 1, remedy: str = "") -> None:
+        """ValueError where BatchNorm has too few values of each channel: 1 has no variance; 2 become -1 and 1 whatever
+        they were, so that no gradient passes.
+
+        Args:
+            layer: what is normalised, for the message.
+            per_sample: values of a channel in one sample.
+            remedy: a further one.
+        """
+        if self.normalised * per_sample < MIN_NORMALISED:
+            raise ValueError(
+                f"{self} leaves BatchNorm in {layer} {self.normalised * per_sample} of the {MIN_NORMALISED} values per "
+                "channel that it needs for a gradient; raise batch_size or lower accumulate_steps"
+                f"{' or the number of processes' if self.ranks > 1 else ''}{remedy}"
+            )
+
+
+MIN_NORMALISED = 3
+"""Values of a channel that BatchNorm needs to pass a gradient."""
+
+
 class Method(nn.Module):
     """A pretraining method. Its parameters and buffers are all the state that a bit-equal resume needs.
 
@@ -41,6 +96,10 @@ class Method(nn.Module):
 
     Config: ClassVar[type["BaseConfig"]]
     """Its configuration, a nested dataclass that :func:`sslfast.methods.register_method` adds to the registry."""
+
+    nan_until_set: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that may be NaN in a good state, since no step has set them yet. Everything else is finite, or
+    the run ends."""
 
     trunk: Trunk
     """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
@@ -135,6 +194,17 @@ class BaseConfig:
 
     def validate(self) -> None:
         """Raises ValueError with the field, its value and what is allowed."""
+
+    def check_batch(self, split: BatchSplit) -> None:
+        """Raises ValueError where the loss of batches that are split like this would be constant or mean nothing."""
+
+    def check_contrasted(self, split: BatchSplit) -> None:
+        """ValueError where a forward pass has one image alone, and so no other one to contrast it with."""
+        if split.contrasted < 2:
+            raise ValueError(
+                f"{split} leaves 1 sample in a forward pass, and {self.name} contrasts it with the others: "
+                "raise batch_size or lower accumulate_steps"
+            )
 
     def check_at_least(self, least: int, *names: str) -> None:
         """ValueError unless each of these fields is ``least`` or more."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.models import build_trunk, seeded
 from sslfast.ops import ema_update_
@@ -61,6 +61,10 @@ class BYOL(Method):
             self.check_whole_image()
             if self.second_view.jigsaw is not None:
                 raise ValueError("method.second_view.jigsaw must not be set: byol takes whole images")
+
+        def check_batch(self, split: BatchSplit) -> None:
+            """Raises ValueError where BatchNorm in projection and predictor has too few samples of a view."""
+            split.check_normalised("byol's projection and predictor")
 
         def build(self, context: MethodContext) -> "BYOL":
             """The module for a run."""

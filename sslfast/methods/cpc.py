@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from sslfast.distributed import gather_rows_with_gradient, rank
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models import ResNetConfig, RowContext, build_trunk, info_nce, seeded
@@ -104,6 +104,10 @@ class CPC(Method):
                     f"{self.image_view.crop.size} pixels with patch_size={self.patch_size} and "
                     f"patch_stride={self.patch_stride}, got {self.last_step}"
                 )
+
+        def check_batch(self, split: BatchSplit) -> None:
+            """Raises ValueError for one image alone, whose own patches a context tells apart by their place."""
+            self.check_contrasted(split)
 
         def build(self, context: MethodContext) -> "CPC":
             """The module for a run."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslfast.distributed import gather_rows, rank, world_size
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.models import MLPHead, build_trunk, initial_rows, seeded
 from sslfast.ops import bank_enqueue_, bank_nce_dense, ema_update_
@@ -70,6 +70,14 @@ class MoCo(Method):
             if not 0 <= self.momentum <= 1:
                 raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
             self.check_whole_image()
+
+        def check_batch(self, split: BatchSplit) -> None:
+            """Raises ValueError where the queue does not hold the keys of one batch."""
+            if self.queue_size < split.batch_size:
+                raise ValueError(
+                    f"method.queue_size must be at least batch_size={split.batch_size}, whose keys enter the queue "
+                    f"together, got {self.queue_size}; raise it or lower batch_size"
+                )
 
         def build(self, context: MethodContext) -> "MoCo":
             """The module for a run."""

@@ -116,6 +116,11 @@ class PIRL(Method):
                 raise ValueError(f"method.bank_momentum must be in [0, 1], got {self.bank_momentum}")
             if "jigsaw" in self.pretext and self.jigsaw_view.jigsaw is None:
                 raise ValueError(f"method.jigsaw_view.jigsaw must be set for {self.pretext=}")
+            jigsaw = self.jigsaw_view.jigsaw
+            if "jigsaw" in self.pretext and jigsaw is not None and jigsaw.grid < 2:
+                raise ValueError(
+                    f"method.jigsaw_view.jigsaw.grid must be at least 2: one patch has one order, got {jigsaw.grid}"
+                )
             if self.z_from == PRETEXT and self.pretext_weight == 0:
                 raise ValueError("method.z_from=pretext needs pretext_weight > 0; NPID has only the image view")
 
@@ -123,6 +128,7 @@ class PIRL(Method):
             """The module for a run."""
             return PIRL(self, context)
 
+    nan_until_set = ("z",)
     z: Tensor
 
     def __init__(self, config: Config, context: MethodContext) -> None:
@@ -190,7 +196,7 @@ class PIRL(Method):
         self._pending.append((sample_ids, queries[-1].detach()))
         if config.loss == "nce" and config.z == "exact":
             self._set_z(self._exact_z(queries.detach(), sample_ids))
-        elif config.loss == "nce" and not self._z_is_set:
+        elif config.loss == "nce" and not self._z_is_set and not self.z.is_meta:
             # Read in the next step, since a first step with a non-finite loss may be undone, and Z with it.
             self._z_is_set = not bool(self.z.isnan())  # host sync: two steps of a run, one after a load
             if not self._z_is_set:

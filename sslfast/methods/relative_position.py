@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.patches import gather_patches, jigsaw_view, mosaic, slots_of_cells
 from sslfast.methods.shared.reconstruction import PixelSpace
@@ -125,6 +125,11 @@ class RelativePosition(Method):
                     "method.patch_view.rotation must be False: rotation changes the relative positions, got True"
                 )
             self.check_at_least(1, "hidden_features")
+
+        def check_batch(self, split: BatchSplit) -> None:
+            """Raises ValueError where BatchNorm in the head has too few pairs."""
+            pairs = NEIGHBOURS if self.pairs == "all" else 1
+            split.check_normalised("relative-position's head", per_sample=pairs, remedy=", or set method.pairs to all")
 
         def build(self, context: MethodContext) -> "RelativePosition":
             """The module for a run."""

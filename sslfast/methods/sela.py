@@ -85,8 +85,10 @@ class SeLa(Method):
             configuration."""
             if not self.labellings:
                 return epoch % self.every_epochs == 0
-            times = ((k / self.labellings) ** 2 for k in range(self.labellings))
-            return any(epoch == math.floor(self.labelling_epochs * time) for time in times)
+            n, epochs = self.labellings, self.labelling_epochs
+            nearest = round(n * math.sqrt(epoch / epochs)) if epochs else 0  # the k of this epoch, or one beside it
+            near = range(max(nearest - 1, 0), min(nearest + 2, n))
+            return any(epoch == math.floor(epochs * (k / n) ** 2) for k in near)
 
         def feature_views(self) -> dict[str, ViewConfig]:
             """What is labelled: the central square of each image."""

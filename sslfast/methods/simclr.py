@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.distributed import gather_rows_with_gradient, rank
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.models import MLPHead, build_trunk, info_nce, seeded
 from sslfast.views import View, ViewConfig
@@ -52,6 +52,10 @@ class SimCLR(Method):
             self.check_at_least(1, "hidden_features", "dimensions")
             self.check_positive("temperature")
             self.check_whole_image()
+
+        def check_batch(self, split: BatchSplit) -> None:
+            """Raises ValueError where an image has no other one to be contrasted with."""
+            self.check_contrasted(split)
 
         def build(self, context: MethodContext) -> "SimCLR":
             """The module for a run."""

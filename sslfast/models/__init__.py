@@ -5,6 +5,7 @@ from sslfast.models.context import RowContext
 from sslfast.models.contrast import info_nce
 from sslfast.models.decoder import Decoder
 from sslfast.models.derivatives import first_derivative_only
+from sslfast.models.finite import are_finite, first_nonfinite
 from sslfast.models.heads import JigsawHead, MLPHead, PairHead, PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
@@ -25,8 +26,10 @@ __all__ = [
     "RowContext",
     "Trunk",
     "TrunkConfig",
+    "are_finite",
     "build_trunk",
     "first_derivative_only",
+    "first_nonfinite",
     "info_nce",
     "initial_rows",
     "read_trunk_config",

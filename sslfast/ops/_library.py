@@ -1,8 +1,10 @@
 """Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``, and checks shared by the ops."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import sslfast._C as _C
@@ -33,6 +35,142 @@ def check_seed(op: str, seed: int) -> None:
     """Raise ValueError unless ``0 <= seed < 2**63``."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed=}")
+
+
+def check_arguments(
+    op: str,
+    tensors: Mapping[str, torch.Tensor | None],
+    *,
+    gradient: Collection[str] = (),
+    written: Collection[str] = (),
+) -> None:
+    """Raise TypeError or ValueError for a tensor that the op cannot take, or whose derivative it would leave out.
+
+    Args:
+        op: name of the op.
+        tensors: arguments by name; one of ``_OPTIONAL`` may be None.
+        gradient: those whose gradient the op computes, or is documented to stop.
+        written: those that the op writes.
+    """
+    check_same_device(op, **tensors)
+    check_each(op, tensors, gradient=gradient, written=written)
+
+
+def check_each(
+    op: str,
+    tensors: Mapping[str, torch.Tensor | None],
+    *,
+    gradient: Collection[str] = (),
+    written: Collection[str] = (),
+) -> None:
+    """:func:`check_arguments` without the devices."""
+    with_gradients, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    functions = torch._C._are_functorch_transforms_active() and not compiling
+    forward_mode = forward_ad._current_level >= 0
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+            raise ValueError(f"{op}: {name} must be an ordinary dense tensor, got a {kind} one")
+        if name in written and not compiling and (tensor.is_neg() or tensor._is_zerotensor()):
+            raise ValueError(
+                f"{op}: {name} is lazily negated or zero, without memory of its own to write; pass a .clone()"
+            )
+        requires_grad = with_gradients and tensor.requires_grad
+        if requires_grad and name in written and not tensor.is_leaf:
+            raise ValueError(
+                f"{op}: {name} was computed from tensors that require a gradient, and the op writes it without one; "
+                f"pass {name}.detach()"
+            )
+        if requires_grad and name not in gradient:
+            raise ValueError(f"{op}: {name} requires a gradient, which the op does not compute; pass {name}.detach()")
+        if functions:
+            tensor = _check_functions(op, name, tensor, is_differentiated=requires_grad and name not in written)
+        if forward_mode and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{op}: {name} has a tangent, and the op has no forward-mode derivative (jvp); use backward() or "
+                "torch.autograd.grad"
+            )
+
+
+def _check_functions(op: str, name: str, tensor: torch.Tensor, *, is_differentiated: bool) -> torch.Tensor:
+    """The tensor below torch.vmap's wrappers; ValueError where torch.func differentiates it."""
+    below = tensor
+    while torch._C._functorch.is_batchedtensor(below):
+        below = torch._C._functorch.get_unwrapped(below)
+    if torch._C._functorch.is_gradtrackingtensor(below) and (below is not tensor or is_differentiated):
+        raise ValueError(
+            f"{op}: {name} is differentiated by torch.func, which the op does not support; use backward() or "
+            "torch.autograd.grad"
+        )
+    return below
+
+
+def check_no_gradient(op: str, **tensors: torch.Tensor | None) -> None:
+    """The same for the registered op, whose other tensor arguments have no gradient."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{op}: {name} requires a gradient, which the op does not compute; pass {name}.detach()")
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity of a derivative that was computed in the forward pass; differentiating it again is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, derivative: torch.Tensor, argument: torch.Tensor, op: str) -> torch.Tensor:
+        ctx.op = op
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: a second derivative is not computed (gradient penalties need one); use {ctx.op}_reference"
+        )
+
+
+def first_derivative(op: str, derivative: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
+    """``derivative`` by ``argument``, for a backward pass: an error where ``create_graph`` differentiates it again."""
+    return _FirstDerivative.apply(derivative, argument, op) if torch.is_grad_enabled() else derivative
+
+
+def check_runs_once(op: str) -> None:
+    """Raise RuntimeError where activation checkpointing would run an update twice.
+
+    The second run would also read a state that the first one changed: gradients would be wrong without a word.
+    """
+    if torch.compiler.is_compiling():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    in_checkpoint = hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    if in_checkpoint or torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{op}: updates a state inside a function that activation checkpointing runs again in the backward pass; "
+            "call it outside of torch.utils.checkpoint, and not in a backward pass"
+        )
+
+
+def check_memory(op: str, name: str, tensor: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor whose storage was resized to less than its sizes say.
+
+    The ops do this for everything that they read; this is for tensors that torch reads before.
+    """
+    if tensor is None or tensor.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + steps + 1) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+        raise ValueError(f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor")
+
+
+def resolved(op: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, written out where it is lazily negated."""
+    if torch.compiler.is_compiling() or not tensor.is_neg():
+        return tensor
+    check_memory(op, name, tensor)
+    return tensor.resolve_neg()
 
 
 def mark_updated(*tensors: torch.Tensor) -> None:

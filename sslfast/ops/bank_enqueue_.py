@@ -18,14 +18,17 @@ def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
         bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous, N >= 1; updated in place.
         head: 0-d int64 in [0, N), the row of the next key; updated in place.
         keys: ``[B, D]`` fp32, fp64, bf16 or fp16, rounded to the bank's dtype; stored as given (normalise before); no
-            gradient flows; must not share memory with the bank.
+            gradient flows. Bank, head and keys must not share memory.
 
     Raises:
-        ValueError: tensors on different devices.
-        RuntimeError: wrong dtype or shape, shared memory; on CPU also a head outside the bank (CUDA: a device trap).
+        ValueError: tensors on different devices, a bank that requires a gradient.
+        RuntimeError: wrong dtype or shape, shared memory; on CPU also a head outside the bank (CUDA: a device trap);
+            called under activation checkpointing, which would run the update twice.
     """
-    _library.check_same_device("bank_enqueue_", bank=bank, head=head, keys=keys)
-    torch.ops.sslfast.bank_enqueue_(bank, head, keys.detach())
+    tensors = {"bank": bank, "head": head, "keys": keys}
+    _library.check_arguments("bank_enqueue_", tensors, gradient=("keys",), written=("bank", "head"))
+    _library.check_runs_once("bank_enqueue_")
+    torch.ops.sslfast.bank_enqueue_(bank, head, _library.resolved("bank_enqueue_", "keys", keys).detach())
     _library.mark_updated(bank, head)
 
 

@@ -37,8 +37,9 @@ def bank_nce(
       (Wu et al. 2018, eqs. 5 to 8; PIRL section 3.2). Equal to binary cross-entropy on ``s_k - log(z K / N)``.
 
     One pass over the rows gives loss and gradient for all views together; no ``[B, K, D]`` or ``[B, K]`` tensor exists.
-    Neither query nor bank is normalised here. Gradient flows to ``query`` only and is computed in the forward pass;
-    a second derivative is not defined.
+    Neither query nor bank is normalised here. Gradient flows to ``query`` only and is computed in the forward pass, so
+    the bank may change before the backward pass. What is not computed is an error: a second derivative by ``query``,
+    forward mode (jvp), torch.func. NaN and infinite numbers give what they give in :func:`bank_nce_reference`.
 
     Args:
         query: ``[..., B, D]`` floating; leading dimensions are views scored against the same negatives. Half types are
@@ -71,11 +72,16 @@ def bank_nce(
         ``[..., B]`` fp32 loss per query in nats (fp64 for fp64), or ``(loss, lse)``.
 
     Raises:
-        ValueError: an option out of range, tensors on different devices.
+        ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
     options = {"negatives": _tensor_or_none(negatives), "step": _tensor_or_none(step), "z": _tensor_or_none(z)}
-    _library.check_same_device("bank_nce", query=query, bank=bank, index=index, **options)
+    tensors = {"query": query, "bank": bank, "index": index, **options}
+    _library.check_arguments("bank_nce", tensors, gradient=("query",))
+    for name in ("query", "index", "negatives", "z"):  # which torch reads before the op does
+        _library.check_memory("bank_nce", name, tensors[name])
+    if not query.is_floating_point() or (options["z"] is not None and options["z"].is_complex()):
+        raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:
         raise ValueError(f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
     first_row, num_rows = (0, bank.shape[0]) if shard is None else shard
@@ -93,8 +99,9 @@ def bank_nce(
     exclude_self = exclude_self and mode in ("sampled", "shared")
     if mode == "shared":
         rows = negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, shared=True)
-    positive = index
     dense = mode == "full" or (rows is not None and rows.dim() == 1)
+    # To the dense op -1 is a query without a positive: out of its range, as it is out of this one's.
+    positive = torch.where(index < 0, -2, index) if dense else index
     if shard is not None and dense:
         positive, rows, own_share = _dense_rows_of_shard(index, rows, first_row, bank.shape[0], num_rows)
         dense = rows is None or rows.dim() == 1
@@ -197,7 +204,7 @@ def bank_nce_reference(
         if z is None:
             z = num_rows * scores.detach().exp().mean()
         z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-        logits = scores - (z * num_negatives / num_rows).log()
+        logits = scores - z.log() - math.log(num_negatives / num_rows)
         losses = -logsigmoid(logits[..., 0]) - logsigmoid(-logits[..., 1:]).sum(-1)
     return (losses, lse) if return_lse else losses
 
@@ -228,7 +235,7 @@ def _shard_reference(
     if loss == "infonce":
         return torch.where(here[:, 0], lse - scores[..., 0], lse), lse.detach()
     z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-    logits = scores - (z * num_negatives / num_rows).log()
+    logits = scores - z.log() - math.log(num_negatives / num_rows)
     positive = torch.where(here[:, 0], -logsigmoid(logits[..., 0]), 0.0)
     return positive - logsigmoid(-logits[..., 1:]).sum(-1), lse.detach()
 
@@ -254,12 +261,16 @@ def _dense_rows_of_shard(
     index: Tensor, rows: Tensor | None, first_row: int, held: int, num_rows: int
 ) -> tuple[Tensor, Tensor | None, float]:
     """Positives and listed rows as rows of the shard, and the K / N of the op's arguments."""
-    positive = torch.where((index >= first_row) & (index < first_row + held), index - first_row, -1)
+    elsewhere = torch.where((index >= 0) & (index < num_rows), -1, -2)  # -2: in no shard, which is an error
+    positive = torch.where((index >= first_row) & (index < first_row + held), index - first_row, elsewhere)
     if rows is None:
         return positive, None, (held - 1) / held
-    here = (
-        rows[(rows >= first_row) & (rows < first_row + held)] - first_row
-    )  # host sync: the number of rows in this shard is a shape
+    # host sync: the number of rows in this shard is a shape
+    here = rows[(rows >= first_row) & (rows < first_row + held)] - first_row
+    if bool(((rows < 0) | (rows >= num_rows)).any()):
+        raise ValueError(
+            f"bank_nce: negatives must be in [0, {num_rows}), got {rows.min().item()} to {rows.max().item()}"
+        )
     if len(here):
         return positive, here, len(here) / held
     return positive, rows[:1].expand(len(index), 1), 1 / num_rows  # a row of another shard: none is scored
@@ -333,13 +344,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, bank, z_tensor = inputs[0], inputs[1], inputs[6]
+    _library.check_no_gradient("bank_nce", bank=bank, z=z_tensor)
     _, lse, grad = output
     ctx.mark_non_differentiable(lse, grad)
     ctx.save_for_backward(grad)
+    ctx.query = query  # of its values nothing is needed: it may change before the backward pass
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor, _grad_grad: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
+    grad = _library.first_derivative("bank_nce", grad, ctx.query)
     return (grad_loss[..., None] * grad, *(None,) * 14)
 
 

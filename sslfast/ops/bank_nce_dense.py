@@ -1,5 +1,6 @@
 """bank_nce_dense: noise-contrastive loss of every query against the same bank rows, streamed."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,7 @@ def bank_nce_dense(
         scores (detached).
 
     Raises:
-        ValueError: an option out of range, tensors on different devices.
+        ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
     if not temperature > 0:
@@ -58,8 +59,14 @@ def bank_nce_dense(
         raise ValueError(f'bank_nce_dense: loss must be "infonce" or "nce", got {loss!r}')
     if not isinstance(z, Tensor) and not z > 0:
         raise ValueError(f"bank_nce_dense: z must be positive, got {z=}")
+    tensors = {"query": query, "bank": bank, "index": index, "negatives": negatives}
+    tensors["z"] = z if isinstance(z, Tensor) else None
+    _library.check_arguments("bank_nce_dense", tensors, gradient=("query",))
+    for name in ("query", "z"):
+        _library.check_memory("bank_nce_dense", name, tensors[name])
+    if isinstance(z, Tensor) and z.is_complex():
+        raise ValueError(f"bank_nce_dense: z must be floating, got {z.dtype}")
     z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
-    _library.check_same_device("bank_nce_dense", query=query, bank=bank, index=index, negatives=negatives, z=z_tensor)
     losses, lse, _ = torch.ops.sslfast.bank_nce_dense(
         query, bank, index, negatives, z_tensor, z_number, temperature, loss == "nce", exclude_self
     )
@@ -93,7 +100,7 @@ def bank_nce_dense_reference(
     if loss == "infonce":
         return torch.where(here, lse - positive, lse), lse.detach()
     num_negatives = num_rows - 1 if negatives is None else len(listed)
-    offset = (torch.as_tensor(z, dtype=query.dtype, device=query.device) * num_negatives / num_rows).log()
+    offset = torch.as_tensor(z, dtype=query.dtype, device=query.device).log() + math.log(num_negatives / num_rows)
     terms = -logsigmoid(offset - scores)
     if negatives is None:
         terms = terms.masked_fill(own, 0.0)
@@ -120,13 +127,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, bank, z_tensor = inputs[0], inputs[1], inputs[4]
+    _library.check_no_gradient("bank_nce_dense", bank=bank, z=z_tensor)
     _, lse, grad = output
     ctx.mark_non_differentiable(lse, grad)
     ctx.save_for_backward(grad)
+    ctx.query = query  # of its values nothing is needed: it may change before the backward pass
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor, _grad_grad: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
+    grad = _library.first_derivative("bank_nce_dense", grad, ctx.query)
     return (grad_loss[..., None] * grad, *(None,) * 8)
 
 

@@ -18,17 +18,23 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     Args:
         bank: ``[N, D]`` fp32, fp64, bf16 or fp16, contiguous; updated in place.
         index: ``[B]`` int64 rows of the bank, or -1.
-        features: ``[B, D]`` fp32, fp64, bf16 or fp16, not sharing memory with bank; no gradient flows.
+        features: ``[B, D]`` fp32, fp64, bf16 or fp16; no gradient flows. Neither index nor features may share memory
+            with the bank.
         momentum: weight of the old row in [0, 1].
 
     Raises:
-        ValueError: momentum out of range, tensors on different devices.
-        RuntimeError: wrong dtype or shape; on CPU also an index outside the bank (CUDA: a device trap).
+        ValueError: momentum out of range, tensors on different devices, a bank that requires a gradient.
+        RuntimeError: wrong dtype or shape, shared memory; on CPU also an index outside the bank (CUDA: a device trap);
+            called under activation checkpointing, which would run the update twice.
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"bank_update_: momentum must be in [0, 1], got {momentum=}")
-    _library.check_same_device("bank_update_", bank=bank, index=index, features=features)
-    torch.ops.sslfast.bank_update_(bank, index, features.detach(), momentum)
+    tensors = {"bank": bank, "index": index, "features": features}
+    _library.check_arguments("bank_update_", tensors, gradient=("features",), written=("bank",))
+    _library.check_runs_once("bank_update_")
+    torch.ops.sslfast.bank_update_(
+        bank, index, _library.resolved("bank_update_", "features", features).detach(), momentum
+    )
     _library.mark_updated(bank)
 
 

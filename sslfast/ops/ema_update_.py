@@ -30,7 +30,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
         ValueError: momentum out of range, lists of different length, tensors on different devices.
         RuntimeError: different shapes, a dtype that is not floating (leave out integer buffers such as BatchNorm's
             ``num_batches_tracked`` and copy them), a target that is expanded or overlaps itself, tensors that share
-            memory (interleaved columns are not detected).
+            memory; called under activation checkpointing, which would run the update twice.
     """
     targets, sources = list(targets), list(sources)
     momentum_tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
@@ -39,8 +39,17 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     if len(targets) != len(sources):
         raise ValueError(f"ema_update_: as many sources as targets are needed, got {len(targets)=}, {len(sources)=}")
     if not targets:
+        if momentum_tensor is not None and momentum_tensor.dim() != 0:
+            raise ValueError(f"ema_update_: momentum must be 0-d, got shape {list(momentum_tensor.shape)}")
         return
     _check_tensors(targets, sources, momentum_tensor)
+    given = {f"targets[{i}]": target for i, target in enumerate(targets)}
+    read = {f"sources[{i}]": source for i, source in enumerate(sources)}
+    _library.check_each("ema_update_", given | read, gradient=given | read, written=given)
+    if momentum_tensor is not None:
+        _library.check_each("ema_update_", {"momentum": momentum_tensor})
+    _library.check_runs_once("ema_update_")
+    sources = [_library.resolved("ema_update_", name, source) for name, source in read.items()]
     with torch.no_grad():  # targets are usually leaves that require grad
         torch.ops.sslfast.ema_update_(targets, sources, momentum_tensor, number)
     _library.mark_updated(*targets)

@@ -34,7 +34,8 @@ def jigsaw_patches(
         RuntimeError: wrong dtype or shape; on CPU also a permutation or offset out of range, naming the sample
             (CUDA: a device trap).
     """
-    _library.check_same_device("jigsaw_patches", images=images, permutation=permutation, offsets=offsets)
+    tensors = {"images": images, "permutation": permutation, "offsets": offsets}
+    _library.check_arguments("jigsaw_patches", tensors, gradient=("images",))
     _check(images, grid, patch_size)
     return torch.ops.sslfast.jigsaw_patches(images, permutation, offsets, grid, patch_size)
 

@@ -43,7 +43,7 @@ def negative_rows(
     exclude_self = exclude_self and not shared
     _check(num_negatives, num_rows, seed, exclude_self)
     step_tensor, step_number = _library.step_arguments(step)
-    _library.check_same_device("negative_rows", index=index, step=step_tensor)
+    _library.check_arguments("negative_rows", {"index": index, "step": step_tensor})
     index = index.new_zeros(1) if shared else index
     rows: Tensor = torch.ops.sslfast.negative_rows(
         index, step_tensor, step_number, num_negatives, num_rows, seed, exclude_self, shared
@@ -71,8 +71,8 @@ def negative_rows_reference(
 
 
 def _check(num_negatives: int, num_rows: int, seed: int, exclude_self: bool) -> None:
-    if num_negatives < 1:
-        raise ValueError(f"negative_rows: num_negatives must be at least 1, got {num_negatives=}")
+    if not 1 <= num_negatives < 2**33:
+        raise ValueError(f"negative_rows: num_negatives must be at least 1 and below 2**33, got {num_negatives=}")
     needed = 2 if exclude_self else 1
     if not needed <= num_rows <= 2**32:
         raise ValueError(f"negative_rows: num_rows must be in [{needed}, 2**32] with {exclude_self=}, got {num_rows=}")

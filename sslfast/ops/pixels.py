@@ -37,8 +37,8 @@ def blend_(pixels: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     """Brightness, contrast or saturation, chosen per image: ``clamp(f * x + (1 - f) * target, 0, 255)``.
 
     The target is black (``kind`` 0), the image's mean luminance (1) or each pixel's luminance (2). torchvision's
-    ``adjust_brightness``, ``adjust_contrast`` and ``adjust_saturation`` on float images, to 1e-3 levels; PIL's
-    ImageEnhance, which rounds the target and truncates the result, to 1.25 levels for factors up to 2.
+    ``adjust_brightness``, ``adjust_contrast`` and ``adjust_saturation`` on float images, to 1e-3 levels (times a factor
+    above 1); PIL's ImageEnhance, which rounds the target and truncates the result, to 1.25 levels for factors up to 2.
 
     Args:
         pixels: ``[N, 3, H, W]`` float.
@@ -61,7 +61,7 @@ def shift_hue_(pixels: Tensor, turns: Tensor) -> Tensor:
 
     Args:
         pixels: ``[N, 3, H, W]`` float.
-        turns: ``[N]`` float in [-0.5, 0.5].
+        turns: ``[N]`` float in [-1, 1].
     """
     red, green, blue = pixels.unbind(dim=1)
     smallest = torch.minimum(torch.minimum(red, green), blue)
@@ -84,8 +84,8 @@ def shift_hue_(pixels: Tensor, turns: Tensor) -> Tensor:
 
 
 def posterize_(pixels: Tensor, bits: Tensor) -> Tensor:
-    """Keep the upper ``bits`` ``[N]`` of every integer level. PIL's ``ImageOps.posterize``, exactly."""
-    step = _per_image(torch.exp2((8 - bits).to(pixels.dtype)))
+    """Keep the upper ``bits`` ``[N]``, rounded down, of every integer level. PIL's ``ImageOps.posterize``, exactly."""
+    step = _per_image(torch.exp2((8 - bits.floor()).to(pixels.dtype)))
     return pixels.div_(step).floor_().mul_(step)
 
 

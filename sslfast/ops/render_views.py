@@ -60,7 +60,9 @@ def render_views(
         RuntimeError: wrong dtype or shape; on CPU also a parameter, permutation or offset out of range (CUDA: a device
             trap).
     """
-    _check_devices(crops, parameters, quarter_turns, permutation, offsets)
+    options = {"quarter_turns": quarter_turns, "permutation": permutation, "offsets": offsets}
+    given = {name: tensor for name, tensor in options.items() if tensor is not None}
+    _library.check_arguments("render_views", {"crops": crops, "parameters": parameters, **given})
     _check(permutation, offsets, grid, mean, std, dtype)
     out: Tensor = torch.ops.sslfast.render_views(
         crops,

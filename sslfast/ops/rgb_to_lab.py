@@ -32,9 +32,7 @@ def rgb_to_lab(pixels: Tensor) -> Tensor:
         ValueError: ``pixels`` require a gradient, which the op does not provide.
         RuntimeError: wrong dtype or shape.
     """
-    _library.check_same_device("rgb_to_lab", pixels=pixels)
-    if torch.is_grad_enabled() and pixels.requires_grad:
-        raise ValueError("rgb_to_lab: pixels require a gradient and the op has none; pass pixels.detach()")
+    _library.check_arguments("rgb_to_lab", {"pixels": pixels})
     if pixels.dim() == 4 and not pixels.is_contiguous() and pixels.is_contiguous(memory_format=torch.channels_last):
         return torch.ops.sslfast.rgb_to_lab(pixels.permute(0, 2, 3, 1), True).permute(0, 3, 1, 2)
     return torch.ops.sslfast.rgb_to_lab(pixels, False)

@@ -25,7 +25,8 @@ def rotate90(images: Tensor, quarter_turns: Tensor) -> Tensor:
         ValueError: tensors on different devices.
         RuntimeError: wrong dtype or shape, images that are not square.
     """
-    _library.check_same_device("rotate90", images=images, quarter_turns=quarter_turns)
+    tensors = {"images": images, "quarter_turns": quarter_turns}
+    _library.check_arguments("rotate90", tensors, gradient=("images",))
     return torch.ops.sslfast.rotate90(images, quarter_turns)
 
 

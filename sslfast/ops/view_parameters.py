@@ -13,6 +13,7 @@ from enum import IntEnum
 
 _FLOAT_MAX = 3.4028234663852886e38
 _ANY = (-_FLOAT_MAX, _FLOAT_MAX)  # every finite float32
+_FACTOR = (0.0, 100.0)  # far beyond any augmentation; float32 keeps levels to 0.1 up to there
 
 
 class ViewParameter(IntEnum):
@@ -40,12 +41,12 @@ class ViewParameter(IntEnum):
     FLIP = 0.0, _ANY, "gate (0 off, else on): mirror left to right"
     JITTER = 0.0, _ANY, "gate of the four jitters"
     JITTER_ORDER = 0.0, (0.0, 23.0), "of the four jitters: index into pixels.ORDERS"
-    BRIGHTNESS = 1.0, _ANY, "factor of the levels"
-    CONTRAST = 1.0, _ANY, "factor of the distance to the mean luminance"
-    SATURATION = 1.0, _ANY, "factor of the distance to the luminance"
-    HUE = 0.0, _ANY, "shift in turns, in [-0.5, 0.5]"
+    BRIGHTNESS = 1.0, _FACTOR, "factor of the levels"
+    CONTRAST = 1.0, _FACTOR, "factor of the distance to the mean luminance"
+    SATURATION = 1.0, _FACTOR, "factor of the distance to the luminance"
+    HUE = 0.0, (-1.0, 1.0), "shift in turns"
     PHOTOMETRIC = 0.0, _ANY, "gate of posterize, sharpness, solarize and autocontrast"
-    POSTERIZE_BITS = 8.0, (0.0, 8.0), "upper bits kept of every level"
+    POSTERIZE_BITS = 8.0, (0.0, 8.0), "upper bits kept of every level, rounded down"
     SHARPNESS = 1.0, _ANY, "factor: 0 smoothed, above 1 sharpened"
     SOLARIZE_THRESHOLD = 256.0, _ANY, "levels at or above it are inverted"
     GRAYSCALE = 0.0, _ANY, "gate: the luminance in all three channels"

@@ -1,5 +1,6 @@
 """Optimizers with the papers' weight-decay rules: configuration, parameter groups, and the table of optimizers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,6 +62,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {self.name!r}")
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                raise ValueError(f"optim.{name} must be a finite number, got {value}")
         if not self.lr_per_256_images > 0:
             raise ValueError(f"optim.lr_per_256_images must be above 0, got {self.lr_per_256_images}")
         if not 0 <= self.final_lr_per_256_images <= self.lr_per_256_images:

@@ -20,7 +20,9 @@ def moco_v1() -> TrainConfig:
     """MoCo v1: ResNet-50, 200 epochs, batch 256 (8 GPUs), 65,536 keys, τ 0.07, momentum 0.999, learning rate 0.03,
     divided by 10 after epochs 120 and 160.
 
-    From the authors' code: crop scale, strengths of the jitter, decay of every parameter.
+    From the authors' code: crop scale, strengths of the jitter, decay of every parameter. Departure: jitter, then
+    grayscale, as in v2; the authors' code for v1 (``main_moco.py`` without ``--aug-plus``) has grayscale first, so
+    that the jitter of a gray picture changes its brightness and contrast alone.
     """
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=AugmentConfig(hue=0.4))
     return TrainConfig(
@@ -43,7 +45,8 @@ def moco_v1() -> TrainConfig:
 def moco_v2() -> TrainConfig:
     """MoCo v2: v1 with an MLP head, τ 0.2, blur and a cosine schedule; 200 epochs (67.5 %; 800 epochs: 71.1 %).
 
-    From the authors' code: the jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8.
+    From the authors' code (``main_moco.py --aug-plus``): the jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, before
+    the grayscale, as here.
     """
     augment = AugmentConfig(hue=0.1, jitter_probability=0.8, blur_probability=0.5, blur_sigma=(0.1, 2.0))
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=augment)
@@ -58,7 +61,10 @@ def moco_v2() -> TrainConfig:
 
 def simclr() -> TrainConfig:
     """SimCLR: ResNet-50, batch 4096, LARS with learning rate 4.8 (0.3 per 256), 10 epochs of warm-up, then a cosine,
-    weight decay 1e-6, colour strength 1, blur, BatchNorm over all ranks; 1000 epochs (69.3 %; ablations: 100)."""
+    weight decay 1e-6, colour strength 1, blur, BatchNorm over all ranks; 1000 epochs (69.3 %; ablations: 100).
+
+    Jitter, then grayscale, as the paper's appendix A has it.
+    """
     augment = AugmentConfig(
         brightness=0.8,
         contrast=0.8,

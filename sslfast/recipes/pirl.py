@@ -73,7 +73,8 @@ def npid() -> TrainConfig:
     rate 0.03, NCE, 4,096 negatives uniform over all rows (including the sample's own), τ 0.07.
 
     The learning rate is divided by 10 after epochs 120 and 160. From the authors' code: crop scale, colour strengths,
-    decay of every parameter, bank momentum 0.5, Z from the first batch. Departure: no proximal term.
+    decay of every parameter, bank momentum 0.5, Z from the first batch. Departures: no proximal term; jitter, then
+    grayscale, where the authors' code (lemniscate's ``main.py``) has grayscale first.
     """
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=AugmentConfig(hue=0.4))
     return TrainConfig(

@@ -3,8 +3,11 @@ embedded as JSON for the page's script."""
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from sslfast.report.page import text
+from sslfast.text import printable
 
 Points = Sequence[tuple[float, float]]
 
@@ -20,6 +23,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
+def drawable(value: float) -> bool:
+    """Whether a value has a place on an axis: differences and means of such values do not overflow."""
+    return abs(value) < 1e100
+
+
 def thin(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
     """At most ``most`` points: means over groups of neighbouring points."""
     size = -(-len(points) // most) if points else 1
@@ -29,13 +37,13 @@ def thin(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round values in ``[low, high]``."""
-    if not low < high:
-        return [low]
     rough = (high - low) / count
+    if not sys.float_info.min < rough < math.inf:
+        return [low]
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
     first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 class _Scale:
@@ -70,7 +78,7 @@ def _axes(x: _Scale, y: _Scale, x_label: str) -> list[str]:
     for tick in x.ticks():
         parts.append(f'<text class="tick" x="{x(tick)}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>')
     middle = (_LEFT + right) / 2
-    parts.append(f'<text class="tick" x="{middle}" y="{_HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="tick" x="{middle}" y="{_HEIGHT - 3}" text-anchor="middle">{text(x_label)}</text>')
     return parts
 
 
@@ -79,11 +87,11 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, note: 
 
     Args:
         title: heading.
-        series: name -> points, in the order of their colours; values that are not finite are left out.
+        series: name -> points, in the order of their colours; values that are not :func:`drawable` are left out.
         x_label: under the axis.
         note: small text after the heading.
     """
-    lines = {name: thin([p for p in points if all(map(math.isfinite, p))]) for name, points in series.items()}
+    lines = {name: thin([p for p in points if all(map(drawable, p))]) for name, points in series.items()}
     every = [point for points in lines.values() for point in points]
     if not every:
         return ""
@@ -91,7 +99,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, note: 
     y = _Scale([p[1] for p in every], _HEIGHT - _BOTTOM, _TOP, margin=0.05)
     parts = _axes(x, y, x_label)
     for position, (name, points) in enumerate(lines.items()):
-        css, label = f"line s{position % SERIES}", f"<title>{escape(name)}</title>"
+        css, label = f"line s{position % SERIES}", f"<title>{text(name)}</title>"
         if len(points) == 1:
             parts.append(f'<circle class="{css}" cx="{x(points[0][0])}" cy="{y(points[0][1])}" r="3">{label}</circle>')
         else:
@@ -101,7 +109,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, note: 
         "box": [_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM],
         "size": [_WIDTH, _HEIGHT],
         "series": [
-            {"name": name, "at": [[x(a), y(b), number(a), number(b)] for a, b in points]}
+            {"name": printable(name), "at": [[x(a), y(b), number(a), number(b)] for a, b in points]}
             for name, points in lines.items()
         ],
     }
@@ -122,9 +130,9 @@ def scatter_chart(
         taken.append((left, top))
         anchor, shift = ("end", -7) if crowded else ("start", 7)
         parts.append(
-            f'<circle class="dot {css}" cx="{left}" cy="{top}" r="4"><title>{escape(label)}: {number(b)}</title>'
+            f'<circle class="dot {css}" cx="{left}" cy="{top}" r="4"><title>{text(label)}: {number(b)}</title>'
             f'</circle><text class="label" x="{left + shift}" y="{top + 3.5}" text-anchor="{anchor}">'
-            f"{escape(label)}</text>"
+            f"{text(label)}</text>"
         )
     return figure(title, _svg(parts, title), note=note)
 
@@ -133,15 +141,17 @@ def figure(title: str, body: str, *, note: str = "", data: object = None, kind: 
     """A figure element with its heading and, for the page's script, its numbers."""
     extra = f' data-kind="{kind}"' if kind else ""
     numbers = "" if data is None else f'<script type="application/json">{json_text(data)}</script>'
-    small = f" <small>{escape(note)}</small>" if note else ""
-    return f"<figure{extra}><figcaption>{escape(title)}{small}</figcaption>{body}{numbers}</figure>"
+    small = f" <small>{text(note)}</small>" if note else ""
+    return f"<figure{extra}><figcaption>{text(title)}{small}</figcaption>{body}{numbers}</figure>"
 
 
 def json_text(data: object) -> str:
-    """JSON that cannot close the script element it is embedded in."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    """ASCII JSON without the characters that mean something to HTML, so that no name in it ends its script element or
+    begins a comment there."""
+    encoded = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return encoded.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
 
 
 def _svg(parts: Sequence[str], title: str) -> str:
-    label = escape(title, quote=True)
+    label = text(title)
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

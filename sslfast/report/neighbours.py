@@ -9,16 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sslfast.data import ImageLocation, decode_full, quiet_pillow
-from sslfast.evaluation import EvaluationSet, FeatureConfig, load_evaluation_set, nearest_neighbours
+from sslfast.evaluation import (
+    EvaluationSet,
+    FeatureConfig,
+    Lettering,
+    load_evaluation_set,
+    load_font,
+    nearest_neighbours,
+)
+from sslfast.files import OUTPUT, save_picture
+from sslfast.report.preview import check_picture
 
 _TILE, _GAP, _FRAME = 96, 10, 4
 _MARGIN, _BLOCK_GAP = 28, 36
 _TITLE, _HEADING, _SMALL = 22, 16, 12
 _CAPTION = 20
+_MOST_TITLE = 2000
 _PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
 _SAME, _OTHER = "#16a34a", "#dc2626"
 
@@ -85,8 +95,7 @@ def write_neighbours(
             raise ValueError(f"no encoder {name!r} in this evaluation; there are {', '.join(evaluation.val)}")
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries=}")
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
+    check_picture(output)
     rows = choose_queries(evaluation.val_labels, queries)
     found = {name: nearest_neighbours(evaluation.val[name][rows], evaluation.train[name], k) for name in names}
     sheet = []
@@ -111,8 +120,7 @@ def write_neighbours(
         )
     if title is None:
         title = f"validation images and their {k} most similar training images"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    neighbour_sheet(sheet, title=title).save(output)
+    save_picture(neighbour_sheet(sheet, title=title), output, remedy=OUTPUT)
     return output
 
 
@@ -154,37 +162,41 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
     heading_top = _MARGIN + _TITLE + 34
     tiles_top = heading_top + _HEADING + _SMALL + 26
     step = cell + _CAPTION + _GAP
-    fonts = {size: ImageFont.load_default(size) for size in (_TITLE, _HEADING, _SMALL)}
+    lettering = Lettering()
+    title, title_font = lettering.fitted(title, _TITLE, _MOST_TITLE)
+    small = load_font(None, _SMALL)
     legend = (("same class", _SAME), ("another class", _OTHER))
     width = 2 * _MARGIN + cell + len(names) * (_BLOCK_GAP + block)
-    width = max(width, 2 * _MARGIN + round(fonts[_TITLE].getlength(title)))
+    width = max(width, 2 * _MARGIN + round(title_font.getlength(title)))
     sheet = Image.new("RGB", (width, tiles_top + len(queries) * step + _MARGIN - _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN - 6), title, font=fonts[_TITLE], fill=_INK)
+    draw.text((_MARGIN, _MARGIN - 6), title, font=title_font, fill=_INK)
     x = _MARGIN
     for words, colour in legend:
         y = _MARGIN + _TITLE + 6
         draw.rectangle((x, y + 1, x + 11, y + 12), outline=colour, width=3)
-        draw.text((x + 18, y), words, font=fonts[_SMALL], fill=_FAINT)
-        x += 18 + round(fonts[_SMALL].getlength(words)) + 22
+        draw.text((x + 18, y), words, font=small, fill=_FAINT)
+        x += 18 + round(small.getlength(words)) + 22
     starts = {name: _MARGIN + cell + _BLOCK_GAP + i * (block + _BLOCK_GAP) for i, name in enumerate(names)}
     for heading, detail, x, length in (
         ("query", "", _MARGIN, cell),
         *((name, _share(name, queries), start, block) for name, start in starts.items()),
     ):
-        draw.text((x, heading_top), heading, font=fonts[_HEADING], fill=_INK)
-        draw.text((x, heading_top + _HEADING + 5), detail, font=fonts[_SMALL], fill=_FAINT)
+        heading, font = lettering.fitted(heading, _HEADING, length)
+        draw.text((x, heading_top), heading, font=font, fill=_INK)
+        draw.text((x, heading_top + _HEADING + 5), detail, font=small, fill=_FAINT)
         draw.rectangle((x, tiles_top - 11, x + length - 1, tiles_top - 9), fill=_INK)
     with quiet_pillow():
         for i, query in enumerate(queries):
             y = tiles_top + i * step
             sheet.paste(_framed(query.location, _PAPER), (_MARGIN, y))
-            _caption(draw, query.label, _MARGIN, y + cell, fonts[_SMALL])
+            _caption(draw, query.label, _MARGIN, y + cell, lettering)
             for name, start in starts.items():
                 for j, neighbour in enumerate(query.neighbours[name]):
                     x = start + j * (cell + _GAP)
                     sheet.paste(_framed(neighbour.location, _SAME if neighbour.same_class else _OTHER), (x, y))
-                    _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, fonts[_SMALL])
+                    _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, lettering)
+    lettering.report()
     return sheet
 
 
@@ -207,11 +219,8 @@ def _framed(location: ImageLocation, colour: str) -> Image.Image:
     return framed
 
 
-def _caption(
-    draw: ImageDraw.ImageDraw, text: str, x: int, y: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> None:
+def _caption(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, lettering: Lettering) -> None:
     """Centred under a tile; the end of a text that is too long is cut."""
     cell = _TILE + 2 * _FRAME
-    while text and font.getlength(text) > cell:
-        text = text[:-2] + "…" if len(text) > 2 else ""
+    text, font = lettering.fitted(text, _SMALL, cell)
     draw.text((x + cell / 2, y + 4), text, font=font, fill=_FAINT, anchor="ma")

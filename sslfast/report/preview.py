@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, combined, decode_full, open_data, quiet_pillow
+from sslfast.evaluation import Lettering, load_font
+from sslfast.files import OUTPUT, save_picture
 from sslfast.loaders import BatchDecoder, epoch_order
 from sslfast.views import AugmentConfig, Batch, View, ViewConfig, ViewStage, crop_boxes, crop_draws
 
@@ -21,10 +23,12 @@ _TILE = 216
 _GAP = 20
 _MARGIN = 28
 _CAPTION = 26
+_MOST_TITLE = 2000
 _PATCH_GAP = 4
 _TITLE, _HEADING, _SMALL = 22, 16, 13
 _PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2")
+
 
 Panels = Callable[[Mapping[str, View], Tensor], Mapping[str, Tensor]]
 """Maps rendered views and sample ids to further columns: heading -> RGB images ``[B, 3, H, W]``, float in 0..1."""
@@ -116,8 +120,7 @@ def write_preview(
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count=}")
     output = Path(output)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
+    check_picture(output)
     manifest = open_data(Path(data), on_bad_image="skip", progress=True)
     manifest = manifest.decoded(combined(manifest.source.decoding, decoding, where=data))
     if manifest.source.loader is not None:
@@ -131,8 +134,13 @@ def write_preview(
     title = f"{manifest.root.resolve().name}: what the network sees in epoch 0, seed {seed}"
     originals = _originals(manifest, batch, views, seed)
     sheet = preview_sheet(batch, views, seed=seed, originals=originals, panels=panels, title=title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(output)
+    save_picture(sheet, output, remedy=OUTPUT)
+
+
+def check_picture(output: Path) -> None:
+    """ValueError unless the suffix names a picture format that Pillow writes."""
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"output must end in a picture format such as .png, got {str(output)!r}")
 
 
 def _originals(manifest: Manifest, batch: Batch, views: Mapping[str, ViewConfig], seed: int) -> list[Original]:
@@ -229,7 +237,7 @@ def _mosaic(patches: NDArray[np.uint8], positions: Sequence[int], cells: Sequenc
     tile = Image.new("RGB", (_TILE, _TILE), _PAPER)
     draw = ImageDraw.Draw(tile)
     side = (_TILE - _PATCH_GAP * (grid - 1)) // grid
-    font = ImageFont.load_default(max(9, min(_SMALL, side // 4)))
+    font = load_font(None, max(9, min(_SMALL, side // 4)))
     for patch, position, cell in zip(patches, positions, cells, strict=True):
         x, y = (position % grid) * (side + _PATCH_GAP), (position // grid) * (side + _PATCH_GAP)
         tile.paste(_resized(Image.fromarray(patch), (side, side)), (x, y))
@@ -251,30 +259,25 @@ def _draw(columns: Sequence[_Column], rows: int, title: str) -> Image.Image:
     heading_top = _MARGIN + _TITLE + 18
     tiles_top = heading_top + _HEADING + _SMALL + 26
     step = _TILE + (_CAPTION if any(any(column.captions) for column in columns) else 0) + _GAP
-    small = ImageFont.load_default(_SMALL)
+    lettering = Lettering()
+    title, title_font = lettering.fitted(title, _TITLE, _MOST_TITLE)
     width = 2 * _MARGIN + len(columns) * _TILE + (len(columns) - 1) * _GAP
-    width = max(width, 2 * _MARGIN + round(small.getlength(title) * _TITLE / _SMALL))
+    width = max(width, 2 * _MARGIN + round(title_font.getlength(title)))
     sheet = Image.new("RGB", (width, tiles_top + rows * step - _GAP + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), title, font=ImageFont.load_default(_TITLE), fill=_INK)
+    draw.text((_MARGIN, _MARGIN), title, font=title_font, fill=_INK)
     for i, column in enumerate(columns):
         x = _MARGIN + i * (_TILE + _GAP)
-        heading = _shortened(column.heading, ImageFont.load_default(_HEADING))
-        draw.text((x, heading_top), heading, font=ImageFont.load_default(_HEADING), fill=column.colour)
-        draw.text((x, heading_top + _HEADING + 5), _shortened(column.detail, small), font=small, fill=_FAINT)
+        heading, font = lettering.fitted(column.heading, _HEADING, _TILE)
+        draw.text((x, heading_top), heading, font=font, fill=column.colour)
+        detail, font = lettering.fitted(column.detail, _SMALL, _TILE)
+        draw.text((x, heading_top + _HEADING + 5), detail, font=font, fill=_FAINT)
         bar = tiles_top - 9
         draw.rectangle((x, bar, x + _TILE - 1, bar + 2), fill=column.colour)
         for j, (tile, caption) in enumerate(zip(column.tiles, column.captions, strict=True)):
             y = tiles_top + j * step
             sheet.paste(tile, (x, y))
-            draw.text((x, y + _TILE + 6), _shortened(caption, small), font=small, fill=_FAINT)
+            caption, font = lettering.fitted(caption, _SMALL, _TILE, keep_end=True)  # the end of a path says most
+            draw.text((x, y + _TILE + 6), caption, font=font, fill=_FAINT)
+    lettering.report()
     return sheet
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, or its end if it is too long for the column: the end of a path says most."""
-    if font.getlength(text) <= _TILE:
-        return text
-    while text and font.getlength("..." + text) > _TILE:
-        text = text[1:]
-    return "..." + text

@@ -86,10 +86,15 @@ class HashedFileStore:
                     (self.directory / name).unlink()
 
 
-def load_latest(directory: Path, *, report: Callable[[str], None] | None = None) -> tuple[Path, dict[str, Any]] | None:
+def load_latest(
+    directory: Path,
+    *,
+    report: Callable[[str], None] | None = None,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> tuple[Path, dict[str, Any]] | None:
     """Path and state of the newest good checkpoint file of a directory; arguments and errors as
     :func:`~sslfast.runs.checkpoint_store.load_newest`."""
-    found = load_newest(HashedFileStore(directory), report=report)
+    found = load_newest(HashedFileStore(directory), report=report, check=check)
     return None if found is None else (checkpoint_path(directory, found[0]), found[1])
 
 
@@ -173,9 +178,10 @@ def _content(path: Path, file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise CorruptCheckpointError(f"{path} is not a checkpoint of sslfast ({first_line}); use another") from None
+    except Exception:  # torch's own message advises to load the pickle unsafely
+        raise CorruptCheckpointError(
+            f"{path} is not a checkpoint of sslfast (it cannot be read as plain tensors and values); use another"
+        ) from None
 
 
 def _verify(path: Path, file: BufferedReader) -> None:

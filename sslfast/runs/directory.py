@@ -24,7 +24,7 @@ import torch
 
 from sslfast.config import load_json, save_json
 from sslfast.distributed import broadcast_object
-from sslfast.files import open_regular, reason_of, write_file
+from sslfast.files import WriteError, check_writable, open_regular, reason_of, write_file
 from sslfast.runs.log import print_error
 
 _WAIT_SECONDS = 120.0  # a network file system releases the lock of a lost machine when its lease expires
@@ -95,15 +95,11 @@ class RunDirectory:
 
     def check_writable(self) -> None:
         """Raises ValueError unless the directory can be written, or created where it does not exist; writes nothing."""
-        for folder in (self.checkpoints, self.path):
-            path = folder.absolute()
-            while not os.path.lexists(path) and path != path.parent:
-                path = path.parent
-            if not path.is_dir():
-                raise _not_writable(self.path, f"{path} is no folder")
-            if not os.access(path, os.W_OK | os.X_OK):
-                is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
-                raise _not_writable(self.path, os.strerror(errno.EROFS if is_read_only else errno.EACCES))
+        try:
+            for folder in (self.checkpoints, self.path):
+                check_writable(folder / "file")
+        except WriteError as error:
+            raise _not_writable(self.path, error.reason) from None
 
     def follow(self) -> bool:
         """Whether the directory was renamed or moved since :meth:`create`; its paths are then those of the new place.

@@ -21,6 +21,7 @@ def find_checkpoint(
     *,
     open_store: Callable[[Path], CheckpointStore],
     report: Callable[[str], None],
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
     """Path and state of the checkpoint to resume from; None for a new run. Every rank calls it.
 
@@ -29,10 +30,17 @@ def find_checkpoint(
         resume: ``auto``, ``never``, or the path of a checkpoint or of a run directory.
         open_store: the store in a directory.
         report: takes a line for every damaged checkpoint that is passed over.
+        check: raises CorruptCheckpointError for a path and a state, of a checkpoint, that must not be resumed from.
 
     Raises:
         ValueError, FileNotFoundError: ``run`` or ``resume`` does not allow it; names the remedy.
     """
+
+    def checked(path: Path, state: dict[str, Any]) -> None:
+        _check_keys(path, state)
+        if check is not None:
+            check(path, state)
+
     store = open_store(run.checkpoints)
     holds_checkpoints, holds_log = bool(list_steps(store)), broadcast_object(os.path.lexists(run.log))
     if resume == "never":
@@ -42,27 +50,29 @@ def find_checkpoint(
             )
         return None
     if resume == "auto":
-        return _newest(store, report)
+        return _newest(store, report, checked)
     path = Path(resume)
     siblings = open_store(path.parent)
     step = next((step for step in siblings.list() if siblings.path(step) == path), None)
     if step is not None:
         found = path, siblings.load(step)
     elif path.is_dir():
-        newest = _newest(open_store(RunDirectory(path).checkpoints), report)
+        newest = _newest(open_store(RunDirectory(path).checkpoints), report, checked)
         if newest is None:
             raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
         found = newest
     else:
         found = path, load_checkpoint(path)
-    _check_keys(*found)
+    checked(*found)
     if holds_checkpoints and found[0].resolve().parent != run.checkpoints.resolve():
         raise ValueError(f"{run.path} already holds another run; choose a new output directory to resume {path} in")
     return found
 
 
-def _newest(store: CheckpointStore, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    found = load_newest(store, report=report, all_ranks=True, check=_check_keys)
+def _newest(
+    store: CheckpointStore, report: Callable[[str], None], check: Callable[[Path, dict[str, Any]], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    found = load_newest(store, report=report, all_ranks=True, check=check)
     return None if found is None else (store.path(found[0]), found[1])
 
 

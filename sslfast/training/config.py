@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sslfast.config import resumable
+from sslfast.config import check_numbers, resumable
 from sslfast.loaders import LoaderConfig
 from sslfast.methods import PIRL, MethodConfig
 from sslfast.models import ResNetConfig, TrunkConfig
 from sslfast.optim import OptimConfig
+from sslfast.training.limits import LIMITS
 
 
 @dataclass(kw_only=True)
@@ -92,3 +93,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        self.check_numbers()
+
+    def check_numbers(self) -> None:
+        """Raises ValueError for a number in this configuration or a nested one that is NaN, infinite or out of range;
+        called at construction, and again before a run, since fields can be set."""
+        check_numbers(self, LIMITS)

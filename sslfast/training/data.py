@@ -49,7 +49,7 @@ class RunData:
             try:
                 if manifest is None:
                     copy.write_bytes(text)
-                    manifest = reopen_data(folder, copy)
+                    manifest = reopen_data(folder, copy, on_bad_image=self.config.loader.on_bad_image)
                 manifest = self.config.loader.decode(manifest)
             except (ValueError, OSError) as problem:
                 error = f"rank {distributed.rank()}: {problem}"
@@ -59,7 +59,7 @@ class RunData:
 
     def _open(self, folder: Path, known: Path) -> Manifest:
         if known.exists():
-            return reopen_data(folder, known)
+            return reopen_data(folder, known, on_bad_image=self.config.loader.on_bad_image)
         progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
         return open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
 

@@ -44,6 +44,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("method", f"{config.method.name}, {config.model.name}, {parameters / 1e6:.2f} M parameters"),
         ("res5", _res5(trainer)),
         ("data", data),
+        *(("left out", line) for line in ([] if trainer.manifest is None else trainer.manifest.left_out())),
+        *(("classes", line) for line in ([] if trainer.manifest is None else trainer.manifest.alike_classes())),
         *(("pixels", f"of a sample: {line}") for line in suspicious),
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),

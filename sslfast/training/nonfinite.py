@@ -1,14 +1,17 @@
-"""Losses and gradients that are NaN or infinite: detected on the device, rolled back there if so configured, reported
-with the samples of the step."""
+"""Losses, gradients and states that are NaN or infinite: detected on the device, rolled back there if so configured,
+reported with the samples of the step; no checkpoint is made of them, and none is resumed from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslfast.distributed import gather_objects, max_over_ranks
+from sslfast.methods import Method
+from sslfast.models import are_finite, first_nonfinite
+from sslfast.runs import CorruptCheckpointError
 from sslfast.training.metrics import DeviceMeans
 
 _FINITE = "finite"
@@ -16,16 +19,18 @@ _NAMED = 4  # samples in a message
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number."""
+    """The loss, or the state of the run, became infinite or not a number."""
 
 
 class NonFiniteGuard:
     """Detects steps that are not finite; what it has seen stays on the device until a log record reads it.
 
-    :meth:`snapshot`, the step with :meth:`observe` once per micro-batch, :meth:`restore`. With ``skip`` a step in which
-    a loss or a gradient of any rank is not finite is rolled back: parameters, buffers (bank, BatchNorm) and momentum
-    are then what they were, to the bit. The decision is made on the device, which costs a second copy of this state and
-    one pass over it per step; the host never waits. Without ``skip``, ``snapshot`` and ``restore`` do nothing.
+    :meth:`snapshot`, the step with :meth:`observe` once per micro-batch, :meth:`restore`. With ``skip`` a step is
+    rolled back in which a loss or a gradient of any rank is not finite, or the state after it: parameters, buffers
+    (bank, BatchNorm) and momentum are then what they were, to the bit. The decision is made on the device, which costs
+    a second copy of this state and two passes over it per step; the host never waits. Without ``skip``, ``snapshot``
+    and ``restore`` do nothing. :meth:`check_state` comes before every checkpoint, since a loss can be finite where the
+    weights no longer are: BatchNorm hides infinite running statistics in training.
 
     Args:
         skip: roll such steps back.
@@ -35,7 +40,7 @@ class NonFiniteGuard:
     """
 
     def __init__(
-        self, *, skip: bool, limit: int, method: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+        self, *, skip: bool, limit: int, method: Method, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> None:
         self.skip, self.limit = skip, limit
         self._method, self._optimizer, self._device = method, optimizer, device
@@ -66,8 +71,7 @@ class NonFiniteGuard:
         """Roll the step back to the snapshot if it was not finite; its gradients must still be there."""
         if not self.skip:
             return
-        gradients = [p.grad for p in self._method.parameters() if p.grad is not None]
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+        finite = are_finite([tensor for _, tensor in self._named_state(with_gradients=True)], device=self._device).all()
         is_bad = max_over_ranks((self._is_bad | ~finite).to(torch.int64))
         for tensor, kept in zip(self._state(), self._kept, strict=True):
             torch.where(is_bad > 0, kept, tensor, out=tensor)
@@ -109,12 +113,58 @@ class NonFiniteGuard:
             return skipped
         found = [f"row {i}" + ("" if paths is None else f" ({paths[i]})") for i in self.sample_ids()]
         samples = f"; first samples of that batch: {', '.join(found)}" if found else ""
+        raise self._error(f"{what}{samples}", last_checkpoint)
+
+    def check_state(self, step: int, last_checkpoint: Callable[[], Path | None]) -> None:
+        """Check everything that a checkpoint of ``step`` would hold, and the gradients that led to it.
+
+        Waits for the device; every rank calls it.
+
+        Raises:
+            NonFiniteLossError: on every rank, where a tensor of any rank is not finite; names the first one.
+        """
+        pairs = self._named_state(with_gradients=not self.skip)  # those of a step that was rolled back are still there
+        finite = are_finite([tensor for _, tensor in pairs], device=self._device)
+        bad = max_over_ranks((~finite).to(torch.int64)).tolist()  # host sync: once per checkpoint
+        name = next((name for (name, _), is_bad in zip(pairs, bad, strict=True) if is_bad), None)
+        if name is not None:
+            raise self._error(f"after step {step} values of {name} are NaN or infinite", last_checkpoint)
+
+    def check_saved(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Raises CorruptCheckpointError where a checkpoint that was read holds a NaN or an infinite value."""
+        saved = [(name, value) for name, value in state["method"].items() if name not in self._method.nan_until_set]
+        for number, values in state["optimizer"].get("state", {}).items():
+            saved += [(f"optimizer.{number}.{key}", value) for key, value in values.items()]
+        name = first_nonfinite((name, value) for name, value in saved if isinstance(value, Tensor))
+        if name is not None:
+            raise CorruptCheckpointError(
+                f"values of {name} in {path} are NaN or infinite: no run can go on from it; resume from an earlier one"
+            )
+
+    @staticmethod
+    def _error(what: str, last_checkpoint: Callable[[], Path | None]) -> NonFiniteLossError:
         last = last_checkpoint()
         good = "no checkpoint was saved before it" if last is None else f"the last good checkpoint is {last}"
-        raise NonFiniteLossError(
-            f"{what}{samples}; {good}; "
+        return NonFiniteLossError(
+            f"{what}; {good}; "
             "lower optim.lr_per_256_images or set optim.warmup_epochs, and train into another output directory"
         )
+
+    def _named_state(self, *, with_gradients: bool) -> list[tuple[str, Tensor]]:
+        """What a step must leave finite, in the order of computation: gradients, parameters, buffers, momenta. The same
+        names on every rank."""
+        parameters = list(self._method.named_parameters())
+        names = {id(parameter): name for name, parameter in parameters}
+        found: list[tuple[str, Tensor]] = []
+        for name, parameter in parameters if with_gradients else ():
+            found.append(
+                (f"the gradient of {name}", parameter.new_zeros(()) if parameter.grad is None else parameter.grad)
+            )
+        found += parameters
+        found += [pair for pair in self._method.named_buffers() if pair[0] not in self._method.nan_until_set]
+        for owner, values in self._optimizer.state.items():
+            found += [(f"{key} of {names[id(owner)]}", v) for key, v in values.items() if isinstance(v, Tensor)]
+        return found
 
     def sample_ids(self) -> list[int]:
         """A few samples of the first micro-batch of any rank whose loss was not finite; with ``skip`` of the last such

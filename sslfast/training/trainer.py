@@ -17,7 +17,7 @@ from sslfast.config import to_dict
 from sslfast.data import refuse_in_bootstrap
 from sslfast.device import resolve_device, resolve_precision
 from sslfast.loaders import Loader
-from sslfast.methods import Method, MethodContext
+from sslfast.methods import BatchSplit, Method, MethodContext
 from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
 from sslfast.runs import (
     CheckpointStore,
@@ -36,6 +36,7 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
+from sslfast.training.limits import check_start, check_trunk
 from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
@@ -76,6 +77,8 @@ class Trainer:
         open_store: Callable[[Path], CheckpointStore] = HashedFileStore,
     ) -> None:
         refuse_in_bootstrap()
+        config.check_numbers()
+        config.method.validate()
         group = distributed.process_group()
         self.is_main = group.is_main
         self.config, self.resume = config, str(resume)
@@ -94,16 +97,13 @@ class Trainer:
         self.manifest = self.data.manifest
         self.loader = self.data.loader(views)
         self.steps_per_epoch = self.loader.steps_per_epoch
-        if self.steps_per_epoch < 1:
-            raise ValueError(
-                f"batch_size={config.batch_size} is more than the {self.loader.num_rows} images there are; lower it"
-            )
-        parts = group.world_size * config.accumulate_steps
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size={config.batch_size} must be a multiple of processes x accumulate_steps = "
-                f"{group.world_size} x {config.accumulate_steps} = {parts}"
-            )
+        split = BatchSplit(
+            batch_size=config.batch_size,
+            ranks=group.world_size,
+            accumulate_steps=config.accumulate_steps,
+            sync_batchnorm=config.sync_batchnorm,
+        )
+        check_start(config, split, rows=self.loader.num_rows, steps_per_epoch=self.steps_per_epoch)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.stage = self._stage(views)
         context = MethodContext(
@@ -115,6 +115,7 @@ class Trainer:
         )
         self.config = config = replace(config, method=config.method.resolve(context))
         method = config.method.build(context)
+        check_trunk(method.trunk, config, split)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -350,6 +351,7 @@ class Trainer:
     def _save(self, *, must: bool = False) -> Path:
         """Write a checkpoint and delete old ones. A failed write ends the run only if the checkpoint ``must`` exist."""
         self._read_means()  # raises where a loss was not finite, so that no checkpoint holds such a step
+        self.nonfinite.check_state(self.step, self._last_checkpoint)
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
         if (place := self.run.follow_together()) != self.place:
             self.report(f"{self.place} is now {place}; the run goes on there")
@@ -393,7 +395,8 @@ class Trainer:
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from, checked to be of this run; None for a new run."""
-        found = find_checkpoint(self.run, self.resume, open_store=self.open_store, report=self.report)
+        check = self.nonfinite.check_saved
+        found = find_checkpoint(self.run, self.resume, open_store=self.open_store, report=self.report, check=check)
         if found is not None:
             check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
         return found

@@ -13,14 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.config import differences, load_json
-from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, read_trunk_config
-from sslfast.runs import RunDirectory, list_checkpoints, load_checkpoint, load_latest, print_error
+from sslfast.config import differences, load_json, to_dict
+from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, first_nonfinite, read_trunk_config
+from sslfast.runs import (
+    CorruptCheckpointError,
+    RunDirectory,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    print_error,
+)
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 
 _TRUNK = "trunk."
 _HEAD = "fc."
 _MAX_SIZE = 1 << 16
+_SMALLEST_STD, _LARGEST = 1e-4, 1e2  # of pixels in 0..1, with room
+_FACTS = {"method": (str, "a text"), "recipe": (str, "a text"), "seed": (int, "a whole number")}
 
 
 @dataclass(kw_only=True)
@@ -42,6 +51,12 @@ class Weights:
     """Side of the images that the trunk was trained on."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Recipe, method, step and seed, as far as known."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a weight is NaN or infinite: features would be numbers without meaning."""
+        name = first_nonfinite(self.state.items())
+        if name is not None:
+            raise ValueError(f"values of {name} in {self.source} are NaN or infinite; use an earlier checkpoint")
 
     def build(self) -> Trunk:
         """The trunk with these weights, in eval mode.
@@ -114,10 +129,19 @@ def read_weights(path: Path | str) -> Weights:
         layout, state = _find(path, _read_torch(path))
     state = {name: value for name, value in state.items() if not name.startswith(_HEAD)}
     options = _checked_input(known, card)
-    if isinstance(known.get("facts"), dict):
-        options["facts"] = known["facts"]
-    source = f"{path} ({layout.name})"
-    return Weights(model=_recognise(path, state), state=state, source=source, path=path, **options)
+    if "facts" in known:
+        options["facts"] = _checked_facts(known["facts"], card)
+    source, model = f"{path} ({layout.name})", _recognise(path, state)
+    stated = known.get("model", {})
+    if not isinstance(stated, dict):
+        raise ValueError(f"{card}: model must be a table, got {str(stated)[:100]}; restore the file")
+    for name, value in to_dict(model).items():
+        if stated.get(name, value) != value:
+            raise ValueError(
+                f"{card}: model.{name} is {str(stated[name])[:100]} and the weights are of {value}; "
+                "restore the file that was exported with them, or delete it"
+            )
+    return Weights(model=model, state=state, source=source, path=path, **options)
 
 
 def import_safetensors() -> Any:
@@ -138,28 +162,54 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
     nothing, a line on standard error says so.
     """
     directory = RunDirectory(path)
-    found = load_latest(directory.checkpoints) if chosen is None else (chosen, load_checkpoint(chosen))
+    if chosen is None:
+        found = load_latest(directory.checkpoints, check=_check_trunk)
+    else:
+        found = chosen, load_checkpoint(chosen)
     if found is None:
         load_json(directory.config)  # raises where this is no run at all
         raise FileNotFoundError(f"{directory.path} holds no checkpoint yet; let the run reach its first one")
     checkpoint, state = found
     own = state.get("config")
     if own is None:  # written by a program that kept it in the file alone
-        used = _used(load_json(directory.config), directory.config)
+        where = directory.config
+        used = _used(load_json(where), where)
     else:
-        used = _used(own, checkpoint)
+        where = checkpoint
+        used = _used(own, where)
         _name_differences(used, directory.config, checkpoint)
     weights = state.get("method")
     if not isinstance(weights, Mapping):
         raise ValueError(f"{checkpoint} holds no state of a method; use another checkpoint")
+    try:
+        model = read_trunk_config(used["model"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; restore the file") from None
+    facts = {name: used[name] for name in ("method", "recipe", "seed")}
     return Weights(
-        model=read_trunk_config(used["model"]),
-        state={name.removeprefix(_TRUNK): v for name, v in weights.items() if name.startswith(_TRUNK)},
+        model=model,
+        state=_trunk_of(weights),
         source=str(checkpoint),
         path=checkpoint,
-        facts={"method": used["method"], "recipe": used["recipe"], "seed": used["seed"], "step": int(state["step"])},
-        **_checked_input(used, checkpoint),
+        facts={**_checked_facts(facts, where), "step": int(state["step"])},
+        **_checked_input(used, where),
     )
+
+
+def _trunk_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(_TRUNK): value
+        for name, value in weights.items()
+        if name.startswith(_TRUNK) and isinstance(value, Tensor)
+    }
+
+
+def _check_trunk(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises CorruptCheckpointError where the trunk in a checkpoint of a run has a NaN or an infinite value."""
+    weights = state.get("method")
+    name = first_nonfinite(_trunk_of(weights).items()) if isinstance(weights, Mapping) else None
+    if name is not None:
+        raise CorruptCheckpointError(f"values of {_TRUNK}{name} in {path} are NaN or infinite")
 
 
 def _used(config: Any, where: Path) -> dict[str, Any]:
@@ -196,12 +246,25 @@ def _checked_input(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         is_list = isinstance(numbers, list | tuple) and len(numbers) == 3
         if not is_list or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
             raise ValueError(f"{where}: {name} must be three numbers, got {str(numbers)[:100]}; restore the file")
-        if name == "std" and min(numbers) <= 0:
+        if name == "std" and min(numbers) < _SMALLEST_STD:
             raise ValueError(f"{where}: std must be above 0, got {str(numbers)[:100]}; restore the file")
+        if max(map(abs, numbers)) > _LARGEST:
+            raise ValueError(f"{where}: {name} must be at most {_LARGEST}, got {str(numbers)[:100]}; restore the file")
     size = values.get("size", 1)
     if type(size) is not int or not 1 <= size <= _MAX_SIZE:
         raise ValueError(f"{where}: size must be in [1, {_MAX_SIZE}], got {str(size)[:100]}; restore the file")
     return {name: values[name] for name in ("mean", "std", "size") if name in values}
+
+
+def _checked_facts(facts: Any, where: Path) -> dict[str, Any]:
+    """Recipe, method, seed and whatever else is known. ValueError for values that they cannot have."""
+    if not isinstance(facts, dict):
+        raise ValueError(f"{where}: facts must be a table, got {str(facts)[:100]}; restore the file")
+    for name, (kind, words) in _FACTS.items():
+        value = facts.get(name)
+        if value is not None and (type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**63)):
+            raise ValueError(f"{where}: {name} must be {words}, got {str(value)[:100]}; restore the file")
+    return facts
 
 
 def _read_torch(path: Path) -> Any:

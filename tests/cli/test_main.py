@@ -270,9 +270,14 @@ def test_bad_images_are_skipped_counted_and_listed(tmp_path: Path, capsys: pytes
     assert "16 images" in capsys.readouterr().out
     assert cli.main([*known, "--on-bad-image", "skip"]) == 0
     assert "resumed from" in capsys.readouterr().err
-    (data / "class0" / "00.png").unlink()
+    (data / "class0" / "00.png").unlink()  # a bad image to skip, as while a run goes on; an error otherwise
+    assert cli.main([*command, "--on-bad-image", "skip"]) == 0
+    assert "resumed from" in capsys.readouterr().err
+    assert cli.main([*command, "--on-bad-image", "error"]) == 2
+    assert "1 missing: class0/00.png" in error_line(capsys)
+    (data / "class0" / "02.png").write_bytes(b"")
     assert cli.main([*command, "--on-bad-image", "skip"]) == 2
-    assert "no longer matches its manifest" in error_line(capsys)
+    assert "1 changed: class0/02.png" in error_line(capsys)
 
 
 def test_data_verify_of_good_images(

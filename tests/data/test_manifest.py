@@ -1,8 +1,10 @@
 """Rows, labels, links, the text file, and every way in which a folder can stop matching its manifest."""
 
 import hashlib
+import inspect
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,10 @@ import pytest
 
 import sslfast.data.manifest as manifest_module
 import sslfast.data.pool as pool_module
+from sslfast.data.left_out import system_key
+from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import open_data
 from sslfast.data.source import HASHED_BYTES
 from tests.pictures import encoded, picture, write_folder
 
@@ -51,7 +56,7 @@ def test_hidden_and_other_files_are_left_out_and_other_files_are_counted(tmp_pat
     (root / "c" / "old.txt").write_text("x")
     manifest = Manifest.scan(root)
     assert manifest.paths == ["a.jpg"]
-    assert manifest.ignored == {"": 1, ".txt": 2}
+    assert manifest.ignored == {"": 1, ".txt": 2, ".*": 2, "._*": 1}
 
 
 def test_links_are_followed_but_not_in_a_cycle(tmp_path: Path) -> None:
@@ -125,7 +130,9 @@ def test_permission_problems_are_bad_images(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_folders_without_a_usable_image(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gone does not exist: name a folder that holds images"):
+    with pytest.raises(
+        ValueError, match=r"gone does not exist: name a folder that holds images. DATA is a folder of images"
+    ):
         Manifest.scan(tmp_path / "gone")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is not a folder"):
@@ -280,3 +287,80 @@ def test_the_scan_does_not_depend_on_the_chunk_size(tmp_path: Path, monkeypatch:
 def test_progress_writes_nothing_into_pipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Manifest.scan(write_folder(tmp_path, ["a/0.png"]), progress=True)
     assert tuple(capsys.readouterr()) == ("", "")
+
+
+SYSTEM = [
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN", "$Recycle.Bin"),
+    *("System Volume Information", ".Trashes", ".Trash-1000", "lost+found", "__MACOSX", ".thumbnails", ".AppleDouble"),
+    *(".ipynb_checkpoints", ".git", ".snapshot"),
+]
+
+
+@pytest.mark.parametrize("depth", ["", "a/", "a/b/"])
+@pytest.mark.parametrize("name", SYSTEM)
+def test_folders_of_systems_are_left_out_and_counted(tmp_path: Path, name: str, depth: str) -> None:
+    write_folder(tmp_path, ["a/1.jpg", "b/2.jpg", f"{depth}{name}/x.jpg/SYNOPHOTO_THUMB_M.jpg", f"{depth}{name}/y.jpg"])
+    manifest = Manifest.scan(tmp_path)
+    assert (manifest.paths, manifest.classes) == (["a/1.jpg", "b/2.jpg"], ["a", "b"])
+    (line,) = manifest.left_out()
+    assert line.lower().startswith(f"1 x {name.lower()}/: folders and files of the system")
+    assert system_key(f"{depth}{name}.jpg") is None
+
+
+def test_a_manifest_with_rows_in_system_folders_says_why_it_no_longer_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path / "d", ["a/1.jpg", "a/@eaDir/2.jpg"])
+    monkeypatch.setattr("sslfast.data.listing.hidden_key", lambda path: None)
+    Manifest.scan(root).save(tmp_path / "m.tsv")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"1 of the 2 images of its manifest are in folders of the system.*@eaDir"):
+        open_data(tmp_path / "m.tsv")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "shown"),
+    [
+        ("1.HEIC", b"\0\0\0\x18ftypheic", "1 x .heic: pictures in formats that are not read; convert"),
+        ("1.jxl", b"", "1 x .jxl: pictures in formats"),
+        ("raw.DNG", b"II*\0", "1 x .dng: pictures in formats"),
+        ("photo", b"\0\0\0\x18ftypmif1", "1 x no suffix (HEIF): pictures in formats"),
+        ("photo", "JPEG", "1 x no suffix (JPEG): pictures by their content, and not by their names; rename"),
+        ("a.JPG_large", "JPEG", "1 x .jpg_large (JPEG): pictures by"),
+        ("a.jpg.1", "PNG", "1 x .1 (PNG): pictures by"),
+        ("a.jpg ", "WEBP", "1 x .jpg  (WebP): pictures by"),
+        ("a.x", "BMP", "1 x .x (BMP): pictures by"),
+        ("images.tar.gz", b"", "1 x .gz: archives"),
+        ("notes.txt", "JPEG", None),
+        ("a.bak", b"no picture", None),
+    ],
+)
+def test_pictures_that_are_not_used_are_said(tmp_path: Path, name: str, data: str | bytes, shown: str | None) -> None:
+    write_folder(tmp_path, ["a.jpg", "b.JPG", "c.jfif", "d.JPE"])
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else encoded(picture(), data))
+    manifest = Manifest.scan(tmp_path)
+    assert manifest.paths == ["a.jpg", "b.JPG", "c.jfif", "d.JPE"]
+    lines = manifest.left_out()
+    assert len(lines) == (shown is not None)
+    assert not lines or lines[0].startswith(shown)
+    assert Manifest.parse(manifest.dump(), "m").left_out() == lines
+
+
+def test_a_deep_tree_is_listed(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["a.jpg"])
+    folders = [os.open(tmp_path, os.O_RDONLY)]
+    try:
+        for _ in range(400):
+            os.mkdir("d", dir_fd=folders[-1])
+            folders.append(os.open("d", os.O_RDONLY, dir_fd=folders[-1]))
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack()) + 150)
+        try:
+            assert list_files(tmp_path).paths == ["a.jpg"]
+        finally:
+            sys.setrecursionlimit(limit)
+    finally:
+        for folder in reversed(folders[:-1]):
+            os.rmdir("d", dir_fd=folder)
+        for folder in folders:
+            os.close(folder)

@@ -26,14 +26,14 @@ NAMES = [f"class{i % 3}/{i:02}.jpg" for i in range(11)]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ZipSource(ImageSource):
-    """Image files in a .zip: the members that the interface asks for, and nothing else."""
+class PackSource(ImageSource):
+    """Image files in a .pack: the members that the interface asks for, and nothing else."""
 
-    name: ClassVar[str] = "zip"
+    name: ClassVar[str] = "pack"
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        return path.suffix == ".zip"
+        return path.suffix == ".pack"
 
     @classmethod
     def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
@@ -58,11 +58,11 @@ class ZipSource(ImageSource):
 
 @pytest.fixture
 def zipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(source_module, "all_sources", lambda known=all_sources: [ZipSource, *known()])
-    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+    monkeypatch.setattr(source_module, "all_sources", lambda known=all_sources: [PackSource, *known()])
+    with zipfile.ZipFile(tmp_path / "data.pack", "w") as archive:
         for key, name in enumerate(NAMES):
             archive.writestr(name, encoded(picture(key=key)))
-    return tmp_path / "data.zip"
+    return tmp_path / "data.pack"
 
 
 def test_a_source_of_five_members_trains_resumes_and_is_verified(zipped: Path, tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_a_source_of_five_members_trains_resumes_and_is_verified(zipped: Path, t
     assert (manifest.paths, manifest.classes) == (sorted(NAMES), ["all"])
     assert manifest.sha1 == Manifest.scan(folder).sha1
     manifest.save(tmp_path / "m.tsv")
-    assert "# source\tzip\n" in (tmp_path / "m.tsv").read_text()
+    assert "# source\tpack\n" in (tmp_path / "m.tsv").read_text()
     again = reopen_data(zipped, tmp_path / "m.tsv")
-    assert (type(again.source), again.digest()) == (ZipSource, manifest.digest())
+    assert (type(again.source), again.digest()) == (PackSource, manifest.digest())
     views = {"image": ViewConfig(crop=CropConfig(size=24))}
     loaders = [
         PillowLoader(data, views, batch_size=5, seed=1, workers=workers)
@@ -89,7 +89,7 @@ def test_a_source_of_five_members_trains_resumes_and_is_verified(zipped: Path, t
     assert (verified.digest(), bad) == (manifest.digest(), [])
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr(NAMES[0], b"")
-    with pytest.raises(ValueError, match=r"data.zip no longer matches its manifest of 11 images: 10 missing"):
+    with pytest.raises(ValueError, match=r"data.pack no longer matches its manifest of 11 images: 10 missing"):
         reopen_data(zipped, tmp_path / "m.tsv")
 
 
@@ -98,7 +98,7 @@ def test_a_manifest_of_an_unknown_source_is_an_error(
 ) -> None:
     open_data(zipped).save(tmp_path / "m.tsv")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"m.tsv is of a source 'zip' that this version does not know: beton, csv"):
+    with pytest.raises(ValueError, match=r"m.tsv is of a source 'pack' that this version does not know: beton, csv"):
         Manifest.load(tmp_path / "m.tsv")
 
 
@@ -107,8 +107,13 @@ def manifests(tmp_path: Path) -> list[Manifest]:
     """One of every source."""
     folder = write_folder(tmp_path / "folder", NAMES)
     (folder / "list.csv").write_text("".join(f"{name},{name[:6]}\n" for name in NAMES))
+    (folder / "list.txt").write_text("".join(f"{name} {name[:6]}\n" for name in NAMES))
     prepare_beton(folder, tmp_path / "data.beton", workers=0)
-    places = (tmp_path / "data.beton", folder / "list.csv", write_shards(tmp_path / "shards"), folder)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in NAMES:
+            archive.write(folder / name, name)
+    lists = (folder / "list.csv", folder / "list.txt")
+    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", write_shards(tmp_path / "shards"), folder)
     return [open_data(place) for place in places]
 
 

@@ -1,9 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from sslfast.evaluation.voc import annotation_path, read_annotation, read_split, split_ids, voc_manifest, voc_root
 from tests.evaluation.voc_data import write_voc
+
+BOX = (
+    "<annotation><object><name>cat</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    "</object></annotation>"
+)
+BOMB = '<!ENTITY a "ha">' + "".join(f'<!ENTITY {b} "{f"&{a};" * 9}">' for a, b in ("ab", "bc"))
 
 
 def test_labels_and_annotations_agree(tmp_path: Path) -> None:
@@ -38,20 +45,55 @@ def test_annotation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("<annotation>", "cannot be read as an annotation"),
+        ("<annotation>", r"no annotation of VOC's format \(no element found"),
         ("<annotation><object><name>cat</name></object></annotation>", "'cat' without a box of four numbers"),
-        (
-            "<a><object><name>cat</name><bndbox><xmin>9</xmin><ymin>1</ymin><xmax>3</xmax><ymax>4</ymax></bndbox>"
-            "</object></a>",
-            r"'cat' with the box \(9.0, 1.0, 3.0, 4.0\)",
-        ),
+        (BOX.format(9, 1, 3, 4), r"'cat' with the box \(9.0, 1.0, 3.0, 4.0\)"),
+        (BOX.format(1, 1, "inf", 4), r"'cat' with the box \(1.0, 1.0, inf, 4.0\)"),
+        (BOX.format(1, "nan", 3, 4), r"'cat' with the box"),
+        ("<html><body/></html>", "its root is 'html', not annotation"),
+        (f"<!DOCTYPE a [{BOMB}]><annotation>&c;</annotation>", "it declares entities"),
+        (f"<!DOCTYPE a [{BOMB}]><annotation>&c;</annotation>".encode("utf-16"), "it declares entities"),
+        (b"<annotation>\xff\xfe</annotation>", "not well-formed"),
+        ("<?xml version='1.0' encoding='nonsense'?><annotation/>", "unknown encoding"),
+        ("<annotation>" + " " * (1 << 24), "it has more than 16,777,216 bytes"),
+        ("", "no element found"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) or len(value) > 40 else value,
 )
-def test_bad_annotation(tmp_path: Path, text: str, words: str) -> None:
+def test_bad_annotation(tmp_path: Path, text: str | bytes, words: str) -> None:
     path = tmp_path / "a.xml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=words):
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ValueError, match=words) as caught:
         read_annotation(path)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).endswith("restore it")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "nothing"])
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path, kind: str) -> None:
+    voc = write_voc(tmp_path, trainval=2, test=2)
+    image, annotation = voc / "JPEGImages" / "000001.jpg", annotation_path(voc, "000001")
+    for path in (image, annotation):
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+    with pytest.raises(ValueError, match=r"000001\.xml cannot be read .*; restore it"):
+        read_annotation(annotation)
+    with pytest.raises(ValueError, match=r"000001\.jpg cannot be read .*; restore the images"):
+        voc_manifest(voc, ["000001"])
+
+
+def test_a_list_that_is_not_text(tmp_path: Path) -> None:
+    voc = write_voc(tmp_path, trainval=2, test=2)
+    lists = voc / "ImageSets" / "Main"
+    (lists / "trainval.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"trainval\.txt is empty; restore the files of the devkit"):
+        split_ids(voc, "trainval")
+    (lists / "bird_trainval.txt").write_bytes(b"\xff\xfe\x00 junk line\n")
+    with pytest.raises(ValueError, match=r"bird_trainval\.txt line 1 must be an image and -1, 0 or 1"):
+        read_split(voc, "trainval")
 
 
 def test_manifest(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_permutations": 1}, r"method.num_permutations must be in \[2, 362880\], the orders of 9 patches, got 1"),
+        ({"num_permutations": 1}, "method.num_permutations must be at least 2, got 1"),
         ({"jigsaw_view": ViewConfig()}, "method.jigsaw_view.jigsaw must be set, got None"),
         (
             {"jigsaw_view": ViewConfig(crop=CropConfig(size=32), jigsaw=JigsawConfig(grid=4, patch_size=4))},

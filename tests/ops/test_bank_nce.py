@@ -223,6 +223,23 @@ def test_shards_equal_the_reference_and_merge(
         torch.testing.assert_close(gradients.sum(0), whole.grad, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("shard", [None, (0, 400)])
+@pytest.mark.parametrize("wrong", [-1, -2, 400, 2**62, -(2**63)])
+@pytest.mark.parametrize("negatives", ["sampled", "shared", "full", LIST, LISTS], ids=str)
+def test_rows_outside_of_the_bank(negatives: str | Tensor, wrong: int, shard: tuple[int, int] | None) -> None:
+    """-1 too, which bank_nce_dense takes for a query without a positive."""
+    query, bank, index = make(torch.device("cpu"), num_rows=400)
+    bank = bank if shard is None else bank[:300]
+    index[1] = wrong
+    with pytest.raises(RuntimeError, match=r"index must be in \[-?[01], \d+\), got"):
+        bank_nce(query, bank, index, negatives=negatives, num_negatives=9, shard=shard)
+    if isinstance(negatives, Tensor):
+        rows = negatives.clone()
+        rows.view(-1)[2] = wrong
+        with pytest.raises((RuntimeError, ValueError), match=r"negatives must be in \[0, 400\), got"):
+            bank_nce(query, bank, index.clamp(0, 299), negatives=rows, shard=shard)
+
+
 @pytest.mark.parametrize(
     ("held", "options", "message"),
     [

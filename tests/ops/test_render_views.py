@@ -114,6 +114,40 @@ def test_blur_of_every_radius(device: torch.device, side: int) -> None:
         assert_agrees(crops, parameters[-len(crops) :].to(device))
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("hue", [-1.0, -0.99, -0.75, -0.5, -1e-7, 0.5, 0.75, 1.0]),
+        ("brightness", [0.0, 3.0, 100.0]),
+        ("contrast", [0.0, 3.0, 100.0]),
+        ("saturation", [0.0, 3.0, 100.0]),
+        ("posterize_bits", [0.0, 0.5, 3.7, 7.99, 8.0]),
+        ("sharpness", [-1e30, -3.0, 0.0, 50.0, 1e30]),
+        ("solarize_threshold", [-1e30, -1.0, 0.5, 254.5, 1e30]),
+        ("jitter_order", [0.5, 22.9, 23.0]),
+        ("blur_sigma", [1e-45, 1e-30, 1e-3, 5.0]),
+        ("flip", [-0.0, 1e-45, -3.0]),
+    ],
+)
+def test_parameters_at_the_ends_of_their_range(device: torch.device, name: str, values: list[float]) -> None:
+    """Right by the reference everywhere that the op accepts."""
+    crops, parameters, _ = make(device, batch=len(values), side=24)
+    parameters[..., ViewParameter.JITTER] = 1
+    parameters[..., ViewParameter.PHOTOMETRIC] = float(name in ("posterize_bits", "sharpness", "solarize_threshold"))
+    parameters[..., ViewParameter[name.upper()]] = torch.tensor(values, device=device)[:, None]
+    result = render_views(crops, parameters, **PLAIN).cpu()
+    expected = render_views_reference(crops.cpu(), parameters.cpu(), **PLAIN)
+    different = (result - expected).abs() > (0.1 if max(values) == 100 else 0.01)
+    assert different.float().mean() < (2e-3 if parameters[0, 0, ViewParameter.PHOTOMETRIC] else 1e-9)
+
+
+def test_hue_of_a_turn_changes_nothing(device: torch.device) -> None:
+    crops, _, _ = make(device, batch=2, side=20)
+    for turns in (-1.0, 1.0):
+        result = render_views(crops, plain(2, jitter=1, hue=turns).to(device), **PLAIN)
+        torch.testing.assert_close(result, crops.float(), rtol=0, atol=1e-2)
+
+
 def test_blur_of_one_point_is_the_kernel(device: torch.device) -> None:
     crops = torch.zeros(1, 3, 41, 41, dtype=torch.uint8, device=device)
     crops[..., 20, 20] = 255
@@ -259,9 +293,12 @@ def test_bad_tensors() -> None:
     [
         ("jitter_order", 24.0, r"jitter_order must be in \[0, 23\], got 24"),
         ("posterize_bits", 9.0, r"posterize_bits must be in \[0, 8\], got 9"),
-        ("brightness", float("nan"), "brightness must be finite, got nan"),
-        ("hue", float("inf"), "hue must be finite, got inf"),
-        ("hue", float("-inf"), "hue must be finite, got -inf"),
+        ("brightness", float("nan"), r"brightness must be in \[0, 100\], got nan"),
+        ("hue", float("inf"), r"hue must be in \[-1, 1\], got inf"),
+        ("hue", float("-inf"), r"hue must be in \[-1, 1\], got -inf"),
+        ("hue", 1.01, r"hue must be in \[-1, 1\], got 1.01"),
+        ("contrast", -0.1, r"contrast must be in \[0, 100\], got -0.1"),
+        ("saturation", 101.0, r"saturation must be in \[0, 100\], got 101"),
         ("blur_sigma", float("nan"), r"blur_sigma must be in \[0, 5\], got nan"),
         ("blur_sigma", -0.1, r"blur_sigma must be in \[0, 5\], got -0.1"),
         ("blur_sigma", 5.01, r"blur_sigma must be in \[0, 5\], got 5.01"),

@@ -112,7 +112,7 @@ def test_bad_arguments() -> None:
         rgb_to_lab(pixels[0])
     with pytest.raises(RuntimeError, match=r"pixels must be float32, .*; convert bytes with .float\(\) / 255"):
         rgb_to_lab((pixels * 255).to(torch.uint8))
-    with pytest.raises(ValueError, match=r"require a gradient and the op has none; pass pixels.detach\(\)"):
+    with pytest.raises(ValueError, match=r"requires a gradient, which the op does not compute; pass pixels.detach\(\)"):
         rgb_to_lab(pixels.requires_grad_())
     with torch.no_grad():
         assert not rgb_to_lab(pixels).requires_grad

@@ -255,7 +255,7 @@ def test_loading_keeps_the_kernels_of_the_device() -> None:
     ("values", "message"),
     [
         ({"lr_per_256_images": 0.0}, "lr_per_256_images must be above 0, got 0.0"),
-        ({"lr_per_256_images": float("nan")}, "lr_per_256_images must be above 0, got nan"),
+        ({"lr_per_256_images": float("nan")}, "lr_per_256_images must be a finite number, got nan"),
         ({"final_lr_per_256_images": 1.0}, "final_lr_per_256_images must be in"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov needs"),

@@ -12,10 +12,11 @@ from PIL import Image
 
 from sslfast.cli.main import main
 from sslfast.config import save_json, to_dict
-from sslfast.report.build import ReportConfig, confusion_matrix, embed_in_plane, report
+from sslfast.report.build import ReportConfig, report
 from sslfast.report.charts import figure, json_text, line_chart, thin, ticks
 from sslfast.report.page import page, table
 from sslfast.report.published import PUBLISHED
+from sslfast.report.sections import confusion_matrix, embed_in_plane
 from sslfast.runs.directory import RunDirectory
 from tests.weights.test_load import config_of, trained_trunk, write_run
 

@@ -1,7 +1,11 @@
 """Trunks that leave for other libraries and come from them compute the same features."""
 
 import json
+import os
 import pickle
+import resource
+import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +257,128 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.strip() == str(tmp_path / "a.safetensors")
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "a.pth")]) == 2
     assert "does not exist; give a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda c: c["method"]["image_view"]["augment"].update(mean=[0, 0, 0]), "mean is [0, 0, 0] there and [0.485,"),
+        (lambda c: c["model"].update(name="resnet34"), "model.name is 'resnet34' there and 'resnet18' in step_"),
+        (lambda c: c.pop("method"), "lacks 'method'"),
+        (None, "is not JSON"),
+    ],
+)
+def test_the_checkpoint_s_configuration_wins(
+    tmp_path: Path, resnet18: ResNetTrunk, change: Any, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = to_dict(config_of("resnet18"))
+    run = RunDirectory(tmp_path)
+    state = {f"trunk.{name}": value for name, value in resnet18.state_dict().items()}
+    save_checkpoint(run.checkpoints, {"step": 7, "method": state, "config": config}, 7)
+    save_json(run.config, config)
+    right = read_weights(tmp_path)
+    assert capsys.readouterr().err == ""
+    if change is None:
+        run.config.write_text("{")
+    else:
+        changed = to_dict(config_of("resnet18"))
+        change(changed)
+        save_json(run.config, changed)
+    found = read_weights(tmp_path)
+    assert (found.model, found.mean, found.std, found.size) == (right.model, right.mean, right.std, right.size)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert line in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mean", [1, 2]), ("mean", [1, 2, float("nan")]), ("std", [1, 1, 0]), ("std", "x"), ("size", 1e30), ("size", 0)],
+)
+def test_a_card_with_impossible_values_is_refused(tmp_path: Path, run: Path, name: str, value: Any) -> None:
+    path = export_trunk(run, tmp_path / "trunk.pth")
+    card = tmp_path / "trunk.pth.json"
+    save_json(card, {**json.loads(card.read_text()), name: value})
+    with pytest.raises(ValueError, match=rf"trunk\.pth\.json: {name} must be .*restore the file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("format", ["torchvision", "detectron2", "safetensors"])
+def test_exported_files_have_the_umask_s_mode_and_leave_nothing_where_the_disk_is_full(
+    tmp_path: Path, run: Path, format: Format
+) -> None:
+    path = tmp_path / f"trunk{SUFFIX[format]}"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*trunk.* \(File too large\); .*name another file as OUT"):
+            export_trunk(run, path, format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    mask = os.umask(0o022)
+    try:
+        export_trunk(run, path, format=format)
+    finally:
+        os.umask(mask)
+    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in tmp_path.iterdir()} == {"0o644"}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "bn1.running_var"])
+def test_weights_that_are_not_finite_are_refused(
+    run: Path, resnet18: ResNetTrunk, tmp_path: Path, name: str, value: float
+) -> None:
+    state = {key: tensor.clone() for key, tensor in resnet18.state_dict().items()}
+    state[name].view(-1)[-1] = value
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"values of {name} in .*weights\.pth .*NaN or infinite; use an earlier"):
+        sslfast.load(tmp_path / "weights.pth")
+    checkpoints = shutil.copytree(run, tmp_path / "run") / "checkpoints"
+    newer = {"step": 8, "method": {f"trunk.{key}": tensor for key, tensor in state.items()}}
+    path = save_checkpoint(checkpoints, newer, 8)
+    with pytest.raises(ValueError, match=rf"values of {name} in .*step_00000008\.pt are NaN or infinite"):
+        export_trunk(path, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+    assert read_weights(tmp_path / "run").facts["step"] == 7  # the newest good one
+    save_checkpoint(checkpoints, {**newer, "step": 7}, 7)
+    with pytest.raises(ValueError, match=rf"every checkpoint .*values of trunk\.{name}"):
+        read_weights(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("std", [0.2, 0, 0.2], "std must be above 0"),
+        ("std", [0.2, 1e-30, 0.2], "std must be above 0"),
+        ("mean", [0.2, float("nan"), 0.2], "mean must be three numbers"),
+        ("mean", [0.2, 1e30, 0.2], "mean must be at most"),
+        ("mean", [[0.2], 0.2, 0.2], "mean must be three numbers"),
+        ("mean", 0.5, "mean must be three numbers"),
+        ("size", 0, "size must be in"),
+        ("size", 224.0, "size must be in"),
+        ("facts", [], "facts must be a table"),
+        ("facts", {"seed": "0"}, "seed must be a whole number"),
+        ("facts", {"seed": -1}, "seed must be a whole number"),
+        ("facts", {"method": ["pirl"]}, "method must be a text"),
+        ("model", "resnet18", "model must be a table"),
+        ("model", {"name": "resnet50"}, r"model\.name is resnet50 and the weights are of resnet18"),
+        ("model", {"width": 2.0}, r"model\.width is 2\.0 and the weights are of 1"),
+    ],
+)
+def test_a_card_is_checked(run: Path, tmp_path: Path, key: str, value: Any, words: str) -> None:
+    export_trunk(run, tmp_path / "a.pth")
+    card = tmp_path / "a.pth.json"
+    read_weights(tmp_path / "a.pth")
+    card.write_text(json.dumps({**json.loads(card.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"a\.pth\.json: {words}.*; restore the file"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_a_model_in_a_configuration_is_checked_with_its_file(run: Path, tmp_path: Path) -> None:
+    config = shutil.copytree(run, tmp_path / "run") / "config.json"
+    values = json.loads(config.read_text())
+    values["model"]["width"] = 0
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json: model\.width must be a positive multiple"):
+        read_weights(tmp_path / "run")

@@ -21,14 +21,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sslfast.data import HASHED_BYTES, BadImageError, content_hash, decode_full, quiet_pillow, read_bytes
+from sslfast.data import (
+    DEFAULT_DECODING,
+    HASHED_BYTES,
+    BadImageError,
+    Decoding,
+    content_hash,
+    decode_full,
+    quiet_pillow,
+    read_bytes,
+)
 from sslfast.distributed import rank, world_size
 from sslfast.evaluation.voc import annotation_path, read_annotation, split_ids, voc_root
+from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32, random_uniform
 
 ORDER, VIEW = Stream.DETECTION, Stream.DETECTION + 1
 IGNORED = -1
 """Label of a box that counts neither as an object nor as background."""
+
+_MAX_COORDINATE = 1e9
+"""Of a box, in pixels."""
 
 Difficult = Literal["train", "ignore"]
 
@@ -60,11 +73,11 @@ class BoxedImages:
         sha = hashlib.sha256()
         for image in self.images:
             try:
-                with open(image.path, "rb") as file:
+                with open_regular(image.path) as file:
                     content = content_hash(file.read(HASHED_BYTES))
                     size = os.fstat(file.fileno()).st_size
             except OSError as error:
-                raise ValueError(f"{image.path} cannot be read ({error.strerror}); restore the images") from None
+                raise ValueError(f"{image.path} cannot be read ({reason_of(error)}); restore the images") from None
             objects = [image.names, image.boxes.tolist(), image.difficult.tolist(), image.crowd.tolist()]
             sha.update(f"{image.path.name}\t{size}\t{content}\t{json.dumps(objects)}\n".encode())
         return sha.hexdigest()
@@ -165,19 +178,25 @@ class _CocoFolder:
         if folder is None:
             raise ValueError(f"no folder with the images of {split}: create one of {', '.join(map(str, candidates))}")
         try:
-            content = json.loads(path.read_text())
+            with open_regular(path) as file:
+                content = json.loads(file.read().decode("utf-8-sig"))
             names = {category["id"]: category["name"] for category in content["categories"]}
             found: dict[Any, list[tuple[str, list[float], bool, bool]]] = {one["id"]: [] for one in content["images"]}
             for one in content["annotations"]:
-                left, top, width, height = one["bbox"]
+                left, top, width, height = map(_number, one["bbox"])
                 if width > 0 and height > 0:  # published files hold a few boxes without an area
                     box = [left, top, left + width, top + height]
                     crowd, difficult = bool(one.get("iscrowd", 0)), bool(one.get("ignore", 0))
                     found[one["image_id"]].append((names[one["category_id"]], box, difficult, crowd))
             files = {one["id"]: one["file_name"] for one in content["images"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for text in (*names.values(), *files.values()):
+                if not isinstance(text, str) or not text or "\0" in text:
+                    raise ValueError(f"a name is {text!r:.60}")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({reason_of(error)}); restore it") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is no file of COCO's format ({type(error).__name__}: {error}); restore it"
+                f"{path} is no file of COCO's format ({type(error).__name__}: {error!s:.200}); restore it"
             ) from None
         return [
             BoxedImage(
@@ -189,6 +208,13 @@ class _CocoFolder:
             )
             for image, objects in found.items()
         ]
+
+
+def _number(value: Any) -> float:
+    """A coordinate of a box, in pixels."""
+    if type(value) not in (int, float) or not abs(value) < _MAX_COORDINATE:
+        raise ValueError(f"a box holds {value!r:.60}")
+    return float(value)
 
 
 def _is_coco(folder: Path) -> bool:
@@ -205,7 +231,9 @@ def scaled_size(height: int, width: int, *, side: int, longest: int) -> tuple[in
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def load_image(path: Path, *, side: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
+def load_image(
+    path: Path, *, side: int, longest: int, decoding: Decoding = DEFAULT_DECODING
+) -> tuple[Tensor, tuple[int, int]]:
     """uint8 ``[3, h, w]`` of :func:`scaled_size`, antialiased bilinear, and height and width before.
 
     Raises:
@@ -213,7 +241,7 @@ def load_image(path: Path, *, side: int, longest: int) -> tuple[Tensor, tuple[in
     """
     try:
         with quiet_pillow():
-            pixels = torch.from_numpy(decode_full(read_bytes(path))).permute(2, 0, 1)
+            pixels = torch.from_numpy(decode_full(read_bytes(path), decoding)).permute(2, 0, 1)
     except BadImageError as error:
         raise ValueError(f"{path} cannot be used ({error.reason}); repair it") from None
     height, width = pixels.shape[1:]
@@ -248,6 +276,7 @@ class TrainingBatches:
         longest: maximum of the longer side, in pixels.
         difficult: ``train``: difficult objects are like any other. ``ignore``: neither object nor background.
         workers: decoding threads; 0: decode in the caller's thread.
+        decoding: what the policy for images leaves to the user.
     """
 
     def __init__(
@@ -261,6 +290,7 @@ class TrainingBatches:
         longest: int,
         difficult: Difficult,
         workers: int,
+        decoding: Decoding = DEFAULT_DECODING,
     ) -> None:
         if batch_size % world_size():
             raise ValueError(f"batch_size={batch_size} must be a multiple of the {world_size()} processes")
@@ -271,7 +301,7 @@ class TrainingBatches:
             raise ValueError(f"every object of {split.name} is marked difficult: train on them with --difficult train")
         self.labels = {name: label for label, name in enumerate(classes, 1)}
         self.batch_size, self.seed = batch_size, seed
-        self.sides, self.longest, self.workers = list(sides), longest, workers
+        self.sides, self.longest, self.workers, self.decoding = list(sides), longest, workers, decoding
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _learned(self, image: BoxedImage) -> NDArray[np.bool_]:
@@ -295,7 +325,7 @@ class TrainingBatches:
         known = self.images[sample_id]
         u = random_uniform(torch.tensor([sample_id]), 2, seed=self.seed, stream=VIEW, step=iteration)[0].tolist()
         side, flipped = self.sides[int(u[0] * len(self.sides))], u[1] < 0.5
-        image, (height, width) = load_image(known.path, side=side, longest=self.longest)
+        image, (height, width) = load_image(known.path, side=side, longest=self.longest, decoding=self.decoding)
         new_height, new_width = image.shape[1:]
         boxes = torch.from_numpy(known.boxes) * torch.tensor([new_width / width, new_height / height] * 2)
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, new_width)

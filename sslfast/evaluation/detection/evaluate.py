@@ -6,20 +6,19 @@ the same trunk the second is about two points of AP above the first. Published n
 ...) on test2007.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sslfast.config import to_dict
-from sslfast.data import decode_full, quiet_pillow, read_bytes
+from sslfast.data import DEFAULT_DECODING, Decoding, decode_full, quiet_pillow, read_bytes
 from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, is_main, world_size
-from sslfast.evaluation.config import check_at_least, check_positive, check_seeds
+from sslfast.evaluation.config import DecodingConfig, check_at_least, check_positive, check_seeds
 from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, Difficult, TrainingBatches, load_splits
 from sslfast.evaluation.detection.model import ANCHORS, FasterRCNN, check_trunk
 from sslfast.evaluation.detection.scores import (
@@ -31,11 +30,14 @@ from sslfast.evaluation.detection.scores import (
 )
 from sslfast.evaluation.detection.train import PROTOCOLS, DetectionProtocol, Schedule, detect, fine_tune
 from sslfast.evaluation.encoders import TRAINED, load_run, trunk_encoders
+from sslfast.evaluation.lettering import Lettering
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, run_facts, write_result
 from sslfast.evaluation.sgd import ResumeState
 from sslfast.evaluation.table import detection_table
+from sslfast.files import reason_of, save_picture
 from sslfast.models import read_trunk_config
-from sslfast.runs import versions
+from sslfast.runs import print_error, versions
+from sslfast.text import printable
 
 SIDES = tuple(range(480, 801, 32))
 SHOWN_SCORE = 0.5
@@ -43,7 +45,7 @@ _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionConfig:
+class DetectionConfig(DecodingConfig):
     """Settings of :func:`evaluate_detection`."""
 
     protocol: Literal["pirl", "pirl-paper", "moco"] = "pirl"
@@ -89,6 +91,7 @@ class DetectionConfig:
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seeds(self.seeds)
         for name in ("train_sides", "anchors"):
             check_positive(name, getattr(self, name))
@@ -99,18 +102,13 @@ class DetectionConfig:
             raise ValueError(f"lr must be above 0, got lr={self.lr}")
 
 
-def print_line(line: str) -> None:
-    """Print one line on standard error."""
-    print(f"sslfast: {line}", file=sys.stderr, flush=True)
-
-
 def evaluate_detection(
     run: Path,
     data: tuple[Path, ...],
     config: DetectionConfig = DetectionConfig(),
     *,
     output: Path | None = None,
-    report: Callable[[str], None] = print_line,
+    report: Callable[[str], None] = print_error,
 ) -> dict[str, Any]:
     """Average precision of a Faster R-CNN that is fine-tuned on a run's encoder.
 
@@ -139,6 +137,7 @@ def evaluate_detection(
         classes = train.classes()
         name = protocol_name(config.protocol, data, schedule)
         precision = resolve_precision(config.precision, device)
+        decoding = config.decoding(run)
         facts = {
             **run_facts(run, loaded, config.test_side),
             **_settings(config, protocol, schedule),
@@ -153,7 +152,14 @@ def evaluate_detection(
             for seed in config.seeds:
                 resume = ResumeState(
                     path.with_name(f"{path.stem}-{encoder_name}-seed{seed}.partial.pt"),
-                    {**facts, "protocol": name, "data": digests, "seed": seed, "encoder": encoder_name},
+                    {
+                        **facts,
+                        "protocol": name,
+                        "data": digests,
+                        "seed": seed,
+                        "encoder": encoder_name,
+                        "decoding": asdict(decoding),
+                    },
                 )
                 states.append(resume)
                 batches = TrainingBatches(
@@ -165,6 +171,7 @@ def evaluate_detection(
                     longest=config.longest_side,
                     difficult=config.difficult,
                     workers=config.workers,
+                    decoding=decoding,
                 )
                 left_out = batches.left_out
                 model = FasterRCNN(
@@ -197,14 +204,16 @@ def evaluate_detection(
                     device=device,
                     precision=precision,
                     workers=config.workers,
+                    decoding=decoding,
                 )
                 areas, classwise = coco_scores(found, test.images, classes)
                 points = voc07_scores(found, test.images, classes)
                 scores.append({**areas, **{f"voc07_{key}": value for key, value in points.items()}})
                 by_class.append(classwise)
                 if config.examples and len(states) == 1 and is_main():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    draw_examples(found, test, classes, config.examples).save(path.with_name("detect-examples.png"))
+                    _write_examples(
+                        found, test, classes, config.examples, path.with_name("detect-examples.png"), decoding
+                    )
             rows.append({"encoder": encoder_name, "protocol": name, **_score_row(scores, by_class)})
         result = {
             "protocol": name,
@@ -216,6 +225,7 @@ def evaluate_detection(
             "data": {
                 "root": [str(folder) for folder in data],
                 "classes": len(classes),
+                **{key: value for key, value in asdict(decoding).items() if value is not None},
                 "train": {"images": len(train.images) - left_out, "left_out": left_out, "digest": digests["train"]},
                 "val": {"images": len(test.images), "left_out": 0, "digest": digests["test"]},
             },
@@ -261,11 +271,35 @@ def render_table(result: dict[str, Any]) -> str:
     return detection_table(result)
 
 
-def draw_examples(found: Sequence[Detections], split: BoxedImages, classes: Sequence[str], count: int) -> Image.Image:
+def _write_examples(
+    found: Sequence[Detections],
+    split: BoxedImages,
+    classes: Sequence[str],
+    count: int,
+    path: Path,
+    decoding: Decoding,
+) -> None:
+    """Write :func:`draw_examples`. Where that fails one line says so: the scores do not need it."""
+    try:
+        save_picture(draw_examples(found, split, classes, count, decoding=decoding), path)
+    except OSError as error:
+        print_error(f"cannot write {printable(str(path))} ({reason_of(error)}): there is no picture of detections")
+
+
+def draw_examples(
+    found: Sequence[Detections],
+    split: BoxedImages,
+    classes: Sequence[str],
+    count: int,
+    *,
+    decoding: Decoding = DEFAULT_DECODING,
+) -> Image.Image:
     """Test images, evenly spread over the split, with the boxes of score 0.5 and above; thin white: ground truth."""
     count = min(count, len(split.images))
     positions = [round(i * (len(split.images) - 1) / max(1, count - 1)) for i in range(count)]
-    tiles = [_tile(found[position], split.images[position], classes) for position in positions]
+    lettering = Lettering()
+    tiles = [_tile(found[position], split.images[position], classes, lettering, decoding) for position in positions]
+    lettering.report()
     columns, gap = min(4, count), 8
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     lines = -(-count // columns)
@@ -276,12 +310,20 @@ def draw_examples(found: Sequence[Detections], split: BoxedImages, classes: Sequ
     return sheet
 
 
-def _tile(found: Detections, truth: BoxedImage, classes: Sequence[str], *, side: int = 320) -> Image.Image:
+def _tile(
+    found: Detections,
+    truth: BoxedImage,
+    classes: Sequence[str],
+    lettering: Lettering,
+    decoding: Decoding,
+    *,
+    side: int = 320,
+) -> Image.Image:
     with quiet_pillow():
-        image = Image.fromarray(decode_full(read_bytes(truth.path)))
+        image = Image.fromarray(decode_full(read_bytes(truth.path), decoding))
     scale = side / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(image)
     for box in truth.boxes:
         draw.rectangle([float(edge) * scale for edge in box], outline="white", width=1)
     for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
@@ -290,8 +332,8 @@ def _tile(found: Detections, truth: BoxedImage, classes: Sequence[str], *, side:
         left, top, right, bottom = (float(edge) * scale for edge in box)
         colour = _COLOURS[int(label) % len(_COLOURS)]
         draw.rectangle([left, top, right, bottom], outline=colour, width=3)
-        text = f"{classes[int(label) - 1]} {100 * score:.0f} %"
-        corner = (min(left, image.width - draw.textlength(text, font)), max(0.0, top - 16))
+        text, font = lettering.fitted(f"{100 * score:.0f} % {classes[int(label) - 1]}", 13, image.width)
+        corner = (max(0.0, min(left, image.width - draw.textlength(text, font))), max(0.0, top - 16))
         draw.rectangle(draw.textbbox(corner, text, font), fill=colour)
         draw.text(corner, text, fill="white", font=font)
     return image

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sslfast.data import DEFAULT_DECODING, Decoding
 from sslfast.distributed import (
     convert_sync_batchnorm,
     gather_objects,
@@ -21,6 +22,7 @@ from sslfast.distributed import (
 from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_image
 from sslfast.evaluation.detection.model import FasterRCNN, targets_of
 from sslfast.evaluation.detection.scores import Detections
+from sslfast.evaluation.encoders import check_weights
 from sslfast.evaluation.sgd import ResumeState
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer, set_learning_rate
 
@@ -190,6 +192,7 @@ def fine_tune(
                 resume.save(model, optimizer, done)
                 if is_main() and report is not None:
                     report(f"{title}: iteration {done:,} of {schedule.iterations:,}, loss {value:.3f}")
+    check_weights(model, "the trained detector holds", remedy="lower --lr")
     if schedule.precise_norm:
         measure_norms(model, batches, range(schedule.iterations, schedule.iterations + schedule.precise_norm), device)
     model.eval()
@@ -227,6 +230,7 @@ def detect(
     device: torch.device,
     precision: torch.dtype,
     workers: int,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> list[Detections]:
     """Detections on every image, in its pixels. Ranks share the images and each returns the detections of all.
 
@@ -236,7 +240,7 @@ def detect(
     own, error = own_rows(len(split.images)), None
     found: list[Detections] = []
     try:
-        for image, (height, width) in _images(split.images[own.start : own.stop], side, longest, workers):
+        for image, (height, width) in _images(split.images[own.start : own.stop], side, longest, workers, decoding):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 (one,) = model([image.to(device)])
             scale = np.array([width / image.shape[2], height / image.shape[1]] * 2, dtype=np.float32)
@@ -253,13 +257,17 @@ def detect(
     return [one for part in gather_objects(found) for one in part]
 
 
-def _images(images: Sequence[BoxedImage], side: int, longest: int, workers: int) -> Iterator[tuple[Any, Any]]:
+def _images(
+    images: Sequence[BoxedImage], side: int, longest: int, workers: int, decoding: Decoding
+) -> Iterator[tuple[Any, Any]]:
     """:func:`load_image` of each, with prefetching."""
+
+    def load(image: BoxedImage) -> Any:
+        return load_image(image.path, side=side, longest=longest, decoding=decoding)
+
     if not workers:
-        for image in images:
-            yield load_image(image.path, side=side, longest=longest)
+        yield from map(load, images)
         return
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images), 4 * workers):
-            some = images[start : start + 4 * workers]
-            yield from pool.map(lambda image: load_image(image.path, side=side, longest=longest), some)
+            yield from pool.map(load, images[start : start + 4 * workers])

@@ -1,0 +1,168 @@
+"""``sslfast data labels``: a list of a flat folder's images with the labels that another file gives them."""
+
+import csv
+import io
+from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from sslfast.data.csv_list import find_columns, open_list
+from sslfast.data.listing import existing_folder, list_files
+from sslfast.data.manifest import Manifest
+from sslfast.data.members import stem_of
+from sslfast.data.spelling import alike
+from sslfast.data.text_list import TextListSource
+from sslfast.files import replacing
+
+SORTED = "sorted"
+
+
+def label_folder(
+    images: Path, labels: Path, output: Path, *, train: Path | None = None, names: str | None = None
+) -> int:
+    """Write a CSV list of ``path,label`` for the images of a folder; returns how many.
+
+    Args:
+        images: folder, at any depth; its first-level folders are no classes here.
+        labels: one label a line in the order of the sorted file names (the devkit's
+            ``ILSVRC2012_validation_ground_truth.txt``), ``name label`` lines, a CSV file with a header (of Kaggle's
+            ``LOC_val_solution.csv`` the first word of each prediction is the label).
+        output: the list; its paths are relative to its folder where they can be.
+        train: data set whose classes the labels must be.
+        names: what numbers mean: the devkit's ``meta.mat``, a text file whose line k names class k (of the lowest
+            number the first one), or ``sorted``: the k-th class of ``train`` in sorted order.
+
+    Raises:
+        ValueError: an image without a label or the reverse, numbers without ``names``, or labels that are no classes.
+    """
+    listing = list_files(existing_folder(images))
+    if not listing.paths:
+        unpack = f"; unpack {listing.shards[0]} first (tar -xf)" if listing.shards else ""
+        raise ValueError(f"{images} holds no image files{unpack}")
+    if listing.unreadable:
+        raise ValueError(f"{images}/{listing.unreadable[0][0]}: {listing.unreadable[0][1]}")
+    given = _labels_of(listing.paths, labels)
+    classes = None if train is None else Manifest.scan(train, on_bad_image="skip").classes
+    given = _named(given, labels, classes, names)
+    if classes is not None and (unknown := sorted(set(given.values()) - set(classes))):
+        raise ValueError(
+            f"{len(unknown)} labels of {labels} are no class of {train}: {', '.join(map(ascii, unknown[:5]))}; its "
+            f"classes are {', '.join(map(ascii, classes[:5]))}{', ...' if len(classes) > 5 else ''}"
+            + (f"; names that look the same: {same}" if (same := alike(classes, unknown)) else "")
+        )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label"])
+    folder, root = output.absolute().parent.resolve(), images.resolve()
+    start = root.relative_to(folder) if root.is_relative_to(folder) else root
+    writer.writerows(((start / path).as_posix(), given[path]) for path in listing.paths)
+    with replacing(output) as temporary:
+        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+    return len(listing.paths)
+
+
+def _labels_of(paths: Sequence[str], labels: Path) -> dict[str, str]:
+    """Label of every path."""
+    rows = _rows(labels)
+    if all(name is None for name, _ in rows):
+        if len(rows) != len(paths):
+            raise ValueError(f"{labels} has {len(rows)} labels for {len(paths)} images: give the file of these images")
+        return {path: label for path, (_, label) in zip(paths, rows, strict=True)}
+    by_name: dict[str, str] = {}
+    for name, label in rows:
+        for key in (name or "", stem_of(name or "")):
+            if by_name.setdefault(key, label) != label:
+                raise ValueError(f"{labels} has two labels of {key!r}: remove one of them")
+    found = {path: _first(by_name, path) for path in paths}
+    missing = [path for path, label in found.items() if label is None]
+    if missing:
+        raise ValueError(f"{labels} has no label of {len(missing)} of {len(paths)} images ({missing[0]!r}, ...)")
+    return {path: label for path, label in found.items() if label is not None}
+
+
+def _first(by_name: Mapping[str, str], path: str) -> str | None:
+    base = path.rpartition("/")[2]
+    return next((by_name[key] for key in (path, base, stem_of(path)) if key in by_name), None)
+
+
+def _rows(labels: Path) -> list[tuple[str | None, str]]:
+    """(name or None, label) of every line."""
+    try:
+        with open_list(labels) as file:
+            lines = [line for line in file.read().splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{labels} cannot be read ({error.strerror or error}): name the file of labels") from None
+    if not lines:
+        raise ValueError(f"{labels} is empty: name the file of labels")
+    if all(len(line.split()) == 1 and "," not in line and "\t" not in line for line in lines):
+        return [(None, line.strip()) for line in lines]
+    if labels.suffix.lower() == ".csv":
+        table = list(csv.reader(lines))
+        header = find_columns(table[0])
+        if header is not None:
+            table, (at, label_at) = table[1:], header
+            label_at = 1 if label_at is None else label_at
+        else:
+            at, label_at = 0, 1
+        if any(len(row) <= max(at, label_at) or not row[label_at].split() for row in table):
+            raise ValueError(f"{labels} has lines without a name and a label: write name,label")
+        # Kaggle's predictions: the class, then boxes.
+        return [(row[at], row[label_at].split()[0] if " " in row[label_at] else row[label_at]) for row in table]
+    entries = list(TextListSource.lines(labels))
+    if any(entry.label is None for entry in entries):
+        raise ValueError(f"{labels} has lines without a label: write one label a line, or name and label")
+    return [(entry.path, entry.label or "") for entry in entries]
+
+
+def _named(given: dict[str, str], labels: Path, classes: Sequence[str] | None, names: str | None) -> dict[str, str]:
+    """Labels as names of classes."""
+    if not all(label.isdecimal() for label in given.values()):
+        return given
+    numbers = {path: int(label) for path, label in given.items()}
+    if names is None:
+        if classes is None or set(map(str, numbers.values())) <= set(classes):
+            return {path: str(number) for path, number in numbers.items()}
+        raise ValueError(
+            f"the labels of {labels} are numbers and the classes are names ({classes[0]}, ...): add --names META.mat "
+            "(of ImageNet's devkit, whose numbers are not in sorted order), --names FILE with the name of class k in "
+            f"line k, or --names {SORTED} if the numbers count the sorted classes"
+        )
+    meaning = _meaning(names, classes, set(numbers.values()))
+    unknown = sorted(set(numbers.values()) - set(meaning))
+    if unknown:
+        raise ValueError(f"{names} has no name of number {unknown[0]} of {labels}: it names {len(meaning)} classes")
+    return {path: meaning[number] for path, number in numbers.items()}
+
+
+def _meaning(names: str, classes: Sequence[str] | None, numbers: Collection[int]) -> dict[int, str]:
+    if names.lower().endswith(".mat"):
+        return _devkit(Path(names))
+    if names == SORTED:
+        if classes is None:
+            raise ValueError(f"--names {SORTED} needs the classes: add --train DATA")
+        ordered = list(classes)
+    else:
+        try:
+            with open_list(Path(names)) as file:
+                ordered = [line.split()[0] for line in file if line.strip()]
+        except OSError as error:
+            raise ValueError(f"{names} cannot be read ({error.strerror or error}): name the file of names") from None
+    first = min(numbers)
+    if first > 1 or (first == 1 and max(numbers) < len(ordered)):
+        raise ValueError(
+            f"the numbers {first} to {max(numbers)} may begin at 0 or at 1 for {len(ordered)} classes: write the names "
+            "of the classes in place of the numbers"
+        )
+    return dict(enumerate(ordered, first))
+
+
+def _devkit(path: Path) -> dict[int, str]:
+    try:
+        loadmat = import_module("scipy.io").loadmat
+    except ImportError:
+        raise ImportError(f"{path} needs scipy: pip install scipy") from None
+    try:
+        synsets = loadmat(str(path), squeeze_me=True)["synsets"]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is not the meta.mat of ImageNet's devkit ({error})") from None

@@ -1,0 +1,197 @@
+"""The images among the members of an archive, and the labels that other members give them."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from types import MappingProxyType
+from typing import Any
+
+from sslfast.data.images import SUFFIXES, BadImageError, open_header
+from sslfast.data.left_out import (
+    SNIFFED,
+    hidden_key,
+    image_suffixes,
+    may_be_picture,
+    named_counts,
+    other_key,
+    suffix_of,
+)
+from sslfast.data.listing import first_folder
+from sslfast.data.source import HASHED_BYTES, ListedImage, SourceError, content_hash
+
+LABELS = (".cls", ".cls.txt")
+"""Suffixes of members that hold the label of the image with the same stem."""
+JSON_KEYS = ("label", "cls", "class", "class_id", "class_name", "label_name", "category", "target", "wnid", "synset")
+"""Keys of a ``.json`` member that hold the label; the first one that is there."""
+_LONGEST_LABEL = 1024
+_LONGEST_JSON = 1 << 20
+_WORDNET = re.compile(r"n[0-9]{8}")
+
+Read = Callable[[str, int], bytes]
+"""``read(name, count)``: the first ``count`` bytes of a member; BadImageError where it cannot be read."""
+
+
+@dataclass(kw_only=True)
+class ListedMembers:
+    """What an archive holds."""
+
+    images: list[ListedImage] = field(default_factory=list)
+    """In the order of the archive."""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """By the keys of :mod:`sslfast.data.left_out`."""
+    has_labels: bool = False
+    """Whether a label came from another member."""
+
+
+def visible(name: str, ignored: Counter[str]) -> bool:
+    """Whether a member is neither hidden nor in a folder of the system; else it is counted."""
+    key = hidden_key(name)
+    if key is not None and (key != ".*" or suffix_of(name) in SUFFIXES):
+        ignored[key] += 1
+    return key is None
+
+
+def list_members(
+    file: str, sizes: Mapping[str, int], read: Read, *, folders: Mapping[str, str | None] = MappingProxyType({})
+) -> ListedMembers:
+    """The images of an archive, with their labels; the header of each image is checked.
+
+    A member whose suffix is an image's is an image. Its class is the content of the member with the same stem and a
+    suffix of ``LABELS`` (a number or a name; a stem ends at the last dot or, as for WebDataset, the first), else what
+    a ``.json`` member of that stem has under one of ``JSON_KEYS``, else the first-level folder in its name, else
+    none. ``folders`` takes the place of the folder where it has the name.
+
+    Args:
+        file: what to call the archive.
+        sizes: name -> bytes of every visible member.
+        read: of a member.
+        folders: classes by name.
+
+    Raises:
+        SourceError: no image, an empty label, or two labels that contradict each other.
+    """
+    found = ListedMembers()
+    used: set[str] = set()
+    for name, size in sizes.items():
+        suffix = suffix_of(name)
+        if suffix not in SUFFIXES:
+            continue
+        label = _label_of(file, name, sizes, read, used)
+        found.has_labels |= label is not None
+        if label is None:
+            label = folders[name] if name in folders else first_folder(name)
+        try:
+            sha1 = _check(name, size, read)
+        except BadImageError as error:
+            found.bad.append((name, error.reason))
+        else:
+            found.images.append(ListedImage(name, size, sha1, label))
+    for name, size in sizes.items():
+        suffix = suffix_of(name)
+        if suffix not in SUFFIXES and name not in used and not name.endswith(LABELS):
+            found.ignored[other_key(suffix, _head(name, size, read) if may_be_picture(suffix) else b"")] += 1
+    if not found.images and not found.bad:
+        others = f" (other members: {named_counts(found.ignored)})" if found.ignored else ""
+        raise SourceError(
+            f"{file} holds no image{others}: images are members named {image_suffixes()}; move the file away"
+        )
+    return found
+
+
+def is_class_archive(stems: Sequence[str]) -> bool:
+    """Whether archives are named by the class that they hold, as those of ImageNet are, and not numbered."""
+    if all(_WORDNET.fullmatch(stem) for stem in stems):
+        return True
+    return len(stems) > 1 and len(set(stems)) == len(stems) and not any(stem[-1:].isdecimal() for stem in stems)
+
+
+def stem_of(path: str) -> str:
+    """Name of an archive without folder and suffix."""
+    return os.path.splitext(path.rpartition("/")[2])[0]
+
+
+def _label_of(file: str, image: str, sizes: Mapping[str, int], read: Read, used: set[str]) -> str | None:
+    folder, slash, base = image.rpartition("/")
+    stems = dict.fromkeys(f"{folder}{slash}{stem}" for stem in (base.rpartition(".")[0], base.partition(".")[0]))
+    texts = [stem + suffix for stem in stems for suffix in LABELS if stem + suffix in sizes]
+    texts = texts[:1]
+    label = _text_label(file, texts[0], sizes, read) if texts else None
+    name = next((f"{stem}.json" for stem in stems if f"{stem}.json" in sizes), None)
+    stated = [] if name is None else _json_labels(name, sizes, read)
+    if not stated or name is None:
+        return label
+    used.add(name)
+    if label is not None and all(label.isdecimal() == other.isdecimal() and label != other for other in stated):
+        raise SourceError(
+            f"{file}: member {texts[0]!r} says class {label!r} and member {name!r} says {stated[0]!r}: two labels of "
+            "one image; write the archive again with one of them"
+        )
+    return stated[0] if label is None else label
+
+
+def _text_label(file: str, name: str, sizes: Mapping[str, int], read: Read) -> str:
+    try:
+        text = read(name, min(sizes[name], _LONGEST_LABEL + 1))
+    except BadImageError:
+        text = b""
+    label = text.decode("utf-8", "surrogateescape").strip()
+    if not label or len(text) > _LONGEST_LABEL:
+        raise SourceError(
+            f"{file}: member {name!r} holds no label: it must be a number or the name of a class; write the archive "
+            "again"
+        )
+    return str(int(label)) if label.isdecimal() else label
+
+
+def _json_labels(name: str, sizes: Mapping[str, int], read: Read) -> list[str]:
+    """The labels in a JSON member, the most usual key first; none where it has none or is no JSON object."""
+    if sizes[name] > _LONGEST_JSON:
+        return []
+    try:
+        values = json.loads(read(name, sizes[name]))
+    except (BadImageError, ValueError, RecursionError):
+        return []
+    if not isinstance(values, dict):
+        return []
+    found = {str(key).lower(): label_text(value) for key, value in values.items()}
+    labels = [found.get(key) for key in JSON_KEYS]
+    return [label for label in labels if label is not None]
+
+
+def label_text(value: Any) -> str | None:
+    """A label that a JSON value states: a whole number or a name; None: another kind of value."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    text = str(value).strip()
+    if not text or len(text) > _LONGEST_LABEL:
+        return None
+    return str(int(text)) if text.isdecimal() else text
+
+
+def _check(name: str, size: int, read: Read) -> str:
+    """Hash of a member's first bytes; BadImageError where it or its header breaks a rule of the image policy."""
+    head = read(name, min(size, HASHED_BYTES))
+    if not head:
+        raise BadImageError("empty file")
+    try:
+        open_header(BytesIO(head))
+    except BadImageError:
+        if size <= HASHED_BYTES:
+            raise
+        # A header that is longer than that, or at the end of the file.
+        open_header(BytesIO(read(name, size)))
+    return content_hash(head)
+
+
+def _head(name: str, size: int, read: Read) -> bytes:
+    try:
+        return read(name, min(size, SNIFFED))
+    except BadImageError:
+        return b""

@@ -1,0 +1,117 @@
+"""The list sources beside CSV: text with one path a line, tab-separated tables, JSON arrays and JSON lines."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sslfast.data.csv_list import LABEL_NAMES, PATH_NAMES, CsvListSource, Entry, open_list, table_lines
+from sslfast.data.images import SUFFIXES
+from sslfast.data.left_out import suffix_of
+from sslfast.data.members import label_text
+from sslfast.data.source import SourceError, is_file
+
+_TEXT = (".txt", ".lst", ".list")
+_LISTS = (*_TEXT, ".tsv", ".json", ".jsonl", ".ndjson")
+_FORM = "write an array of objects with path and label, or one such object a line (.jsonl)"
+_SEVERAL = re.compile(r"\S+\.[A-Za-z]{2,5}(\s+[0-9]+){2,}")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TextListSource(CsvListSource):
+    """Image files that a text file names, as :class:`CsvListSource` otherwise.
+
+    ``.txt``, ``.lst``, ``.list``: ``path`` or ``path label``, separated by a tab or spaces; the last word is a label if
+    it is a number, or if the text before it ends like an image's name. ``.tsv``: ``path<TAB>label``, or a header.
+    ``.json``, ``.jsonl``, ``.ndjson``: objects with a key of ``PATH_NAMES`` and one of ``LABEL_NAMES``, and perhaps a
+    ``prefix`` (folder); also strings and ``[path, label]``.
+    """
+
+    name: ClassVar[str] = "list"
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return any(is_file(path, suffix) for suffix in _LISTS)
+
+    @classmethod
+    def lines(cls, path: Path) -> Iterator[Entry]:
+        suffix = suffix_of(path.name)
+        if suffix in _TEXT:
+            return _text_lines(path)
+        if suffix == ".tsv":
+            return table_lines(path, "\t")
+        return _json_lines(path, whole=suffix == ".json")
+
+
+def _text_lines(path: Path) -> Iterator[Entry]:
+    with open_list(path) as file:
+        for line, text in enumerate(file, 1):
+            text = text.rstrip("\r\n")
+            if not text.strip():
+                continue
+            if _SEVERAL.fullmatch(text.strip()):
+                raise SourceError(f"{path} line {line} has several labels: give one label, or the path alone")
+            head, tab, tail = text.rpartition("\t")
+            if not tab:
+                head, _, tail = text.rstrip().rpartition(" ")
+            if head and (tab or tail.isdecimal() or _is_image(head) > _is_image(text)):
+                yield Entry(line, head.rstrip() if not tab else head, tail.strip() or None)
+            else:
+                yield Entry(line, text, None)
+
+
+def _is_image(name: str) -> bool:
+    return suffix_of(name.rstrip()) in SUFFIXES
+
+
+def _json_lines(path: Path, *, whole: bool) -> Iterator[Entry]:
+    with open_list(path) as file:
+        if whole:
+            values = _parsed(path, file.read(), 1)
+            if isinstance(values, dict) and isinstance(values.get("labels"), list):
+                values = values["labels"]
+            if not isinstance(values, list):
+                raise SourceError(f"{path} is no list of images: {_FORM}")
+            for number, value in enumerate(values, 1):
+                yield _entry(path, number, value)
+            return
+        for line, text in enumerate(file, 1):
+            if text.strip():
+                yield _entry(path, line, _parsed(path, text, line))
+
+
+def _parsed(path: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line + error.lineno - 1}"
+        is_end = error.pos >= len(text.rstrip()) - 1 or not text.endswith("\n")
+        why = "is cut short: is the list still being written?" if is_end else "is not JSON"
+        raise SourceError(f"{path} {place} {why} ({error.msg}): {_FORM}") from None
+    except RecursionError:
+        raise SourceError(f"{path} line {line} is nested too deeply: {_FORM}") from None
+
+
+def _entry(path: Path, line: int, value: Any) -> Entry:
+    if isinstance(value, str):
+        return Entry(line, value, None)
+    if isinstance(value, list) and 1 <= len(value) <= 2 and isinstance(value[0], str):
+        return Entry(line, value[0], _label(path, line, value[1]) if len(value) == 2 else None)
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} entry {line} is no object with path and label: {_FORM}")
+    values = {str(key).lower(): value for key, value in value.items()}
+    name = next((values[key] for key in PATH_NAMES if isinstance(values.get(key), str)), None)
+    if name is None:
+        raise SourceError(f"{path} entry {line} has no key {' or '.join(PATH_NAMES[:4])}: {_FORM}")
+    label = next((_label(path, line, values[key]) for key in LABEL_NAMES if values.get(key) is not None), None)
+    prefix = values.get("prefix") or values.get("img_prefix")
+    return Entry(line, f"{prefix.rstrip('/')}/{name}" if isinstance(prefix, str) else name, label)
+
+
+def _label(path: Path, line: int, value: Any) -> str | None:
+    label = label_text(value)
+    if label is None and value is not None:
+        raise SourceError(f"{path} entry {line} has a label that is neither a number nor a name: {value!r:.60}")
+    return label

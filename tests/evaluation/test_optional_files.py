@@ -1,0 +1,166 @@
+"""A disk that is full, read-only or in the way never ends an evaluation; broken numbers do."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sslfast import files
+from sslfast.cli.main import main
+from sslfast.evaluation.cache import Cached, FeatureCache
+from sslfast.evaluation.encoders import load_run
+from sslfast.evaluation.sgd import ResumeState
+from sslfast.optim import OptimConfig, build_optimizer
+from sslfast.runs.checkpoint import save_checkpoint
+from tests.evaluation.runs import write_data, write_run
+
+KNN = ["--k", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_data(tmp_path / "data", train=2, val=1)
+    return write_run(tmp_path / "run")
+
+
+def stop_writing(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str) -> None:
+    """Nothing can be written below ``folder``."""
+    if kind == "in the way":
+        (folder / "evaluation").write_text("")
+        return
+    number, create = getattr(errno, kind), files._create
+
+    def fail(path: Path) -> int:
+        if folder in path.parents:
+            raise OSError(number, os.strerror(number), str(path))
+        return create(path)
+
+    monkeypatch.setattr(files, "_create", fail)
+
+
+@pytest.mark.parametrize("kind", ["in the way", "ENOSPC", "EROFS", "EACCES", "EIO"])
+def test_the_cache_is_optional(
+    run: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_writing(monkeypatch, run, kind)
+    output = run.parent / "knn.json"
+    assert main(["evaluate", "knn", str(run), str(run.parent / "data"), *KNN, "-o", str(output)]) == 0
+    found = capsys.readouterr()
+    assert "trained" in found.out
+    assert found.err.count("\n") == 1
+    assert "features are not kept" in found.err
+    assert json.loads(output.read_text())["results"]
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("kind", ["in the way", "ENOSPC", "EROFS"])
+def test_a_result_that_cannot_be_written_is_printed(
+    run: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_writing(monkeypatch, run, kind)
+    moco = ["linear", "--protocol", "moco", "--epochs", "1", "--device", "cpu", "--batch-size", "4"]
+    for arguments in (["knn", *KNN], moco):
+        protocol, *options = arguments
+        assert main(["evaluate", protocol, str(run), str(run.parent / "data"), *options]) == 2
+        found = capsys.readouterr()
+        assert "top-1" in found.out
+        assert "choose another file with --output" in found.err.splitlines()[-1]
+        assert len(found.err.splitlines()) == 2
+        assert not list(run.rglob("*.tmp"))
+
+
+def test_a_changed_byte_is_not_used(tmp_path: Path) -> None:
+    cache, key = FeatureCache(tmp_path), {"a": 1}
+    cache.save(key, Cached(values=torch.ones(5, 3), rows=torch.arange(5), bad_images=[]))
+    (path,) = tmp_path.iterdir()
+    assert cache.load(key) is not None
+    whole = path.read_bytes()
+    position = whole.index(torch.ones(5, 3).numpy().tobytes())
+    path.write_bytes(whole[:position] + b"\x01" + whole[position + 1 :])
+    assert cache.load(key) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"values": torch.ones(5, 3, dtype=torch.float64)}, {"values": torch.ones(4, 3)}, {"values": torch.ones(5)},
+        {"values": torch.full((5, 3), torch.nan)}, {"values": torch.full((5, 3), 1e30)}, {"values": "text"},
+        {"values": None}, {"rows": torch.arange(5.0)}, {"rows": [1, 2]}, {"bad_images": 3}, {"bad_images": [("a",)]},
+        {"identity": None}, [1, 2], None,
+    ],
+)  # fmt: skip
+def test_a_foreign_file_is_not_used(tmp_path: Path, content: Any) -> None:
+    cache, key = FeatureCache(tmp_path), {"a": 1}
+    cache.save(key, Cached(values=torch.ones(5, 3), rows=torch.arange(5), bad_images=[]))
+    (path,) = tmp_path.iterdir()
+    torch.save(torch.load(path) | content if isinstance(content, dict) else content, path)
+    assert cache.load(key) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert cache.load(key) is None
+
+
+@pytest.mark.parametrize("wrong", ["shape", "cut", "byte", "key", "count", "nothing"])
+def test_resume_states(tmp_path: Path, wrong: str) -> None:
+    def parts() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        return module, build_optimizer(module, OptimConfig(), lr=0.1)
+
+    path, key = tmp_path / "state.pt", {"a": 1}
+    module, optimizer = parts()
+    with torch.no_grad():
+        module.weight.zero_()  # type: ignore[union-attr, operator]
+    ResumeState(path, key).save(module, optimizer, 3)
+    state, whole = torch.load(path), path.read_bytes()
+    if wrong == "shape":
+        torch.save(state | {"module": {"weight": torch.zeros(2, 3), "bias": torch.zeros(7)}}, path)
+    elif wrong == "count":
+        torch.save(state | {"epochs_done": "3"}, path)
+    elif wrong == "cut":
+        path.write_bytes(whole[:-30])
+    elif wrong == "byte":
+        position = whole.index(module.bias.detach().numpy().tobytes())  # type: ignore[operator, union-attr]
+        path.write_bytes(whole[:position] + b"\0" + whole[position + 1 :])
+    module, optimizer = parts()
+    before = module.weight.clone()  # type: ignore[operator]
+    done = ResumeState(path, {"a": 2} if wrong == "key" else key).load(module, optimizer)
+    assert done == (3 if wrong == "nothing" else 0)
+    assert torch.equal(before, module.weight) == (wrong != "nothing")  # type: ignore[arg-type]
+
+
+def spoil(run: Path, value: float) -> None:
+    path = run / "checkpoints" / "step_00000005.pt"
+    state = torch.load(path, weights_only=True)
+    state["method"]["trunk.layer2.0.conv1.weight"][0, 0] = value
+    save_checkpoint(run / "checkpoints", state | {"step": 9}, 9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "command", [["evaluate", "knn"], ["evaluate", "linear"], ["evaluate", "semisup"], ["neighbours"],
+                ["evaluate", "linear", "--protocol", "goyal"]],
+)  # fmt: skip
+def test_broken_weights_give_no_number(
+    run: Path, command: list[str], value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(run, value)
+    output = ["-o", str(run.parent / ("n.png" if command == ["neighbours"] else "n.json"))]
+    assert main([*command, str(run), str(run.parent / "data"), "--device", "cpu", *output]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.count("\n") == 1
+    assert "step_00000009.pt holds NaN or infinite weights (layer2.0.conv1.weight)" in found.err
+    assert not Path(output[1]).exists()
+
+
+def test_features_that_overflow_give_no_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(run, 1e38)
+    load_run(run)
+    assert main(["evaluate", "knn", str(run), str(run.parent / "data"), *KNN]) == 2
+    assert "gives NaN or infinite features for 6 of 6 images (blue/0.png, ...)" in capsys.readouterr().err
