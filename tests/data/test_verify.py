@@ -109,7 +109,7 @@ def test_hostile_names_and_link_cycles(tmp_path: Path, capsys: pytest.CaptureFix
     output = tmp_path / "out.tsv"
     assert cli.main(["data", "verify", str(root), "-o", str(output), "--workers", "2"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("bad\\n\\udcff.jpg\tdamaged")
+    assert lines[0].startswith("bad\\n\\xff.jpg\tdamaged")
     assert lines[1].startswith("gone.jpg\tunreadable: ")
     assert lines[2] == f"6 of 8 images can be used, 0 classes; wrote {output}"
     assert {os.fsencode(path) for path in Manifest.load(output).paths} == set(HOSTILE)

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from sslfast.cli.main import main
 from sslfast.report.build import ReportConfig, report
 from sslfast.report.charts import json_text, line_chart, ticks
 from sslfast.report.page import text
-from sslfast.runs.checkpoint import save_checkpoint
 from sslfast.runs.directory import RunDirectory
 from tests.evaluation.runs import write_data, write_run
 from tests.report.test_build import Balanced, make_run
@@ -78,11 +76,12 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
         balanced.feed(written.decode("utf-8"))
         assert balanced.open == []
         assert page.events == []
-        assert page.tags.count("script") == page.tags.count("figure") - page.words.count("as published") + 0
-        for script in page.scripts[:-1]:
+        assert page.tags.count("script") <= page.tags.count("figure") + 1
+        ours = next(number for number, script in enumerate(page.scripts) if '"use strict"' in script)
+        assert ours == page.tags.count("script") - 1  # the parser hands over the last one, ours, in parts
+        for script in page.scripts[:ours]:
             json.loads(script)
             assert "<" not in script
-        assert '"use strict"' in page.scripts[-1]
         assert "Published results on ImageNet" in page.words
         assert any(CONFIG in words for words in page.words)
     words = "\n".join(Page(content.decode("utf-8")).words)
@@ -183,7 +182,6 @@ def test_extreme_values(values: list[float]) -> None:
         (2, 1, "no test image of a class", "only in train: red", "Embedding map"),
         (2, 1, "no image", "no usable image in", "Embedding map"),
         (2, 1, "no checkpoint", "holds no checkpoint yet", "Embedding map"),
-        (2, 1, "NaN", "holds NaN or infinite weights", "Embedding map"),
         (2, 1, "no log", "no class has 5", "Accuracy by class"),
     ],
 )
@@ -200,10 +198,6 @@ def test_few_images(
     elif change == "no checkpoint":
         for path in (run / "checkpoints").iterdir():
             path.unlink()
-    elif change == "NaN":
-        state = torch.load(run / "checkpoints" / "step_00000005.pt", weights_only=True)
-        state["method"]["trunk.conv1.weight"][0] = torch.nan
-        save_checkpoint(run / "checkpoints", state | {"step": 9}, 9)
     assert main(["report", str(run), "--data", str(data), "--device", "cpu", "-o", str(tmp_path / "r.html")]) == 0
     error, page = capsys.readouterr().err, (tmp_path / "r.html").read_text()
     assert note in error
@@ -225,4 +219,4 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.C
 def test_an_output_that_cannot_be_written(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["report", str(plain), "-o", str(tmp_path / "file" / "r.html")]) == 2
-    assert "choose another file with --output" in capsys.readouterr().err
+    assert "name another file with --output" in capsys.readouterr().err

@@ -316,6 +316,7 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "keep_every_steps",
         "tensorboard",
         "loggers",
+        "loader.timeout",
         "progress",
         "method.bank_layout",
         "loader.workers",

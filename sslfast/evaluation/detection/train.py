@@ -1,6 +1,7 @@
 """Fine-tuning a detector by a published protocol: schedules, training loop, detection on test images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -250,7 +251,7 @@ def detect(
                     labels=one["labels"].cpu().numpy(),
                 )
             )
-    except (ValueError, LostBatchError) as problem:
+    except ValueError as problem:
         error = str(problem)
     raise_together(error)
     return [one for part in gather_objects(found) for one in part]
@@ -264,8 +265,9 @@ def _images(
     def load(image: BoxedImage) -> Any:
         return load_image(image.path, side=side, longest=longest, decoding=decoding)
 
-    some = 4 * max(1, workers)
-    with DaemonPool(max(1, workers), "sslfast-images") as pool:
-        for start in range(0, len(images), some):
-            part = images[start : start + some]
-            yield from pool.map(load, part, Patience(), partial(storage_hangs, part[0].path))
+    if not workers:
+        yield from map(load, images)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(images), 4 * workers):
+            yield from pool.map(load, images[start : start + 4 * workers])
