@@ -6,6 +6,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from sslfast.text import printable
 
 
 def accuracy_table(result: dict[str, Any], *, width: int = 100) -> str:
@@ -21,14 +24,15 @@ def accuracy_table(result: dict[str, Any], *, width: int = 100) -> str:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("encoder")
     for protocol in protocols:
-        table.add_column(f"{protocol.removeprefix(result['protocol'] + '-')} top-1 %", justify="right")
+        (heading,) = _plain(f"{protocol.removeprefix(result['protocol'] + '-')} top-1 %")
+        table.add_column(heading, justify="right")
         table.add_column("top-5 %", justify="right")
     for encoder in encoders:
         values = []
         for protocol in protocols:
             row = cells[encoder, protocol]
             values += [f"{100 * row['top1']:.1f} ± {100 * row['top1_standard_error']:.1f}", f"{100 * row['top5']:.1f}"]
-        table.add_row(encoder, *values)
+        table.add_row(*_plain(encoder, *values))
     return _print(_title(result), table, width)
 
 
@@ -46,7 +50,7 @@ def layer_table(result: dict[str, Any], *, width: int = 100) -> str:
     for row in (*result["results"], *result.get("best", ())):
         error = "spread" if many else "standard_error"
         cells = [f"{100 * row[top]:.1f} ± {100 * row[f'{top}_{error}']:.1f}" for top in ("top1", "top5")]
-        table.add_row(row["encoder"], row["protocol"].removeprefix(f"{result['protocol']}-"), *cells)
+        table.add_row(*_plain(row["encoder"], row["protocol"].removeprefix(f"{result['protocol']}-"), *cells))
     words = f", mean and spread of {len(result['seeds'])} seeds" if many else ""
     return _print(_title(result) + words, table, width)
 
@@ -59,7 +63,9 @@ def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
     table.add_column("mAP %", justify="right")
     for row in result["results"]:
         spread = f" ± {100 * row['mAP_spread']:.1f}" if "mAP_spread" in row else ""
-        table.add_row(row["encoder"], row["layer"], str(row.get("k", "all")), f"{100 * row['mAP']:.1f}{spread}")
+        table.add_row(
+            *_plain(row["encoder"], row["layer"], str(row.get("k", "all")), f"{100 * row['mAP']:.1f}{spread}")
+        )
     return _print(_title(result), table, width)
 
 
@@ -73,13 +79,18 @@ def detection_table(result: dict[str, Any], *, width: int = 100) -> str:
         table.add_column(words, justify="right")
     for row in result["results"]:
         spreads = {key: f" ± {100 * row[f'{key}_spread']:.1f}" if f"{key}_spread" in row else "" for key in keys}
-        table.add_row(row["encoder"], *(f"{100 * row[key]:.1f}{spreads[key]}" for key in keys))
+        table.add_row(*_plain(row["encoder"], *(f"{100 * row[key]:.1f}{spreads[key]}" for key in keys)))
     return _print(_title(result), table, width)
+
+
+def _plain(*cells: str) -> list[Text]:
+    """Cells without markup: a name may hold the brackets that rich reads as styles."""
+    return [Text(printable(cell)) for cell in cells]
 
 
 def _title(result: dict[str, Any]) -> str:
     data = result["data"]
-    return (
+    return printable(
         f"{result['protocol']}: {data['classes']} classes, {data['train']['images']:,} training and "
         f"{data['val']['images']:,} validation images"
     )

@@ -13,6 +13,7 @@ PROTOCOLS = ("knn", "linear", "lowshot", "semisup", "detect")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluation/extract.py": ("evaluate knn", "evaluate linear", "evaluate lowshot", "evaluate semisup", "neighbours",
                               "report"),
+    "evaluation/folders.py": ("data labels",),  # the command that it names
     "evaluation/results.py": tuple(f"evaluate {name}" for name in PROTOCOLS),
     "evaluation/encoders.py": (*(f"evaluate {name}" for name in PROTOCOLS), "neighbours", "report"),
     "evaluation/knn.py": ("evaluate knn", "neighbours"),

@@ -98,7 +98,7 @@ def test_stopped_evaluation_resumes(run: Path, data: Path, tmp_path: Path, monke
     whole = evaluate_linear(run, data, config, output=tmp_path / "whole.json")
     begun: list[int] = []
 
-    def stop(losses: dict[str, torch.Tensor], epoch: int) -> None:
+    def stop(losses: dict[str, torch.Tensor], epoch: int, *, remedy: str) -> None:
         begun.append(epoch)
         if len(begun) == 2:
             raise KeyboardInterrupt
@@ -127,4 +127,4 @@ def test_errors(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size=256 is larger than the data set \(24 images\)"):
         evaluate_linear(run, data, LinearConfig(protocol="goyal", device="cpu"))
     with pytest.raises(ValueError, match="the loss of trained/res5 is nan after epoch 3"):
-        check_finite({"trained/res5": torch.tensor(float("nan"))}, 2)
+        check_finite({"trained/res5": torch.tensor(float("nan"))}, 2, remedy="use --protocol probe")

@@ -105,7 +105,7 @@ def test_stopped_evaluation_resumes(run: Path, data: Path, tmp_path: Path, monke
     whole = evaluate_semisup(run, data, config, output=tmp_path / "whole.json")
     begun: list[int] = []
 
-    def stop(losses: dict[str, torch.Tensor], epoch: int) -> None:
+    def stop(losses: dict[str, torch.Tensor], epoch: int, *, remedy: str) -> None:
         begun.append(epoch)
         if len(begun) == 2:
             raise KeyboardInterrupt

@@ -18,6 +18,7 @@ from PIL import Image
 
 from sslfast.report.build import ReportConfig, report
 from tests.report.test_build import make_run, write_folder
+from tests.report.test_hostile import HOSTILE, hostile_run
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -167,3 +168,13 @@ def test_no_request_and_no_error(opened: Browser) -> None:
     assert all(name.startswith("data:") for name in entries)
     broken = opened.run("return [...document.images].filter(i=>!i.complete||!i.naturalWidth).length")
     assert broken == 0
+
+
+def test_no_name_runs_as_a_script(browser: Browser, tmp_path: Path) -> None:
+    runs = tuple(hostile_run(tmp_path / "runs", name) for name in HOSTILE)
+    browser.open(report(runs, output=tmp_path / "r.html"))
+    assert browser.run("return document.documentElement.dataset.ready") == "yes"
+    assert browser.run("return document.title").startswith("sslfast: ")
+    assert browser.run("return document.querySelectorAll('script:not([type])').length") == 1
+    assert browser.run("return document.querySelectorAll('[onload],[onerror]').length") == 0
+    assert "Published results on ImageNet" in browser.run("return document.body.innerText")

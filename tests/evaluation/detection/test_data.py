@@ -1,10 +1,13 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sslfast.data import Decoding
 from sslfast.evaluation.detection import data as detection_data
 from sslfast.evaluation.detection.data import (
     IGNORED,
@@ -190,3 +193,28 @@ def test_errors(voc: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"000001.jpg cannot be read \(No such file.*restore the images"):
         load_splits([broken])[0].digest()
+
+
+def test_images_of_16_bits_are_decoded_as_asked(voc: Path, tmp_path: Path) -> None:
+    known = load_splits([voc])[0].images[0]
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((SIDE, SIDE), 2048, dtype=np.uint16)).save(path)
+    options = {"side": 48, "longest": 96}
+    assert int(load_image(path, **options)[0].max()) == 8  # white at 65535
+    decoding = Decoding(white_level=4095)
+    assert int(load_image(path, **options, decoding=decoding)[0].min()) == 128
+    split = BoxedImages(name="train", images=[dataclasses.replace(known, path=path)])
+    assert int(batches(split, decoding=decoding).sample(0, 0).image.min()) == 128  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pixels"):
+        load_image(path, **options, decoding=Decoding(max_pixels=10))
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity", "1e99", "null", '"3"', "true", "[1]"])
+def test_coco_boxes_are_finite_numbers(tmp_path: Path, bad: str) -> None:
+    coco = write_boxed_coco(tmp_path / "coco", train=range(3), val=range(3, 5))
+    (path,) = (coco / "annotations").glob("instances_train*.json")
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] = "BAD"
+    path.write_text(json.dumps(content).replace('"BAD"', bad))
+    with pytest.raises(ValueError, match=r"instances_train.*\.json is no file of COCO's format .*; restore it"):
+        load_splits([coco])
