@@ -1,6 +1,7 @@
 """Worker processes and threads for data commands, their progress bar, and the number of cores."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,6 +28,7 @@ from sslfast.data.waiting import DaemonPool, LostBatchError, Patience
 _AHEAD = 4  # chunks in flight per process
 _THREADS = 8  # hides the latency of network disks; checking headers itself holds the interpreter lock
 _CHUNK = 256
+_REAP_SECONDS = 2.0
 _STORAGE = "{what}: the storage does not answer; see that it is mounted and readable, then run the command again"
 _FEWER = "use fewer processes (--workers) or more memory"
 
@@ -98,12 +100,15 @@ def map_processes(
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers=}")
     if workers <= 1:
-        with progress_bar(progress) as bar:
+
+        def quietly(task: Task) -> Result:
+            with quiet_pillow():
+                return work(task)
+
+        with DaemonPool(1, "sslfast-work") as thread, progress_bar(progress) as bar:
             shown = bar.add_task(title, total=len(tasks))
             for task in tasks:
-                with quiet_pillow():
-                    result = work(task)
-                yield result
+                yield patience.result(thread.submit(quietly, task), lambda: _STORAGE.format(what=title))
                 bar.advance(shown)
         return
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(work,))
@@ -143,10 +148,16 @@ def map_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first_death(processes: Mapping[int, BaseProcess]) -> int | None:
+def _first_death(processes: Mapping[int, BaseProcess]) -> int:
     """Exit code of the process that broke the pool, which ends the others by SIGTERM."""
-    codes = [process.exitcode for process in processes.values()]
-    return next((code for code in codes if code not in (None, 0, -SIGTERM)), -SIGTERM)
+    end = time.monotonic() + _REAP_SECONDS
+    while time.monotonic() < end:
+        for process in list(processes.values()):
+            code = process.exitcode
+            if code not in (None, 0, -SIGTERM):
+                return code
+        time.sleep(0.01)  # a thread of the pool may just be asking for the codes
+    return -SIGTERM
 
 
 def _work_through(work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:

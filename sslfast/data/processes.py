@@ -1,12 +1,13 @@
 """What every worker process needs: a quiet start, no signals of the terminal, an end together with its parent."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 
 from sslfast.data.waiting import LostBatchError
@@ -18,6 +19,7 @@ STOP_SIGNALS = tuple(
 )
 """Signals by which a user, a terminal or a scheduler stops a run: the main process handles them, workers never."""
 
+_PR_SET_PDEATHSIG = 1
 _NO_GUARD = 79  # exit code of a worker that ran the script that was starting it
 
 
@@ -41,11 +43,18 @@ def ignore_signals(numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(*, started_by_main_thread: bool = False) -> None:
     """In a worker process: exit as soon as the process that started it is gone.
 
     A killed main process collects no results, and its workers would wait for their next task forever.
+
+    Args:
+        started_by_main_thread: the kernel may kill this process too, even where it is stopped. It does so when the
+            thread ends that started the process.
     """
+    if started_by_main_thread and multiprocessing.get_start_method() != "forkserver":
+        with suppress(OSError, AttributeError):  # Linux alone
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -1,7 +1,6 @@
 """Feature extraction: deterministic preprocessing, each image read once, the work shared by the ranks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,9 +10,13 @@ from torch import Tensor
 
 from sslfast.data import (
     BadImageError,
+    DaemonPool,
+    LostBatchError,
     Manifest,
     OnBadImage,
     OpenImage,
+    Patience,
+    Reading,
     open_image,
     quiet_pillow,
     require_strict_pillow,
@@ -72,6 +75,8 @@ class ImageReader:
     workers: int = 0
     on_bad_image: OnBadImage = "error"
     bad_images: list[tuple[str, str]] = field(default_factory=list)
+    patience: Patience = field(default_factory=Patience)
+    """With every image."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch_size"):
@@ -84,9 +89,20 @@ class ImageReader:
     def __call__(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """``(rows, uint8 [B, 3, S, S])`` of the usable images among ``rows``."""
         remaining = iter(rows)
-        with quiet_pillow(), ThreadPoolExecutor(max(1, self.workers)) as pool:
+        reading = Reading()
+
+        def decode(row: int) -> Tensor | str:
+            reading(row)
+            return self._decode(row)
+
+        def why() -> str:
+            row = reading.oldest()
+            last = "" if row is None else f" (last file {self.manifest.source.where(row)})"
+            return f"images{last}: the storage does not answer; see that the data can be read, and evaluate again"
+
+        with quiet_pillow(), DaemonPool(max(1, self.workers), "sslfast-images") as pool:
             while some := list(islice(remaining, self.batch_size)):
-                found = list(pool.map(self._decode, some) if self.workers else map(self._decode, some))
+                found = pool.map(decode, some, self.patience, why)
                 good = [(row, image) for row, image in zip(some, found, strict=True) if isinstance(image, Tensor)]
                 self._note_bad(some, found)
                 if good:
@@ -187,7 +203,7 @@ def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch
             rows += some
             for name, value in compute(names, images.to(device)).items():
                 parts[name].append(value.flatten(1).float().cpu())
-    except ValueError as problem:
+    except (ValueError, LostBatchError) as problem:
         error = str(problem)
     raise_together(error)
     all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)

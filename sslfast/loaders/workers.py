@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -198,13 +199,16 @@ class WorkerPool:
             return
         self._memory = _Memory(self._layout)
         context = multiprocessing.get_context()
+        is_main_thread = threading.current_thread() is threading.main_thread()
         if context.get_start_method() == "forkserver":
             forkserver.ensure_running()  # before signals are held: the server serves others too
         for number in range(self._workers):
             what = f"loader process {number + 1} of {self._workers}"
             try:
                 own, other = context.Pipe()
-                process = context.Process(target=_serve, args=(other, self._memory, self._parcel, number), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(other, self._memory, self._parcel, number, is_main_thread), daemon=True
+                )
                 with signals_held():
                     process.start()
                     self.processes.append(process)
@@ -327,10 +331,10 @@ def _kill(processes: list[BaseProcess], pipes: Sequence[connection.Connection]) 
         pipe.close()
 
 
-def _serve(pipe: connection.Connection, memory: _Memory, parcel: _Parcel, number: int) -> None:
+def _serve(pipe: connection.Connection, memory: _Memory, parcel: _Parcel, number: int, main_thread: bool) -> None:
     """A worker: decode what is asked for until nobody asks any more. One thread per process."""
     ignore_signals()
-    exit_with_parent()
+    exit_with_parent(started_by_main_thread=main_thread)
     torch.set_num_threads(1)
     silence_pillow()
     decoder = parcel.value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sslfast.methods.pirl
+from sslfast.data.waiting import LostBatchError
 from sslfast.distributed.collectives import (
     broadcast_object,
     gather_objects,
@@ -23,7 +24,13 @@ from sslfast.distributed.collectives import (
     mean_over_ranks,
 )
 from sslfast.distributed.data_parallel import check_replicas
-from sslfast.distributed.process_group import destroy_process_group, init_process_group, process_group
+from sslfast.distributed.process_group import (
+    LostRankError,
+    destroy_process_group,
+    init_process_group,
+    lost_ranks_named,
+    process_group,
+)
 from sslfast.loaders.registry import LoaderConfig
 from sslfast.methods.pirl import PIRL
 from sslfast.optim.optimizers import OptimConfig
@@ -252,3 +259,75 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_equal(
     for key in ("method", "optimizer", "step"):
         assert same(final(tmp_path / "stopped")[key], final(whole)[key])
     assert losses(tmp_path / "stopped") == pytest.approx(losses(whole), rel=1e-12)
+
+
+def stall(rank: int, ranks: int, port: int, data: Path, output: Path, arguments: dict[str, Any], who: int) -> None:
+    """One rank of a run in which rank ``who`` waits in vain for the batch of step 5."""
+    enter(rank, ranks, port)
+    sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
+    trainer = Trainer(config(**arguments), data, output, report=lambda _line: None)
+    epoch, patience = trainer.loader.epoch, trainer.loader.patience
+    patience.limit = 0.5
+
+    def stalling(number: int, start_step: int = 0) -> Any:
+        for step, batch in enumerate(epoch(number, start_step), start_step):
+            if number * trainer.steps_per_epoch + step == 5 and rank == who:
+                patience.wait(lambda seconds: bool(time.sleep(seconds)), lambda: "a batch")
+            yield batch
+
+    trainer.loader.epoch = stalling  # type: ignore[method-assign]
+    try:
+        trainer.fit()
+    except LostBatchError as error:
+        says = f"rank {who}: waited " if rank != who else "waited "
+        os._exit(3 if str(error).startswith(says) and "saved" in str(error) else 5)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_without_a_batch_stops_all_saved_and_the_run_resumes_bit_equal(
+    data: Path, tmp_path: Path, trained: Callable[..., Path], who: int
+) -> None:
+    arguments = {"loss": "nce", "negatives": "shared"}
+    run(stall, 2, data, tmp_path, arguments, who, expect=3)
+    assert final(tmp_path)["step"] == 5
+    run(train, 2, data, tmp_path, arguments, 0.0)
+    for key in ("method", "optimizer", "step"):
+        assert same(final(tmp_path)[key], final(trained(2, **arguments))[key])
+
+
+def survive(rank: int, ranks: int, port: int, data: Path, output: Path) -> None:
+    """Rank 1 is killed in a step; the other one says so."""
+    enter(rank, ranks, port)
+    sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
+    trainer = Trainer(config(), data, output, report=lambda _line: None)
+    if rank == 1:
+        trainer.method.after_step = lambda: os._exit(3)  # type: ignore[assignment, method-assign]
+    try:
+        with lost_ranks_named():
+            trainer.fit()
+    except LostRankError as error:
+        os._exit(3 if "rank 0 of 2: another process of the run has ended" in str(error) else 5)
+
+
+def test_a_lost_rank_is_named_in_one_line(data: Path, tmp_path: Path) -> None:
+    run(survive, 2, data, tmp_path, expect=3)
+
+
+def check(rank: int, ranks: int, port: int, data: Path, output: Path, words: str) -> None:
+    """The checks of a start, on every rank; ``words`` are of the error that all ranks raise."""
+    enter(rank, ranks, port)
+    sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
+    trainer = Trainer(config(), data, output, report=lambda _line: None)
+    if words and rank == 0:
+        trainer.run.free_bytes = lambda: 0  # type: ignore[method-assign]
+    try:
+        trainer.check()
+    except ValueError as error:
+        os._exit(3 if words and words in str(error) else 5)
+    destroy_process_group()
+
+
+def test_the_checks_of_a_start_leave_nothing_and_fail_on_all_ranks(data: Path, tmp_path: Path) -> None:
+    run(check, 2, data, tmp_path / "run", "")
+    run(check, 2, data, tmp_path / "run", "0.00 GB free", expect=3)
+    assert not (tmp_path / "run").exists()

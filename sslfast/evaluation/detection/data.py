@@ -9,9 +9,9 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,9 @@ from sslfast.data import (
     DEFAULT_DECODING,
     HASHED_BYTES,
     BadImageError,
+    DaemonPool,
     Decoding,
+    Patience,
     content_hash,
     decode_full,
     quiet_pillow,
@@ -340,19 +342,24 @@ class TrainingBatches:
 
     def __call__(self, start: int, stop: int) -> Iterator[tuple[int, list[int], list[Sample]]]:
         """``(iteration, sample_ids, samples)``; up to two iterations are decoded ahead."""
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+        patience = Patience()
+        with DaemonPool(max(1, self.workers), "sslfast-images") as pool:
             ahead: deque[tuple[int, list[int], list[Future[Sample]]]] = deque()
             for iteration in range(start, stop):
                 ids = self.sample_ids(iteration)
-                if not self.workers:
-                    yield iteration, ids, [self.sample(iteration, one) for one in ids]
-                    continue
                 ahead.append((iteration, ids, [pool.submit(self.sample, iteration, one) for one in ids]))
-                if len(ahead) > 2:
-                    yield _finish(ahead.popleft())
+                if len(ahead) > (2 if self.workers else 0):
+                    yield self._finish(*ahead.popleft(), patience)
             while ahead:
-                yield _finish(ahead.popleft())
+                yield self._finish(*ahead.popleft(), patience)
+
+    def _finish(
+        self, iteration: int, ids: list[int], samples: list[Future[Sample]], patience: Patience
+    ) -> tuple[int, list[int], list[Sample]]:
+        whys = [partial(storage_hangs, self.images[one].path) for one in ids]
+        return iteration, ids, [patience.result(sample, why) for sample, why in zip(samples, whys, strict=True)]
 
 
-def _finish(item: tuple[int, list[int], list[Future[Sample]]]) -> tuple[int, list[int], list[Sample]]:
-    return item[0], item[1], [future.result() for future in item[2]]
+def storage_hangs(path: Path) -> str:
+    """What is said when images do not come."""
+    return f"images ({path} or one after it): the storage does not answer; see that the data can be read, and try again"

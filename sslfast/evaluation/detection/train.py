@@ -1,15 +1,15 @@
 """Fine-tuning a detector by a published protocol: schedules, training loop, detection on test images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from sslfast.data import DEFAULT_DECODING, Decoding
+from sslfast.data import DEFAULT_DECODING, DaemonPool, Decoding, LostBatchError, Patience
 from sslfast.distributed import (
     convert_sync_batchnorm,
     gather_objects,
@@ -19,7 +19,7 @@ from sslfast.distributed import (
     replicate,
     world_size,
 )
-from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_image
+from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_image, storage_hangs
 from sslfast.evaluation.detection.model import FasterRCNN, targets_of
 from sslfast.evaluation.detection.scores import Detections
 from sslfast.evaluation.encoders import check_weights
@@ -251,7 +251,7 @@ def detect(
                     labels=one["labels"].cpu().numpy(),
                 )
             )
-    except ValueError as problem:
+    except (ValueError, LostBatchError) as problem:
         error = str(problem)
     raise_together(error)
     return [one for part in gather_objects(found) for one in part]
@@ -265,9 +265,8 @@ def _images(
     def load(image: BoxedImage) -> Any:
         return load_image(image.path, side=side, longest=longest, decoding=decoding)
 
-    if not workers:
-        yield from map(load, images)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(images), 4 * workers):
-            yield from pool.map(load, images[start : start + 4 * workers])
+    some = 4 * max(1, workers)
+    with DaemonPool(max(1, workers), "sslfast-images") as pool:
+        for start in range(0, len(images), some):
+            part = images[start : start + some]
+            yield from pool.map(load, part, Patience(), partial(storage_hangs, part[0].path))
