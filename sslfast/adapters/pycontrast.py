@@ -12,7 +12,28 @@ from torch import Tensor
 from sslfast.adapters.nce_memory import NCEMemory
 
 
-class RGBMem(NCEMemory):
+class _InfoNCEMemory(NCEMemory):
+    """The options that PyContrast's memories have in common."""
+
+    def __init__(
+        self,
+        n_dim: int,
+        n_data: int,
+        K: int = 65536,
+        T: float = 0.07,
+        m: float = 0.5,
+        *,
+        exclude_self: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            n_dim, n_data, K, T, m, None, loss="infonce", norm_embedding=False, exclude_self=exclude_self,
+            gather_distributed=False, seed=seed, dtype=dtype,
+        )  # fmt: skip
+
+
+class RGBMem(_InfoNCEMemory):
     """``logits, labels = module(x, y)``: x against one memory, which is then updated with x (Wu et al. 2018; with
     ``x_jig`` PIRL's two losses)::
 
@@ -41,23 +62,6 @@ class RGBMem(NCEMemory):
 
     memory: Tensor
 
-    def __init__(
-        self,
-        n_dim: int,
-        n_data: int,
-        K: int = 65536,
-        T: float = 0.07,
-        m: float = 0.5,
-        *,
-        exclude_self: bool = False,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(
-            n_dim, n_data, K, T, m, None, loss="infonce", norm_embedding=False, exclude_self=exclude_self,
-            gather_distributed=False, seed=seed, dtype=dtype,
-        )  # fmt: skip
-
     def forward(
         self,
         x: Tensor,
@@ -85,7 +89,7 @@ class RGBMem(NCEMemory):
         return (*logits, torch.zeros_like(y))
 
 
-class CMCMem(NCEMemory):
+class CMCMem(_InfoNCEMemory):
     """``logits1, logits2, labels = module(x1, x2, y)``: x1 against the memory of modality 2 and the reverse.
 
     Buffers ``memory_1``, ``memory_2``, whose names are PyContrast's, ``z_1``, ``z_2`` (not used), ``step``. Arguments
@@ -97,23 +101,6 @@ class CMCMem(NCEMemory):
 
     memory_1: Tensor
     memory_2: Tensor
-
-    def __init__(
-        self,
-        n_dim: int,
-        n_data: int,
-        K: int = 65536,
-        T: float = 0.07,
-        m: float = 0.5,
-        *,
-        exclude_self: bool = False,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(
-            n_dim, n_data, K, T, m, None, loss="infonce", norm_embedding=False, exclude_self=exclude_self,
-            gather_distributed=False, seed=seed, dtype=dtype,
-        )  # fmt: skip
 
     def forward(
         self,
