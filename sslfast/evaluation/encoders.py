@@ -146,12 +146,8 @@ def load_run(run: Path | str) -> RunEncoders:
         "std": weights.std,
         "colours": "rgb" if method is None else method.trunk_input,
     }
-    trained = weights.build()
-    check_weights(
-        trained, f"{weights.path} holds", remedy="name other weights, for example an earlier checkpoint, as RUN"
-    )
     encoders: dict[str, Encoder] = {
-        TRAINED: TrunkEncoder(trained, **preprocessing),
+        TRAINED: TrunkEncoder(weights.build(), **preprocessing),
         UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **preprocessing),
         RAW_PIXELS: RawPixels(),
     }
@@ -159,22 +155,6 @@ def load_run(run: Path | str) -> RunEncoders:
     return RunEncoders(
         encoders=encoders, size=weights.size, checkpoint=weights.path, step=known.get("step"), facts=facts
     )
-
-
-def check_weights(module: nn.Module, where: str, *, remedy: str) -> None:
-    """ValueError where a parameter is not finite or a buffer holds NaN (infinite ones may be masks).
-
-    Args:
-        module: to check.
-        where: begins the message, for example ``step_00000007.pt holds``.
-        remedy: ends it.
-    """
-    for name, value in module.named_parameters():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{where} NaN or infinite weights ({name}), as training that diverged leaves; {remedy}")
-    for name, buffer in module.named_buffers():
-        if bool(buffer.isnan().any()):
-            raise ValueError(f"{where} NaN ({name}), as training that diverged leaves; {remedy}")
 
 
 def extract_features(

@@ -22,8 +22,8 @@ from sslfast.distributed import (
 from sslfast.evaluation.detection.data import BoxedImage, BoxedImages, TrainingBatches, load_image, storage_hangs
 from sslfast.evaluation.detection.model import FasterRCNN, targets_of
 from sslfast.evaluation.detection.scores import Detections
-from sslfast.evaluation.encoders import check_weights
 from sslfast.evaluation.sgd import ResumeState
+from sslfast.models import first_nonfinite
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer, set_learning_rate
 
 CHECK_EVERY = 50
@@ -192,7 +192,12 @@ def fine_tune(
                 resume.save(model, optimizer, done)
                 if is_main() and report is not None:
                     report(f"{title}: iteration {done:,} of {schedule.iterations:,}, loss {value:.3f}")
-    check_weights(model, "the trained detector holds", remedy="lower --lr")
+    broken = first_nonfinite(model.state_dict().items())
+    if broken is not None:
+        raise ValueError(
+            f"the trained detector holds NaN or infinite weights ({broken}), as training that diverged leaves; "
+            "lower --lr"
+        )
     if schedule.precise_norm:
         measure_norms(model, batches, range(schedule.iterations, schedule.iterations + schedule.precise_norm), device)
     model.eval()
