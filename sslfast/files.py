@@ -291,12 +291,27 @@ def check_regular(path: Path, mode: int | None = None) -> None:
             raise OSError(number, text, str(path))
 
 
+def open_without_waiting(path: Path | str | os.PathLike[str]) -> BufferedReader:
+    """Open a file to read it, whatever it is: neither a pipe without a writer nor a terminal is waited for."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
+
+
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read it; never waits.
+    """Open a file to read it; never waits. What was opened is checked, so that a name whose file changes in between
+    does no harm.
 
     Raises:
         FileNotFoundError: nothing has this name.
         OSError: it is a folder, pipe, socket, device or link to nothing, or cannot be read; ``strerror`` says which.
     """
-    check_regular(path)
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    try:
+        file = open_without_waiting(path)
+    except OSError:
+        check_regular(path)  # says more about a folder, a socket and a link to nothing
+        raise
+    try:
+        check_regular(path, os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file

@@ -24,7 +24,7 @@ from sslfast.data.images import (
     silence_pillow,
 )
 from sslfast.data.jpeg import scan_jpeg
-from sslfast.data.manifest import Manifest, some_paths
+from sslfast.data.manifest import Manifest, NoImageError, some_paths
 from sslfast.data.opening import open_data, parse_data, reopen_data
 from sslfast.data.pool import available_cores
 from sslfast.data.prepare import PrepareConfig, prepare_beton
@@ -69,6 +69,7 @@ __all__ = [
     "ImageSource",
     "LostBatchError",
     "Manifest",
+    "NoImageError",
     "OnBadImage",
     "OpenImage",
     "Patience",

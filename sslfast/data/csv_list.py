@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar, NamedTuple, TextIO
 
 from sslfast.data.folder import changed_files, list_images
 from sslfast.data.images import OnBadImage, read_bytes
-from sslfast.data.left_out import count_keys, listed_system_keys
+from sslfast.data.left_out import listed_system_keys
 from sslfast.data.manifest import Manifest
 from sslfast.data.source import Changes, ImageSource, SourceError, is_file
 from sslfast.data.spelling import similar_file
@@ -140,7 +141,7 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
         raise SourceError(f"{path} cannot be read ({error.strerror or error}): name a folder or a list") from None
     keys = listed_system_keys([*entries])
     used = {name: entry for (name, entry), key in zip(entries.items(), keys, strict=True) if key is None}
-    return used, count_keys(keys)
+    return used, Counter(key for key in keys if key is not None)
 
 
 def open_list(path: Path) -> TextIO:

@@ -58,6 +58,7 @@ from sslfast.data.deep import FULL, deep_samples, is_deep_colour, stated_white, 
 from sslfast.data.exif import exif_orientation
 from sslfast.data.jpeg import JpegScan
 from sslfast.data.stripped import MAX_PIXELS, BadImageError, Stripped, strip
+from sslfast.files import open_without_waiting
 
 _HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # Pillow 11.3 and later
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", *(["AVIF"] if _HAS_AVIF else []), "JPEG2000")
@@ -158,14 +159,14 @@ def require_strict_pillow() -> None:
 
 
 @contextmanager
-def open_regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
+def open_image_file(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
     """A regular file, opened once, and its size; BadImageError where it is none, cannot be read, or is too large.
 
     Type and size are those of what was opened, so a link that changes its target in between does no harm; opening
     neither waits for a pipe's writer nor starts a device.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb") as file:
+        with open_without_waiting(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadImageError("unreadable: not a regular file")
@@ -178,7 +179,7 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's bytes, as many as it had when it was opened; BadImageError where it cannot be read or is empty."""
-    with open_regular(path) as (file, size):
+    with open_image_file(path) as (file, size):
         data = file.read(size)
     if not data:
         raise BadImageError("empty file")

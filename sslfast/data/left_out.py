@@ -15,7 +15,7 @@ key                             what is counted
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sslfast.data.images import FORMATS, SUFFIXES
@@ -197,15 +197,6 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
 def image_suffixes() -> str:
     """For error texts."""
     return " ".join(sorted(SUFFIXES))
-
-
-def count_keys(keys: Iterable[str | None]) -> dict[str, int]:
-    """Key -> how often it occurs, without None."""
-    counts: dict[str, int] = {}
-    for key in keys:
-        if key is not None:
-            counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 def _shown(key: str) -> str:

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sslfast.data.images import SUFFIXES, BadImageError, open_header, open_regular
+from sslfast.data.images import SUFFIXES, BadImageError, open_header, open_image_file
 from sslfast.data.left_out import SNIFFED, hidden_key, may_be_picture, other_key, suffix_of, unpack_remedy
 from sslfast.data.pool import map_threads
 from sslfast.data.source import DATA_FORMS, HASHED_BYTES, content_hash
@@ -84,7 +84,7 @@ def other_files(root: Path, listing: Listing, *, progress: bool) -> dict[str, in
 
     def look(path: str) -> str:
         try:
-            with open_regular(root / path) as (file, _):
+            with open_image_file(root / path) as (file, _):
                 return other_key(suffix_of(path), file.read(SNIFFED))
         except BadImageError:
             return suffix_of(path)
@@ -105,7 +105,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def identify(file: str, *, read: bool, header: bool = False) -> tuple[int, str] | str:
     """Size and hash (empty unless ``read``) of a file, or why it is bad; with ``header`` also by the image policy."""
     try:
-        with open_regular(file) as (opened, size):
+        with open_image_file(file) as (opened, size):
             if not read:
                 return size, ""
             head = opened.read(HASHED_BYTES)

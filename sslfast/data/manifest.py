@@ -43,6 +43,14 @@ _ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 _UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 
 
+class NoImageError(ValueError):
+    """Data without a usable image. ``found`` says what is there, ``remedy`` what helps."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found}: {remedy}")
+        self.found, self.remedy = found, remedy
+
+
 @dataclass(kw_only=True)
 class Manifest:
     """Row -> image. Build it with :meth:`scan` or :meth:`load`."""
@@ -151,7 +159,8 @@ class Manifest:
             progress: show a progress bar on the terminal.
 
         Raises:
-            ValueError: no usable image, bad images, or data that cannot be used whatever ``on_bad_image`` says.
+            NoImageError: no usable image.
+            ValueError: bad images, or data that cannot be used whatever ``on_bad_image`` says.
         """
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
@@ -181,7 +190,8 @@ class Manifest:
             numbered: sort the classes by number if all of them are numbers.
 
         Raises:
-            ValueError: no usable image, or bad images and ``on_bad_image="error"``.
+            NoImageError: no usable image.
+            ValueError: bad images and ``on_bad_image="error"``.
         """
         excluded, ignored = sorted(excluded), dict(sorted((ignored or {}).items()))
         if excluded and on_bad_image == "error":
@@ -192,9 +202,9 @@ class Manifest:
         if not images:
             others, lines = named_counts(ignored), left_out(ignored)
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
-            raise ValueError(
-                f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}: "
-                + ("; ".join(lines) or f"name a folder that holds images ({image_suffixes()}). {DATA_FORMS}")
+            raise NoImageError(
+                f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}",
+                "; ".join(lines) or f"name a folder that holds images ({image_suffixes()}). {DATA_FORMS}",
             )
         classes = sorted({image.label for image in images if image.label is not None})
         if numbered and all(name.isdecimal() for name in classes):

@@ -118,9 +118,8 @@ def stem_of(path: str) -> str:
 def _label_of(file: str, image: str, sizes: Mapping[str, int], read: Read, used: set[str]) -> str | None:
     folder, slash, base = image.rpartition("/")
     stems = dict.fromkeys(f"{folder}{slash}{stem}" for stem in (base.rpartition(".")[0], base.partition(".")[0]))
-    texts = [stem + suffix for stem in stems for suffix in LABELS if stem + suffix in sizes]
-    texts = texts[:1]
-    label = _text_label(file, texts[0], sizes, read) if texts else None
+    text = next((stem + suffix for stem in stems for suffix in LABELS if stem + suffix in sizes), None)
+    label = None if text is None else _text_label(file, text, sizes, read)
     name = next((f"{stem}.json" for stem in stems if f"{stem}.json" in sizes), None)
     stated = [] if name is None else _json_labels(name, sizes, read)
     if not stated or name is None:
@@ -128,7 +127,7 @@ def _label_of(file: str, image: str, sizes: Mapping[str, int], read: Read, used:
     used.add(name)
     if label is not None and all(label.isdecimal() == other.isdecimal() and label != other for other in stated):
         raise SourceError(
-            f"{file}: member {texts[0]!r} says class {label!r} and member {name!r} says {stated[0]!r}: two labels of "
+            f"{file}: member {text!r} says class {label!r} and member {name!r} says {stated[0]!r}: two labels of "
             "one image; write the archive again with one of them"
         )
     return stated[0] if label is None else label

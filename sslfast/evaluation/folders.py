@@ -10,6 +10,7 @@ from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike
 from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32
 
+_OTHER_FORMS = (".txt", ".json", ".jsonl", ".zip", ".tar")
 SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
 
@@ -76,17 +77,15 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
 
 
 def _place(data: Path, split: str) -> Path:
-    """The list or archive named by the split, else the folder."""
-    files = [data / f"{split}{suffix}" for suffix in (".csv", ".txt", ".json", ".jsonl", ".zip", ".tar")]
-    found = next((file for file in files[:1] if file.is_file()), data / split)
-    if not found.is_dir() and not found.is_file():
-        found = next((file for file in files if file.is_file()), found)
-    if not found.exists():
-        raise ValueError(
-            f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/, or a "
-            f"list {split}.csv or an archive {split}.tar or {split}.zip in place of a folder"
-        )
-    return found
+    """Where the images of a split are: its .csv list, else its folder, else another list or archive of that name."""
+    folder = data / split
+    for place in (data / f"{split}.csv", folder, *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS)):
+        if place.is_file() or (place == folder and place.is_dir()):
+            return place
+    raise ValueError(
+        f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/, or a list "
+        f"{split}.csv or an archive {split}.tar or {split}.zip in place of a folder"
+    )
 
 
 def listed_rows(manifest: Manifest, subset: Path) -> list[int]:
