@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def _close_locks() -> None:
         os.close(_locked.pop())
 
 
-os.register_at_fork(after_in_child=_close_locks)
+@cache
+def _close_locks_in_forks() -> None:
+    """From now on; once, since it cannot be undone."""
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _lock_file(descriptor: int, *, release: bool = False) -> None:
@@ -184,6 +188,7 @@ class RunDirectory:
         Raises:
             ValueError: the lock is held, by this process or another, or the file system has none.
         """
+        _close_locks_in_forks()
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         _locked.add(descriptor)
         try:
