@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 import tyro
 from PIL import Image
@@ -20,6 +21,7 @@ from sslfast.distributed.collectives import gather_rows
 from sslfast.loaders.registry import LoaderConfig
 from sslfast.methods.base import BaseConfig, Method, MethodContext
 from sslfast.models.build import TrunkConfig
+from sslfast.runs.log import read_log
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, View, ViewConfig
 
@@ -97,6 +99,12 @@ def context(
         steps_per_epoch=steps_per_epoch,
         total_steps=epochs * steps_per_epoch,
     )
+
+
+def log_values(output: Path) -> list[dict[str, Any]]:
+    """The records in the log of a run directory, without their times; none may be damaged."""
+    records = read_log(output / "log.jsonl", report=pytest.fail)
+    return [{name: value for name, value in record.items() if name != "time"} for record in records]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -15,9 +14,8 @@ from sslfast.distributed.process_group import destroy_process_group
 from sslfast.runs import directory as rundir
 from sslfast.runs.checkpoint import list_checkpoints, load_checkpoint
 from sslfast.runs.directory import RunDirectory
-from sslfast.runs.log import read_log
 from sslfast.training.trainer import Trainer
-from tests.tiny import Tiny, TinyConfig, fork_server, same
+from tests.tiny import Tiny, TinyConfig, fork_server, log_values, same
 
 ROWS = 17
 
@@ -65,10 +63,6 @@ def kill_in_step(output: Path, pids: Path, victims: list[int]) -> None:
         time.sleep(0.05)
         known = set(list_checkpoints(RunDirectory(output).checkpoints))
         os.kill(int((pids / str(victim)).read_text()), signal.SIGKILL)
-
-
-def log_values(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
 
 
 def test_a_killed_rank_restarts_all_and_the_run_ends_bit_equal(tmp_path: Path) -> None:

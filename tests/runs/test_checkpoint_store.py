@@ -10,11 +10,10 @@ import torch
 
 from sslfast.runs.checkpoint import CorruptCheckpointError, HashedFileStore
 from sslfast.runs.checkpoint_store import CheckpointStore, load_newest, stored_bytes
-from sslfast.runs.log import read_log
 from sslfast.training.dry_run import summary
 from sslfast.training.trainer import Trainer
 from tests.runs.stores import FolderStore
-from tests.tiny import Tiny, TinyConfig, fork_server, same
+from tests.tiny import Tiny, TinyConfig, fork_server, log_values, same
 
 ROWS = 17
 
@@ -41,10 +40,6 @@ def train(output: str, last_step: int) -> None:
 def train_plainly(output: str) -> None:
     torch.set_num_threads(1)
     Trainer(TinyConfig(), ROWS, output, report=lambda _line: None).fit()
-
-
-def log_values(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
 
 
 def test_a_run_killed_and_resumed_ends_as_one_with_the_the_default_store(tmp_path: Path) -> None:

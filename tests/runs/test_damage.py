@@ -23,7 +23,7 @@ from sslfast.runs.log import LogFile, read_log
 from sslfast.training.csv_log import CSVLog
 from sslfast.training.logging import LogContext
 from sslfast.training.trainer import Trainer
-from tests.tiny import TinyConfig, same
+from tests.tiny import TinyConfig, log_values, same
 
 ROWS = 17
 STEPS = 24
@@ -38,10 +38,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole")
     trainer(output, []).fit()
     return output
-
-
-def log_values(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(path, report=pytest.fail)]
 
 
 def sums(path: Path) -> Path:
@@ -105,7 +101,7 @@ def test_every_kind_of_damage_falls_back_and_deletes_nothing(tmp_path: Path, who
     names = os.listdir(run / "checkpoints")
     assert len(names) == before + 2  # 24 was written anew
     assert same(load_checkpoint(run / "checkpoints" / "step_00000024.pt"), final(whole))
-    assert log_values(run / "log.jsonl") == log_values(whole / "log.jsonl")
+    assert log_values(run) == log_values(whole)
 
 
 def final(run: Path) -> dict[str, Any]:
@@ -279,7 +275,7 @@ def test_a_run_follows_its_directory(tmp_path: Path, whole: Path, again: bool) -
     result = moved_at(old, 7, move, lines).fit()
     assert result.checkpoint == new / "checkpoints" / "step_00000024.pt"
     assert lines == [f"{old} is now {new}; the run goes on there"]
-    assert log_values(new / "log.jsonl") == log_values(whole / "log.jsonl")
+    assert log_values(new) == log_values(whole)
     assert not old.exists() or os.listdir(old) == []
     assert (new / "log.csv").read_text().count("\n") == 9
 

@@ -13,11 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sslfast.config import load_json
 from sslfast.runs.checkpoint import list_checkpoints, load_checkpoint
-from sslfast.runs.log import read_log
 from sslfast.runs.outbox import Outbox, surviving
 from sslfast.training.logging import LogContext
 from sslfast.training.trainer import Trainer
-from tests.tiny import TinyConfig, same, write_images
+from tests.tiny import TinyConfig, log_values, same, write_images
 
 ROWS = 17
 STEPS = 24
@@ -57,10 +56,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def log_values(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(path, report=pytest.fail)]
-
-
 def test_a_full_disk_stops_no_log_and_every_record_follows_when_it_is_freed(
     tmp_path: Path, whole: Path, limits: None
 ) -> None:
@@ -75,7 +70,7 @@ def test_a_full_disk_stops_no_log_and_every_record_follows_when_it_is_freed(
     ]
     assert all("File too large" in line and "training continues" in line and "\n" not in line for line in lines)
     steps = [*range(1, STEPS + 1)]
-    assert [record["step"] for record in log_values(run / "log.jsonl")] == steps
+    assert [record["step"] for record in log_values(run)] == steps
     with (run / "log.csv").open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == steps
     events = EventAccumulator(str(run / "tensorboard"))
@@ -97,11 +92,11 @@ class Unsteady:
         Unsteady.seen = []
 
     def write(self, record: Mapping[str, Any]) -> None:
-        if len(log_values(self.path)) in self.failing:
+        if len(log_values(self.run)) in self.failing:
             raise self.error
         self.seen.append(record["step"])
 
-    path: Path
+    run: Path
 
     def sync(self) -> None:
         pass
@@ -122,7 +117,7 @@ def test_a_log_of_a_user_that_fails_costs_one_line(
     tmp_path: Path, error: Exception, line: str, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "tests.runs.test_disk:Unsteady"
-    for key, value in {"error": error, "failing": range(2, 5), "path": tmp_path / "log.jsonl"}.items():
+    for key, value in {"error": error, "failing": range(2, 5), "run": tmp_path}.items():
         monkeypatch.setattr(Unsteady, key, value, raising=False)
     lines: list[str] = []
     assert trainer(tmp_path, lines, loggers=(name,)).fit().step == STEPS

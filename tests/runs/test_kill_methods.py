@@ -15,11 +15,10 @@ from sslfast.recipes.clustering import deepcluster_small, sela_small
 from sslfast.recipes.contrastive import moco_v2_small
 from sslfast.runs import directory as rundir
 from sslfast.runs.checkpoint import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
-from sslfast.runs.log import read_log
 from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 from tests.methods.harness import ROWS, tiny, tiny_trunks
-from tests.tiny import fork_server, same
+from tests.tiny import fork_server, log_values, same
 
 KILLS = 20
 EPOCHS = 15
@@ -43,10 +42,6 @@ def train(method: str, output: str, checkpoint_every_steps: int) -> None:
     rundir.git_state = lambda _folder: None  # three processes of git at every start
     with tiny_trunks():
         Trainer(config(method, checkpoint_every_steps), ROWS, output, report=lambda _line: None).fit()
-
-
-def log_values(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,10 @@ from sslfast.methods.pirl import PIRL
 from sslfast.runs import checkpoint as checkpoint_module
 from sslfast.runs import directory as rundir
 from sslfast.runs.checkpoint import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
-from sslfast.runs.log import LogFile, read_log
+from sslfast.runs.log import LogFile
 from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
-from tests.tiny import Tiny, TinyConfig, fork_server, same, write_images
+from tests.tiny import Tiny, TinyConfig, fork_server, log_values, same, write_images
 
 ROWS = 17
 STEPS = 24
@@ -154,10 +154,6 @@ def start(server: ForkServerContext, target: Callable[..., None], *args: Any, wa
 
 def final_state(output: Path) -> dict[str, Any]:
     return load_checkpoint(checkpoint_path(output / "checkpoints", STEPS))
-
-
-def log_values(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
 
 
 def assert_equal(output: Path, whole: Path) -> None:

@@ -4,7 +4,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,13 +14,12 @@ from sslfast.evaluation.knn import bank_knn
 from sslfast.methods.base import Method
 from sslfast.recipes import RECIPES
 from sslfast.runs.checkpoint import checkpoint_path, load_checkpoint
-from sslfast.runs.log import read_log
 from sslfast.training.progress import Progress
 from sslfast.training.signals import RunInterruptedError
 from sslfast.training.trainer import Trainer
 from tests.distributed.test_training import config, final, run, train
 from tests.methods.harness import build, tiny
-from tests.tiny import TinyConfig, same, write_images
+from tests.tiny import TinyConfig, log_values, same, write_images
 
 ROWS = 24
 STEPS = 36  # six steps an epoch
@@ -37,10 +35,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(data: Path | int, output: Path, config: TinyConfig | None = None) -> Trainer:
     chosen = config or TinyConfig(knn_every_epochs=2, log_every_steps=5, checkpoint_every_steps=12)
     return Trainer(chosen, data, output, report=lambda _line: None)
-
-
-def log_values(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
 
 
 def test_the_accuracy_of_the_bank_is_in_the_record_of_the_epoch(data: Path, tmp_path: Path) -> None:

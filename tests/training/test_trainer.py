@@ -35,7 +35,7 @@ from sslfast.training.progress import Progress
 from sslfast.training.signals import GracefulShutdown, RunInterruptedError
 from sslfast.training.trainer import Trainer
 from tests.pictures import write_folder
-from tests.tiny import Tiny, TinyConfig, same
+from tests.tiny import Tiny, TinyConfig, log_values, same
 
 ROWS = 17
 STEPS = 24
@@ -61,10 +61,6 @@ def stop_at(trainer: Trainer, step: int, action: Any) -> None:
             action()
 
     trainer.method.after_step = hook  # type: ignore[assignment]
-
-
-def log_values(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in read_log(output / "log.jsonl")]
 
 
 @pytest.fixture(scope="module")
