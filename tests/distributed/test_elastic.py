@@ -51,7 +51,13 @@ def launch(output: Path, pids: Path, pause: float) -> None:
         start_method="forkserver",
         monitor_interval=0.05,
     )
-    elastic_launch(config, rank)(str(output), str(pids), pause)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        elastic_launch(config, rank)(str(output), str(pids), pause)
+    finally:  # the agent leaves its own behind, in this process
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def kill_in_step(output: Path, pids: Path, victims: list[int]) -> None:
