@@ -1,7 +1,7 @@
 """Exit codes of the command ``sslfast``."""
 
 EXIT_NOT_FINITE = 3
-"""Exit code of a run whose loss became infinite or not a number."""
+"""Exit code of a run whose loss became infinite or not a number, or whose features collapsed."""
 
 
 EXIT_LOST = 4
@@ -18,7 +18,7 @@ exit codes:
   0    done
   1    unexpected failure, with a traceback
   2    wrong usage, configuration or data: one line with the remedy (SSLFAST_TRACEBACK=1 shows where)
-  3    the loss became infinite or not a number
+  3    the loss became infinite or not a number, or with --on-collapse error all features became the same
   4    no batch came (storage, a killed process), or another process of the run is gone; the run was saved if it had
        begun, and the same command continues
   75   stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with a checkpoint saved: the same

@@ -14,6 +14,7 @@ from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
 from sslfast.runs import RunDirectory
 from sslfast.training import (
+    CollapseError,
     NonFiniteLossError,
     RunInterruptedError,
     TrainConfig,
@@ -85,7 +86,7 @@ def pretrain(arguments: list[str]) -> int:
         if is_main():
             report(str(stop))
         return EXIT_INTERRUPTED
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, CollapseError) as error:
         trainer.report(f"error: {error}")
         return EXIT_NOT_FINITE
     finally:

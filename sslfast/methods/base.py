@@ -101,6 +101,9 @@ class Method(nn.Module):
     """Names of buffers that may be NaN in a good state, since no step has set them yet. Everything else is finite, or
     the run ends."""
 
+    embedding_head: ClassVar[str] = "projection"
+    """Attribute of the module whose output the loss compares, where there is one; its statistics are logged."""
+
     trunk: Trunk
     """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
 

@@ -129,6 +129,7 @@ class PIRL(Method):
             return PIRL(self, context)
 
     nan_until_set = ("z",)
+    embedding_head = "image_head"
     z: Tensor
 
     def __init__(self, config: Config, context: MethodContext) -> None:

@@ -73,6 +73,7 @@ def pretrain(
         ValueError, FileNotFoundError: something is wrong with a field, the data, the device or the run directory;
             raised before the first step, with the remedy.
         sslfast.training.NonFiniteLossError: the loss became infinite or NaN.
+        sslfast.training.CollapseError: all features became the same, with ``on_collapse="error"``.
         sslfast.training.RunInterruptedError: SIGTERM or SIGINT; a checkpoint was saved.
     """
     config = configure(recipe, overrides)

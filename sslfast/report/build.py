@@ -24,6 +24,12 @@ from sslfast.text import printable
 
 _FIRST = ("loss", "time.samples_per_second", "time.loader_wait_share", "lr")
 _WORDS = {
+    "feature_std": "spread of features (0: collapsed)",
+    "feature_rank": "effective rank of features",
+    "feature_cosine": "mean cosine of features",
+    "embedding_std": "spread of embeddings (0: collapsed)",
+    "embedding_rank": "effective rank of embeddings",
+    "embedding_cosine": "mean cosine of embeddings",
     "time.samples_per_second": "samples/s",
     "time.loader_wait_share": "share of time waiting for data",
     "lr": "learning rate",

@@ -53,6 +53,9 @@ class TrainConfig:
     the step on the device, also for a gradient, at the cost of a second copy of parameters, bank and momentum."""
     nonfinite_limit: int = resumable(10)
     """Maximum number of steps in a row that on_nonfinite=skip rolls back; with more the run stops."""
+    on_collapse: Literal["report", "error"] = resumable("report")
+    """What to do when the features of all images have become the same (feature_std or embedding_std below 0.01 in a log
+    record). report: one line on the screen. error: stop the run."""
     log_every_steps: int = resumable(10)
     """Steps between log records; loss and metrics are averaged over them, and read from the device only then."""
     knn_every_epochs: int = resumable(0)

@@ -36,6 +36,7 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
+from sslfast.training.features import FeatureWatch
 from sslfast.training.limits import check_start, check_trunk
 from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
@@ -118,6 +119,7 @@ class Trainer:
         check_trunk(method.trunk, config, split)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
+        self.features = FeatureWatch(method, stop=config.on_collapse == "error", report=self.report)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.method: Method = method.to(self.device)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
@@ -181,6 +183,7 @@ class Trainer:
         Raises:
             ValueError, FileNotFoundError: before the first step, with the remedy.
             NonFiniteLossError: names the step and the last good checkpoint.
+            CollapseError: with ``on_collapse=error``.
             RunInterruptedError: after a stop signal (:class:`GracefulShutdown`), with a checkpoint saved.
             LostBatchError: a loader process died, or the storage does not answer; with a checkpoint saved.
         """
@@ -331,7 +334,7 @@ class Trainer:
         assert self.recorder is not None
         self.recorder.step()
         if self.step % config.log_every_steps == 0 or self.step == self.total_steps or self.knn.is_due(self.step):
-            values = {**self._read_means(), **self.knn.read(self.step)}
+            values = {**self._read_means(), **self.features.read(self.step), **self.knn.read(self.step)}
             self.means.reset()
             self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:

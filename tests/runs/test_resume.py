@@ -304,6 +304,7 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "device",
         "compile",
         "on_nonfinite",
+        "on_collapse",
         "nonfinite_limit",
         "log_every_steps",
         "knn_every_epochs",

@@ -113,11 +113,14 @@ def test_run_directory_and_result(tmp_path: Path) -> None:
     assert 0 <= result.loader_wait_share <= 1
 
 
+FEATURES = ("feature_std", "feature_rank", "feature_cosine")
+
+
 def test_log_records(whole: Path) -> None:
     records = read_log(whole / "log.jsonl")
     assert [r["step"] for r in records] == [3, 6, 9, 12, 15, 18, 21, 24]
     assert records[1]["epoch"] == 1.5
-    assert set(records[0]) == {"step", "epoch", "lr", "loss", "positive", "time"}
+    assert set(records[0]) == {"step", "epoch", "lr", "loss", "positive", *FEATURES, "time"}
     assert set(records[0]["time"]) == {"unix_seconds", "samples_per_second", "loader_wait_share"}
     for record in records:
         schedule = OptimConfig().learning_rate(batch_size=4, steps_per_epoch=4, epochs=6)
