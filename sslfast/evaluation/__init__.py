@@ -6,9 +6,18 @@ lies below.
 """
 
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
-from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, RunEncoders, TrunkEncoder, load_run
-from sslfast.evaluation.folders import UnsuitableError
-from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_result, nearest_neighbours
+from sslfast.evaluation.encoders import (
+    RAW_PIXELS,
+    TRAINED,
+    UNTRAINED,
+    Encoder,
+    RunEncoders,
+    TrunkEncoder,
+    extract_all,
+    load_run,
+)
+from sslfast.evaluation.folders import UnsuitableError, load_manifests
+from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_accuracy, knn_result, nearest_neighbours
 from sslfast.evaluation.lettering import Lettering, load_font
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
 from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, train_probe
@@ -39,10 +48,13 @@ __all__ = [
     "evaluate_linear",
     "evaluate_semisup",
     "evaluate_svm",
+    "extract_all",
+    "knn_accuracy",
     "knn_result",
     "linear_result",
     "load_evaluation_set",
     "load_font",
+    "load_manifests",
     "load_run",
     "nearest_neighbours",
     "train_probe",

@@ -10,6 +10,7 @@ from sslfast.loaders.registry import (
     LoaderConfig,
     build_loader,
     choose_loader,
+    default_workers,
     loader_status,
     loaders_for,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "build_loader",
     "choose_loader",
     "decode_crops",
+    "default_workers",
     "epoch_order",
     "loader_status",
     "loaders_for",

@@ -24,6 +24,8 @@ from sslfast.text import printable
 
 _FIRST = ("loss", "time.samples_per_second", "time.loader_wait_share", "lr")
 _WORDS = {
+    "val_knn_top1": "kNN top-1 on probe_data",
+    "val_linear_top1": "linear top-1 on probe_data",
     "feature_std": "spread of features (0: collapsed)",
     "feature_rank": "effective rank of features",
     "feature_cosine": "mean cosine of features",

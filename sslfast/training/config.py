@@ -61,6 +61,11 @@ class TrainConfig:
     knn_every_epochs: int = resumable(0)
     """Epochs between measurements of knn_top1 (0: none): leave-one-out accuracy of 20 nearest neighbours among the
     vectors of the memory bank, or features kept for clustering, with folders as classes. No image is read for it."""
+    probe_data: str | None = resumable(None)
+    """Labelled images, train/<class>/ and val/<class>/, for measurements during training."""
+    probe_every_epochs: int = resumable(0)
+    """Epochs between measurements of val_knn_top1 and val_linear_top1 on probe_data (0: none): accuracies of 20 nearest
+    neighbours and of a linear layer on the trunk's features. Every image is read each time."""
     checkpoint_every_steps: int = resumable(1000)
     """Steps between checkpoints; another one is written at the end and on SIGTERM or SIGINT."""
     keep_checkpoints: int = resumable(2)
@@ -91,9 +96,14 @@ class TrainConfig:
                 "compile=reduce-overhead reuses the memory of one forward in the next and so needs accumulate_steps=1, "
                 f"got {self.accumulate_steps}; use compile=default"
             )
-        for name in ("keep_every_steps", "knn_every_epochs"):
+        for name in ("keep_every_steps", "knn_every_epochs", "probe_every_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if (self.probe_data is None) != (self.probe_every_epochs == 0):
+            raise ValueError(
+                "probe_data and probe_every_epochs belong together, got "
+                f"probe_data={self.probe_data} with probe_every_epochs={self.probe_every_epochs}; give both or neither"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         self.check_numbers()

@@ -42,6 +42,7 @@ from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
+from sslfast.training.probe import OnlineProbe
 from sslfast.training.result import TrainResult
 from sslfast.training.signals import GracefulShutdown, stopping_at_once
 from sslfast.training.stopping import Stop, agree
@@ -136,6 +137,9 @@ class Trainer:
         )
         self.knn = OnlineKnn(
             self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
+        )
+        self.probe = OnlineProbe(
+            config, self.method, steps_per_epoch=self.steps_per_epoch, device=self.device, report=self.report
         )
         self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
         skip = config.on_nonfinite == "skip"
@@ -333,8 +337,10 @@ class Trainer:
         config = self.config
         assert self.recorder is not None
         self.recorder.step()
-        if self.step % config.log_every_steps == 0 or self.step == self.total_steps or self.knn.is_due(self.step):
-            values = {**self._read_means(), **self.features.read(self.step), **self.knn.read(self.step)}
+        is_due = self.step % config.log_every_steps == 0 or self.step == self.total_steps
+        if is_due or self.knn.is_due(self.step) or self.probe.is_due(self.step):
+            values = {**self._read_means(), **self.features.read(self.step)}
+            values.update({**self.knn.read(self.step), **self.probe.read(self.step)})
             self.means.reset()
             self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:

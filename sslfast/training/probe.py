@@ -1,0 +1,101 @@
+"""Accuracy on a labelled data set during training: kNN and a linear layer on the trunk's frozen features."""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from sslfast.evaluation import TRAINED, TrunkEncoder, extract_all, knn_accuracy, load_manifests, train_probe
+from sslfast.loaders import default_workers
+from sslfast.methods import Method
+
+if TYPE_CHECKING:
+    from sslfast.training.config import TrainConfig
+
+K = 20
+STRENGTH = 1e-3
+"""λ of the linear layer: one, so that a measurement is one fit."""
+
+
+class OnlineProbe:
+    """``val_knn_top1`` and ``val_linear_top1`` at the end of every ``probe_every_epochs``-th epoch.
+
+    Both are those of ``sslfast evaluate knn`` (k = 20, τ = 0.07) and ``sslfast evaluate linear --protocol probe``
+    (λ = 0.001 alone) on centre crops of ``probe_data``. The trunk is copied for it, so that training is the same to the
+    bit with and without.
+
+    Args:
+        config: of the run.
+        method: holds the trunk.
+        steps_per_epoch: of the run.
+        device: of the trunk.
+        report: takes one line for the user.
+
+    Raises:
+        ValueError: ``probe_data`` is no labelled set, or has too few images.
+    """
+
+    def __init__(
+        self,
+        config: "TrainConfig",
+        method: Method,
+        *,
+        steps_per_epoch: int,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
+        self._config, self._method, self._device, self._report = config, method, device, report
+        self._every_steps = config.probe_every_epochs * steps_per_epoch
+        if not self._every_steps or config.probe_data is None:
+            return
+        self._train, self._val = load_manifests(config.probe_data, on_bad_image="skip")
+        if len(self._train) < K:
+            raise ValueError(
+                f"probe_data={config.probe_data} has {len(self._train)} training images, and kNN needs {K}: give more, "
+                "or leave probe_data out"
+            )
+
+    def is_due(self, step: int) -> bool:
+        """Whether the record of ``step`` (steps done) includes the accuracies."""
+        return self._every_steps > 0 and step % self._every_steps == 0
+
+    def read(self, step: int) -> dict[str, float]:
+        """The accuracies where they are due, else an empty dict. Every rank calls it, and reads its share of images."""
+        if not self.is_due(step):
+            return {}
+        try:
+            return self._measure()
+        except ValueError as error:  # a file of the probe's data, or features that are not finite: training goes on
+            self._report(f"step {step}: not measured on probe_data: {error}")
+            return {}
+
+    def _measure(self) -> dict[str, float]:
+        view, workers = self._config.method.image_view, self._config.loader.workers
+        encoder = TrunkEncoder(
+            copy.deepcopy(self._method.trunk),
+            mean=view.augment.mean,
+            std=view.augment.std,
+            colours=self._config.method.trunk_input,
+        )
+        found = [
+            extract_all(
+                {TRAINED: encoder},
+                manifest,
+                size=view.crop.size,
+                batch_size=max(1, min(256, self._config.batch_size)),
+                device=self._device,
+                workers=default_workers() if workers is None else workers,
+                on_bad_image="skip",
+            )
+            for manifest in (self._train, self._val)
+        ]
+        train, val = (part.values[TRAINED].to(self._device) for part in found)
+        train_labels, val_labels = (
+            torch.from_numpy(manifest.labels)[part.rows].to(self._device)
+            for manifest, part in zip((self._train, self._val), found, strict=True)
+        )
+        layer = train_probe(train, train_labels, classes=len(self._train.classes), strengths=(STRENGTH,))
+        linear = (layer(val).argmax(1) == val_labels).double().mean().item()
+        knn = knn_accuracy(val, val_labels, train, train_labels, k=(K,))[K].top1
+        return {"val_knn_top1": knn, "val_linear_top1": linear}
