@@ -24,6 +24,7 @@ from sslfast.text import printable
 
 _FIRST = ("loss", "time.samples_per_second", "time.loader_wait_share", "lr")
 _WORDS = {
+    "knn_top1": "kNN top-1 of the bank, leave-one-out",
     "val_knn_top1": "kNN top-1 on probe_data",
     "val_linear_top1": "linear top-1 on probe_data",
     "feature_std": "spread of features (0: collapsed)",
@@ -36,6 +37,9 @@ _WORDS = {
     "time.loader_wait_share": "share of time waiting for data",
     "lr": "learning rate",
 }
+_LOG = ("loss", "lr")
+"""Drawn on a logarithmic axis where their values lie far apart."""
+_MOST_SETTINGS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def report(
     _name_apart(found)
     notes = [note for run in found for note in run.notes]
     sections = [
-        ("Runs", _summary(found)),
+        ("Runs", _summary(found) + _differences(found)),
         ("Curves", _curves(found)),
         ("Evaluations", _evaluations(found)),
     ]
@@ -169,15 +173,34 @@ def _summary(runs: Sequence[Run]) -> str:
     return table(header, rows)
 
 
+def _differences(runs: Sequence[Run]) -> str:
+    """A row for every setting in which runs differ."""
+    settings = [run.settings() for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = [
+        [name, *(one.get(name, "") for one in settings)]
+        for name in names
+        if len({one.get(name) for one in settings}) > 1
+    ]
+    if not rows:
+        return ""
+    more = f"<p>The first {_MOST_SETTINGS} of {len(rows)}.</p>" if len(rows) > _MOST_SETTINGS else ""
+    header = ["setting", *(run.name for run in runs)]
+    return f"<h3>Settings that differ</h3>{table(header, rows[:_MOST_SETTINGS])}{more}"
+
+
 def _curves(runs: Sequence[Run]) -> str:
     names = {name: None for run in runs for record in run.records for name in record}
     others = [name for name in names if name not in (*_FIRST, "step", "epoch") and not name.startswith("time.")]
     charts = []
     for name in [*(n for n in _FIRST if n in names), *others]:
+        factor = 100 if name.endswith("_top1") else 1
         series = {
-            run.name: [(record["epoch"], record[name]) for record in run.records if name in record] for run in runs
+            run.name: [(record["epoch"], factor * record[name]) for record in run.records if name in record]
+            for run in runs
         }
-        charts.append(line_chart(_WORDS.get(name, name), series, x_label="epoch"))
+        title = _WORDS.get(name, name) + (", %" if factor == 100 else "")
+        charts.append(line_chart(title, series, x_label="epoch", log_y=name in _LOG))
     if not any(charts):
         return "<p>No log record was written yet.</p>"
     names_of_runs = legend([run.name for run in runs]) if len(runs) > 1 else ""

@@ -23,6 +23,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
+def tick_label(value: float) -> str:
+    """A value short enough for the space beside an axis."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g} M" if size < 1e10 else f"{value:.2g}"
+    return f"{value:,.0f}" if size >= 1e4 else f"{value:.4g}"
+
+
 def drawable(value: float) -> bool:
     """Whether a value has a place on an axis: differences and means of such values do not overflow."""
     return abs(value) < 1e100
@@ -64,7 +72,8 @@ class _Scale:
 
     def ticks(self) -> list[float]:
         if self.log:
-            nice = [m * 10.0**e for e in range(math.floor(self.low), math.ceil(self.high) + 1) for m in (1, 2, 5)]
+            marks = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
+            nice = [m * 10.0**e for e in range(math.floor(self.low), math.ceil(self.high) + 1) for m in marks]
             return [t for t in nice if self.low <= math.log10(t) <= self.high]
         return ticks(self.low, self.high)
 
@@ -74,21 +83,26 @@ def _axes(x: _Scale, y: _Scale, x_label: str) -> list[str]:
     parts = [f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{right - _LEFT}" height="{bottom - _TOP}"/>']
     for tick in y.ticks():
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 3.5}" text-anchor="end">{number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 3.5}" text-anchor="end">{tick_label(tick)}</text>'
+        )
     for tick in x.ticks():
-        parts.append(f'<text class="tick" x="{x(tick)}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x(tick)}" y="{bottom + 14}" text-anchor="middle">{tick_label(tick)}</text>'
+        )
     middle = (_LEFT + right) / 2
     parts.append(f'<text class="tick" x="{middle}" y="{_HEIGHT - 3}" text-anchor="middle">{text(x_label)}</text>')
     return parts
 
 
-def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, note: str = "") -> str:
+def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, log_y: bool = False, note: str = "") -> str:
     """One figure: a line for every entry; the page's script shows values under the pointer.
 
     Args:
         title: heading.
         series: name -> points, in the order of their colours; values that are not :func:`drawable` are left out.
         x_label: under the axis.
+        log_y: take a logarithmic axis where all values are positive and the largest is over ten times the smallest.
         note: small text after the heading.
     """
     lines = {name: thin([p for p in points if all(map(drawable, p))]) for name, points in series.items()}
@@ -96,7 +110,10 @@ def line_chart(title: str, series: Mapping[str, Points], *, x_label: str, note: 
     if not every:
         return ""
     x = _Scale([p[0] for p in every], _LEFT, _WIDTH - _RIGHT)
-    y = _Scale([p[1] for p in every], _HEIGHT - _BOTTOM, _TOP, margin=0.05)
+    values = [p[1] for p in every]
+    log_y = log_y and 0 < 10 * min(values) < max(values)
+    y = _Scale(values, _HEIGHT - _BOTTOM, _TOP, log=log_y, margin=0.05)
+    note = note or ("logarithmic" if log_y else "")
     parts = _axes(x, y, x_label)
     for position, (name, points) in enumerate(lines.items()):
         css, label = f"line s{position % SERIES}", f"<title>{text(name)}</title>"

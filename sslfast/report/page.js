@@ -47,9 +47,13 @@ function map(figure) {
   const canvas = figure.querySelector("canvas");
   const thumb = figure.querySelector(".thumb");
   const words = figure.querySelector(".words");
+  const names = figure.querySelector(".names");
+  const present = [...new Set(data.points.map((point) => point[2]))].sort((a, b) => a - b);
+  const named = present.length <= 60 ? present : []; // of more, the name of the chosen dot is shown
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const side = 96;
   let chosen = -1;
+  let pointed = -1; // class under the pointer in the legend
 
   // Hues a golden angle apart stay distinct for any number of classes.
   const color = (label) => `hsl(${(label * 137.508) % 360} 65% ${dark.matches ? 62 : 45}%)`;
@@ -58,15 +62,29 @@ function map(figure) {
   function draw() {
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, canvas.width, canvas.height);
+    const strong = pointed >= 0 ? pointed : chosen >= 0 ? data.points[chosen][2] : -1;
     data.points.forEach((point, position) => {
       const [x, y] = place(point);
       context.fillStyle = color(point[2]);
-      context.globalAlpha = chosen >= 0 && point[2] !== data.points[chosen][2] ? 0.25 : 0.9;
+      context.globalAlpha = strong >= 0 && point[2] !== strong ? 0.25 : 0.9;
       context.beginPath();
       context.arc(x, y, position === chosen ? 9 : 5, 0, 2 * Math.PI);
       context.fill();
     });
     context.globalAlpha = 1;
+  }
+
+  function label() {
+    names.replaceChildren(
+      ...named.map((name) => {
+        const entry = document.createElement("span");
+        entry.appendChild(document.createElement("i")).style.background = color(name);
+        entry.append(data.classes[name]);
+        entry.addEventListener("pointerenter", () => { pointed = name; draw(); });
+        entry.addEventListener("pointerleave", () => { pointed = -1; draw(); });
+        return entry;
+      }),
+    );
   }
 
   function show(position) {
@@ -94,7 +112,8 @@ function map(figure) {
 
   canvas.addEventListener("pointermove", point);
   canvas.addEventListener("pointerdown", point);
-  dark.addEventListener("change", draw);
+  dark.addEventListener("change", () => { label(); draw(); });
+  label();
   draw();
 }
 

@@ -1,7 +1,7 @@
 """The files of a run directory that a report shows. None of them is trusted: what has another shape is left out, and a
 note says so."""
 
-import math
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,10 @@ class Run:
             self.notes.append(f"{self.path / 'config.json'}: {'.'.join(keys)} is a {type(value).__name__}: left out")
         return _short(value)
 
+    def settings(self) -> dict[str, str]:
+        """Every value of the configuration by its dotted name."""
+        return {name: _short(value) or json.dumps(value)[:_MOST_CHARACTERS] for name, value in _flat(self.config)}
+
     def _inside(self, pattern: str) -> list[Path]:
         return sorted((self.path / "evaluation").glob(pattern))
 
@@ -123,7 +127,7 @@ class Run:
             wrong += [
                 name for name in _SCORES if isinstance(row.get(name), float | int | str) and not _is_share(row[name])
             ]
-            values = [f"{words} {100 * row[name]:.1f} %" for name, words in _SCORES.items() if _is_share(row.get(name))]
+            values = [_score(words, row, name) for name, words in _SCORES.items() if _is_share(row.get(name))]
             if not values and not wrong:
                 values = [f"{_short(name)} {number(v)}" for name, v in row.items() if type(v) is float and drawable(v)]
             what = [_short(row[name]) for name in ("encoder", "layer", "images") if name in row]
@@ -152,12 +156,26 @@ def _flat(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) -> I
             yield prefix + name, value
 
 
+def _score(words: str, row: Mapping[str, Any], name: str) -> str:
+    """A share in percent with what is known of its error: the binomial standard error, and the spread over seeds."""
+    shares = {key: float(value) for key, value in row.items() if _is_share(value)}
+    error, spread, seeds = (
+        shares.get(f"{name}_standard_error"),
+        shares.get(f"{name}_spread"),
+        row.get(f"{name}_of_seeds"),
+    )
+    shown = f"{words} {100 * shares[name]:.1f}{'' if error is None else f' ± {100 * error:.1f}'} %"
+    if spread is not None and isinstance(seeds, list) and len(seeds) > 1:
+        shown += f" (spread of {len(seeds)} seeds {100 * spread:.1f})"
+    return shown
+
+
 def _is_drawable(value: Any) -> bool:
     return isinstance(value, int | float) and drawable(value)
 
 
 def _is_share(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 1
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def _short(value: Any) -> str:

@@ -18,6 +18,8 @@ from sslfast.report.page import table, text
 from sslfast.text import printable
 
 _TILE = 48  # pixels of a picture in the map's sprite
+_MOST_NAMED = 50  # classes with names at the confusion matrix
+_NAME = 18  # characters of each
 _MOST_CLASSES = 30  # rows of the per-class table; of more classes, the best and the worst
 
 
@@ -52,11 +54,11 @@ def by_class(evaluation: EvaluationSet) -> str:
     )
     if len(order) > len(shown):
         words += f" Best and worst {_MOST_CLASSES // 2} of {len(order)} classes."
+    confused = f"<h3>Most often confused</h3>{table(['true', 'predicted', 'images'], pairs)}" if pairs else ""
     return (
         f'<p>{words}</p><div class="grid2"><div>{table(["class", "right", "images"], rows, html=True)}</div><div>'
-        f"<h3>Confusion</h3><p class='faint'>Rows: true class, columns: predicted, in the order of the folders; darker "
-        f"is more often.</p>{_heat_map(confusion)}<h3>Most often confused</h3>"
-        f"{table(['true', 'predicted', 'images'], pairs)}</div></div>"
+        f"<h3>Confusion</h3><p class='faint'>Rows: true class, columns: predicted, in the order of the folders; "
+        f"stronger colours: more often.</p>{_heat_map(confusion, evaluation.classes)}{confused}</div></div>"
     )
 
 
@@ -66,14 +68,38 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     return flat.reshape(classes, classes).double()
 
 
-def _heat_map(confusion: Tensor) -> str:
+def _heat_map(confusion: Tensor, classes: list[str]) -> str:
+    """A square for every pair of classes that occurs, with names and counts where there is room for them. Its colour is
+    transparent, so that it stands out on a light and on a dark page."""
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    level = share.sqrt()[..., None].numpy()  # the root: rare confusions stay visible
-    light, dark = np.array([245, 247, 249.0]), np.array([23, 58, 128.0])
-    picture = Image.fromarray((light + level * (dark - light)).round().astype(np.uint8))
-    factor = max(1, 400 // len(confusion))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    return f'<img class="picture" alt="confusion matrix" src="{data_url(picture, "PNG")}">'
+    level = share.sqrt()  # the root: rare confusions stay visible
+    count = len(classes)
+    if count > _MOST_NAMED:
+        pixels = np.empty((count, count, 4), np.uint8)
+        pixels[..., :3], pixels[..., 3] = (59, 130, 246), (255 * level).round().numpy()
+        factor = max(1, 400 // count)
+        picture = Image.fromarray(pixels).resize((count * factor, count * factor), Image.Resampling.NEAREST)
+        return f'<img class="picture" alt="confusion matrix" src="{data_url(picture, "PNG")}">'
+    cell = max(10, min(40, 400 // count))
+    names = [printable(name) for name in classes]
+    short = [name if len(name) <= _NAME else name[: _NAME - 1] + "…" for name in names]
+    left = 12 + 6.5 * max(map(len, short))
+    parts = []
+    for i, name in enumerate(short):
+        at = left + (i + 0.5) * cell
+        parts.append(f'<text x="{left - 6:.1f}" y="{at - left + 3.5:.1f}" text-anchor="end">{text(name)}</text>')
+        turned = f'transform="rotate(-60 {at:.1f} {count * cell + 12})"'
+        parts.append(f'<text x="{at:.1f}" y="{count * cell + 12}" text-anchor="end" {turned}>{text(name)}</text>')
+    for i, k in confusion.nonzero().tolist():
+        words = f"{names[i]} taken for {names[k]}: {int(confusion[i, k])} of {int(confusion[i].sum())}"
+        parts.append(
+            f'<rect class="cell" x="{left + k * cell:.1f}" y="{i * cell}" width="{cell}" height="{cell}" '
+            f'fill-opacity="{float(level[i, k]):.3f}"><title>{text(words)}</title></rect>'
+        )
+    frame = f'<rect class="frame" x="{left:.1f}" y="0" width="{count * cell}" height="{count * cell}"/>'
+    width, height = left + count * cell + 4, count * cell + left
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px"'
+    return f'<svg {size} role="img" aria-label="confusion matrix">{"".join(parts)}{frame}</svg>'
 
 
 def neighbour_rows(evaluation: EvaluationSet, *, queries: int, k: int) -> str:
@@ -116,6 +142,7 @@ def embedding_map(evaluation: EvaluationSet, *, most: int) -> str:
     }
     body = (
         '<div class="map"><canvas width="1200" height="900" aria-label="embedding map"></canvas>'
+        '<div class="names"></div>'
         '<div class="shown"><div class="thumb"></div><div class="words faint">Point at a dot, or touch it.</div></div>'
         "</div>"
     )
@@ -159,5 +186,5 @@ def _tile(location: ImageLocation, words: str, css: str) -> str:
 def data_url(picture: Image.Image, kind: str) -> str:
     """The picture inside the page: ``data:image/...;base64,...``."""
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, kind, quality=85)
+    picture.convert("RGBA" if kind == "PNG" and picture.mode == "RGBA" else "RGB").save(buffer, kind, quality=85)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

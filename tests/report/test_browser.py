@@ -106,7 +106,7 @@ def test_hovering_a_curve_shows_its_values(opened: Browser) -> None:
     opened.move_to(box[0] + box[2] - 15, box[1] + box[3] / 2)
     assert opened.run("return document.querySelector('.tip').hidden") is False
     text = opened.run("return document.querySelector('.tip').innerText")
-    assert text.split() == ["2", "run:", "0.8333"]  # epoch 2, loss 5 / 6
+    assert text.split() == ["2", "run:", "0.1389"]  # epoch 2, loss 5 / 36
 
 
 def test_hovering_a_dot_shows_its_image(opened: Browser) -> None:

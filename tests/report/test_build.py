@@ -1,5 +1,7 @@
-"""``sslfast report``: what is on the page. How it looks is tests/test_report_browser.py's."""
+"""``sslfast report``: what is on the page. How it looks is test_browser.py."""
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -13,10 +15,10 @@ from PIL import Image
 from sslfast.cli.main import main
 from sslfast.config import save_json, to_dict
 from sslfast.report.build import ReportConfig, report
-from sslfast.report.charts import figure, json_text, line_chart, thin, ticks
+from sslfast.report.charts import figure, json_text, line_chart, thin, tick_label, ticks
 from sslfast.report.page import page, table
 from sslfast.report.published import PUBLISHED
-from sslfast.report.sections import confusion_matrix, embed_in_plane
+from sslfast.report.sections import _heat_map, confusion_matrix, embed_in_plane
 from sslfast.runs.directory import RunDirectory
 from tests.weights.test_load import config_of, trained_trunk, write_run
 
@@ -34,7 +36,7 @@ class Balanced(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in _VOID or tag in ("circle", "polyline"):
+        if tag not in _VOID or tag in ("circle", "polyline", "rect"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -59,17 +61,20 @@ def write_folder(folder: Path) -> Path:
 
 def make_run(folder: Path, steps: int = 6) -> Path:
     config = config_of("resnet18", "small")
+    config.method.bank_momentum = 0.5 if steps == 6 else 0.25
     config.method.image_view.crop.size = 16
     write_run(folder, trained_trunk("resnet18", "small"), config)
     run = RunDirectory(folder)
     save_json(run.config, to_dict(config))
     with run.log.open("w") as log:
         for step in range(1, steps + 1):
-            record = {"step": step, "epoch": step / 3, "lr": 0.1, "loss": 5.0 / step, "knn_top1": step / 10}
+            record = {"step": step, "epoch": step / 3, "lr": 0.1, "loss": 5.0 / step**2, "knn_top1": step / 10}
             log.write(json.dumps({**record, "time": {"samples_per_second": 50.0, "loader_wait_share": 0.1}}) + "\n")
     (folder / "evaluation").mkdir()
     result = {"protocol": "knn-test", "results": [{"encoder": "trained", "k": 5, "top1": 0.625, "top5": 0.875}]}
     save_json(folder / "evaluation" / "knn.json", result)
+    seeds = {"top1": 0.5, "top1_standard_error": 0.05, "top1_spread": 0.02, "top1_of_seeds": [0.48, 0.52], "top5": 0.75}
+    save_json(folder / "evaluation" / "linear.json", {"protocol": "linear-test", "results": [seeds]})
     result = {"protocol": "svm-test", "results": [{"layer": "res5", "images": "all", "mAP": 0.5, "ap": {"cat": 0.5}}]}
     save_json(folder / "evaluation" / "lowshot.json", result)
     return folder
@@ -112,7 +117,11 @@ def test_every_section_is_there(pages: tuple[str, Path]) -> None:
         "trained, k=5",
         "res5, all",
         "mAP 50.0 %",
-        "knn_top1",
+        "kNN top-1 of the bank, leave-one-out, %",
+        "top-1 50.0 ± 5.0 % (spread of 2 seeds 2.0), top-5 75.0 %",
+        "<h3>Settings that differ</h3>",
+        "<td>method.bank_momentum</td><td>0.5</td><td>0.25</td>",
+        "loss <small>logarithmic</small>",
         "samples/s",
         "learning rate",
     ):
@@ -158,6 +167,51 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "r.html")
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["r.html"]
+
+
+def test_the_confusion_has_names_and_counts(pages: tuple[str, Path]) -> None:
+    text, _ = pages
+    matrix = re.findall(r'<svg [^>]*aria-label="confusion matrix">(.*?)</svg>', text, re.S)[0]
+    for name in ("&lt;b&gt;bird", "cat &amp; dog"):
+        assert f">{name}" in matrix
+        assert re.search(rf"<title>{name}\S* taken for {name}\S*: 5 of 5</title>", matrix)
+    assert matrix.count('class="cell"') == len(CLASSES)
+
+
+def test_a_confusion_of_many_classes_is_a_picture_that_the_page_shines_through() -> None:
+    html = _heat_map(torch.eye(60, dtype=torch.float64), [f"class {i}" for i in range(60)])
+    picture = Image.open(io.BytesIO(base64.b64decode(html.partition("base64,")[2].partition('"')[0])))
+    assert picture.mode == "RGBA"
+    assert picture.size == (360, 360)
+    assert picture.getpixel((3, 3)) == (59, 130, 246, 255)
+    assert picture.getpixel((10, 3)) == (59, 130, 246, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (12345, "12,345"),
+        (-2.5e6, "-2.5 M"),
+        (1234567890, "1235 M"),
+        (1e-9, "1e-09"),
+        (3e12, "3e+12"),
+    ],
+)
+def test_labels_of_an_axis_are_short(value: float, label: str) -> None:
+    assert tick_label(value) == label
+    assert len(label) <= 7
+
+
+def test_a_logarithmic_axis_only_where_it_helps() -> None:
+    far, near, negative = ([(float(i), value) for i, value in enumerate(values)] for values in
+                           ([1.0, 0.1, 0.01], [1.0, 0.9, 0.5], [-1.0, 0.001, 1.0]))  # fmt: skip
+    assert "logarithmic" in line_chart("x", {"run": far}, x_label="epoch", log_y=True)
+    for points, log_y in ((far, False), (near, True), (negative, True)):
+        assert "logarithmic" not in line_chart("x", {"run": points}, x_label="epoch", log_y=log_y)
+    marks = re.findall(r'text-anchor="end">([^<]*)<', line_chart("x", {"run": far}, x_label="epoch", log_y=True))
+    assert marks == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"]
 
 
 def test_confusion_matrix() -> None:
