@@ -22,6 +22,15 @@ ROWS, STEPS = 17, 24
 OTHERS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_fresh_process() -> Iterator[None]:
+    """Default handlers: under nohup, or behind an & of a script, some signals are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in OTHERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def make(output: Path, data: Path | int = ROWS, **options: Any) -> Trainer:
     return Trainer(TinyConfig(**options), data, output, report=lambda _line: None)
 
