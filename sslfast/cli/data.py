@@ -21,8 +21,8 @@ class Verify:
     images before they start. Exit code 0: all images can be used, 1: some cannot."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar or .zip, or a list of
-    `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
+    """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
+    or a list of `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -35,8 +35,8 @@ class Prepare:
     """Store the images of a folder in one .beton file for the ffcv loader, with sample ids, manifest and checksums."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar or .zip, a list (.csv, .txt, ...), or a manifest of
-    `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip, a list (.csv, .txt, ...), or a
+    manifest of `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
     """File to write; an existing one is replaced only when the new one is complete."""
     on_bad_image: Literal["error", "skip"] = "error"

@@ -19,6 +19,7 @@ OPTIONAL = {
     "tyro": "options of `sslfast pretrain`",
     "rich": "progress bars and tables",
     "tensorboard": "TensorBoard logs",
+    "pyarrow": "tables of images (.parquet)",
     "skimage": "photographs of `sslfast demo`",
     "sklearn": "photographs of `sslfast demo`",
     "matplotlib": "charts of `sslfast bench`",

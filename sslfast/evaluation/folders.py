@@ -10,7 +10,7 @@ from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike
 from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32
 
-_OTHER_FORMS = (".txt", ".json", ".jsonl", ".zip", ".tar")
+_OTHER_FORMS = (".txt", ".json", ".jsonl", ".zip", ".tar", ".parquet")
 SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
 
