@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sslfast.cli.options import parse, print_table
-from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_folder, prepare_beton, verify_images
+from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_images, prepare_beton, verify_images
 from sslfast.files import OUTPUT, write_file, writing
 from sslfast.text import printable
 
@@ -48,16 +48,16 @@ class Prepare:
 
 @dataclass(kw_only=True)
 class Labels:
-    """Write a list (.csv) of a flat folder's images with the labels that a file gives them, as for ImageNet's
-    validation set. A list DATA/val.csv takes the place of the folder DATA/val in evaluations."""
+    """Give the images of a flat folder or archive the labels that a file has for them, as for ImageNet's validation
+    set. A list DATA/val.csv, or of an archive a manifest DATA/val.tsv, takes the place of DATA/val in evaluations."""
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images."""
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images, or an archive (.tar, .zip, .parquet)."""
     labels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LABELS")]
     """One label a line in the order of the sorted file names (the devkit's ground truth), `name label` lines, or a .csv
     with a header (LOC_val_solution.csv)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """List to write (.csv)."""
+    """List to write (.csv), or of an archive the manifest (.tsv)."""
     train: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None
     """Data whose classes the labels must be."""
     names: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -70,7 +70,7 @@ def labels(arguments: list[str]) -> int:
     chosen = parse(Labels, arguments, prog="sslfast data labels")
     if isinstance(chosen, int):
         return chosen
-    count = label_folder(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
+    count = label_images(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
     print(f"{count:,} images with their labels; wrote {chosen.output}")
     return 0
 

@@ -128,8 +128,8 @@ DATA_COMMANDS = {
         function="sslfast.cli.data:prepare",
     ),
     "labels": Command(
-        usage="labels DIR LABELS -o FILE.csv",
-        help="list a flat folder's images with the labels of a file (ImageNet's validation set)",
+        usage="labels DATA LABELS -o FILE",
+        help="label the images of a flat folder or archive by a file (ImageNet's validation set)",
         function="sslfast.cli.data:labels",
     ),
 }
