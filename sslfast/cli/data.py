@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sslfast.cli.options import parse, print_table
+from sslfast.cli.options import print_table
+from sslfast.cli.usage import parse
 from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_images, prepare_beton, verify_images
-from sslfast.files import OUTPUT, write_file, writing
+from sslfast.files import OUTPUT, check_writable, write_file, writing
 from sslfast.text import printable
 
 
@@ -70,6 +71,7 @@ def labels(arguments: list[str]) -> int:
     chosen = parse(Labels, arguments, prog="sslfast data labels")
     if isinstance(chosen, int):
         return chosen
+    check_writable(chosen.output, remedy=OUTPUT)
     count = label_images(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
     print(f"{count:,} images with their labels; wrote {chosen.output}")
     return 0
@@ -80,6 +82,8 @@ def verify(arguments: list[str]) -> int:
     chosen = parse(Verify, arguments, prog="sslfast data verify")
     if isinstance(chosen, int):
         return chosen
+    if chosen.output is not None:
+        check_writable(chosen.output, remedy=OUTPUT)
     contents = Contents()
     manifest, bad = verify_images(
         chosen.data,
@@ -112,7 +116,9 @@ def prepare(arguments: list[str]) -> int:
     chosen = parse(Prepare, arguments, prog="sslfast data prepare")
     if isinstance(chosen, int):
         return chosen
-    with writing(chosen.output, remedy="name another file as OUT.beton"):
+    remedy = "name another file as OUT.beton"
+    check_writable(chosen.output, remedy=remedy)
+    with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(
             chosen.data,
             chosen.output,

@@ -12,6 +12,7 @@ from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.cli.options import parse_recipe, print_table, report
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
+from sslfast.files import OUTPUT, check_writable
 from sslfast.runs import RunDirectory
 from sslfast.training import (
     NonFiniteLossError,
@@ -101,6 +102,7 @@ def preview(arguments: list[str]) -> int:
     chosen = parse_recipe(Preview, arguments, command="preview")
     if isinstance(chosen, int):
         return chosen
+    check_writable(chosen.output, remedy=OUTPUT)
     from sslfast.report import write_preview
 
     method, seed = chosen.config.method, chosen.config.seed
