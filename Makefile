@@ -34,7 +34,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q "setuptools>=65,<81" wheel "cmake>=3.24" ninja "pybind11>=2.12"
-	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,demo,bench,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,parquet,demo,bench,dev]"
 	$(INSTALL_FFCV)
 	@$(BIN)/sslfast info
 	@touch $@

@@ -242,6 +242,8 @@ def check_writable(path: Path | str, *, remedy: str = ANOTHER_PLACE) -> None:
     For the start of work whose result goes there."""
     path = Path(path)
     with writing(path, remedy=remedy):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         folder = path.absolute().parent
         while not os.path.lexists(folder) and folder != folder.parent:
             folder = folder.parent

@@ -11,7 +11,7 @@ from sslfast.bench import charts, timing
 from sslfast.bench import loader as loaders
 from sslfast.bench import ops as op_benchmarks
 from sslfast.bench import step as steps
-from sslfast.cli.options import parse
+from sslfast.cli.usage import parse
 from sslfast.config import save_json
 from sslfast.data import parse_data
 from sslfast.device import resolve_device
@@ -97,8 +97,6 @@ def ops(arguments: list[str]) -> int:
     chosen = parse(Ops, arguments, prog="sslfast bench ops")
     if isinstance(chosen, int):
         return chosen
-    if chosen.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {chosen.rounds}")
     device = resolve_device(chosen.device)
     rows = [
         row

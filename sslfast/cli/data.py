@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sslfast.cli.options import parse, print_table
-from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_folder, prepare_beton, verify_images
-from sslfast.files import OUTPUT, write_file, writing
+from sslfast.cli.options import print_table
+from sslfast.cli.usage import parse
+from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_images, prepare_beton, verify_images
+from sslfast.files import OUTPUT, check_writable, write_file, writing
 from sslfast.text import printable
 
 
@@ -21,8 +22,8 @@ class Verify:
     images before they start. Exit code 0: all images can be used, 1: some cannot."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar or .zip, or a list of
-    `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
+    """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
+    or a list of `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -35,8 +36,8 @@ class Prepare:
     """Store the images of a folder in one .beton file for the ffcv loader, with sample ids, manifest and checksums."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar or .zip, a list (.csv, .txt, ...), or a manifest of
-    `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip, a list (.csv, .txt, ...), or a
+    manifest of `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
     """File to write; an existing one is replaced only when the new one is complete."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -48,16 +49,16 @@ class Prepare:
 
 @dataclass(kw_only=True)
 class Labels:
-    """Write a list (.csv) of a flat folder's images with the labels that a file gives them, as for ImageNet's
-    validation set. A list DATA/val.csv takes the place of the folder DATA/val in evaluations."""
+    """Give the images of a flat folder or archive the labels that a file has for them, as for ImageNet's validation
+    set. A list DATA/val.csv, or of an archive a manifest DATA/val.tsv, takes the place of DATA/val in evaluations."""
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images."""
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of images, or an archive (.tar, .zip, .parquet)."""
     labels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LABELS")]
     """One label a line in the order of the sorted file names (the devkit's ground truth), `name label` lines, or a .csv
     with a header (LOC_val_solution.csv)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """List to write (.csv)."""
+    """List to write (.csv), or of an archive the manifest (.tsv)."""
     train: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None
     """Data whose classes the labels must be."""
     names: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -70,7 +71,8 @@ def labels(arguments: list[str]) -> int:
     chosen = parse(Labels, arguments, prog="sslfast data labels")
     if isinstance(chosen, int):
         return chosen
-    count = label_folder(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
+    check_writable(chosen.output, remedy=OUTPUT)
+    count = label_images(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
     print(f"{count:,} images with their labels; wrote {chosen.output}")
     return 0
 
@@ -80,6 +82,8 @@ def verify(arguments: list[str]) -> int:
     chosen = parse(Verify, arguments, prog="sslfast data verify")
     if isinstance(chosen, int):
         return chosen
+    if chosen.output is not None:
+        check_writable(chosen.output, remedy=OUTPUT)
     contents = Contents()
     manifest, bad = verify_images(
         chosen.data,
@@ -112,7 +116,9 @@ def prepare(arguments: list[str]) -> int:
     chosen = parse(Prepare, arguments, prog="sslfast data prepare")
     if isinstance(chosen, int):
         return chosen
-    with writing(chosen.output, remedy="name another file as OUT.beton"):
+    remedy = "name another file as OUT.beton"
+    check_writable(chosen.output, remedy=remedy)
+    with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(
             chosen.data,
             chosen.output,

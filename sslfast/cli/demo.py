@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
-from sslfast.cli.options import parse
+from sslfast.cli.usage import parse
 from sslfast.config import save_json
 from sslfast.data import PHOTOGRAPHS, make_demo_data
 from sslfast.evaluation import (

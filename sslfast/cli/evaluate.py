@@ -5,13 +5,15 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from sslfast.cli.options import parse
+from sslfast.cli.usage import parse
 from sslfast.distributed import process_group
 from sslfast.evaluation import ResultNotWritten
+from sslfast.files import ANOTHER_PLACE, OUTPUT, check_writable
 
 
 def run_function(target: str, arguments: list[str], prog: str) -> int:
@@ -32,19 +34,23 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
     render = getattr(module, "render_table", str)
     try:
         command = as_command(getattr(module, name))
-        result = parse(command, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+        call = parse(command, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+        if isinstance(call, int):
+            return call
+        for name in ("output", "out"):
+            if isinstance(path := call.keywords.get(name), Path):
+                check_writable(path, remedy=OUTPUT if name == "output" else ANOTHER_PLACE)
+        result = call()
     except ResultNotWritten as error:
         print(render(error.result), flush=True)  # hours of work, maybe
         raise
-    if isinstance(result, int):
-        return result
     if process_group().is_main:
         print(render(result))
     return 0
 
 
-def as_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with annotations for tyro."""
+def as_command(function: Callable[..., Any]) -> Callable[..., functools.partial[Any]]:
+    """A function with annotations for tyro that returns the call, to be made."""
     parameters = []
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if callable(parameter.default) and parameter.default is not parameter.empty:
@@ -58,7 +64,7 @@ def as_command(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             option = tyro.conf.arg()
         parameters.append(parameter.replace(annotation=Annotated[parameter.annotation, option]))
-    command = functools.wraps(function)(lambda *values, **options: function(*values, **options))
+    command = functools.wraps(function)(lambda *values, **options: functools.partial(function, *values, **options))
     del command.__wrapped__  # tyro would read the annotations of that one
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

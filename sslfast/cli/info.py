@@ -19,6 +19,7 @@ OPTIONAL = {
     "tyro": "options of `sslfast pretrain`",
     "rich": "progress bars and tables",
     "tensorboard": "TensorBoard logs",
+    "pyarrow": "tables of images (.parquet)",
     "skimage": "photographs of `sslfast demo`",
     "sklearn": "photographs of `sslfast demo`",
     "matplotlib": "charts of `sslfast bench`",
@@ -96,7 +97,7 @@ def info(arguments: list[str]) -> int:
     if arguments:  # without options there is nothing to parse: then it also runs where only torch is installed
         import tyro
 
-        from sslfast.cli.options import parse
+        from sslfast.cli.usage import parse
 
         chosen = parse(Info, arguments, prog="sslfast info", config=(tyro.conf.FlagCreatePairsOff,))
     if isinstance(chosen, int):

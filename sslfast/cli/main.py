@@ -31,6 +31,8 @@ class Command:
     :func:`sslfast.cli.evaluate.run_function`."""
     commands: Mapping[str, "Command"] = field(default_factory=dict)
     """Of a group: its commands."""
+    data_at: int | None = None
+    """Place of DATA among its arguments, where it must exist: looked at before the seconds that imports take."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +82,7 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     command = commands[name]
     if command.commands:
         return _run(command.commands, arguments[1:], name)
+    _check_data(command, arguments[1:])
     if command.calls:
         from sslfast.cli.evaluate import run_function
 
@@ -87,6 +90,18 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     module, _, function = command.function.partition(":")
     code: int = getattr(importlib.import_module(module), function)(arguments[1:])
     return code
+
+
+def _check_data(command: Command, arguments: list[str]) -> None:
+    """ValueError where DATA is missing; nothing where options stand before it, whose values could be taken for it."""
+    at = command.data_at
+    if at is None or len(arguments) <= at or any(word.startswith("-") for word in arguments[: at + 1]):
+        return
+    path = arguments[at]
+    if {"-h", "--help"} & set(arguments) or path.startswith("synthetic:") or os.path.lexists(path):
+        return
+    where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+    raise ValueError(f"{path} does not exist{where}: correct the path of DATA")
 
 
 EVALUATIONS = {
@@ -119,17 +134,20 @@ EVALUATIONS = {
 DATA_COMMANDS = {
     "verify": Command(
         usage="verify DIR",
+        data_at=0,
         help="decode every image once, list the unusable ones, write a manifest",
         function="sslfast.cli.data:verify",
     ),
     "prepare": Command(
         usage="prepare DATA OUT.beton",
+        data_at=0,
         help="store the images in one file for the ffcv loader",
         function="sslfast.cli.data:prepare",
     ),
     "labels": Command(
-        usage="labels DIR LABELS -o FILE.csv",
-        help="list a flat folder's images with the labels of a file (ImageNet's validation set)",
+        usage="labels DATA LABELS -o FILE",
+        data_at=0,
+        help="label the images of a flat folder or archive by a file (ImageNet's validation set)",
         function="sslfast.cli.data:labels",
     ),
 }
@@ -138,7 +156,10 @@ BENCHMARKS = {
         usage="ops", help="time and memory of every op beside plain torch", function="sslfast.cli.bench:ops"
     ),
     "loader": Command(
-        usage="loader DATA", help="samples/s of every usable loader on your images", function="sslfast.cli.bench:loader"
+        usage="loader DATA",
+        data_at=0,
+        help="samples/s of every usable loader on your images",
+        function="sslfast.cli.bench:loader",
     ),
     "step": Command(
         usage="step [DATA]",
@@ -149,6 +170,7 @@ BENCHMARKS = {
 COMMANDS = {
     "pretrain": Command(
         usage="pretrain DATA --recipe NAME",
+        data_at=0,
         help="pretrain an encoder without labels",
         function="sslfast.cli.pretrain:pretrain",
     ),
@@ -159,6 +181,7 @@ COMMANDS = {
     ),
     "preview": Command(
         usage="preview DATA --recipe NAME -o FILE",
+        data_at=0,
         help="contact sheet of images, augmented views and the pretext task",
         function="sslfast.cli.pretrain:preview",
     ),

@@ -1,13 +1,13 @@
 """Parsing and printing that the commands share: tyro, and recipes as the source of default values."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import make_dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
 from sslfast.cli.exit_codes import EXIT_CODES
+from sslfast.cli.usage import parse
 from sslfast.models import CustomTrunkConfig
 from sslfast.recipes import RECIPES, find_recipe
 from sslfast.training import TrainConfig
@@ -19,14 +19,6 @@ SHORT_OPTIONS = {
     "--on-bad-image": "--loader.on-bad-image",
 }
 """Options of nested configurations of ``pretrain`` and ``preview`` that also have a short name."""
-
-
-def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **options: Any) -> T | int:
-    """The value that tyro builds from the arguments, or the exit code after it has printed help or an error."""
-    try:
-        return tyro.cli(target, args=arguments, prog=prog, **options)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
 
 
 def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | int:

@@ -12,6 +12,7 @@ from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.cli.options import parse_recipe, print_table, report
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
+from sslfast.files import OUTPUT, check_writable
 from sslfast.runs import RunDirectory
 from sslfast.training import (
     CollapseError,
@@ -31,9 +32,9 @@ class Pretrain:
     """Options of ``sslfast pretrain``."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images (class folders or flat, any nesting) or of .tar shards, one .tar, a list of `path,label` lines
-    (.csv), a manifest of `sslfast data verify` (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N
-    synthetic images."""
+    """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
+    a list of images with or without labels (.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast data verify`
+    (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N synthetic images."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
     """Run directory; default runs/RECIPE-FOLDER."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -50,7 +51,8 @@ class Preview:
     """Options of ``sslfast preview``."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, one .tar, a list (.csv), or a manifest of `sslfast data verify` (.tsv)."""
+    """Folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip, a list (.csv, .txt, ...), or a
+    manifest of `sslfast data verify` (.tsv)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("preview.png")
     """Picture to write."""
     count: int = 4
@@ -101,6 +103,7 @@ def preview(arguments: list[str]) -> int:
     chosen = parse_recipe(Preview, arguments, command="preview")
     if isinstance(chosen, int):
         return chosen
+    check_writable(chosen.output, remedy=OUTPUT)
     from sslfast.report import write_preview
 
     method, seed = chosen.config.method, chosen.config.seed

@@ -5,7 +5,7 @@ from sslfast.data.beton import JPG, Beton, BetonSource
 from sslfast.data.contents import Contents, combined, recorded_decoding, sample_contents
 from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
 from sslfast.data.folder import FolderSource
-from sslfast.data.ground_truth import label_folder
+from sslfast.data.ground_truth import label_images
 from sslfast.data.images import (
     DEFAULT_DECODING,
     ORIENTATION,
@@ -88,7 +88,7 @@ __all__ = [
     "decode_pixels",
     "exit_with_parent",
     "ignore_signals",
-    "label_folder",
+    "label_images",
     "make_demo_data",
     "open_data",
     "open_image",

@@ -12,6 +12,7 @@ from sslfast.data.folder import changed_files, list_images
 from sslfast.data.images import OnBadImage, read_bytes
 from sslfast.data.left_out import listed_system_keys
 from sslfast.data.manifest import Manifest
+from sslfast.data.members import LABEL_NAMES
 from sslfast.data.source import Changes, ImageSource, SourceError, is_file
 from sslfast.data.spelling import similar_file
 
@@ -19,11 +20,7 @@ PATH_NAMES = (
     *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file", "img"),
     *("img_path", "imagepath", "image_name", "image_id", "imageid", "url"),
 )
-LABEL_NAMES = (
-    *("label", "class", "class_name", "classname", "class_id", "label_name", "category", "target", "gt_label", "wnid"),
-    *("synset", "y"),
-)
-"""Names of columns, in any letter case; the first of each that there is counts."""
+"""Names of columns, in any letter case; the first that there is counts, as of ``LABEL_NAMES``."""
 
 
 class Entry(NamedTuple):

@@ -7,6 +7,7 @@ from typing import ClassVar
 from sslfast.data.images import OnBadImage, read_bytes
 from sslfast.data.listing import existing_folder, first_folder, identify, list_files, other_files
 from sslfast.data.manifest import Manifest
+from sslfast.data.parquet import ParquetSource
 from sslfast.data.pool import map_threads
 from sslfast.data.source import Changes, ImageSource, ListedImage
 from sslfast.data.tar import TarSource
@@ -24,7 +25,7 @@ class FolderSource(ImageSource):
 
     @classmethod
     def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
-        """Of the image files; where the folder holds tar files instead, of the images in them."""
+        """Of the image files; where the folder holds tar files instead, or Parquet files, of the images in them."""
         listing = list_files(existing_folder(path))
         if listing.shards and listing.paths:
             raise ValueError(
@@ -33,6 +34,8 @@ class FolderSource(ImageSource):
             )
         if listing.shards:
             return TarSource.open_shards(path, listing, on_bad_image=on_bad_image, progress=progress)
+        if listing.tables and not listing.paths:
+            return ParquetSource.open_shards(path, listing, on_bad_image=on_bad_image, progress=progress)
         images, bad = list_images(cls(root=path, paths=listing.paths), progress=progress)
         return Manifest.from_images(
             cls(root=path, paths=[image.path for image in images]),

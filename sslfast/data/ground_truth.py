@@ -1,4 +1,4 @@
-"""``sslfast data labels``: a list of a flat folder's images with the labels that another file gives them."""
+"""``sslfast data labels``: the images of a flat folder or archive with the labels that another file gives them."""
 
 import csv
 import io
@@ -7,27 +7,28 @@ from importlib import import_module
 from pathlib import Path
 
 from sslfast.data.csv_list import find_columns, open_list
-from sslfast.data.listing import existing_folder, list_files
+from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.members import stem_of
 from sslfast.data.spelling import alike
 from sslfast.data.text_list import TextListSource
-from sslfast.files import replacing
+from sslfast.files import OUTPUT, write_file
 
 SORTED = "sorted"
 
 
-def label_folder(
+def label_images(
     images: Path, labels: Path, output: Path, *, train: Path | None = None, names: str | None = None
 ) -> int:
-    """Write a CSV list of ``path,label`` for the images of a folder; returns how many.
+    """Write the labels of images: of a folder a CSV list of ``path,label``, of other data (an archive, a folder of
+    them) a manifest; returns how many.
 
     Args:
-        images: folder, at any depth; its first-level folders are no classes here.
+        images: folder, at any depth, or data of another kind; folders are no classes here.
         labels: one label a line in the order of the sorted file names (the devkit's
             ``ILSVRC2012_validation_ground_truth.txt``), ``name label`` lines, a CSV file with a header (of Kaggle's
             ``LOC_val_solution.csv`` the first word of each prediction is the label).
-        output: the list; its paths are relative to its folder where they can be.
+        output: the list (.csv), whose paths are relative to its folder where they can be, or the manifest (.tsv).
         train: data set whose classes the labels must be.
         names: what numbers mean: the devkit's ``meta.mat``, a text file whose line k names class k (of the lowest
             number the first one), or ``sorted``: the k-th class of ``train`` in sorted order.
@@ -35,13 +36,22 @@ def label_folder(
     Raises:
         ValueError: an image without a label or the reverse, numbers without ``names``, or labels that are no classes.
     """
-    listing = list_files(existing_folder(images))
-    if not listing.paths:
-        unpack = f"; unpack {listing.shards[0]} first (tar -xf)" if listing.shards else ""
-        raise ValueError(f"{images} holds no image files{unpack}")
-    if listing.unreadable:
+    if not images.exists():
+        raise ValueError(f"{images} does not exist: name a folder of images, or one .tar, .zip or .parquet file")
+    listing = list_files(images) if images.is_dir() else None
+    if listing is not None and listing.unreadable:
         raise ValueError(f"{images}/{listing.unreadable[0][0]}: {listing.unreadable[0][1]}")
-    given = _labels_of(listing.paths, labels)
+    is_folder = listing is not None and bool(listing.paths)
+    suffix = ".csv" if is_folder else ".tsv"
+    if output.suffix.lower() != suffix:
+        what = "a list, of a folder of images" if is_folder else "a manifest, of data in other files than images"
+        raise ValueError(f"{output} will be {what}: name it {output.with_suffix(suffix)}")
+    manifest = None if is_folder else Manifest.scan(images, on_bad_image="skip")
+    if manifest is None:
+        paths = listing.paths if listing is not None else []
+    else:  # also the bad images have labels
+        paths = sorted([*manifest.paths, *(path for path, _ in manifest.excluded)])
+    given = _labels_of(paths, labels)
     classes = None if train is None else Manifest.scan(train, on_bad_image="skip").classes
     given = _named(given, labels, classes, names)
     if classes is not None and (unknown := sorted(set(given.values()) - set(classes))):
@@ -50,15 +60,17 @@ def label_folder(
             f"classes are {', '.join(map(ascii, classes[:5]))}{', ...' if len(classes) > 5 else ''}"
             + (f"; names that look the same: {same}" if (same := alike(classes, unknown)) else "")
         )
+    if manifest is not None:
+        manifest.labelled([given[path] for path in manifest.paths]).save(output)
+        return len(manifest)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label"])
     folder, root = output.absolute().parent.resolve(), images.resolve()
     start = root.relative_to(folder) if root.is_relative_to(folder) else root
-    writer.writerows(((start / path).as_posix(), given[path]) for path in listing.paths)
-    with replacing(output) as temporary:
-        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
-    return len(listing.paths)
+    writer.writerows(((start / path).as_posix(), given[path]) for path in paths)
+    write_file(output, text.getvalue(), remedy=OUTPUT)
+    return len(paths)
 
 
 def _labels_of(paths: Sequence[str], labels: Path) -> dict[str, str]:
@@ -164,5 +176,8 @@ def _devkit(path: Path) -> dict[int, str]:
     try:
         synsets = loadmat(str(path), squeeze_me=True)["synsets"]
         return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is not the meta.mat of ImageNet's devkit ({error})") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: give the devkit's data/meta.mat") from None
+    except Exception as error:  # scipy raises arbitrary exceptions on damaged files
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} is not the meta.mat of ImageNet's devkit ({why:.160}): get a good copy") from None

@@ -71,7 +71,7 @@ UNPACK = {
     ".tar": "tar -xf",
 }
 """Suffix of an archive -> the program that unpacks it."""
-_DATABASES = frozenset({".parquet", ".arrow", ".lmdb", ".mdb", ".tfrecord", ".rec", ".h5", ".hdf5", ".npz", ".npy"})
+_DATABASES = frozenset({".arrow", ".lmdb", ".mdb", ".tfrecord", ".rec", ".h5", ".hdf5", ".npz", ".npy"})
 SNIFFED = 132
 """Bytes at the start of a file that tell what picture it is."""
 _HEADS = (
@@ -164,7 +164,7 @@ def named_counts(ignored: Mapping[str, int]) -> str:
 
 def left_out(ignored: Mapping[str, int]) -> list[str]:
     """What looks like pictures, or is a system's, and is not used: a line for each reason, with the remedy."""
-    system, unread, renamed, packed, stores = {}, {}, {}, {}, {}
+    system, unread, renamed, packed, stores, tables = {}, {}, {}, {}, {}, {}
     for key, count in ignored.items():
         suffix, holds, kind = key.partition(" holding ")
         if key.endswith("/") or key in (APPLE_DOUBLE, HIDDEN):
@@ -177,6 +177,8 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
             packed[key] = count
         elif suffix in _DATABASES:
             stores[key] = count
+        elif suffix == ".parquet":
+            tables[key] = count
     return [
         f"{named_counts(found)}: {why}"
         for found, why in (
@@ -187,6 +189,7 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
                 "list (.csv, .txt), which takes any name",
             ),
             (stores, "not read; write the images in them into a folder of class folders, or into .tar shards"),
+            (tables, "not read beside images or .tar shards; give them a folder of their own"),
             (packed, "archives, which are not read inside a folder; unpack them, or name one as DATA (.zip)"),
             (system, "folders and files of the system, and hidden ones; move out what belongs to the data"),
         )

@@ -10,7 +10,7 @@ from sslfast.data.left_out import SNIFFED, hidden_key, may_be_picture, other_key
 from sslfast.data.pool import map_threads
 from sslfast.data.source import DATA_FORMS, HASHED_BYTES, content_hash
 
-TAR = ".tar"
+TAR, PARQUET = ".tar", ".parquet"
 
 
 @dataclass(kw_only=True)
@@ -21,6 +21,8 @@ class Listing:
     """Images."""
     shards: list[str]
     """Tar files."""
+    tables: list[str] = field(default_factory=list)
+    """Parquet files; not counted in ``ignored``."""
     unreadable: list[tuple[str, str]]
     """Folders that could not be listed, and why."""
     ignored: dict[str, int]
@@ -37,6 +39,7 @@ def list_files(root: Path) -> Listing:
     """
     paths: list[str] = []
     shards: list[str] = []
+    tables: list[str] = []
     unreadable: list[tuple[str, str]] = []
     odd: list[str] = []
     ignored: Counter[str] = Counter()
@@ -66,6 +69,8 @@ def list_files(root: Path) -> Listing:
                 paths.append(path)
             elif suffix == TAR:
                 shards.append(path)
+            elif suffix == PARQUET:
+                tables.append(path)
             elif may_be_picture(suffix):
                 odd.append(path)
             else:
@@ -73,6 +78,7 @@ def list_files(root: Path) -> Listing:
     return Listing(
         paths=sorted(paths),
         shards=sorted(shards),
+        tables=sorted(tables),
         unreadable=sorted(unreadable),
         ignored=dict(ignored),
         odd=sorted(odd),
@@ -80,7 +86,7 @@ def list_files(root: Path) -> Listing:
 
 
 def other_files(root: Path, listing: Listing, *, progress: bool) -> dict[str, int]:
-    """``listing.ignored`` with the files of ``listing.odd``, which are opened."""
+    """``listing.ignored`` with the files of ``listing.odd``, which are opened, and Parquet files beside others."""
 
     def look(path: str) -> str:
         try:
@@ -90,6 +96,8 @@ def other_files(root: Path, listing: Listing, *, progress: bool) -> dict[str, in
             return suffix_of(path)
 
     counts = Counter(listing.ignored)
+    if listing.tables and (listing.paths or listing.shards):
+        counts[PARQUET] += len(listing.tables)
     for _, key in map_threads(look, listing.odd, progress=progress, title="looking at other files"):
         counts[key] += 1
     return dict(counts)

@@ -136,6 +136,10 @@ class Manifest:
         """The same rows, decoded so."""
         return replace(self, source=replace(self.source, decoding=decoding))
 
+    def labelled(self, names: Sequence[str]) -> "Manifest":
+        """The same rows with other classes: the name of each row's."""
+        return replace(self, labels=_labels(names, classes := _sorted_classes(names, numbered=True)), classes=classes)
+
     def without(self, bad: Collection[tuple[str, str]]) -> "Manifest":
         """The manifest of the rows whose path is not in ``bad`` (path, reason), which is added to ``excluded``.
 
@@ -206,9 +210,7 @@ class Manifest:
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}",
                 "; ".join(lines) or f"name a folder that holds images ({image_suffixes()}). {DATA_FORMS}",
             )
-        classes = sorted({image.label for image in images if image.label is not None})
-        if numbered and all(name.isdecimal() for name in classes):
-            classes.sort(key=int)
+        classes = _sorted_classes([image.label for image in images], numbered=numbered)
         return cls(
             source=source,
             bytes=np.array([image.bytes for image in images], dtype=np.int64),
@@ -382,6 +384,13 @@ class Manifest:
                 "identities in the bank and in checkpoints, so nothing is renumbered: put the data back as it was, "
                 "or start a new run (with a new manifest) on the data as it is"
             )
+
+
+def _sorted_classes(names: Iterable[str | None], *, numbered: bool) -> list[str]:
+    classes = sorted({name for name in names if name is not None})
+    if numbered and all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
+    return classes
 
 
 def _labels(names: Sequence[str | None], classes: Sequence[str]) -> NDArray[np.int64]:

@@ -25,6 +25,11 @@ from sslfast.data.source import HASHED_BYTES, ListedImage, SourceError, content_
 
 LABELS = (".cls", ".cls.txt")
 """Suffixes of members that hold the label of the image with the same stem."""
+LABEL_NAMES = (
+    *("label", "class", "class_name", "classname", "class_id", "label_name", "category", "target", "gt_label", "wnid"),
+    *("synset", "y", "fine_label"),
+)
+"""Names of a table's column of labels, in any letter case; the first that there is counts."""
 JSON_KEYS = ("label", "cls", "class", "class_id", "class_name", "label_name", "category", "target", "wnid", "synset")
 """Keys of a ``.json`` member that hold the label; the first one that is there."""
 _LONGEST_LABEL = 1024

@@ -12,8 +12,10 @@ _KINDS = {
     "list": "a list (.txt, .tsv, .json, ...)",
     "zip": "a .zip file",
     "tar": "tar files",
+    "parquet": "Parquet files",
     "folder": "a folder of images",
 }
+_IN_FOLDERS = {("folder", "tar"), ("folder", "parquet")}
 
 
 def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> Manifest:
@@ -65,7 +67,7 @@ def reopen_data(path: Path, known: Path, *, on_bad_image: OnBadImage = "error") 
                 f"the run that {known} belongs to started with a .{run.source.name} file: give that one, not {path}"
             )
         kind = source_of(path).name
-        if kind != run.source.name and (kind, run.source.name) != ("folder", "tar"):
+        if kind != run.source.name and (kind, run.source.name) not in _IN_FOLDERS:
             raise ValueError(
                 f"the run that {known} belongs to started with {_KINDS.get(run.source.name, run.source.name)}, and "
                 f"{path} is another kind of data: give the data that the run started with, or choose another output "

@@ -8,10 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from signal import SIGTERM
-from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sslfast.data.images import quiet_pillow, silence_pillow
 from sslfast.data.processes import (
@@ -24,6 +21,9 @@ from sslfast.data.processes import (
     why_ended,
 )
 from sslfast.data.waiting import DaemonPool, LostBatchError, Patience
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _AHEAD = 4  # chunks in flight per process
 _THREADS = 8  # hides the latency of network disks; checking headers itself holds the interpreter lock
@@ -41,8 +41,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def progress_bar(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> "Progress":
     """On standard error, where that is a terminal; nothing is shown unless ``enabled``."""
+    from rich.console import Console  # takes a third of a second, which errors before any bar need not wait for
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))

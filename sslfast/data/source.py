@@ -27,6 +27,7 @@ SOURCES = (
     "text_list:TextListSource",
     "zipped:ZipSource",
     "tar:TarSource",
+    "parquet:ParquetSource",
     "folder:FolderSource",
 )
 """``module:class`` of every source, in ``sslfast.data``. The first one that accepts a DATA argument opens it."""
@@ -34,8 +35,8 @@ SOURCES = (
 HASHED_BYTES = 16384
 
 DATA_FORMS = (
-    "DATA is a folder of images or of .tar shards, one .tar or .zip file, a list of image files (.csv, .tsv, .txt, "
-    ".lst, .json, .jsonl), a manifest of `sslfast data verify` (.tsv), or a .beton file"
+    "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip file, a list of image files "
+    "(.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast data verify` (.tsv), or a .beton file"
 )
 """For error texts: every form."""
 

@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -12,32 +12,25 @@ from numpy.typing import NDArray
 
 from sslfast.data.images import SUFFIXES, BadImageError, OnBadImage
 from sslfast.data.left_out import suffix_of
-from sslfast.data.listing import TAR, Listing, existing_folder, first_folder, list_files, other_files
+from sslfast.data.listing import TAR, Listing, first_folder, other_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.members import is_class_archive, list_members, stem_of, visible
 from sslfast.data.pool import map_threads
-from sslfast.data.source import HASHED_BYTES, Changes, ImageSource, ListedImage, content_hash, is_file
-from sslfast.data.tar_walk import Member, ShardError, walk_tar
+from sslfast.data.sharded import ShardedSource, ShardError, shard_index
+from sslfast.data.source import HASHED_BYTES, ListedImage, content_hash, is_file
+from sslfast.data.tar_walk import Member, walk_tar
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class TarSource(ImageSource):
-    """Members of tar files; a tar file counts as a folder: ``shard-000.tar/n01440764/x.jpg``. Of tar files without any
-    label that are named by a class (``n01440764.tar``, ``dog.tar``; numbered ones are not), that name is the class.
-
-    ``root`` is the folder of the tar files, or the one tar file.
+class TarSource(ShardedSource):
+    """Members of tar files. Of tar files without any label that are named by a class (``n01440764.tar``, ``dog.tar``;
+    numbered ones are not), that name is the class.
     """
 
     name: ClassVar[str] = "tar"
 
-    shards: list[str]
-    """Relative posix paths of the tar files, sorted; one empty path where ``root`` is the tar file itself."""
-    shard_sizes: NDArray[np.int64]
-    """``[len(shards)]`` bytes."""
-    shard_times: NDArray[np.int64]
-    """``[len(shards)]`` modification times in ns. That of a copy may differ: then contents are compared."""
-    shard_of: NDArray[np.int64]
-    """``[num_rows]`` index of each row's shard."""
+    tables: ClassVar[Mapping[str, str]] = {"offsets": "offset", "sizes": ""}
+
     offsets: NDArray[np.int64]
     """``[num_rows]`` where each row's bytes begin in its shard."""
     sizes: NDArray[np.int64]
@@ -107,70 +100,33 @@ class TarSource(ImageSource):
     def _read(self, row: int, count: int) -> bytes:
         """The first ``count`` bytes of a row."""
         shard = int(self.shard_of[row])
-        name, expected = self.shards[shard], int(self.shard_sizes[shard])
-        file = f"{self.root}/{name}" if name else str(self.root)
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 now = os.fstat(descriptor).st_size
-                data = os.pread(descriptor, count, int(self.offsets[row])) if now == expected else b""
+                whole = now == self.shard_sizes[shard]
+                data = os.pread(descriptor, count, int(self.offsets[row])) if whole else b""
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise ShardError(
-                f"shard {file} cannot be read ({error.strerror or error}): put it back, or start a new run"
-            ) from None
-        if now != expected or len(data) != count:
-            raise ShardError(
-                f"shard {file} changed while it was in use ({expected} -> {now} bytes): put the old one back, or start "
-                "a new run"
-            )
+            raise self.unreadable(shard, error) from None
+        if not whole or len(data) != count:
+            raise self.replaced(shard, now)
         return data
 
-    def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
-        """By size and modification time of each tar file. Where only the time differs, contents are always compared."""
-        listing = None if self.shards == [""] else list_files(existing_folder(self.root))
-        changes = Changes()
-        to_read: list[int] = []
-        for shard, (name, size, modified) in enumerate(self._shards()):
-            shown = name or self.root.name
-            try:
-                status = os.stat(self.root / name)
-            except OSError as error:
-                changes.missing.append((shown, f"unreadable: {error.strerror}"))
-                continue
-            if status.st_size != size:
-                changes.changed.append((shown, f"{size} -> {status.st_size} bytes"))
-            elif contents or status.st_mtime_ns != modified:
-                to_read += np.flatnonzero(self.shard_of == shard).tolist()
+    @classmethod
+    def listed_shards(cls, listing: Listing) -> list[str]:
+        return listing.shards
 
+    def hashes(self, rows: Sequence[int]) -> Iterable[tuple[int, str]]:
         def hash_of(row: int) -> str:
             return content_hash(self._read(row, min(int(self.sizes[row]), HASHED_BYTES)))
 
-        for row, now in map_threads(hash_of, to_read, progress=False, title=""):
-            if now != manifest.sha1[row]:
-                changes.changed.append((self.paths[row], "same size, other content"))
-        if listing is not None:
-            known = {*self.shards}
-            changes.added = [(path, "") for path in (*listing.shards, *listing.paths) if path not in known]
-        return changes
+        return map_threads(hash_of, rows, progress=False, title="")
 
     @property
     def row_shards(self) -> NDArray[np.int64]:
         return self.shard_of
-
-    def take(self, rows: NDArray[np.int64]) -> Self:
-        tables = {"shard_of": self.shard_of[rows], "offsets": self.offsets[rows], "sizes": self.sizes[rows]}
-        return replace(super().take(rows), **tables)  # type: ignore[arg-type]
-
-    def _shards(self) -> Iterator[tuple[str, int, int]]:
-        yield from zip(self.shards, self.shard_sizes, self.shard_times, strict=True)
-
-    def columns(self) -> Mapping[str, Iterable[object]]:
-        return {"offset": self.offsets}
-
-    def notes(self) -> Iterable[tuple[object, ...]]:
-        return [("shard", *shard) for shard in self._shards()]
 
     @classmethod
     def parse(
@@ -182,18 +138,7 @@ class TarSource(ImageSource):
         notes: Sequence[Sequence[str]],
         columns: Mapping[str, Sequence[str]],
     ) -> Self:
-        shards = [note for note in notes if note[0] == "shard"]
-        names = [name for _, name, _, _ in shards]
-        return cls(
-            root=root,
-            paths=paths,
-            shards=names,
-            shard_sizes=np.array([int(size) for _, _, size, _ in shards], dtype=np.int64),
-            shard_times=np.array([int(modified) for _, _, _, modified in shards], dtype=np.int64),
-            shard_of=shard_index(names, paths),
-            offsets=np.array([int(offset) for offset in columns["offset"]], dtype=np.int64),
-            sizes=sizes,
-        )
+        return cls(root=root, paths=paths, sizes=sizes, **cls.parsed(paths, notes, columns))
 
     @classmethod
     def wrote(cls, notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> bool:
@@ -271,22 +216,3 @@ def _members(file: str, ignored: Counter[str], *, within: Member | None = None) 
             )
         members[member.name] = member
     return members
-
-
-def shard_index(names: Sequence[str], paths: Sequence[str]) -> NDArray[np.int64]:
-    """``[N]`` index of the shard that each path begins with; ValueError where there is none.
-
-    Sorted paths of a shard are consecutive.
-    """
-    prefixes = {f"{name}/" if name else "": index for index, name in enumerate(names)}
-    found = np.empty(len(paths), dtype=np.int64)
-    prefix, index = "\0", -1
-    for row, path in enumerate(paths):
-        if not path.startswith(prefix):
-            cuts = [0, *(position + 1 for position, letter in enumerate(path) if letter == "/")]
-            prefix = next((path[:cut] for cut in cuts if path[:cut] in prefixes), "\0")
-            if prefix == "\0":
-                raise ValueError(f"{path!r} is in none of the shards")
-            index = prefixes[prefix]
-        found[row] = index
-    return found

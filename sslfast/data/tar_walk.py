@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sslfast.data.left_out import UNPACK
-from sslfast.data.source import SourceError
+from sslfast.data.sharded import ShardError
 
 _BLOCK = 512
 _LONGEST_HEADER = 1 << 20  # of PAX records and of long names
@@ -22,10 +22,6 @@ _REGULAR = frozenset("0\x007")
 _ODD = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a pipe"}
 _WITHOUT_DATA = frozenset({*_ODD, "5"})
 _FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _SPARSE = "5", "L", "K", "x", "g", "S"
-
-
-class ShardError(SourceError):
-    """A tar file that cannot be used, or is no longer the one that was indexed."""
 
 
 class Member(NamedTuple):

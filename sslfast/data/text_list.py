@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sslfast.data.csv_list import LABEL_NAMES, PATH_NAMES, CsvListSource, Entry, open_list, table_lines
+from sslfast.data.csv_list import PATH_NAMES, CsvListSource, Entry, open_list, table_lines
 from sslfast.data.images import SUFFIXES
 from sslfast.data.left_out import suffix_of
-from sslfast.data.members import label_text
+from sslfast.data.members import LABEL_NAMES, label_text
 from sslfast.data.source import SourceError, is_file
 
 _TEXT = (".txt", ".lst", ".list")

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sslfast.config import check_numbers
 from sslfast.data import DEFAULT_DECODING, Decoding, OnBadImage, recorded_decoding
+from sslfast.evaluation.limits import LIMITS
 from sslfast.files import check_regular, reason_of
 from sslfast.runs import RunDirectory
 
@@ -19,6 +21,7 @@ class DecodingConfig:
     """Images of more pixels are unusable; default: that of the run, else 89,478,485."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, LIMITS)
         Decoding(white_level=self.white_level, max_pixels=self.max_pixels)
 
     def decoding(self, run: Path | str) -> Decoding:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.data import ImageLocation
+from sslfast.data import ImageLocation, Manifest
 from sslfast.device import resolve_device
 from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import ImageConfig
@@ -55,6 +55,7 @@ def load_evaluation_set(
     *,
     encoders: Callable[[Mapping[str, Encoder]], Mapping[str, Encoder]] = dict,
     loaded: RunEncoders | None = None,
+    check: Callable[[Manifest], None] = lambda _train: None,
 ) -> EvaluationSet:
     """Features of ``data/train`` and ``data/val`` for the trained encoder, the untrained encoder and raw pixels.
 
@@ -64,6 +65,7 @@ def load_evaluation_set(
         config: image size, batches, cache.
         encoders: maps the three encoders by name to those that are used.
         loaded: the encoders of ``run``, where they are loaded already.
+        check: called with the training images before any is decoded; raises where the evaluation needs others.
 
     Raises:
         UnsuitableError: the folders hold no data set that an encoder can be evaluated on.
@@ -72,6 +74,7 @@ def load_evaluation_set(
     device = resolve_device(config.device)
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
     loaded = load_run(run) if loaded is None else loaded
+    check(manifests[0])
     wanted = encoders(loaded.encoders)
     size = loaded.size if config.size is None else config.size
     cache = FeatureCache(cache_folder(run) if config.cache else None)

@@ -6,11 +6,11 @@ from shlex import quote
 import torch
 from torch import Tensor
 
-from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, some_paths
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, open_data, some_paths
 from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32
 
-_OTHER_FORMS = (".txt", ".json", ".jsonl", ".zip", ".tar")
+_OTHER_FORMS = (".txt", ".json", ".jsonl", ".zip", ".tar", ".parquet")
 SUBSET_STEP = 1
 """Philox step of the subset draws; the same stream draws held-out images (step 0) and low-shot sets."""
 
@@ -40,11 +40,12 @@ def load_manifests(
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
+            listed = "val.csv" if manifest.source.name == "folder" else "val.tsv"
             raise UnsuitableError(
                 f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
                 f"labels; put each image into the folder of its class, or, if a file has the labels, run `sslfast data "
                 f"labels {quote(str(manifest.root))} LABELS --train {quote(str(places['train']))} -o "
-                f"{quote(str(data / 'val.csv'))}`"
+                f"{quote(str(data / listed))}`"
             )
     if train.classes != val.classes:
         same = alike(train.classes, val.classes)
@@ -69,7 +70,7 @@ def load_manifests(
 
 def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
     try:
-        return Manifest.scan(folder, on_bad_image=on_bad_image)
+        return open_data(folder, on_bad_image=on_bad_image)
     except ValueError as error:
         if str(error).startswith("no usable image"):
             raise UnsuitableError(str(error).replace(": name a", "; name a")) from None
@@ -77,9 +78,14 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
 
 
 def _place(data: Path, split: str) -> Path:
-    """Where the images of a split are: its .csv list, else its folder, else another list or archive of that name."""
+    """Where the images of a split are: its .csv list or .tsv manifest, else its folder, another list or an archive."""
     folder = data / split
-    for place in (data / f"{split}.csv", folder, *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS)):
+    for place in (
+        data / f"{split}.csv",
+        data / f"{split}.tsv",
+        folder,
+        *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS),
+    ):
         if place.is_file() or (place == folder and place.is_dir()):
             return place
     raise ValueError(

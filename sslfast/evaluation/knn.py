@@ -235,7 +235,7 @@ def evaluate_knn(
     """
     with distributed_device(config.device) as device:
         config = replace(config, device=str(device))
-        evaluation = load_evaluation_set(run, data, config)
+        evaluation = load_evaluation_set(run, data, config, check=lambda train: check_k(config.k, len(train)))
         return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")
 
 

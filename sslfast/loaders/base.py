@@ -131,7 +131,8 @@ class ImageLoader(PlannedLoader):
         shards = None if mixed_shards is None else manifest.source.row_shards
         if mixed_shards is not None and shards is None:
             raise ValueError(
-                f"--loader.shuffle shards is for tar shards and {manifest.source} has none: use --loader.shuffle full"
+                f"--loader.shuffle shards is for tar shards and Parquet files, and {manifest.source} has none: use "
+                "--loader.shuffle full"
             )
         super().__init__(
             len(manifest),

@@ -54,10 +54,11 @@ class LoaderConfig:
     """Images of more pixels are unusable; None: 89,478,485, which take 0.3 to 2.3 GB of memory each, in every loader
     process at once."""
     shuffle: Literal["full", "shards"] = "full"
-    """Order of an epoch. full: all rows. shards: tar shards are shuffled, then the rows of ``mixed_shards`` of them at
-    a time, so that disk caches need hold no more; less random where a shard holds few classes."""
+    """Order of an epoch. full: all rows. shards: tar shards, or row groups of Parquet files, are shuffled, then the
+    rows of ``mixed_shards`` of them at a time, so that caches need hold no more; less random where a shard holds few
+    classes. Parquet files are slow in full order, which decodes a whole row group for nearly every image."""
     mixed_shards: int = 16
-    """Tar shards that ``shuffle shards`` mixes at a time."""
+    """Tar shards, or row groups of Parquet files, that ``shuffle shards`` mixes at a time."""
     timeout: float = resumable(LIMIT_SECONDS)
     """Seconds to wait for a batch when the storage does not answer or a process hangs; then the run saves a checkpoint
     and stops."""
@@ -157,7 +158,9 @@ def build_loader(
         if rows is None:
             raise ValueError("no data: name a folder of images, or give the synthetic loader a number of rows")
         if config.shuffle != "full":
-            raise ValueError("--loader.shuffle shards is for tar shards, and the synthetic loader reads none")
+            raise ValueError(
+                "--loader.shuffle shards is for tar shards and Parquet files, and the synthetic loader reads none"
+            )
         from sslfast.loaders.synthetic import SyntheticLoader
 
         return SyntheticLoader(rows, views, **common)

@@ -72,7 +72,8 @@ def test_options_come_from_the_function_and_its_configuration(
     usage = text.splitlines()[0]
     assert usage.startswith("usage: sslfast evaluate knn [-h] ")
     assert " RUN DATA" in usage
-    assert run("RUN") == 2
+    with pytest.raises(ValueError, match="DATA is missing"):
+        run("RUN")
     with pytest.raises(ValueError, match="neighbours must be at least 1, got neighbours=0"):
         run("RUN", "DATA", "--neighbours", "0")
 

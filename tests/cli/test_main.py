@@ -153,7 +153,7 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["preview", "x"], "--recipe is missing; sslfast preview DATA"),
         (["data", "verify", "/nowhere"], "/nowhere does not exist"),
         (["bench", "opps"], "unknown command of bench 'opps'; did you mean ops"),
-        (["bench", "ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["bench", "ops", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["bench", "ops", "--device", "cuda:77"], "device='cuda:77', but torch sees"),
         (["bench", "step", "--recipe", "tinny"], "unknown recipe 'tinny'; did you mean tiny"),
         (["bench", "loader", "/nowhere", "--recipe", "tiny"], "/nowhere does not exist"),

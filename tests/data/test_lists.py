@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
+import tarfile
 import unicodedata
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
 from sslfast.cli import main as cli
-from sslfast.data.ground_truth import label_folder
+from sslfast.data.ground_truth import label_images
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data, reopen_data
 from sslfast.data.spelling import alike, alike_among
@@ -59,8 +63,13 @@ def test_lists(tmp_path: Path, name: str, text: str, wanted: dict[str, str | Non
         ("l.jsonl", '{"path": "imgs/b/1.jpg"}\n{"lab', r"l.jsonl line 2 is cut short"),
         ("l.jsonl", '{"label": 1}\n', r"l.jsonl entry 1 has no key path or file"),
         ("l.json", '[{"path": "imgs/b/1.jpg", "label": [1]}]', r"entry 1 has a label that is neither"),
-        ("l.parquet", "x", r"l.parquet is not a folder: .parquet files are not read"),
-        ("l.rst", "x", r"l.rst is not a folder: .*DATA is a folder of images or of .tar shards, one .tar or .zip"),
+        ("l.parquet", "x", r"l.parquet is not a whole Parquet file .*get a good copy"),
+        ("l.arrow", "x", r"l.arrow is not a folder: .arrow files are not read"),
+        (
+            "l.rst",
+            "x",
+            r"l.rst is not a folder: .*DATA is a folder of images or of .tar or .parquet shards, one .tar",
+        ),
         ("l.tsv", "", r"l.tsv is not a manifest .*: verify the data again"),
         ("l.tsv", "# sslfast manifest 1\n# root\t/x\n", r"manifest .*l.tsv was cut short .*: verify the data again"),
         ("l.zip", "x", r"l.zip is not a whole zip file"),
@@ -173,6 +182,70 @@ def test_a_flat_validation_folder_gets_its_labels(tmp_path: Path, file: str, tex
     assert val.labels.tolist() == [2, 0, 1, 2, 0, 1]
 
 
+def write_meta(path: Path, words: list[str]) -> None:
+    """As the devkit's: an array of structs, numbers that are not in sorted order, and synsets above the leaves."""
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_train_images", "O")]
+    synsets = np.empty((len(words) + 1, 1), dtype=fields)
+    for number, word in enumerate([*words, "n0above"], 1):
+        synsets[number - 1, 0] = (np.array([[number]], np.uint16), word, "a word", np.array([[732]], np.uint16))
+    savemat(path, {"synsets": synsets})
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "folder of a tar", "zip"])
+def test_the_devkit_labels_the_validation_set_as_downloaded(tmp_path: Path, kind: str) -> None:
+    root = flat(tmp_path)
+    files = sorted((root / "val").iterdir())
+    data, output = root / "val", root / "val.tsv"
+    if kind == "zip":
+        data = root / "ILSVRC2012_img_val.zip"
+        with zipfile.ZipFile(data, "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+    elif kind != "folder":
+        data = root / "ILSVRC2012_img_val.tar"
+        with tarfile.open(data, "w") as tar:
+            for file in reversed(files):  # the downloaded file is in no order
+                tar.add(file, file.name)
+    if kind == "folder":
+        output = root / "val.csv"
+    else:
+        shutil.rmtree(root / "val")
+    if kind == "folder of a tar":
+        (root / "val").mkdir()
+        data.rename(root / "val" / data.name)
+        data = root / "val"
+        with raises(r"val has 6 images outside class folders .*run `sslfast data labels .*/val LABELS .*/val.tsv`"):
+            load_manifests(root)
+    (root / "gt.txt").write_text("2\n3\n1\n2\n3\n1\n")
+    write_meta(root / "meta.mat", ["n2", "n3", "n1"])
+    options = ["--train", str(root / "train"), "--names", str(root / "meta.mat")]
+    wrong = root / ("val.tsv" if kind == "folder" else "val.csv")
+    with raises(rf"{wrong} will be a .*: name it {output}"):
+        label_images(data, root / "gt.txt", wrong)
+    assert cli.main(["data", "labels", str(data), str(root / "gt.txt"), *options, "-o", str(output)]) == 0
+    train, val = load_manifests(root)
+    assert train.classes == val.classes == ["n1", "n2", "n3"]
+    assert val.labels.tolist() == [2, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"x" * 500, b"MATLAB 7.3 MAT-file" + bytes(105) + b"\0\2IM" + bytes(99)]
+)
+def test_meta_mat_files_that_are_none(tmp_path: Path, content: bytes | None) -> None:
+    root = flat(tmp_path)
+    (root / "gt.txt").write_text("2\n3\n1\n2\n3\n1\n")
+    if content is not None:
+        (root / "meta.mat").write_bytes(content)
+    with raises(
+        "meta.mat (does not exist: give|is not the meta.mat of ImageNet's devkit .*: get a good copy)"
+    ) as error:
+        label_images(root / "val", root / "gt.txt", root / "val.csv", names=str(root / "meta.mat"))
+    assert "\n" not in str(error.value)
+    savemat(root / "meta.mat", {"other": np.zeros(3)})
+    with raises("is not the meta.mat"):
+        label_images(root / "val", root / "gt.txt", root / "val.csv", names=str(root / "meta.mat"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -188,7 +261,7 @@ def test_labels_that_do_not_fit(tmp_path: Path, text: str, message: str) -> None
     root = flat(tmp_path)
     (root / "gt.txt").write_text(text)
     with raises(message):
-        label_folder(root / "val", root / "gt.txt", root / "val.csv", train=root / "train")
+        label_images(root / "val", root / "gt.txt", root / "val.csv", train=root / "train")
     assert not (root / "val.csv").exists()
 
 

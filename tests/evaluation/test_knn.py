@@ -205,5 +205,6 @@ def test_evaluate_knn_errors(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)
     with pytest.raises(ValueError, match=r"k must be in \[1, 6\], the number of training images, got k=20; lower --k"):
         evaluate_knn(run, data, KnnConfig(device="cpu"))
-    with pytest.raises(ValueError, match="temperature must be positive"):
+    assert not (run / "evaluation").exists()  # before any image was decoded
+    with pytest.raises(ValueError, match=r"temperature must be at least 0\.0001"):
         KnnConfig(temperature=-1.0)
