@@ -185,6 +185,11 @@ COMMANDS = {
         help="contact sheet of images, augmented views and the pretext task",
         function="sslfast.cli.pretrain:preview",
     ),
+    "embed": Command(
+        usage="embed RUN DATA -o FILE.npy|FILE.parquet",
+        help="features of any images, with path and class",
+        calls="sslfast.evaluation.embed:embed",
+    ),
     "neighbours": Command(
         usage="neighbours RUN DATA",
         help="contact sheet of images and their nearest neighbours",

@@ -6,6 +6,7 @@ lies below.
 """
 
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
+from sslfast.evaluation.embed import Embeddings, embed_all
 from sslfast.evaluation.encoders import (
     RAW_PIXELS,
     TRAINED,
@@ -31,6 +32,7 @@ __all__ = [
     "RAW_PIXELS",
     "TRAINED",
     "UNTRAINED",
+    "Embeddings",
     "Encoder",
     "EvaluationSet",
     "FeatureConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "TrunkEncoder",
     "UnsuitableError",
     "bank_knn",
+    "embed_all",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_semisup",

@@ -11,6 +11,7 @@ from sslfast.methods.byol import BYOL
 from sslfast.methods.colorization import Colorization, lightness
 from sslfast.methods.cpc import CPC
 from sslfast.methods.deepcluster import DeepCluster
+from sslfast.methods.head import read_head
 from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.moco import MoCo
@@ -48,5 +49,6 @@ __all__ = [
     "clean_view",
     "jigsaw_view",
     "lightness",
+    "read_head",
     "register_method",
 ]

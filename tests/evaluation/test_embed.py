@@ -1,0 +1,170 @@
+"""Embeddings of images as a file and in memory: beside the trunk applied by hand; every kind of data and of mistake."""
+
+import csv
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sslfast
+from sslfast.cli.main import main
+from sslfast.config import to_dict
+from sslfast.data import Manifest
+from sslfast.evaluation.embed import EmbedConfig, embed
+from sslfast.evaluation.encoders import extract_features, load_run
+from sslfast.methods import read_head
+from sslfast.models import ResNetConfig, build_trunk
+from sslfast.recipes.registry import RECIPES
+from sslfast.runs.checkpoint import load_checkpoint
+from sslfast.training.trainer import Trainer
+from tests.methods.harness import tiny, tiny_trunks
+from tests.tiny import context, write_images
+
+ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, ROWS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    config = replace(tiny(RECIPES["pirl-small"]()), epochs=1)
+    with tiny_trunks():
+        Trainer(config, data, folder, report=lambda _line: None).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(run: Path, data: Path) -> Tensor:
+    with tiny_trunks():
+        loaded = load_run(run)
+    return extract_features(loaded.encoders["trained"], Manifest.scan(data), size=loaded.size)
+
+
+def read_npy(path: Path) -> tuple[np.ndarray, list[list[str]]]:
+    with path.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+        return np.load(path), list(csv.reader(file))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 256])
+def test_npy_with_its_table(run: Path, data: Path, expected: Tensor, tmp_path: Path, batch_size: int) -> None:
+    output = tmp_path / "out" / "e.npy"
+    with tiny_trunks():
+        words = embed(run, data, EmbedConfig(batch_size=batch_size), output=output)
+    values, table = read_npy(output)
+    assert words == f"{output}: 11 x 24"
+    assert values.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(values), expected, rtol=1e-5, atol=1e-5)
+    manifest = Manifest.scan(data)
+    classes = [manifest.classes[label] for label in manifest.labels]
+    assert table[0] == ["row", "path", "class"]
+    assert table[1:] == [
+        [str(i), path, name] for i, (path, name) in enumerate(zip(manifest.paths, classes, strict=True))
+    ]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["e.csv", "e.npy"]
+
+
+def test_parquet(run: Path, data: Path, expected: Tensor, tmp_path: Path) -> None:
+    with tiny_trunks():
+        assert main(["embed", str(run), str(data), "-o", str(tmp_path / "e.parquet"), "--batch-size", "4"]) == 0
+    table = pyarrow.parquet.read_table(tmp_path / "e.parquet")
+    assert table.column_names == ["row", "path", "class", "embedding"]
+    assert table["row"].to_pylist() == list(range(ROWS))
+    assert table["path"].to_pylist() == list(Manifest.scan(data).paths)
+    assert set(table["class"].to_pylist()) == {"class0", "class1"}
+    torch.testing.assert_close(torch.tensor(table["embedding"].to_pylist()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_memory_and_without_labels(run: Path, data: Path, expected: Tensor, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in data.rglob("*.png"):
+        shutil.copy(path, flat / path.name)
+    with tiny_trunks():
+        labelled, unlabelled = (sslfast.embed(run, folder, batch_size=3) for folder in (data, flat))
+    torch.testing.assert_close(labelled.values, expected, rtol=1e-5, atol=1e-5)
+    assert labelled.rows.tolist() == list(range(ROWS))
+    assert unlabelled.classes == [None] * ROWS
+    order = [unlabelled.paths.index(Path(path).name) for path in labelled.paths]
+    torch.testing.assert_close(unlabelled.values[order], expected, rtol=1e-5, atol=1e-5)
+    with tiny_trunks():
+        embed(run, flat, output=tmp_path / "flat.npy")
+    assert {line[2] for line in read_npy(tmp_path / "flat.npy")[1][1:]} == {""}
+
+
+def test_head_and_layer(run: Path, data: Path, expected: Tensor) -> None:
+    with tiny_trunks():
+        head = sslfast.embed(run, data, head=True).values
+        res2, res5 = (sslfast.embed(run, data, layer=layer).values for layer in ("res2", "res5avg"))
+    state = load_checkpoint(next((run / "checkpoints").glob("*.pt")))["method"]
+    by_hand = expected @ state["image_head.weight"].T + state["image_head.bias"]
+    torch.testing.assert_close(head, by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(res5, expected, rtol=1e-5, atol=1e-5)
+    assert res2.shape == (ROWS, 8 * 6 * 6)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.endswith("-small")])
+def test_the_head_of_every_method(recipe: str) -> None:
+    config = tiny(RECIPES[recipe](), **({"first_step": 1, "last_step": 2} if recipe == "cpc-small" else {}))
+    with tiny_trunks():
+        method = config.method.build(context(config.model, 1000)).eval()
+        head = getattr(method, method.embedding_head, None)
+        if not isinstance(head, nn.Module):
+            with pytest.raises(ValueError, match=rf"method {config.method.name} has no projection head; take"):
+                read_head(to_dict(config), method.state_dict())
+            return
+        found = read_head(to_dict(config), method.state_dict()).eval()
+    features = torch.randn(3, method.trunk.out_features)
+    assert torch.equal(found(features), head(features))
+
+
+def test_images_that_cannot_be_used(run: Path, data: Path, expected: Tensor, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    bad = copy / "class0" / "04.png"
+    bad.write_bytes(bad.read_bytes()[:80])
+    with tiny_trunks():
+        with pytest.raises(ValueError, match=r"04\.png cannot be used .* or pass --on-bad-image skip"):
+            embed(run, copy, output=tmp_path / "e.npy")
+        assert not (tmp_path / "e.npy").exists()
+        words = embed(run, copy, EmbedConfig(on_bad_image="skip"), output=tmp_path / "e.npy")
+    assert words.endswith("e.npy: 10 x 24, 1 images left out")
+    values, table = read_npy(tmp_path / "e.npy")
+    row = list(Manifest.scan(data).paths).index("class0/04.png")
+    assert [int(line[0]) for line in table[1:]] == [i for i in range(ROWS) if i != row]
+    kept = torch.cat((expected[:row], expected[row + 1 :]))
+    torch.testing.assert_close(torch.from_numpy(values), kept, rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"output must end in \.npy or \.parquet, got 'e\.txt'"):
+        embed(run, data, output=Path("e.txt"))
+    with pytest.raises(ValueError, match=r"layers must be some of conv1, .* got res9"):
+        EmbedConfig(layer="res9")
+    with pytest.raises(ValueError, match=r"got layer=res5 too; give one of them"):
+        EmbedConfig(layer="res5", head=True)
+    with pytest.raises(ValueError, match=r"unknown option layers; embed takes .*layer, head"):
+        sslfast.embed(run, data, layers="res5")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        embed(tmp_path / "none", data, output=tmp_path / "e.npy")
+    weights = tmp_path / "weights.pth"
+    torch.save(build_trunk(ResNetConfig(name="resnet18"), seed=0).state_dict(), weights)
+    with pytest.raises(ValueError, match=r"head needs a run directory, and .*weights\.pth holds the trunk alone"):
+        sslfast.embed(weights, data, head=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with tiny_trunks(), pytest.raises(ValueError, match="no usable image"):
+        embed(run, empty, output=tmp_path / "e.npy")
+    monkeypatch.setattr("sslfast.evaluation.embed.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="embed runs in one process, got 2; start it without torchrun"):
+        embed(run, data, output=tmp_path / "e.npy")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".npy", ".csv")] == []
