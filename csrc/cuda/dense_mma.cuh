@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
         highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
         highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
         const bool raise = highest > reference[m][h] + (kLazyMargin + Instruction<T>::kShift);
-        const float factor = raise ? exp2f(reference[m][h] - highest + Instruction<T>::kShift) : 1.0f;
+        const float factor = raise ? fast_exp2(reference[m][h] - highest + Instruction<T>::kShift) : 1.0f;
         if (raise) reference[m][h] = highest - Instruction<T>::kShift;
         if (__any_sync(kFullMask, raise)) {
           sum[m][h] *= factor;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float score = scores[m][n][2 * h + e];
-            pair[e] = exp2f(fmaf(score, scale, -reference[m][h]));
+            pair[e] = fast_exp2(fmaf(score, scale, -reference[m][h]));
             sum[m][h] += pair[e];
             if constexpr (kBinary) {
               const NceTerm<float> term = nce_term(score * static_cast<float>(p.inverse_temperature) - offset);
