@@ -81,40 +81,40 @@ template <typename T>
 struct Rows {
   float reference[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.0f, 0.0f}, loss[2] = {0.0f, 0.0f};
 
+  SmallSums small[2];  // for NCE
+
   // Turns scores [64, kTile] into weights, in place; factor: rescales earlier sums. Returns whether any row rescales.
+  // `offset` as a power of two.
   template <bool kBinary>
   __device__ __forceinline__ bool weigh(float (&scores)[kTile / 2], float scale, float offset, float (&factor)[2]) {
-    using mma::kLazyMargin, mma::kLn2;
-    constexpr int kShift = mma::Instruction<T>::kShift, kBinaryShift = mma::Instruction<T>::kBinaryShift;
+    constexpr int kShift = mma::Instruction<T>::kShift;
+    constexpr float kWeightScale = float(1 << mma::Instruction<T>::kBinaryShift);
     bool any = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const auto at = [&](int i) -> float& { return scores[entry(h, i)]; };
+      if (kBinary && weigh_small<kTile / 4>(at, scale, offset, kWeightScale, small[h])) continue;
       float highest = -INFINITY;
 #pragma unroll
-      for (int i = 0; i < kTile / 4; ++i) highest = fmaxf(highest, scores[entry(h, i)]);
+      for (int i = 0; i < kTile / 4; ++i) highest = fmaxf(highest, at(i));
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
       highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
-      const bool raise = highest > reference[h] + (kLazyMargin + kShift);
+      const bool raise = highest > reference[h] + (mma::kLazyMargin + kShift);
       factor[h] = raise ? fast_exp2(reference[h] - highest + kShift) : 1.0f;
       if (raise) reference[h] = highest - kShift;
       any |= raise;
       sum[h] *= factor[h];
+      if constexpr (kBinary) {
+        weigh_any<kTile / 4>(at, scale, offset, reference[h], kWeightScale, sum[h], loss[h]);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kTile / 4; ++i) {
-        float& score = scores[entry(h, i)];
-        const float weight = fast_exp2(fmaf(score, scale, -reference[h]));
-        sum[h] += weight;
-        if constexpr (kBinary) {
-          const NceTerm<float> term = nce_term(score * (scale * kLn2) - offset);
-          const bool counts = score != -INFINITY;
-          loss[h] += counts ? term.softplus : 0.0f;
-          score = counts ? term.sigmoid * float(1 << kBinaryShift) : 0.0f;
-        } else {
-          score = weight;
+        for (int i = 0; i < kTile / 4; ++i) {
+          at(i) = fast_exp2(fmaf(at(i), scale, -reference[h]));
+          sum[h] += at(i);
         }
       }
     }
-    return __any_sync(kFullMask, any);
+    return !kBinary && __any_sync(kFullMask, any);
   }
 };
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
   const int warp = thread / kWarpSize, group = thread % kWarpSize / 4, member = thread % 4;
   const int64_t first_query = blockIdx.x * int64_t(kQueries) + consumer * 64;
   const int part = blockIdx.y;
-  const float scale = static_cast<float>(p.inverse_temperature) * mma::kLog2E, offset = p.offset();
+  const float scale = static_cast<float>(p.inverse_temperature) * kLog2E, offset = p.offset_power();
 
   for (int i = thread; i < 64 * (kColumns / 2); i += kGroup) {
     const int row = i / (kColumns / 2), d = i % (kColumns / 2) * 2;
@@ -243,6 +243,7 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
   const float unshift = kBinary ? 1.0f / float(1 << mma::Instruction<T>::kBinaryShift) : 1.0f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    if constexpr (kBinary) rows.small[h].fold(offset, rows.reference[h], rows.sum[h], rows.loss[h]);
     float total = rows.sum[h], total_loss = rows.loss[h];
     total += __shfl_xor_sync(kFullMask, total, 1);
     total += __shfl_xor_sync(kFullMask, total, 2);
