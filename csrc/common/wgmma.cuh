@@ -79,6 +79,11 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Counts this thread in for a barrier that others wait at.
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // The box whose first element is (row, column), into shared memory; counts toward the barrier's bytes [9.7.8.24].
 __device__ __forceinline__ void load_box(void* shared, const RowMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(

@@ -25,7 +25,7 @@ constexpr int kPanels = kColumns / 64;
 template <int kColumns>
 constexpr int kStageBytes = kTile * kColumns * 2;
 template <int kColumns>
-constexpr int kStages = kColumns == 128 ? 4 : 6;
+constexpr int kStages = kColumns == 128 ? 6 : 12;  // 192 KiB
 template <int kColumns>
 constexpr size_t kSharedBytes =
     1024 + size_t(kQueries) * kColumns * 2 + size_t(kStages<kColumns>) * kStageBytes<kColumns> + 16 * kStages<kColumns>;
@@ -208,6 +208,10 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
   wgmma_hold(scores);
   if (tile_begin == last_tile) mask_tail(scores, last_rows, member);
   bool rescale = rows.template weigh<kBinary>(scores, scale, offset, factor);
+  // The consumers issue their products in turn, so that one takes exponentials while the tensor cores work for the
+  // other (FlashAttention-3, section 3.1): a consumer waits for its turn and then hands it on.
+  constexpr int kTurn = 1 + kConsumers;  // barrier of the first consumer
+  if (consumer == 1 && tile_begin + 1 < tile_end) named_barrier_arrive(kTurn, kConsumers * kGroup);
   for (int t = tile_begin + 1; t < tile_end; ++t) {
     current.advance();
     // Behind a branch, that of the wait, so that the compiler does not wait for the products before the exponentials.
@@ -218,11 +222,13 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
     finish_weights(rescale);
     wgmma_hold(scores);
     wgmma_hold(sums);
+    named_barrier_sync(kTurn + consumer, kConsumers * kGroup);
     wgmma_fence();
     score_tile<T, kColumns>(scores, own, tile_in(current.slot));
     wgmma_commit();
     add_tile<T, kColumns>(sums, weights, tile_in(previous));
     wgmma_commit();
+    if (consumer == 0 || t + 1 < tile_end) named_barrier_arrive(kTurn + 1 - consumer, kConsumers * kGroup);
     released = previous;
     previous = current.slot;
     wgmma_wait<1>();
