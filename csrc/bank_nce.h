@@ -33,6 +33,7 @@ struct NceTerm {
 
   SSLFAST_HD NceTerm(A u, A e, A log1p_e)
       : softplus((u > A(0) ? u : A(0)) + log1p_e), sigmoid((u > A(0) ? A(1) : e) / (A(1) + e)) {}
+  SSLFAST_HD NceTerm(A softplus, A sigmoid) : softplus(softplus), sigmoid(sigmoid) {}
 };
 
 // The ends of what a running maximum takes. It stays finite, so that exp(score - maximum) is the right weight of every

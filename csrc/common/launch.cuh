@@ -11,15 +11,32 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "common/torch_cuda.h"
 
 namespace sslfast {
 
-using torch::stable::accelerator::DeviceGuard;
+// Makes a device current for torch, and for this library's own copy of the CUDA runtime, whose current device need not
+// follow torch's: kernels and attributes of GPU 1 and later depend on it. It is set each time and not set back: torch's
+// guard, which ends last, makes the context of its own device current again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device_index) : torch_guard_(device_index) {
+    if (const cudaError_t error = cudaSetDevice(device_index); error != cudaSuccess) {
+      throw std::runtime_error("sslfast: GPU " + std::to_string(device_index) +
+                               " cannot be used: " + cudaGetErrorString(error));
+    }
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard torch_guard_;
+};
 
 inline cudaStream_t current_stream(int32_t device_index) {
   static const auto current =
@@ -49,6 +66,25 @@ inline int compute_capability() {
 // on 9.0.
 inline int64_t shared_memory_limit() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+// Blocks of a kernel that run on a multiprocessor of the current device at a time; asked once for each kernel and
+// device.
+template <typename... Parameters>
+int blocks_per_multiprocessor(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Parameters...), int, int, size_t>, int> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{kernel, device, threads, shared_bytes}];
+  if (blocks == 0) {
+    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess) {
+      cudaGetLastError();
+    }
+    blocks = blocks < 1 ? 1 : blocks;
+  }
+  return blocks;
 }
 
 // The block's dynamic shared memory, whose size is an argument of launch_kernel.

@@ -79,6 +79,11 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Counts this thread in for a barrier that others wait at.
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // The box whose first element is (row, column), into shared memory; counts toward the barrier's bytes [9.7.8.24].
 __device__ __forceinline__ void load_box(void* shared, const RowMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
@@ -128,12 +133,15 @@ __device__ __forceinline__ void take_registers() {
 
 namespace sslfast {
 
-// Shared-memory matrix, 128-byte swizzle [9.7.15.5.1.2]: stride between groups of eight 128-byte rows is 1024 bytes.
-// `panel_bytes`: from one 64-column panel to the next, for matrices read transposed; unused otherwise.
-__device__ __forceinline__ uint64_t matrix_descriptor(const void* start, int panel_bytes) {
+// Descriptor of a shared-memory matrix, 128-byte swizzle [9.7.15.5.1.2]: stride between groups of eight 128-byte rows
+// is 1024 bytes. The low word has the address and, for matrices read transposed, the step from one 64-column panel to
+// the next; the same matrix `bytes` further on has the low word plus bytes / 16.
+__device__ __forceinline__ uint32_t descriptor_word(const void* start, int panel_bytes) {
+  return ((shared_address(start) & 0x3ffff) >> 4) | (uint32_t(panel_bytes >> 4) << 16);
+}
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t low_word) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kGroupStride = uint64_t(1024 >> 4) << 32;
-  return uint64_t((shared_address(start) & 0x3ffff) >> 4) | (uint64_t(panel_bytes >> 4) << 16) | kGroupStride |
-         kSwizzle128;
+  return low_word | kGroupStride | kSwizzle128;
 }
 
 }  // namespace sslfast

@@ -7,20 +7,29 @@
 
 #include "bank_nce.h"
 #include "common/launch.cuh"
-#include "common/vector.cuh"
+#include "common/waves.h"
 #include "cuda/nce_term.cuh"
 
 namespace sslfast {
 namespace {
 
-constexpr int kWarps = 8;         // per block; a block owns one sample and one part of its negatives
+constexpr int kWarps = 4;  // per block; a block owns one sample and one part of its negatives
+constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kDraw = 64;         // negatives that a warp draws at once: two for each lane
 constexpr int kMaxColumns = 512;  // 32 lanes x 16 columns in registers
-constexpr int kBlocksPerSm = 4;   // target of the split over negatives
+// What a block costs beside its draws, in draws of a warp: the first loads, and merging the warps.
+constexpr int kFixedDraws = 1;
 
 // How far a score may exceed the query's running maximum before sums are rescaled: exp(8) times K is far inside the
 // range of fp32, and rescaling becomes rare.
 constexpr float kLazyMargin = 8.0f;
+
+__device__ __forceinline__ float exponential(float x) {
+  return fast_exp2(x * kLog2E);
+}
+__device__ __forceinline__ double exponential(double x) {
+  return exp(x);
+}
 
 template <typename T>
 struct Problem {
@@ -68,54 +77,81 @@ __device__ __forceinline__ A transpose_sum(const A (&x)[M], int lane) {
   }
 }
 
-// The columns of one row that a lane owns: 4 * lane + 128 * c .. + 3.
-template <typename T, int kChunks, bool kVector>
-__device__ __forceinline__ void load_row(const T* __restrict__ row, int64_t columns, int lane,
-                                         accumulate_t<T> (&x)[4 * kChunks]) {
-  using A = accumulate_t<T>;
+// How rows are read: element by element, by 16-byte loads, or by those where every lane has columns (D = 128, 256,
+// 512).
+enum class Loads { kScalar, kVector, kFull };
+
+// How the lanes of a warp share a tile of rows: 16 bytes of a half type are 8 columns, so that half a warp has a row.
+template <typename T, int kChunks, Loads kLoads>
+struct Layout {
+  static constexpr int kWidth = kLoads != Loads::kScalar && sizeof(T) == 2 ? 8 : 4;  // neighbouring columns of a lane
+  static constexpr int kRowLanes = 128 / kWidth, kGroups = kWarpSize / kRowLanes;    // rows side by side
+  static constexpr int kColumns = kWidth * kChunks;                                  // of a lane
+  static constexpr int kTileRows = 8 / kChunks, kOwn = kTileRows / kGroups;          // rows of a tile; of a lane
+};
+
+// A lane's columns of one row as they are stored: kWidth * lane + 128 * c .. + kWidth - 1.
+template <typename T, int kChunks, Loads kLoads>
+struct RawRow {
+  using L = Layout<T, kChunks, kLoads>;
+  alignas(16) T x[L::kColumns];
+
+  __device__ __forceinline__ void load(const T* __restrict__ row, uint32_t columns, int lane) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int64_t first = 4 * lane + 128 * c;
-    A part[4] = {A(0), A(0), A(0), A(0)};
-    if constexpr (kVector) {
-      if (first < columns) load4(row + first, part);
-    } else {
+    for (int c = 0; c < kChunks; ++c) {
+      const uint32_t first = L::kWidth * lane + 128 * c;
+      if constexpr (kLoads == Loads::kScalar) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) part[e] = first + e < columns ? static_cast<A>(row[first + e]) : A(0);
+        for (int e = 0; e < L::kWidth; ++e) {
+          x[L::kWidth * c + e] = first + e < columns ? row[first + e] : static_cast<T>(0.0f);
+        }
+      } else {
+        constexpr int kVectors = L::kWidth * static_cast<int>(sizeof(T)) / 16;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          uint4 value = make_uint4(0, 0, 0, 0);
+          if (kLoads == Loads::kFull || first < columns) value = __ldg(reinterpret_cast<const uint4*>(row + first) + v);
+          *(reinterpret_cast<uint4*>(x + L::kWidth * c) + v) = value;
+        }
+      }
     }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[4 * c + e] = part[e];
   }
-}
+  __device__ __forceinline__ void unpack(accumulate_t<T> (&values)[L::kColumns]) const {
+#pragma unroll
+    for (int j = 0; j < L::kColumns; ++j) values[j] = static_cast<accumulate_t<T>>(x[j]);
+  }
+};
 
 // Appends the rows of a draw that the shard holds, as rows of the shard, to a warp's queue, in the order of the draw.
 __device__ __forceinline__ int collect(const Shard& shard, int64_t first, int64_t second, bool has_first,
-                                       bool has_second, int lane, int64_t* queue, int waiting) {
+                                       bool has_second, int lane, uint32_t* queue, int waiting) {
   has_first = has_first && shard.holds(first);
   has_second = has_second && shard.holds(second);
   const unsigned firsts = __ballot_sync(kFullMask, has_first), seconds = __ballot_sync(kFullMask, has_second);
   const unsigned before = (1u << lane) - 1;
   int slot = waiting + __popc(firsts & before) + __popc(seconds & before);
-  if (has_first) queue[slot++] = first - shard.first;
-  if (has_second) queue[slot] = second - shard.first;
+  if (has_first) queue[slot++] = static_cast<uint32_t>(first - shard.first);
+  if (has_second) queue[slot] = static_cast<uint32_t>(second - shard.first);
   __syncwarp();
   return waiting + __popc(firsts) + __popc(seconds);
 }
 
-// Block (sample b, split s): every warp scores tiles of kTile rows for kViews views, keeping query, running softmax
+// Block (sample b, split s): every warp scores tiles of kTileRows rows for kViews views, keeping query, running softmax
 // state and weighted row sum in registers; the warps then merge through shared memory into one partial result.
-// Reads each row once: K * D * sizeof(T) bytes per sample. kShard: the rows that the shard holds are queued until they
-// fill tiles.
-template <typename T, int kChunks, int kViews, bool kVector, bool kShard>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Problem<T> p, int64_t first_view) {
+// Reads each row once: K * D * sizeof(T) bytes per sample, the rows of the next tile while a tile is worked on.
+// kShard: the rows that the shard holds are queued until they fill tiles.
+template <typename T, int kChunks, int kViews, Loads kLoads, bool kShard>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kLoads != Loads::kScalar ? 4 : 1)
+    score_kernel(const Problem<T> p, int64_t first_view) {
   using A = accumulate_t<T>;
-  constexpr int kColumns = 4 * kChunks;   // of one lane
-  constexpr int kTileRows = 8 / kChunks;  // 32 columns of rows in flight per lane
-  constexpr int kValues = kTileRows * kViews;
-  constexpr int kLanesPerValue = kWarpSize / kValues;
-  static_assert(kDraw % kTileRows == 0 && kValues <= kWarpSize && (kValues & (kValues - 1)) == 0);
+  using L = Layout<T, kChunks, kLoads>;
+  constexpr int kColumns = L::kColumns, kRowLanes = L::kRowLanes, kOwn = L::kOwn, kTileRows = L::kTileRows;
+  constexpr int kValues = kOwn * kViews;
+  constexpr int kLanesPerValue = kRowLanes / kValues;
+  static_assert(kDraw % kTileRows == 0 && kOwn >= 1 && kValues <= kRowLanes && (kValues & (kValues - 1)) == 0);
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int group = lane / kRowLanes, row_lane = lane % kRowLanes;
   const int64_t b = blockIdx.x;
   const int split = blockIdx.y;
   const int64_t self = p.index[b], num_rows = p.shard.num_rows;
@@ -124,124 +160,165 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
   if (p.step_tensor != nullptr) sampler.step = *p.step_tensor;
   const int64_t* given = p.negatives == nullptr ? nullptr : p.negatives + b * p.num_negatives;
   const A offset = static_cast<A>(p.offset());
+  const uint32_t columns = static_cast<uint32_t>(p.columns);
+  const uint32_t row_bytes = (kLoads == Loads::kFull ? 128u * kChunks : columns) * static_cast<uint32_t>(sizeof(T));
 
   A query[kViews][kColumns], sums[kViews][kColumns], maximum[kViews];
 #pragma unroll
   for (int v = 0; v < kViews; ++v) {
-    load_row<A, kChunks, kVector>(p.query + ((first_view + v) * p.batch + b) * p.columns, p.columns, lane, query[v]);
+    const A* source = p.query + ((first_view + v) * p.batch + b) * p.columns;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      query[v][j] *= static_cast<A>(p.inverse_temperature);
+      const int64_t d = L::kWidth * row_lane + 128 * (j / L::kWidth) + j % L::kWidth;
+      query[v][j] = d < p.columns ? source[d] * static_cast<A>(p.inverse_temperature) : A(0);
       sums[v][j] = A(0);
     }
     maximum[v] = -kLargest<A>;
   }
   // A lane's own value: view my_view of row my_row of the tile (shared by kLanesPerValue lanes).
-  const int my_value = lane / kLanesPerValue, my_view = my_value / kTileRows, my_row = my_value % kTileRows;
+  const int my_value = row_lane / kLanesPerValue, my_view = my_value / kOwn;
+  const int my_row = my_value % kOwn * L::kGroups + group;
   A my_sum = A(0), my_loss = A(0);
-  __shared__ int64_t queues[kShard ? kWarps : 1][kDraw + kTileRows];
-  int64_t* const queue = queues[kShard ? warp : 0];
+  __shared__ uint32_t queues[kShard ? kWarps : 1][kDraw + kTileRows];
+  uint32_t* const queue = queues[kShard ? warp : 0];
   int waiting = 0;  // rows in the queue
 
   const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw;
-  for (int64_t draw = int64_t(split) * kWarps + warp; draw < draws; draw += int64_t(p.splits) * kWarps) {
-    const int64_t base = draw * kDraw;
-    int64_t first, second;  // negatives base + 2 * lane and base + 2 * lane + 1
-    if (given == nullptr) {
-      sampler.draw(static_cast<uint32_t>(base / 2 + lane), self, &first, &second);
-    } else {
-      const int64_t k = base + 2 * lane;
-      first = k < p.num_negatives ? given[k] : self;
-      second = k + 1 < p.num_negatives ? given[k + 1] : self;
-      if (first < 0 || first >= num_rows || second < 0 || second >= num_rows) __trap();
-    }
-    // Rows past the end repeat the first: a weight of 0 would turn a NaN of any other row into a NaN of the sum.
-    const int64_t filler = __shfl_sync(kFullMask, first, 0);
-    if (base + 2 * lane >= p.num_negatives) first = filler;
-    if (base + 2 * lane + 1 >= p.num_negatives) second = filler;
-    int count = static_cast<int>(min(int64_t(kDraw), p.num_negatives - base));  // of rows to score
-    if constexpr (kShard) {
-      waiting = collect(p.shard, first, second, 2 * lane < count, 2 * lane + 1 < count, lane, queue, waiting);
-      const bool is_last = draw + int64_t(p.splits) * kWarps >= draws;
-      count = is_last ? waiting : waiting / kTileRows * kTileRows;
-    }
-    for (int tile = 0; tile < count; tile += kTileRows) {
-      A rows[kTileRows][kColumns], values[kValues];
-#pragma unroll
-      for (int r = 0; r < kTileRows; ++r) {
-        int64_t row;
-        if constexpr (kShard) {
-          row = queue[tile + r < count ? tile + r : tile];
-        } else {
-          row = __shfl_sync(kFullMask, r % 2 == 0 ? first : second, (tile + r) / 2);
-        }
-        load_row<T, kChunks, kVector>(p.bank + row * p.columns, p.columns, lane, rows[r]);
-      }
-#pragma unroll
-      for (int v = 0; v < kViews; ++v) {
-#pragma unroll
-        for (int r = 0; r < kTileRows; ++r) {
-          A dot = A(0);
-#pragma unroll
-          for (int j = 0; j < kColumns; ++j) dot += query[v][j] * rows[r][j];
-          values[v * kTileRows + r] = dot;
-        }
-      }
-      A score = transpose_sum<kValues>(values, lane);
-      const bool valid = tile + my_row < count;
-      if (!valid) score = A(-INFINITY);
-
-      A my_maximum = maximum[0];
-#pragma unroll
-      for (int v = 1; v < kViews; ++v) my_maximum = my_view == v ? maximum[v] : my_maximum;
-      if (__any_sync(kFullMask, score > my_maximum + A(kLazyMargin))) {
-        A highest = score;  // over the rows of my view
-#pragma unroll
-        for (int o = kLanesPerValue; o < kLanesPerValue * kTileRows; o *= 2) {
-          const A other = __shfl_xor_sync(kFullMask, highest, o);
-          highest = other > highest ? other : highest;
-        }
-        highest = highest > my_maximum ? min(highest, kLargest<A>) : my_maximum;
-#pragma unroll
-        for (int v = 0; v < kViews; ++v) {
-          const A raised = __shfl_sync(kFullMask, highest, v * kTileRows * kLanesPerValue);
-          const A factor = raised > maximum[v] ? exp(maximum[v] - raised) : A(1);
-          maximum[v] = raised;
-          if (my_view == v) my_sum *= factor, my_maximum = raised;
-          if (!p.binary) {
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) sums[v][j] *= factor;
-          }
-        }
-      }
-      A weight = valid ? exp(score - my_maximum) : A(0);
-      my_sum += weight;
-      if (p.binary) {
-        const NceTerm<A> term = nce_term(score - offset);
-        my_loss += valid ? term.softplus : A(0);
-        weight = valid ? term.sigmoid : A(0);
-      }
-#pragma unroll
-      for (int v = 0; v < kViews; ++v) {
-#pragma unroll
-        for (int r = 0; r < kTileRows; ++r) {
-          const A w = __shfl_sync(kFullMask, weight, (v * kTileRows + r) * kLanesPerValue);
-#pragma unroll
-          for (int j = 0; j < kColumns; ++j) sums[v][j] += w * rows[r][j];
-        }
-      }
-    }
+  int64_t draw = int64_t(split) * kWarps + warp;
+  int count = 0;               // of rows that the last draw gave
+  uint32_t low = 0, high = 0;  // those rows: negatives 0 .. 31 and 32 .. 63, or even and odd ones (kGroups == 1)
+  // Draws until there are rows to score; count is 0 at the end.
+  const auto take = [&]() {
+    bool more = draw < draws;
     if constexpr (kShard) {
       waiting -= count;
-      const int64_t kept = lane < waiting ? queue[count + lane] : 0;
+      const uint32_t kept = lane < waiting ? queue[count + lane] : 0;
       __syncwarp();
       if (lane < waiting) queue[lane] = kept;
       __syncwarp();
     }
+    count = 0;
+    while (more && count == 0) {
+      const int64_t base = draw * kDraw;
+      int64_t first, second;  // negatives base + 2 * lane and base + 2 * lane + 1
+      if (given == nullptr) {
+        sampler.draw(static_cast<uint32_t>(base / 2 + lane), self, &first, &second);
+      } else {
+        const int64_t k = base + 2 * lane;
+        first = k < p.num_negatives ? given[k] : self;
+        second = k + 1 < p.num_negatives ? given[k + 1] : self;
+        if (first < 0 || first >= num_rows || second < 0 || second >= num_rows) __trap();
+      }
+      draw += int64_t(p.splits) * kWarps;
+      more = draw < draws;
+      count = static_cast<int>(min(int64_t(kDraw), p.num_negatives - base));
+      if constexpr (kShard) {
+        waiting = collect(p.shard, first, second, 2 * lane < count, 2 * lane + 1 < count, lane, queue, waiting);
+        count = more ? waiting / kTileRows * kTileRows : waiting;
+      } else {
+        // Rows past the end repeat the first: a weight of 0 would turn a NaN of any other row into a NaN of the sum.
+        const uint32_t filler = __shfl_sync(kFullMask, static_cast<uint32_t>(first), 0);
+        low = 2 * lane < count ? static_cast<uint32_t>(first) : filler;
+        high = 2 * lane + 1 < count ? static_cast<uint32_t>(second) : filler;
+        if constexpr (L::kGroups == 2) {
+          // The first half of the warp holds the even ones, the second half the odd ones.
+          const uint32_t other_low = __shfl_xor_sync(kFullMask, low, 16);
+          const uint32_t other_high = __shfl_xor_sync(kFullMask, high, 16);
+          low = lane < 16 ? low : other_high;
+          high = lane < 16 ? other_low : high;
+        }
+      }
+    }
+  };
+  RawRow<T, kChunks, kLoads> next[kOwn];
+  const auto fetch = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int entry = tile + i * L::kGroups + group;
+      uint32_t row;
+      if constexpr (kShard) {
+        row = queue[entry < count ? entry : tile];
+      } else if constexpr (L::kGroups == 2) {
+        row = __shfl_sync(kFullMask, tile < 32 ? low : high, tile / 2 % 16 + i, 16);
+      } else {
+        row = __shfl_sync(kFullMask, i % 2 == 0 ? low : high, (tile + i) / 2);
+      }
+      const char* source = reinterpret_cast<const char*>(p.bank) + size_t(row) * row_bytes;
+      next[i].load(reinterpret_cast<const T*>(source), columns, row_lane);
+    }
+  };
+
+  take();
+  if (count > 0) fetch(0);
+  for (int tile = 0; count > 0;) {
+    A rows[kOwn][kColumns], values[kValues];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) next[i].unpack(rows[i]);
+    const bool valid = tile + my_row < count;
+    tile += kTileRows;
+    if (tile >= count) {
+      take();
+      tile = 0;
+    }
+    if (count > 0) fetch(tile);
+#pragma unroll
+    for (int v = 0; v < kViews; ++v) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        A dot = A(0);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) dot += query[v][j] * rows[i][j];
+        values[v * kOwn + i] = dot;
+      }
+    }
+    A score = transpose_sum<kValues, kRowLanes / 2>(values, lane);
+    if (!valid) score = A(-INFINITY);
+
+    A my_maximum = maximum[0];
+#pragma unroll
+    for (int v = 1; v < kViews; ++v) my_maximum = my_view == v ? maximum[v] : my_maximum;
+    if (__any_sync(kFullMask, score > my_maximum + A(kLazyMargin))) {
+      A highest = score;  // over the rows of my view
+      const auto raise = [&](int flip) {
+        const A other = __shfl_xor_sync(kFullMask, highest, flip);
+        highest = other > highest ? other : highest;
+      };
+#pragma unroll
+      for (int o = kLanesPerValue; o < kLanesPerValue * kOwn; o *= 2) raise(o);
+      if constexpr (L::kGroups == 2) raise(kRowLanes);
+      highest = highest > my_maximum ? min(highest, kLargest<A>) : my_maximum;
+#pragma unroll
+      for (int v = 0; v < kViews; ++v) {
+        const A raised = __shfl_sync(kFullMask, highest, v * kOwn * kLanesPerValue);
+        const A factor = raised > maximum[v] ? exponential(maximum[v] - raised) : A(1);
+        maximum[v] = raised;
+        if (my_view == v) my_sum *= factor, my_maximum = raised;
+        if (!p.binary) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) sums[v][j] *= factor;
+        }
+      }
+    }
+    A weight = valid ? exponential(score - my_maximum) : A(0);
+    my_sum += weight;
+    if (p.binary) {
+      const NceTerm<A> term = nce_term(score - offset);
+      my_loss += valid ? term.softplus : A(0);
+      weight = valid ? term.sigmoid : A(0);
+    }
+#pragma unroll
+    for (int v = 0; v < kViews; ++v) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const A w = __shfl_sync(kFullMask, weight, (v * kOwn + i) * kLanesPerValue, kRowLanes);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) sums[v][j] += w * rows[i][j];
+      }
+    }
   }
 
   // Merge the warps, one view at a time. A value was counted by each of its kLanesPerValue lanes.
-  __shared__ A shared_sums[kWarps][kColumns * kWarpSize];
+  __shared__ A shared_sums[kWarps][128 * kChunks];
   __shared__ A shared_state[kWarps][3];
 #pragma unroll
   for (int v = 0; v < kViews; ++v) {
@@ -253,9 +330,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       shared_state[warp][2] = loss;
     }
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) shared_sums[warp][128 * c + 4 * lane + e] = sums[v][4 * c + e];
+    for (int j = 0; j < kColumns; ++j) {
+      A column = sums[v][j];
+      if constexpr (L::kGroups == 2) column += __shfl_xor_sync(kFullMask, column, kRowLanes);
+      const int d = L::kWidth * row_lane + 128 * (j / L::kWidth) + j % L::kWidth;
+      if (group == 0) shared_sums[warp][d] = column;
     }
     __syncthreads();
     A highest = -kLargest<A>, total = A(0), total_loss = A(0);
@@ -269,7 +348,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) score_kernel(const Probl
       total_loss += shared_state[w][2];
     }
     A* out = p.partial + (((first_view + v) * p.batch + b) * p.splits + split) * (p.columns + 3);
-    for (int64_t d = threadIdx.x; d < p.columns; d += kWarps * kWarpSize) {
+    for (int64_t d = threadIdx.x; d < p.columns; d += kThreads) {
       A column = A(0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) column += (p.binary ? A(1) : factor[w]) * shared_sums[w][d];
@@ -343,25 +422,45 @@ __global__ void finish_kernel(const Problem<T> p) {
   }
 }
 
+template <typename T>
+using Kernel = void (*)(Problem<T>, int64_t);
+
 template <typename T, int kChunks, int kViews>
-void launch_views(const Problem<T>& p, int64_t first_view, bool vector, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.splits));
-  auto kernel = vector ? score_kernel<T, kChunks, kViews, true, false> : score_kernel<T, kChunks, kViews, false, false>;
+Kernel<T> pick_kernel(const Problem<T>& p, bool vector) {
   if (!p.shard.is_whole()) {
-    kernel = vector ? score_kernel<T, kChunks, kViews, true, true> : score_kernel<T, kChunks, kViews, false, true>;
+    return vector ? score_kernel<T, kChunks, kViews, Loads::kVector, true>
+                  : score_kernel<T, kChunks, kViews, Loads::kScalar, true>;
   }
-  launch_kernel("bank_nce", kernel, grid, kWarps * kWarpSize, 0, stream, p, first_view);
+  if (!vector) return score_kernel<T, kChunks, kViews, Loads::kScalar, false>;
+  return p.columns == 128 * kChunks ? score_kernel<T, kChunks, kViews, Loads::kFull, false>
+                                    : score_kernel<T, kChunks, kViews, Loads::kVector, false>;
 }
 
 // One or two views (PIRL) take one pass, more views are processed in pairs. fp64, meant for verification, is processed
 // one view at a time: two would not fit the registers.
 template <typename T, int kChunks>
-void launch_chunks(const Problem<T>& p, bool vector, cudaStream_t stream) {
-  int64_t view = 0;
-  if constexpr (!std::is_same_v<T, double>) {
-    for (; view + 2 <= p.views; view += 2) launch_views<T, kChunks, 2>(p, view, vector, stream);
+void launch_chunks(Problem<T> p, bool vector, const Tensor& query, cudaStream_t stream) {
+  using A = accumulate_t<T>;
+  const Kernel<T> one = pick_kernel<T, kChunks, 1>(p, vector);
+  Kernel<T> two = nullptr;
+  if constexpr (!std::is_same_v<T, double>) two = pick_kernel<T, kChunks, 2>(p, vector);
+  const int64_t at_once = two != nullptr && p.views >= 2 ? 2 : 1;
+
+  const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw, steps = (draws + kWarps - 1) / kWarps;
+  const int64_t slots = int64_t(multiprocessors()) * blocks_per_multiprocessor(at_once == 2 ? two : one, kThreads, 0);
+  p.splits = static_cast<int>(whole_wave_parts(p.batch, steps, slots, kFixedDraws, std::min<int64_t>(steps, 1024)));
+  const std::vector<int64_t> partial_shape = {p.views, p.batch, int64_t(p.splits), p.columns + 3};
+  Tensor partial = allocate("bank_nce", query, partial_shape);
+  p.partial = static_cast<A*>(partial.mutable_data_ptr());
+
+  const dim3 grid(static_cast<unsigned>(p.batch), static_cast<unsigned>(p.splits));
+  for (int64_t view = 0; view < p.views;) {
+    const bool pair = at_once == 2 && view + 2 <= p.views;
+    launch_kernel("bank_nce", pair ? two : one, grid, dim3(kThreads), 0, stream, p, view);
+    view += pair ? 2 : 1;
   }
-  for (; view < p.views; ++view) launch_views<T, kChunks, 1>(p, view, vector, stream);
+  const unsigned blocks = static_cast<unsigned>((p.views * p.batch + kWarps - 1) / kWarps);
+  launch_kernel("bank_nce", finish_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, p);
 }
 
 template <typename T>
@@ -379,26 +478,15 @@ void launch(Problem<T> p, const Tensor& query, const Tensor& bank, const Tensor&
   p.lse = static_cast<A*>(lse.mutable_data_ptr());
   p.grad = static_cast<A*>(grad.mutable_data_ptr());
 
-  const int64_t draws = (p.num_negatives + kDraw - 1) / kDraw;
-  const int64_t wanted = (int64_t(kBlocksPerSm) * multiprocessors() + p.batch - 1) / p.batch;
-  p.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>((draws + kWarps - 1) / kWarps, 1024)));
-  const std::vector<int64_t> partial_shape = {p.views, p.batch, int64_t(p.splits), p.columns + 3};
-  Tensor partial = allocate("bank_nce", query, partial_shape);
-  p.partial = static_cast<A*>(partial.mutable_data_ptr());
-
   const cudaStream_t stream = current_stream(query.get_device_index());
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  const bool vector = p.columns % 8 == 0 && aligned(p.bank) && aligned(p.query);
+  const bool vector = p.columns % 8 == 0 && reinterpret_cast<uintptr_t>(p.bank) % 16 == 0;
   if (p.columns <= 128) {
-    launch_chunks<T, 1>(p, vector, stream);
+    launch_chunks<T, 1>(p, vector, query, stream);
   } else if (p.columns <= 256) {
-    launch_chunks<T, 2>(p, vector, stream);
+    launch_chunks<T, 2>(p, vector, query, stream);
   } else {
-    launch_chunks<T, 4>(p, vector, stream);
+    launch_chunks<T, 4>(p, vector, query, stream);
   }
-  const int64_t queries = p.views * p.batch;
-  const unsigned blocks = static_cast<unsigned>((queries + kWarps - 1) / kWarps);
-  launch_kernel("bank_nce", finish_kernel<T>, blocks, kWarps * kWarpSize, 0, stream, p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B, D]
@@ -413,6 +501,8 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
                  seed, shard);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
+  SSLFAST_CHECK(shard.num_rows <= (int64_t(1) << 32), "bank_nce: bank has ", shard.num_rows,
+                " rows, CUDA takes up to 2**32");
   const DeviceGuard guard(query_.get_device_index());
   const Tensor query = readable("bank_nce", "query", query_), bank = readable("bank_nce", "bank", bank_);
   const Tensor index = readable("bank_nce", "index", index_);

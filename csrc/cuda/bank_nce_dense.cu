@@ -8,6 +8,7 @@
 #include "bank_nce_dense.h"
 #include "common/launch.cuh"
 #include "common/vector.cuh"
+#include "common/waves.h"
 #include "cuda/dense_mma.cuh"
 #include "cuda/dense_problem.cuh"
 #include "cuda/dense_simt.cuh"
@@ -17,15 +18,18 @@ namespace sslfast {
 namespace {
 
 constexpr int kMaxColumns = 512;
-constexpr int kFinishWarps = 4;
+constexpr int kFinishThreads = 128;
+// What a block costs beside its tiles, in tiles: filling the ring, and writing its weighted sums.
+constexpr int kFixedTiles = 3;
 
-// One warp per query: merges the parts in order, adds the positive, writes loss, log-sum-exp and gradient.
+// One block per query: merges the parts, adds the positive, writes loss, log-sum-exp and gradient. A thread adds the
+// parts of one column (of D / kFinishThreads columns), whose loads do not wait for each other.
 template <typename T>
-__global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const DenseProblem<T> p) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const DenseProblem<T> p) {
   using A = accumulate_t<T>;
-  const int64_t q = blockIdx.x * int64_t(kFinishWarps) + threadIdx.x / kWarpSize;
+  __shared__ A factors[kFinishThreads];  // of the parts being added
+  const int64_t q = blockIdx.x;
   const int lane = threadIdx.x % kWarpSize;
-  if (q >= p.queries) return;
   const int64_t self = p.index[q % p.batch];
   if (self < -1 || self >= p.bank_rows) __trap();
   const T* positive = p.bank + (self < 0 ? 0 : self) * p.columns;
@@ -40,14 +44,24 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const D
   };
   const A score = self >= 0 ? score_of(positive) : A(0);
 
+  // Every warp merges the states for itself.
   OnlineLogSumExp<A> softmax = OnlineLogSumExp<A>::empty();
   A binary = A(0);
-  for (int part = 0; part < p.parts; ++part) {
+  for (int part = lane; part < p.parts; part += kWarpSize) {
     const StreamState<A> state = p.states[part * p.queries + q];
     softmax.raise(state.maximum);
     softmax.sum += exp(state.maximum - softmax.maximum) * state.sum;
     binary += state.binary;
   }
+  A highest = softmax.maximum;
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const A other = __shfl_xor_sync(kFullMask, highest, offset);
+    highest = other > highest ? other : highest;
+  }
+  softmax.raise(highest);
+  softmax.sum = warp_sum(softmax.sum);
+  binary = warp_sum(binary);
   if (p.binary && p.negatives == nullptr && score > kLargest<A>) {  // rare: see finish_dense
     binary = A(0);
     for (int64_t row = 0; row < p.bank_rows; ++row) {
@@ -56,19 +70,39 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize) finish_kernel(const D
   }
   const DenseResult<A> result = finish_dense<A>({softmax.maximum, softmax.sum, binary}, self >= 0, score,
                                                 p.negatives == nullptr, p.binary, p.offset());
-  if (lane == 0) {
+  if (threadIdx.x == 0) {
     p.loss[q] = result.loss;
     p.lse[q] = result.lse;
   }
-  for (int64_t d = lane; d < p.columns; d += kWarpSize) {
-    A column = self < 0 ? A(0) : result.positive_weight * static_cast<A>(positive[d]);
-    for (int part = 0; part < p.parts; ++part) {
-      const int64_t slot = part * p.queries + q;
-      const StreamState<A> state = p.states[slot];
-      const A weight = p.binary ? A(1) : exp(state.maximum - result.lse);
-      column += weight * p.weighted[slot * p.columns + d];
+
+  constexpr int kEach = kMaxColumns / kFinishThreads;
+  A columns[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int64_t d = threadIdx.x + j * kFinishThreads;
+    columns[j] = self < 0 || d >= p.columns ? A(0) : result.positive_weight * static_cast<A>(positive[d]);
+  }
+  for (int first = 0; first < p.parts; first += kFinishThreads) {
+    const int count = min(kFinishThreads, p.parts - first);
+    __syncthreads();
+    if (threadIdx.x < count) {
+      const A maximum = p.states[(first + threadIdx.x) * p.queries + q].maximum;
+      factors[threadIdx.x] = p.binary ? A(1) : exp(maximum - result.lse);
     }
-    p.grad[q * p.columns + d] = column * inverse_temperature;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int64_t d = threadIdx.x + j * kFinishThreads;
+      if (d >= p.columns) break;
+      const A* weighted = p.weighted + (first * p.queries + q) * p.columns + d;
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) columns[j] += factors[i] * weighted[i * p.queries * p.columns];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int64_t d = threadIdx.x + j * kFinishThreads;
+    if (d < p.columns) p.grad[q * p.columns + d] = columns[j] * inverse_temperature;
   }
 }
 
@@ -85,11 +119,10 @@ void launch(DenseProblem<T> p, const Tensor& query, cudaStream_t stream) {
   const DenseShape shape = kernel == DenseKernel::kSimt  ? simt_shape(p)
                            : kernel == DenseKernel::kMma ? mma_shape(p)
                                                          : wgmma_shape(p);
-  // Enough parts to fill every multiprocessor with blocks, each with several tiles to stream.
   const int64_t blocks = (p.queries + shape.queries - 1) / shape.queries;
   const int64_t tiles = (p.num_rows + shape.tile_rows - 1) / shape.tile_rows;
-  const int64_t wanted = (int64_t(shape.blocks_per_multiprocessor) * multiprocessors() + blocks - 1) / blocks;
-  p.parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, tiles / 4)));
+  const int64_t slots = int64_t(shape.blocks_per_multiprocessor) * multiprocessors();
+  p.parts = static_cast<int>(whole_wave_parts(blocks, tiles, slots, kFixedTiles, std::max<int64_t>(1, tiles / 4)));
 
   const std::vector<int64_t> states_shape = {int64_t(p.parts), p.queries, 3};
   const std::vector<int64_t> weighted_shape = {int64_t(p.parts), p.queries, p.columns};
@@ -108,9 +141,8 @@ void launch(DenseProblem<T> p, const Tensor& query, cudaStream_t stream) {
       launch_wgmma(p, grid, stream);
     }
   }
-  launch_kernel("bank_nce_dense", finish_kernel<T>,
-                dim3(static_cast<unsigned>((p.queries + kFinishWarps - 1) / kFinishWarps)),
-                dim3(kFinishWarps * kWarpSize), 0, stream, p);
+  launch_kernel("bank_nce_dense", finish_kernel<T>, dim3(static_cast<unsigned>(p.queries)), dim3(kFinishThreads), 0,
+                stream, p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cuda(const Tensor& query_,  // [V, B, D]

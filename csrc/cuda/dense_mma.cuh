@@ -13,7 +13,6 @@ namespace sslfast {
 namespace mma {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // How far a score may exceed the running reference before sums are rescaled (powers of two): rescaling becomes rare.
 constexpr float kLazyMargin = 8.0f;
 
@@ -90,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
   const int part = blockIdx.y;
   const int tile_begin = p.first_tile(part, kRows), tile_end = p.first_tile(part + 1, kRows);
   const float scale = static_cast<float>(p.inverse_temperature) * kLog2E;  // scores as powers of two
-  const float offset = p.offset();
+  const float offset = p.offset_power();
 
 #pragma unroll
   for (int s = 0; s < kRing - 1; ++s) {
@@ -109,6 +108,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
 
   float sums[kM][kColumnTiles][4];  // [row tile][column tile]: rows group (0, 1) and group + 8 (2, 3)
   float reference[kM][2], sum[kM][2], loss[kM][2];
+  SmallSums small[kM][2];  // for NCE
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -173,51 +173,46 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
       for (int h = 0; h < 2; ++h) {
         const int64_t q = first_query + (warp * kM + m) * 16 + group + 8 * h;
         const int64_t left_out = whole ? -1 : p.left_out(q);
-        float highest = -INFINITY;
+        const auto at = [&](int i) -> float& { return scores[m][i / 2][2 * h + i % 2]; };
+        if (!whole) {
 #pragma unroll
-        for (int n = 0; n < kScoreTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& score = scores[m][n][2 * h + e];
-            if (!whole) {
-              const int64_t entry = first + n * 8 + 2 * member + e;
-              if (entry >= p.num_rows || (p.exclude_self && p.negatives[entry] == left_out)) score = -INFINITY;
-            }
-            highest = fmaxf(highest, score);
+          for (int i = 0; i < kRows / 4; ++i) {
+            const int64_t entry = first + i / 2 * 8 + 2 * member + i % 2;
+            if (entry >= p.num_rows || (p.exclude_self && p.negatives[entry] == left_out)) at(i) = -INFINITY;
           }
         }
-        highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
-        highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
-        const bool raise = highest > reference[m][h] + (kLazyMargin + Instruction<T>::kShift);
-        const float factor = raise ? exp2f(reference[m][h] - highest + Instruction<T>::kShift) : 1.0f;
-        if (raise) reference[m][h] = highest - Instruction<T>::kShift;
-        if (__any_sync(kFullMask, raise)) {
-          sum[m][h] *= factor;
-          if constexpr (!kBinary) {
+        constexpr float kWeightScale = float(1 << Instruction<T>::kBinaryShift);
+        if (!kBinary || !weigh_small<kRows / 4>(at, scale, offset, kWeightScale, small[m][h])) {
+          float highest = -INFINITY;
 #pragma unroll
-            for (int j = 0; j < kColumnTiles; ++j) {
-              sums[m][j][2 * h] *= factor;
-              sums[m][j][2 * h + 1] *= factor;
+          for (int i = 0; i < kRows / 4; ++i) highest = fmaxf(highest, at(i));
+          highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
+          highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
+          const bool raise = highest > reference[m][h] + (kLazyMargin + Instruction<T>::kShift);
+          const float factor = raise ? fast_exp2(reference[m][h] - highest + Instruction<T>::kShift) : 1.0f;
+          if (raise) reference[m][h] = highest - Instruction<T>::kShift;
+          if (__any_sync(kFullMask, raise)) {
+            sum[m][h] *= factor;
+            if constexpr (!kBinary) {
+#pragma unroll
+              for (int j = 0; j < kColumnTiles; ++j) {
+                sums[m][j][2 * h] *= factor;
+                sums[m][j][2 * h + 1] *= factor;
+              }
+            }
+          }
+          if constexpr (kBinary) {
+            weigh_any<kRows / 4>(at, scale, offset, reference[m][h], kWeightScale, sum[m][h], loss[m][h]);
+          } else {
+#pragma unroll
+            for (int i = 0; i < kRows / 4; ++i) {
+              at(i) = fast_exp2(fmaf(at(i), scale, -reference[m][h]));
+              sum[m][h] += at(i);
             }
           }
         }
 #pragma unroll
-        for (int n = 0; n < kScoreTiles; ++n) {
-          float pair[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float score = scores[m][n][2 * h + e];
-            pair[e] = exp2f(fmaf(score, scale, -reference[m][h]));
-            sum[m][h] += pair[e];
-            if constexpr (kBinary) {
-              const NceTerm<float> term = nce_term(score * static_cast<float>(p.inverse_temperature) - offset);
-              const bool counts = score != -INFINITY;
-              loss[m][h] += counts ? term.softplus : 0.0f;
-              pair[e] = counts ? term.sigmoid * float(1 << Instruction<T>::kBinaryShift) : 0.0f;
-            }
-          }
-          weights[m][n][h] = pack<T>(pair[0], pair[1]);
-        }
+        for (int n = 0; n < kScoreTiles; ++n) weights[m][n][h] = pack<T>(at(2 * n), at(2 * n + 1));
       }
     }
 
@@ -245,6 +240,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 128 ? 2 : 1) kernel(cons
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      if constexpr (kBinary) small[m][h].fold(offset, reference[m][h], sum[m][h], loss[m][h]);
       float total = sum[m][h], total_loss = loss[m][h];
       total += __shfl_xor_sync(kFullMask, total, 1);
       total += __shfl_xor_sync(kFullMask, total, 2);

@@ -44,6 +44,11 @@ struct DenseProblem {
   __device__ __forceinline__ A offset() const {
     return static_cast<A>(binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, bank_rows) : 0.0);
   }
+  // The same as a power of two.
+  __device__ __forceinline__ float offset_power() const {
+    return static_cast<float>(
+        binary ? nce_offset(z_tensor != nullptr ? *z_tensor : z, num_negatives, bank_rows) * 1.4426950408889634 : 0.0);
+  }
   // Part `part` has the tiles first_tile(part) .. first_tile(part + 1) - 1.
   __device__ __forceinline__ int first_tile(int part, int tile_rows) const {
     const int64_t tiles = (num_rows + tile_rows - 1) / tile_rows;

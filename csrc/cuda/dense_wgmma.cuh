@@ -25,7 +25,7 @@ constexpr int kPanels = kColumns / 64;
 template <int kColumns>
 constexpr int kStageBytes = kTile * kColumns * 2;
 template <int kColumns>
-constexpr int kStages = kColumns == 128 ? 4 : 6;
+constexpr int kStages = kColumns == 128 ? 6 : 12;  // 192 KiB
 template <int kColumns>
 constexpr size_t kSharedBytes =
     1024 + size_t(kQueries) * kColumns * 2 + size_t(kStages<kColumns>) * kStageBytes<kColumns> + 16 * kStages<kColumns>;
@@ -44,9 +44,36 @@ struct Shared {
         empty(full + kStages<kColumns>) {}
 };
 
+// Stage of a tile, and the parity of its barriers' phase.
+template <int kRing>
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == kRing) slot = 0, parity ^= 1;
+  }
+};
+
 // Byte of column `column` of row `row` in a panel: as the copy engine stores a box.
 SSLFAST_HD int swizzled_byte(int row, int column /* of 64 */) {
   return row * kRowBytes + (((column / 8) ^ (row & 7)) * 16) + column % 8 * 2;
+}
+
+// Score `i` of kTile / 4 that a thread holds of its row `half`, and the entry of the tile that it belongs to.
+SSLFAST_HD int entry(int half, int i) {
+  return i / 2 * 4 + 2 * half + i % 2;
+}
+SSLFAST_HD int row_of_tile(int i, int member) {
+  return i / 2 * 8 + 2 * member + i % 2;
+}
+
+// Entries past the last row of the bank get a weight of 0.
+__device__ __forceinline__ void mask_tail(float (&scores)[kTile / 2], int valid, int member) {
+#pragma unroll
+  for (int i = 0; i < kTile / 4; ++i) {
+    if (row_of_tile(i, member) >= valid) scores[entry(0, i)] = scores[entry(1, i)] = -INFINITY;
+  }
 }
 
 // The running state of the two query rows that a thread shares with the three others of its quad.
@@ -54,72 +81,64 @@ template <typename T>
 struct Rows {
   float reference[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.0f, 0.0f}, loss[2] = {0.0f, 0.0f};
 
+  SmallSums small[2];  // for NCE
+
   // Turns scores [64, kTile] into weights, in place; factor: rescales earlier sums. Returns whether any row rescales.
-  __device__ __forceinline__ bool weigh(float (&scores)[kTile / 2], float scale, bool binary, float offset, int valid,
-                                        int member, float (&factor)[2]) {
-    using mma::kLazyMargin, mma::kLn2;
-    constexpr int kShift = mma::Instruction<T>::kShift, kBinaryShift = mma::Instruction<T>::kBinaryShift;
+  // `offset` as a power of two.
+  template <bool kBinary>
+  __device__ __forceinline__ bool weigh(float (&scores)[kTile / 2], float scale, float offset, float (&factor)[2]) {
+    constexpr int kShift = mma::Instruction<T>::kShift;
+    constexpr float kWeightScale = float(1 << mma::Instruction<T>::kBinaryShift);
     bool any = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const auto at = [&](int i) -> float& { return scores[entry(h, i)]; };
+      if (kBinary && weigh_small<kTile / 4>(at, scale, offset, kWeightScale, small[h])) continue;
       float highest = -INFINITY;
 #pragma unroll
-      for (int i = 0; i < kTile / 8; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = scores[4 * i + 2 * h + e];
-          if (valid < kTile && 8 * i + 2 * member + e >= valid) score = -INFINITY;
-          highest = fmaxf(highest, score);
-        }
-      }
+      for (int i = 0; i < kTile / 4; ++i) highest = fmaxf(highest, at(i));
       highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 1));
       highest = fminf(scale * fmaxf(highest, __shfl_xor_sync(kFullMask, highest, 2)), FLT_MAX);
-      const bool raise = highest > reference[h] + (kLazyMargin + kShift);
-      factor[h] = raise ? exp2f(reference[h] - highest + kShift) : 1.0f;
+      const bool raise = highest > reference[h] + (mma::kLazyMargin + kShift);
+      factor[h] = raise ? fast_exp2(reference[h] - highest + kShift) : 1.0f;
       if (raise) reference[h] = highest - kShift;
       any |= raise;
       sum[h] *= factor[h];
+      if constexpr (kBinary) {
+        weigh_any<kTile / 4>(at, scale, offset, reference[h], kWeightScale, sum[h], loss[h]);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kTile / 8; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = scores[4 * i + 2 * h + e];
-          const float weight = exp2f(fmaf(score, scale, -reference[h]));
-          sum[h] += weight;
-          if (binary) {
-            const NceTerm<float> term = nce_term(score * (scale * kLn2) - offset);
-            const bool counts = score != -INFINITY;
-            loss[h] += counts ? term.softplus : 0.0f;
-            score = counts ? term.sigmoid * float(1 << kBinaryShift) : 0.0f;
-          } else {
-            score = weight;
-          }
+        for (int i = 0; i < kTile / 4; ++i) {
+          at(i) = fast_exp2(fmaf(at(i), scale, -reference[h]));
+          sum[h] += at(i);
         }
       }
     }
-    return __any_sync(kFullMask, any);
+    return !kBinary && __any_sync(kFullMask, any);
   }
 };
 
+// scores = queries * tile^T. Both matrices by the low words of their descriptors.
 template <typename T, int kColumns>
-__device__ __forceinline__ void score_tile(float (&scores)[kTile / 2], const unsigned char* queries,
-                                           const unsigned char* stage) {
+__device__ __forceinline__ void score_tile(float (&scores)[kTile / 2], uint32_t queries, uint32_t tile) {
   using I = typename mma::Instruction<T>::type;
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
     const int panel = k / 4, byte = k % 4 * 32;
-    wgmma_m64n128k16(I{}, scores, matrix_descriptor(queries + panel * kQueries * kRowBytes + byte, 16),
-                     matrix_descriptor(stage + panel * kTile * kRowBytes + byte, 16), k > 0);
+    wgmma_m64n128k16(I{}, scores, matrix_descriptor(queries + (panel * kQueries * kRowBytes + byte) / 16),
+                     matrix_descriptor(tile + (panel * kTile * kRowBytes + byte) / 16), k > 0);
   }
 }
 
+// sums += weights * tile.
 template <typename T, int kColumns>
 __device__ __forceinline__ void add_tile(float (&sums)[kColumns / 2], const uint32_t (&weights)[kTile / 16][4],
-                                         const unsigned char* stage) {
+                                         uint32_t tile) {
   using I = typename mma::Instruction<T>::type;
+  constexpr uint32_t kPanelStep = uint32_t(kTile * kRowBytes / 16) << 16;
 #pragma unroll
   for (int k = 0; k < kTile / 16; ++k) {
-    const uint64_t rows = matrix_descriptor(stage + k * 16 * kRowBytes, kTile * kRowBytes);
+    const uint64_t rows = matrix_descriptor(tile + kPanelStep + k * 16 * kRowBytes / 16);
     if constexpr (kColumns == 128) {
       wgmma_m64n128k16_transposed(I{}, sums, weights[k], rows);
     } else {
@@ -137,16 +156,16 @@ __device__ __forceinline__ void pack_weights(uint32_t (&weights)[kTile / 16][4],
   }
 }
 
-template <typename T, int kColumns>
+template <typename T, int kColumns, bool kBinary>
 __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<kColumns>& shared, int tile_begin,
                                         int tile_end) {
-  constexpr int kRing = kStages<kColumns>;
-  const int consumer = threadIdx.x / kGroup - 1, thread = threadIdx.x % kGroup;
+  // The shuffle shows the compiler that the number is the same in all lanes: addresses go to uniform registers.
+  const int consumer = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kGroup - 1, 0);
+  const int thread = threadIdx.x % kGroup;
   const int warp = thread / kWarpSize, group = thread % kWarpSize / 4, member = thread % 4;
   const int64_t first_query = blockIdx.x * int64_t(kQueries) + consumer * 64;
   const int part = blockIdx.y;
-  const float scale = static_cast<float>(p.inverse_temperature) * mma::kLog2E, offset = p.offset();
-  const unsigned char* own = shared.queries + consumer * 64 * kRowBytes;
+  const float scale = static_cast<float>(p.inverse_temperature) * kLog2E, offset = p.offset_power();
 
   for (int i = thread; i < 64 * (kColumns / 2); i += kGroup) {
     const int row = i / (kColumns / 2), d = i % (kColumns / 2) * 2;
@@ -164,53 +183,73 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
   Rows<T> rows;
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0.0f;
-  const auto stage_of = [&](int t) { return (t - tile_begin) % kRing; };
-  const auto wait_for = [&](int t) {
-    barrier_wait(shared.full + stage_of(t), static_cast<uint32_t>((t - tile_begin) / kRing) & 1);
-  };
-  const auto valid_of = [&](int t) { return static_cast<int>(min(int64_t(kTile), p.num_rows - int64_t(t) * kTile)); };
-
-  wait_for(tile_begin);
-  wgmma_hold(scores);
-  wgmma_fence();
-  score_tile<T, kColumns>(scores, own, shared.stages + stage_of(tile_begin) * kStageBytes<kColumns>);
-  wgmma_commit();
-  wgmma_wait<0>();
-  wgmma_hold(scores);
-  rows.weigh(scores, scale, p.binary, offset, valid_of(tile_begin), member, factor);  // nothing summed before
-  pack_weights<T>(weights, scores);
-
-  for (int t = tile_begin + 1; t < tile_end; ++t) {
-    wait_for(t);
-    wgmma_hold(scores);
-    wgmma_hold(sums);
-    wgmma_fence();
-    score_tile<T, kColumns>(scores, own, shared.stages + stage_of(t) * kStageBytes<kColumns>);
-    wgmma_commit();
-    add_tile<T, kColumns>(sums, weights, shared.stages + stage_of(t - 1) * kStageBytes<kColumns>);
-    wgmma_commit();
-    wgmma_wait<1>();
-    wgmma_hold(scores);
-    const bool rescale = rows.weigh(scores, scale, p.binary, offset, valid_of(t), member, factor);
-    wgmma_wait<0>();
-    wgmma_hold(sums);
-    if (thread == 0) barrier_arrive(shared.empty + stage_of(t - 1));
-    if (rescale && !p.binary) {
+  const uint32_t own = descriptor_word(shared.queries + consumer * 64 * kRowBytes, 0);
+  const uint32_t stages = descriptor_word(shared.stages, 0);
+  const auto tile_in = [&](int slot) { return stages + slot * (kStageBytes<kColumns> / 16); };
+  const int last_tile = static_cast<int>((p.num_rows - 1) / kTile);
+  const int last_rows = static_cast<int>((p.num_rows - 1) % kTile) + 1;
+  // The sums are as large as the previous tile's references; its weights are in `scores`.
+  const auto finish_weights = [&](bool rescale) {
+    if (!kBinary && rescale) {
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) sums[i] *= factor[i % 4 / 2];
     }
     pack_weights<T>(weights, scores);
+  };
+
+  RingPosition<kStages<kColumns>> current;  // of tile t
+  int previous = 0, released = -1;          // slots of tile t - 1, and of tile t - 2 once there is one
+  barrier_wait(shared.full, 0);
+  wgmma_hold(scores);
+  wgmma_fence();
+  score_tile<T, kColumns>(scores, own, tile_in(0));
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(scores);
+  if (tile_begin == last_tile) mask_tail(scores, last_rows, member);
+  bool rescale = rows.template weigh<kBinary>(scores, scale, offset, factor);
+  // The consumers issue their products in turn, so that one takes exponentials while the tensor cores work for the
+  // other (FlashAttention-3, section 3.1): a consumer waits for its turn and then hands it on.
+  constexpr int kTurn = 1 + kConsumers;  // barrier of the first consumer
+  if (consumer == 1 && tile_begin + 1 < tile_end) named_barrier_arrive(kTurn, kConsumers * kGroup);
+  for (int t = tile_begin + 1; t < tile_end; ++t) {
+    current.advance();
+    // Behind a branch, that of the wait, so that the compiler does not wait for the products before the exponentials.
+    barrier_wait(shared.full + current.slot, current.parity);
+    wgmma_wait<0>();
+    wgmma_hold(sums);
+    if (thread == 0 && released >= 0) barrier_arrive(shared.empty + released);
+    finish_weights(rescale);
+    wgmma_hold(scores);
+    wgmma_hold(sums);
+    named_barrier_sync(kTurn + consumer, kConsumers * kGroup);
+    wgmma_fence();
+    score_tile<T, kColumns>(scores, own, tile_in(current.slot));
+    wgmma_commit();
+    add_tile<T, kColumns>(sums, weights, tile_in(previous));
+    wgmma_commit();
+    if (consumer == 0 || t + 1 < tile_end) named_barrier_arrive(kTurn + 1 - consumer, kConsumers * kGroup);
+    released = previous;
+    previous = current.slot;
+    wgmma_wait<1>();
+    wgmma_hold(scores);
+    if (t == last_tile) mask_tail(scores, last_rows, member);
+    rescale = rows.template weigh<kBinary>(scores, scale, offset, factor);
   }
+  wgmma_wait<0>();
+  wgmma_hold(sums);
+  finish_weights(rescale);
   wgmma_hold(sums);
   wgmma_fence();
-  add_tile<T, kColumns>(sums, weights, shared.stages + stage_of(tile_end - 1) * kStageBytes<kColumns>);
+  add_tile<T, kColumns>(sums, weights, tile_in(previous));
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(sums);
 
-  const float unshift = p.binary ? 1.0f / float(1 << mma::Instruction<T>::kBinaryShift) : 1.0f;
+  const float unshift = kBinary ? 1.0f / float(1 << mma::Instruction<T>::kBinaryShift) : 1.0f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    if constexpr (kBinary) rows.small[h].fold(offset, rows.reference[h], rows.sum[h], rows.loss[h]);
     float total = rows.sum[h], total_loss = rows.loss[h];
     total += __shfl_xor_sync(kFullMask, total, 1);
     total += __shfl_xor_sync(kFullMask, total, 2);
@@ -229,7 +268,7 @@ __device__ __forceinline__ void consume(const DenseProblem<T>& p, const Shared<k
 }
 
 // Block (query block x, part y).
-template <typename T, int kColumns>
+template <typename T, int kColumns, bool kBinary>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const DenseProblem<T> p, const __grid_constant__ RowMap map) {
 #if defined(SSLFAST_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kRing = kStages<kColumns>;
@@ -248,10 +287,11 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const DenseProblem<T> p, c
   if (threadIdx.x < kGroup) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x != 0) return;
-    for (int t = tile_begin; t < tile_end; ++t) {
-      const int slot = (t - tile_begin) % kRing;
+    RingPosition<kRing> at;
+    for (int t = tile_begin; t < tile_end; ++t, at.advance()) {
+      const int slot = at.slot;
       // The first round finds the stages empty: parity 1 of a fresh barrier.
-      barrier_wait(shared.empty + slot, (static_cast<uint32_t>((t - tile_begin) / kRing) & 1) ^ 1);
+      barrier_wait(shared.empty + slot, at.parity ^ 1);
       barrier_arrive_expecting(shared.full + slot, kStageBytes<kColumns>);
       for (int panel = 0; panel < kPanels<kColumns>; ++panel) {
         load_box(shared.stages + slot * kStageBytes<kColumns> + panel * kTile * kRowBytes, &map, panel * 64, t * kTile,
@@ -260,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const DenseProblem<T> p, c
     }
   } else {
     take_registers<kConsumerRegisters>();
-    consume<T, kColumns>(p, shared, tile_begin, tile_end);
+    consume<T, kColumns, kBinary>(p, shared, tile_begin, tile_end);
   }
 #endif
 }
@@ -284,15 +324,19 @@ DenseShape wgmma_shape(const DenseProblem<T>&) {
   return {wgmma::kQueries, wgmma::kTile, 1};
 }
 
+template <typename T, int kColumns>
+void launch_wgmma_columns(const DenseProblem<T>& p, dim3 grid, cudaStream_t stream) {
+  const RowMap map = make_row_map(typename mma::Instruction<T>::type{}, p.bank, p.bank_rows, p.columns, wgmma::kTile);
+  launch_kernel("bank_nce_dense", p.binary ? wgmma::kernel<T, kColumns, true> : wgmma::kernel<T, kColumns, false>, grid,
+                dim3(wgmma::kThreads), wgmma::kSharedBytes<kColumns>, stream, p, map);
+}
+
 template <typename T>
 void launch_wgmma(const DenseProblem<T>& p, dim3 grid, cudaStream_t stream) {
-  const RowMap map = make_row_map(typename mma::Instruction<T>::type{}, p.bank, p.bank_rows, p.columns, wgmma::kTile);
-  const dim3 block(wgmma::kThreads);
-  constexpr const char* op = "bank_nce_dense";
   if (p.columns == 64) {
-    launch_kernel(op, wgmma::kernel<T, 64>, grid, block, wgmma::kSharedBytes<64>, stream, p, map);
+    launch_wgmma_columns<T, 64>(p, grid, stream);
   } else {
-    launch_kernel(op, wgmma::kernel<T, 128>, grid, block, wgmma::kSharedBytes<128>, stream, p, map);
+    launch_wgmma_columns<T, 128>(p, grid, stream);
   }
 }
 

@@ -6,12 +6,13 @@
 #include <vector>
 
 #include "common/launch.cuh"
+#include "common/vector.cuh"
 #include "render_views.h"
 
 namespace sslfast {
 namespace {
 
-constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize;
+constexpr int kMaxThreads = 640, kMaxWarps = kMaxThreads / kWarpSize;
 // Upper bound of the kernel's static shared memory.
 constexpr int64_t kStaticShared = 1024;
 
@@ -25,6 +26,7 @@ struct Problem {
   ViewShape shape;
   Normalisation normal;
   bool channels_last, photometric;
+  bool quads;             // rows of the result are whole quads of pixels, at addresses for vector stores
   uint8_t* scratch;       // [B * M, 3, side, side] levels, or null: in shared memory
   float* unblurred;       // [B * M, 3, side, side] levels of the pictures that have a sigma, or null
   Out* __restrict__ out;  // [B * M, 3, side, side], or [B * M, side, side, 3]
@@ -60,49 +62,205 @@ __device__ __forceinline__ void write_pixel(const Problem<Out>& p, Rgb x, int64_
   out[2 * step] = static_cast<Out>(x.b * p.normal.scale[2] + p.normal.shift[2]);
 }
 
-// Applies apply_colour, then writes the pixel, or stores its levels for blur_kernel: one plane of a gray picture, else
-// three.
+// Neighbouring pixels of a row that a thread works on at a time.
+constexpr int kPixels = 4;
+
+// The quads of a picture in the order of a block's threads, without a division for each.
+struct QuadWalk {
+  int x, y;  // of the first pixel
+  int side, step_x, step_y;
+
+  __device__ __forceinline__ explicit QuadWalk(int side) : side(side) {
+    const int quads = (side + kPixels - 1) / kPixels;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    x = thread % quads * kPixels, y = thread / quads;
+    step_x = threads % quads * kPixels, step_y = threads / quads;
+  }
+  __device__ __forceinline__ bool more() const { return y < side; }
+  __device__ __forceinline__ int pixel() const { return y * side + x; }
+  __device__ __forceinline__ int count() const { return min(kPixels, side - x); }
+  __device__ __forceinline__ void advance() {
+    x += step_x, y += step_y;
+    if (x >= side) x -= (side + kPixels - 1) / kPixels * kPixels, ++y;
+  }
+};
+
+// Pixels of a crop on the way from left to right and down in the picture; offsets fit 32 bits, a crop's side is
+// limited.
+struct CropWalk {
+  const uint8_t* crop;  // the picture's first pixel in the first plane
+  int down, right, plane;
+
+  // A quad's levels: words where the pixels are neighbours in memory too, else bytes; those past `count` repeat the
+  // last.
+  __device__ __forceinline__ void read(const QuadWalk& at, Rgb (&x)[kPixels]) const {
+    const int offset = at.y * down + at.x * right, count = at.count();
+    const uint8_t* lowest = crop + (offset + (right == -1 ? right * (kPixels - 1) : 0));
+    if (count == kPixels && (right == 1 || right == -1) && (reinterpret_cast<uintptr_t>(lowest) | plane) % 4 == 0) {
+      unsigned words[3];
+#pragma unroll
+      for (int c = 0; c < 3; ++c) {
+        words[c] = __ldg(reinterpret_cast<const unsigned*>(lowest + c * plane));
+        if (right == -1) words[c] = __byte_perm(words[c], 0u, 0x0123);
+      }
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        x[i] = {static_cast<float>(words[0] >> 8 * i & 255u), static_cast<float>(words[1] >> 8 * i & 255u),
+                static_cast<float>(words[2] >> 8 * i & 255u)};
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      const uint8_t* source = crop + (offset + min(i, count - 1) * right);
+      x[i] = {static_cast<float>(__ldg(source)), static_cast<float>(__ldg(source + plane)),
+              static_cast<float>(__ldg(source + 2 * plane))};
+    }
+  }
+};
+
+template <typename Out>
+__device__ __forceinline__ void write_pixels(const Problem<Out>& p, const Rgb (&x)[kPixels], int64_t picture, int pixel,
+                                             int count, int pixels) {
+  if (!p.quads) {
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      if (i < count) write_pixel(p, x[i], picture, pixel + i, pixels);
+    }
+    return;
+  }
+  Out values[kPixels][3];
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+    values[i][0] = static_cast<Out>(x[i].r * p.normal.scale[0] + p.normal.shift[0]);
+    values[i][1] = static_cast<Out>(x[i].g * p.normal.scale[1] + p.normal.shift[1]);
+    values[i][2] = static_cast<Out>(x[i].b * p.normal.scale[2] + p.normal.shift[2]);
+  }
+  Out* out = p.out + picture * 3 * pixels + (p.channels_last ? 3 * pixel : pixel);
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    Quad<Out> quad;
+    if (p.channels_last) {
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) quad.x[i] = values[(kPixels * c + i) / 3][(kPixels * c + i) % 3];
+      *reinterpret_cast<Quad<Out>*>(out + kPixels * c) = quad;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) quad.x[i] = values[i][c];
+      *reinterpret_cast<Quad<Out>*>(out + c * pixels) = quad;
+    }
+  }
+}
+
+// Applies apply_colour, then writes the pixels, or stores their levels for blur_kernel: one plane of a gray picture,
+// else three.
 template <bool kBlur, typename Out>
-__device__ __forceinline__ void finish_pixel(const Problem<Out>& p, const PictureOps& ops, Rgb x, int64_t picture,
-                                             int pixel, int pixels) {
-  x = apply_colour(x, ops);
+__device__ __forceinline__ void finish_pixels(const Problem<Out>& p, const PictureOps& ops, Rgb (&x)[kPixels],
+                                              int64_t picture, int pixel, int count, int pixels) {
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) x[i] = apply_colour(x[i], ops);
   if (!kBlur || ops.sigma == 0) {
-    write_pixel(p, x, picture, pixel, pixels);
+    write_pixels(p, x, picture, pixel, count, pixels);
     return;
   }
   float* levels = p.unblurred + picture * 3 * pixels + pixel;
-  levels[0] = x.r;
-  if (ops.grayscale) return;
-  levels[pixels] = x.g;
-  levels[2 * pixels] = x.b;
-}
-
-// A posterized level, sharpened and solarized.
-__device__ __forceinline__ float sharpened_level(const uint8_t* plane, int side, int pixel, const PictureOps& ops) {
-  const int y = pixel / side, x = pixel % side;
-  float level = plane[pixel];
-  if (y > 0 && y < side - 1 && x > 0 && x < side - 1) {
-    const uint8_t* above = plane + pixel - side;
-    const uint8_t* row = plane + pixel;
-    const uint8_t* below = plane + pixel + side;
-    const int sum = above[-1] + above[0] + above[1] + row[-1] + row[1] + below[-1] + below[0] + below[1] + 5 * row[0];
-    level = sharpen_level(level, static_cast<float>(sum), ops.sharpness);
+  for (int i = 0; i < kPixels; ++i) {
+    if (i >= count) break;
+    levels[i] = x[i].r;
+    if (ops.grayscale) continue;
+    levels[pixels + i] = x[i].g;
+    levels[2 * pixels + i] = x[i].b;
   }
-  return level >= ops.threshold ? 255.0f - level : level;
 }
 
-// One block renders one picture. Its bytes are read once, twice if contrast needs the mean. The levels of the
-// photometric set, which are integers, are kept in shared memory for neighbours and extremes.
-// kBlur false: every sigma is 0, which takes half the registers on 10.0.
+// The jitters of a picture, in one loop over the steps: the kinds as four bits each, so that nothing is indexed.
+struct JitterSteps {
+  unsigned kinds = 0, applies = 0;
+  float brightness, contrast, saturation, turns6;
+
+  __device__ __forceinline__ JitterSteps(const PictureOps& ops, const float* parameters)
+      : brightness(parameters[kBrightness]),
+        contrast(parameters[kContrast]),
+        saturation(parameters[kSaturation]),
+        turns6(hue_sixths(parameters[kHue])) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      kinds |= static_cast<unsigned>(ops.kinds[i]) << 4 * i;
+      applies |= (ops.applies[i] ? 1u : 0u) << i;
+    }
+  }
+
+  // Steps 0 .. steps - 1. `level`: (1 - factor) * mean luminance for contrast.
+  __device__ __forceinline__ void apply(Rgb (&x)[kPixels], int steps, float level) const {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if (!(applies >> step & 1u)) continue;
+      const unsigned kind = kinds >> 4 * step & 15u;
+      if (kind == kJitterHue) {
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) x[i] = shift_hue(x[i], turns6);
+      } else if (kind == kJitterSaturation) {
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) x[i] = saturate_levels(x[i], saturation);
+      } else {
+        const bool is_contrast = kind == kJitterContrast;
+        const float factor = is_contrast ? contrast : brightness, constant = is_contrast ? level : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) x[i] = scale_levels(x[i], factor, constant);
+      }
+    }
+  }
+};
+
+// Posterized levels of a quad of one plane, sharpened and solarized; those past `count` repeat the last.
+__device__ __forceinline__ void sharpened_levels(const uint8_t* plane, const QuadWalk& at, const PictureOps& ops,
+                                                 float (&levels)[kPixels]) {
+  const int side = at.side, count = at.count();
+  const uint8_t* row = plane + at.pixel();
+  const bool inner_row = at.y > 0 && at.y < side - 1;
+  // Sums of the three pixels of a column, from the column left of the quad on.
+  int columns[kPixels + 2];
+#pragma unroll
+  for (int j = 0; j < kPixels + 2; ++j) {
+    const int x = at.x + j - 1;
+    const bool inside = inner_row && x >= 0 && x < side;
+    columns[j] = inside ? row[j - 1 - side] + row[j - 1] + row[j - 1 + side] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) {
+    const int x = at.x + i;
+    float level = row[min(i, count - 1)];
+    if (inner_row && x > 0 && x < side - 1) {
+      const float sum = static_cast<float>(columns[i] + columns[i + 1] + columns[i + 2]) + 4.0f * level;
+      // sum / 13 is never halfway between two integers: the product rounds to the same one.
+      const float smooth = rintf(sum * (1.0f / 13));
+      level = floorf(clamp_level((level - smooth) * ops.sharpness + smooth));
+    }
+    levels[i] = level >= ops.threshold ? 255.0f - level : level;
+    if (i > 0 && i >= count) levels[i] = levels[i - 1];
+  }
+}
+
+// stretch_level of integers: half a unit keeps the product with the rounded inverse on the right side of each integer.
+__device__ __forceinline__ float stretched(float level, float low, float inverse_span) {
+  return floorf(((level - low) * 255.0f + 0.5f) * inverse_span);
+}
+
+// One block renders one picture, four pixels of a row at a time for a thread. Its bytes are read once, twice if
+// contrast needs the mean: jitters before it clamp levels or turn hues, so that no mean of the source gives theirs. The
+// levels of the photometric set, which are integers, are kept in shared memory for neighbours and extremes. kBlur
+// false: every sigma is 0, which takes half the registers on 10.0.
 template <typename Out, bool kBlur>
 __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> p) {
   __shared__ float sums[kMaxWarps];
   __shared__ Extremes extremes[kMaxWarps];
+  __shared__ float stretch_low[3], stretch_inverse_span[3];  // autocontrast of each channel
   const int64_t picture = blockIdx.x, pictures = p.shape.pictures(), sample = picture / pictures;
-  const int side = static_cast<int>(p.shape.side), pixels = side * side, threads = static_cast<int>(blockDim.x);
+  const int side = static_cast<int>(p.shape.side), pixels = side * side;
   const int64_t plane = p.shape.size * p.shape.size;
-  if (!parameters_in_range(p.parameters + picture * kViewParameters)) __trap();
-  const PictureOps ops = PictureOps::read(p.parameters + picture * kViewParameters);
+  const float* parameters = p.parameters + picture * kViewParameters;
+  if (!parameters_in_range(parameters)) __trap();
+  const PictureOps ops = PictureOps::read(parameters);
   if ((ops.photometric && !p.photometric) || (ops.sigma != 0 && !kBlur)) __trap();
   int64_t top = 0, left = 0;
   if (p.permutation != nullptr) {
@@ -115,60 +273,81 @@ __global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> 
   }
   const int turns = p.turns == nullptr ? 0 : static_cast<int>(p.turns[sample] & 3);
   const PixelMap map = p.shape.map(turns, top, left, ops.flip);
-  const uint8_t* crop = p.crops + sample * 3 * plane + map.base;
-  const auto read = [&](int pixel) {
-    const uint8_t* source = crop + pixel / side * map.down + pixel % side * map.right;
-    return Rgb{float(__ldg(source)), float(__ldg(source + plane)), float(__ldg(source + 2 * plane))};
-  };
+  const CropWalk crop{p.crops + sample * 3 * plane + map.base, static_cast<int>(map.down), static_cast<int>(map.right),
+                      static_cast<int>(plane)};
+  const JitterSteps jitters(ops, parameters);
 
   float level = 0.0f;
   if (ops.contrast < 4) {
     float sum = 0.0f;
-    for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
-      const Rgb x = apply_jitters(read(pixel), ops, ops.contrast, 0.0f);
-      sum += luminance(x.r, x.g, x.b);
+    for (QuadWalk at(side); at.more(); at.advance()) {
+      Rgb x[kPixels];
+      crop.read(at, x);
+      jitters.apply(x, ops.contrast, 0.0f);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) sum += i < at.count() ? luminance(x[i].r, x[i].g, x[i].b) : 0.0f;
     }
     sum = block_reduce(sum, sums, 0.0f, [](float a, int offset) { return a + __shfl_xor_sync(kFullMask, a, offset); });
-    level = (1.0f - p.parameters[picture * kViewParameters + kContrast]) * (sum / static_cast<float>(pixels));
+    level = (1.0f - jitters.contrast) * (sum / static_cast<float>(pixels));
   }
 
   uint8_t* levels = nullptr;
   if (ops.photometric) levels = p.scratch != nullptr ? p.scratch + picture * 3 * pixels : dynamic_shared<uint8_t>();
   const int mask = ~(static_cast<int>(ops.level_step) - 1);
-  for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
-    const Rgb x = apply_jitters(read(pixel), ops, 4, level);
+  for (QuadWalk at(side); at.more(); at.advance()) {
+    Rgb x[kPixels];
+    crop.read(at, x);
+    jitters.apply(x, 4, level);
     if (!ops.photometric) {
-      finish_pixel<kBlur>(p, ops, x, picture, pixel, pixels);
+      finish_pixels<kBlur>(p, ops, x, picture, at.pixel(), at.count(), pixels);
       continue;
     }
-    levels[pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.r)) & mask);
-    levels[pixels + pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.g)) & mask);
-    levels[2 * pixels + pixel] = static_cast<uint8_t>(static_cast<int>(rintf(x.b)) & mask);
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      if (i >= at.count()) break;
+      uint8_t* level_of = levels + at.pixel() + i;
+      level_of[0] = static_cast<uint8_t>(static_cast<int>(rintf(x[i].r)) & mask);
+      level_of[pixels] = static_cast<uint8_t>(static_cast<int>(rintf(x[i].g)) & mask);
+      level_of[2 * pixels] = static_cast<uint8_t>(static_cast<int>(rintf(x[i].b)) & mask);
+    }
   }
   if (!ops.photometric) return;
   __syncthreads();
 
-  float low[3], span[3];
-#pragma unroll
+  // One channel after the other, in loops: three at a time would not fit the registers.
+#pragma unroll 1
   for (int c = 0; c < 3; ++c) {
     Extremes found{255.0f, 0.0f};
-    for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
-      const float x = sharpened_level(levels + c * pixels, side, pixel, ops);
-      found = {fminf(found.low, x), fmaxf(found.high, x)};
+    for (QuadWalk at(side); at.more(); at.advance()) {
+      float x[kPixels];
+      sharpened_levels(levels + c * pixels, at, ops, x);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) found = {fminf(found.low, x[i]), fmaxf(found.high, x[i])};
     }
     found = block_reduce(found, extremes, Extremes{255.0f, 0.0f}, [](Extremes a, int offset) {
       return Extremes{fminf(a.low, __shfl_xor_sync(kFullMask, a.low, offset)),
                       fmaxf(a.high, __shfl_xor_sync(kFullMask, a.high, offset))};
     });
     const bool flat = found.low == found.high;
-    low[c] = flat ? 0.0f : found.low;
-    span[c] = flat ? 255.0f : found.high - found.low;
+    if (threadIdx.x == 0) {
+      stretch_low[c] = flat ? 0.0f : found.low;
+      stretch_inverse_span[c] = 1.0f / (flat ? 255.0f : found.high - found.low);
+    }
   }
-  for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
-    const Rgb x{stretch_level(sharpened_level(levels, side, pixel, ops), low[0], span[0]),
-                stretch_level(sharpened_level(levels + pixels, side, pixel, ops), low[1], span[1]),
-                stretch_level(sharpened_level(levels + 2 * pixels, side, pixel, ops), low[2], span[2])};
-    finish_pixel<kBlur>(p, ops, x, picture, pixel, pixels);
+  __syncthreads();
+  for (QuadWalk at(side); at.more(); at.advance()) {
+    Rgb x[kPixels] = {};
+#pragma unroll 1
+    for (int c = 0; c < 3; ++c) {
+      float channel[kPixels];
+      sharpened_levels(levels + c * pixels, at, ops, channel);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        const float value = stretched(channel[i], stretch_low[c], stretch_inverse_span[c]);
+        x[i] = {c == 0 ? value : x[i].r, c == 1 ? value : x[i].g, value};
+      }
+    }
+    finish_pixels<kBlur>(p, ops, x, picture, at.pixel(), at.count(), pixels);
   }
 }
 
@@ -280,6 +459,7 @@ Tensor render_views_cuda(const Tensor& crops_, const Tensor& parameters_, std::o
     p.unblurred = blur ? static_cast<float*>(unblurred.mutable_data_ptr()) : nullptr;
     p.scratch = shared ? nullptr : static_cast<uint8_t*>(scratch.mutable_data_ptr());
     p.out = static_cast<Out*>(out.mutable_data_ptr());
+    p.quads = side % kPixels == 0 && reinterpret_cast<uintptr_t>(p.out) % alignof(Quad<Out>) == 0;
     // About 16 pixels for a thread.
     const int64_t warps = std::clamp<int64_t>(side * side / (16 * kWarpSize), 1, kMaxWarps);
     launch_kernel("render_views", blur ? render_kernel<Out, true> : render_kernel<Out, false>,

@@ -95,7 +95,8 @@ __global__ void product_kernel(const __grid_constant__ RowMap map, float* out, i
   float d[64];
   wgmma_fence();
   for (int k = 0; k < 4; ++k) {
-    wgmma_m64n128k16(Bf16{}, d, matrix_descriptor(stage + 32 * k, 16), matrix_descriptor(stage + 32 * k, 16), k > 0);
+    const uint64_t operand = matrix_descriptor(descriptor_word(stage + 32 * k, 0));
+    wgmma_m64n128k16(Bf16{}, d, operand, operand, k > 0);
   }
   wgmma_commit();
   if (which == kStageReleasedEarly) stage[2 * threadIdx.x + 1] = 0;

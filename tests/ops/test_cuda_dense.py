@@ -1,5 +1,6 @@
 """bank_nce_dense's CUDA kernels (without tensor cores, mma, wgmma), run on the CPU, against float64."""
 
+import math
 from typing import Any
 
 import pytest
@@ -113,9 +114,40 @@ def test_wgmma(dtype: torch.dtype, columns: int, loss: str) -> None:
         assert_agrees(args, tensor_cores=True, order=order, compute_capability=90)
 
 
+@pytest.mark.parametrize("compute_capability", [80, 90])
+@pytest.mark.parametrize("z", [1e-30, 1.0, 50.0, 900.0, 1e5, 1e9, 1e28])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_nce_of_every_size(dtype: torch.dtype, z: float, compute_capability: int) -> None:
+    """Logits near 0, all below -6 ln 2 (three terms of the series), some of either, and far from the offset."""
+    args = arguments(dtype=dtype, binary=True, columns=64, num_rows=300, batch=10)
+    args[5] = z
+    args[0][1, 3] = args[1][200].float()  # one row is close to one query
+    assert_agrees(args, tensor_cores=True, order=2, compute_capability=compute_capability)
+
+
+@pytest.mark.parametrize("compute_capability", [80, 90])
+@pytest.mark.parametrize("logit", [-4.16, -4.2, -5.0, -8.0, -20.0, -3.0, 0.0, 5.0])
+def test_error_of_one_logit(logit: float, compute_capability: int) -> None:
+    """Of every 128 rows one has this logit, the others none to speak of: below -6 ln 2 = -4.159 the series is off by at
+    most 2^-20 in the loss and 2^-18 in the weight, above it the polynomial by 3.3e-7; then comes fp32."""
+    tiles, temperature = 3, 0.1
+    bank = torch.zeros(128 * tiles, 64, dtype=torch.bfloat16)
+    bank[:, 0] = -4.0
+    bank[::128, 0] = 1.0
+    query = torch.zeros(1, 1, 64)
+    query[0, 0, 0] = 1.0
+    z = math.exp(1 / temperature - logit) * len(bank) / (len(bank) - 1)
+    args = [query, bank, torch.tensor([-1]), None, None, z, temperature, True, False]
+    loss, _, grad = emulate("bank_nce_dense", *args, compute_capability=compute_capability)
+    fp32 = 2**-23 * (1 / temperature + abs(1 / temperature - logit))  # of the exponent, which E multiplies
+    assert loss.item() == pytest.approx(tiles * math.log1p(math.exp(logit)), rel=2**-20 + fp32 + 4e-7)
+    weight = tiles / (1 + math.exp(-logit))
+    assert grad[0, 0, 0].item() * temperature == pytest.approx(weight, rel=2**-8 + 2**-18 + fp32)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_wgmma_ring_goes_round(dtype: torch.dtype) -> None:
-    args = arguments(dtype=dtype, views=1, batch=5, num_rows=128 * 11 + 3)  # 12 tiles through 4 stages
+    args = arguments(dtype=dtype, views=1, batch=5, num_rows=128 * 14 + 3)  # 15 tiles through 6 stages
     for order in (1, 4, 5, 6):
         assert_agrees(args, tensor_cores=True, order=order, multiprocessors=1, compute_capability=90)
 

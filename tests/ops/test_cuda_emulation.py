@@ -235,6 +235,19 @@ def test_bank_enqueue(bank_dtype: torch.dtype, key_dtype: torch.dtype) -> None:
         assert moved.item() == head.item() == (8 + batch) % 11
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_bank_enqueue_reads_the_head_in_every_block_before_it_moves(order: int) -> None:
+    # 300 keys: 38 blocks of 8; 8,200 keys: 1,024 blocks, some with two keys for a warp; 0 columns: the head alone.
+    for columns, batch, num_rows in ((4, 300, 301), (1, 8_200, 8_199), (0, 300, 7)):
+        expected, head = draw(num_rows, columns), torch.tensor(6)
+        bank, moved, keys = expected.clone(), head.clone(), draw(batch, columns, seed=1)
+        for _ in range(2):
+            run_on_cpu("bank_enqueue_", expected, head, keys)
+            emulate("bank_enqueue_", bank, moved, keys, order=order)
+        assert torch.equal(bank, expected)
+        assert moved.item() == head.item()
+
+
 def test_bank_enqueue_strided_and_odd_addresses() -> None:
     for keys in (draw(8, 5).t(), draw(41)[1:].view(5, 8)):
         expected, bank = torch.zeros(6, 8), torch.zeros(49)[1:].view(6, 8)
@@ -352,6 +365,8 @@ def _out_of_range() -> list[Any]:
         ("negative_rows", [torch.tensor([10]), None, 0, 5, 10, 1, True, False]),
         ("bank_update_", [bank, torch.tensor([-2]), feature, 0.5]),
         ("bank_enqueue_", [bank, torch.tensor(4), feature]),
+        ("bank_enqueue_", [bank, torch.tensor(-1), feature]),
+        ("bank_enqueue_", [bank, torch.tensor(2**48), feature]),
         ("jigsaw_patches", [jigsaw[0], permutation, *jigsaw[2:]]),
         ("jigsaw_patches", [*jigsaw[:2], offset, *jigsaw[3:]]),
     ]

@@ -105,6 +105,12 @@ inline double rsqrt(double x) {
 inline float __saturatef(float x) {
   return x > 0.0f ? std::min(x, 1.0f) : 0.0f;
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7u) & 255u) << 8 * i;
+  return result;
+}
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
 }

@@ -21,6 +21,10 @@ inline cudaStream_t current_stream(int32_t) {
 inline int multiprocessors() {
   return cuda_emulation::machine.settings.multiprocessors;
 }
+template <typename Kernel>
+int blocks_per_multiprocessor(Kernel, int, size_t) {
+  return 2;
+}
 inline int compute_capability() {
   return cuda_emulation::machine.settings.compute_capability;
 }

@@ -105,6 +105,7 @@ struct Machine {
   unsigned char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
   std::shared_ptr<void> block_state;  // what warpgroup.h keeps for a block
+  int arrived[16] = {};               // threads at a barrier of the block that do not wait there
 };
 inline Machine machine;
 inline std::string (*end_of_block)() = nullptr;  // reports what a finished block left pending
@@ -238,11 +239,27 @@ void warp_collective(Site site, unsigned mask, Lane& mine, const Combine& combin
   });
 }
 
-// Barrier 0 is __syncthreads: all threads, one line. Others are met by any `count` threads.
+// Barrier 0 is __syncthreads: all threads, one line. Others are met by any `count` threads, some of which may have
+// arrived without waiting.
 inline void block_barrier(Site site, int barrier, int count) {
   static int everyone[1024];
   for (int i = 0; i < machine.threads; ++i) everyone[i] = i;
-  meet(Wait{site, 0, barrier, count, nullptr}, everyone, machine.threads, count, [] {});
+  int& arrived = machine.arrived[barrier];
+  meet(Wait{site, 0, barrier, count, nullptr}, everyone, machine.threads, count - arrived, [&] { arrived = 0; });
+}
+inline void arrive_at_barrier(Site site, int barrier, int count) {
+  Machine& m = machine;
+  const Wait wait{site, 0, barrier, count, nullptr};
+  const auto waits = [&](const Fiber& fiber) { return fiber.state == State::kWaiting && fiber.wait.meets(wait); };
+  int present = ++m.arrived[barrier];
+  for (int i = 0; i < m.threads; ++i) present += waits(m.fibers[i]) ? 1 : 0;
+  progress();
+  if (present < count) return;
+  if (present > count) fail(site.words() + " once too often");
+  m.arrived[barrier] = 0;
+  for (int i = 0; i < m.threads; ++i) {
+    if (waits(m.fibers[i])) make_ready(m.fibers[i]);
+  }
 }
 
 inline void fiber_main() {
@@ -397,6 +414,7 @@ inline void run_block() {
   memset(shared, kPoison, bytes);
   if (m.dynamic_bytes > 0) memset(m.dynamic_shared, kPoison, m.dynamic_bytes + kSharedMargin);
   m.block_state.reset();
+  std::fill(std::begin(m.arrived), std::end(m.arrived), 0);
   m.ready.clear();
   m.next = -1;
   m.spins = 0;
@@ -409,6 +427,9 @@ inline void run_block() {
   while (!m.ready.empty() && m.failure.empty()) resume(pick_ready());
   for (int i = 0; i < m.threads && m.failure.empty(); ++i) {
     if (m.fibers[i].state != State::kDone) m.failure = describe_deadlock();
+  }
+  for (int i = 0; i < 16 && m.failure.empty(); ++i) {
+    if (m.arrived[i] != 0) m.failure = "barrier " + std::to_string(i) + " is left with arrivals that no thread met";
   }
   if (m.failure.empty() && end_of_block != nullptr) m.failure = end_of_block();
 }

@@ -87,6 +87,15 @@ inline uint32_t shared_address(const void* pointer) {
   return kSharedBase + static_cast<uint32_t>(offset);
 }
 
+inline float fast_exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+
+inline float fast_reciprocal(float x) {
+  return 1.0f / x;
+}
+
 template <typename Tag>
 void mma_m16n8k16(Tag, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SSLFAST_SITE) {
   using namespace cuda_emulation;

@@ -293,6 +293,12 @@ inline void named_barrier_sync(int barrier, int threads, SSLFAST_SITE) {
   if (barrier < 0 || barrier > 15 || threads % 32 != 0) cuda_emulation::fail(site.words() + " with wrong numbers");
   cuda_emulation::block_barrier(site, barrier, threads);
 }
+inline void named_barrier_arrive(int barrier, int threads, SSLFAST_SITE) {
+  const cuda_emulation::Site site = SSLFAST_HERE("bar.arrive");
+  if (barrier < 1 || barrier > 15 || threads % 32 != 0) cuda_emulation::fail(site.words() + " with wrong numbers");
+  cuda_emulation::arrive_at_barrier(site, barrier, threads);
+  cuda_emulation::dawdle(site);
+}
 inline void load_box(void* shared, const RowMap* map, int column, int row, uint64_t* barrier, SSLFAST_SITE) {
   using namespace cuda_emulation;
   const Site site = SSLFAST_HERE("cp.async.bulk.tensor");
