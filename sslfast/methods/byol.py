@@ -13,15 +13,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
-from sslfast.models import build_trunk, seeded
+from sslfast.models import MLPHead, build_trunk, seeded
 from sslfast.ops import ema_update_
 from sslfast.views import View, ViewConfig
 
@@ -42,6 +42,8 @@ class BYOL(Method):
         """Width of the hidden layer of projection and predictor."""
         dimensions: int = 256
         """Dimensions of projections and predictions."""
+        output_bias: bool = True
+        """Bias in the last layer of projection and predictor; the authors' code has none."""
         momentum: float = 0.996
         """τ_base, factor of the target's old weights at the first step; it rises to 1 by the last one."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
@@ -76,9 +78,10 @@ class BYOL(Method):
         self.config, self.total_steps = config, context.total_steps
         self.trunk = build_trunk(context.model, seed=context.seed)
         hidden, dimensions = config.hidden_features, config.dimensions
+        options: Any = {"hidden_norm": True, "output_bias": config.output_bias}
         with seeded(context.seed + 1):
-            self.projection = _mlp(self.trunk.out_features, hidden, dimensions)
-            self.predictor = _mlp(dimensions, hidden, dimensions)
+            self.projection = MLPHead(self.trunk.out_features, hidden, dimensions, **options)
+            self.predictor = MLPHead(dimensions, hidden, dimensions, **options)
         self.target_trunk = copy.deepcopy(self.trunk).requires_grad_(False)
         self.target_projection = copy.deepcopy(self.projection).requires_grad_(False)
         self._step: int | Tensor | None = None
@@ -119,13 +122,3 @@ class BYOL(Method):
         """τ of a step, 0-d fp64 on the device of the weights."""
         step = torch.as_tensor(step, dtype=torch.float64, device=next(self.trunk.parameters()).device)
         return 1 - (1 - self.config.momentum) * ((math.pi * step / self.total_steps).cos() + 1) / 2
-
-
-def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
-    """Linear, BatchNorm, ReLU, linear (section 3.3)."""
-    return nn.Sequential(
-        nn.Linear(in_features, hidden_features),
-        nn.BatchNorm1d(hidden_features),
-        nn.ReLU(),
-        nn.Linear(hidden_features, out_features),
-    )

@@ -25,6 +25,9 @@ class ResNetConfig:
     group), independent of other images; torchvision's weights do not fit it."""
     width: float = 1.0
     """Factor on the channels of every layer: 2 is PIRL-c2x (table 2 of the paper, 98 M parameters with ResNet-50)."""
+    zero_init_residual: bool = False
+    """Initial weights alone: the scale of the last normalisation of every residual block starts at 0, so that the block
+    starts as the identity (Goyal et al. 2017, section 5.1)."""
 
     def __post_init__(self) -> None:
         if not self.width > 0 or 64 * self.width % 8:
@@ -109,6 +112,11 @@ class ResNetTrunk(Trunk):
         for module in net.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (2, 2):
                 module.__class__ = _StridedConv
+            if config.zero_init_residual and isinstance(
+                module, torchvision.models.resnet.BasicBlock | torchvision.models.resnet.Bottleneck
+            ):
+                last = module.bn3 if isinstance(module, torchvision.models.resnet.Bottleneck) else module.bn2
+                nn.init.zeros_(last.weight)
         self.out_features = round(net.fc.in_features * config.width)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))

@@ -136,7 +136,7 @@ def read_weights(path: Path | str) -> Weights:
     if not isinstance(stated, dict):
         raise ValueError(f"{card}: model must be a table, got {str(stated)[:100]}; restore the file")
     for name, value in to_dict(model).items():
-        if stated.get(name, value) != value:
+        if name != "zero_init_residual" and stated.get(name, value) != value:  # it leaves no trace in trained weights
             raise ValueError(
                 f"{card}: model.{name} is {str(stated[name])[:100]} and the weights are of {value}; "
                 "restore the file that was exported with them, or delete it"
