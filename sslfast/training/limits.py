@@ -52,6 +52,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "augment.photometric_probability": (0, 1),
     "augment.grayscale_probability": (0, 1),
     "augment.blur_probability": (0, 1),
+    "augment.solarize_probability": (0, 1),
+    "augment.solarize_threshold": (0, 256),
     "augment.brightness": (0, 10),
     "augment.contrast": (0, 10),
     "augment.saturation": (0, 10),
