@@ -66,7 +66,8 @@ def _wide(config: ResNetConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
             return super()._make_layer(block, round(planes * config.width), *args, **options)
 
     blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}[config.name]
-    net = Wide(resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock, blocks, norm_layer=norm)
+    block = resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock
+    net = Wide(block, blocks, norm_layer=norm, zero_init_residual=config.zero_init_residual)
     net.conv1 = nn.Conv2d(3, round(64 * config.width), kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.bn1 = norm(round(64 * config.width))
@@ -102,7 +103,9 @@ class ResNetTrunk(Trunk):
             ) from error
         norm, first = norm_layer(config), round(64 * config.width)
         if config.width == 1:
-            net = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
+            net = getattr(torchvision.models, config.name)(
+                weights=None, norm_layer=norm, zero_init_residual=config.zero_init_residual
+            )
         else:
             net = _wide(config, norm)
         if config.stem == "small":
@@ -112,11 +115,6 @@ class ResNetTrunk(Trunk):
         for module in net.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (2, 2):
                 module.__class__ = _StridedConv
-            if config.zero_init_residual and isinstance(
-                module, torchvision.models.resnet.BasicBlock | torchvision.models.resnet.Bottleneck
-            ):
-                last = module.bn3 if isinstance(module, torchvision.models.resnet.Bottleneck) else module.bn2
-                nn.init.zeros_(last.weight)
         self.out_features = round(net.fc.in_features * config.width)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))
