@@ -12,7 +12,7 @@ from sslfast.models.build import build_trunk
 from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig
-from sslfast.recipes.contrastive import byol, byol_small
+from sslfast.recipes.joint_embedding import byol, byol_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.methods import harness
