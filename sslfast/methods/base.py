@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from sslfast.models import Trunk, TrunkConfig
+from sslfast.optim import ParameterOptions
 from sslfast.views import View, ViewConfig
 
 
@@ -158,6 +159,11 @@ class Method(nn.Module):
     def full_state_bytes(self) -> int:
         """Size of the tensors of :meth:`full_state_dict`."""
         return sum(value.nbytes for value in self.state_dict().values())
+
+    def parameter_options(self) -> Mapping[str, ParameterOptions]:
+        """What the optimizer does differently with some parameters, by the name of a parameter or of a submodule:
+        factor or constancy of the rate, weight decay, momentum, steps without an update."""
+        return {}
 
     def replicated(self) -> list[Tensor]:
         """Tensors besides the parameters that must be equal on all ranks."""

@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from sslfast.distributed import gather_rows, rank, world_size
 from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
+from sslfast.methods.shared.momentum import rising_momentum
 from sslfast.models import MLPHead, build_trunk, initial_rows, seeded
 from sslfast.ops import bank_enqueue_, bank_nce_dense, ema_update_
 from sslfast.ops.philox import Stream, random_uint32
@@ -53,6 +54,8 @@ class MoCo(Method):
         """K, keys in the queue; need not be a multiple of the batch size."""
         momentum: float = 0.999
         """m, factor of the key encoder's old weights."""
+        momentum_schedule: Literal["constant", "cosine"] = "constant"
+        """cosine: m rises from ``momentum`` to 1 over the run (MoCo v3, BYOL)."""
         shuffle: bool = True
         """Encode keys in an order shuffled over ranks, so that a query and its key do not share BatchNorm statistics
         (He et al. section 3.3). With one process there is a single batch and nothing to shuffle."""
@@ -90,7 +93,7 @@ class MoCo(Method):
         super().__init__()
         config.validate()
         self.config = config
-        self.seed = context.seed
+        self.seed, self.total_steps = context.seed, context.total_steps
         self.trunk = build_trunk(context.model, seed=context.seed)
         features, dimensions = self.trunk.out_features, config.dimensions
         with seeded(context.seed + 1):
@@ -104,6 +107,7 @@ class MoCo(Method):
         self.register_buffer("queue", initial_rows(config.queue_size, dimensions, seed=context.seed))
         self.register_buffer("head", torch.zeros((), dtype=torch.int64))
         self._pending: list[Tensor] = []
+        self._step: int | Tensor = 0
 
     def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.
@@ -119,6 +123,7 @@ class MoCo(Method):
         queries = normalize(self.projection(self.trunk(views[QUERY].pixels)).float(), dim=1)
         keys, all_keys = self._encode_keys(views[KEY].pixels, step)
         self._pending.append(all_keys)
+        self._step = step
         similarity = (queries * keys).sum(dim=1)  # [B]
         loss = queue_loss(queries, similarity, self.queue, temperature=self.config.temperature)
         return {"loss": loss.mean(), "similarity": similarity.detach().mean()}
@@ -127,10 +132,13 @@ class MoCo(Method):
         """Updates the key encoder with the weights of the step just taken, and enqueues the batch's keys."""
         if not self._pending:
             raise RuntimeError("MoCo.after_step was called before a forward pass")
+        momentum: float | Tensor = self.config.momentum
+        if self.config.momentum_schedule == "cosine":
+            momentum = rising_momentum(self.config.momentum, self._step, self.total_steps, device=self.queue.device)
         ema_update_(
             chain(self.key_trunk.parameters(), self.key_projection.parameters()),
             chain(self.trunk.parameters(), self.projection.parameters()),
-            momentum=self.config.momentum,
+            momentum=momentum,
         )
         bank_enqueue_(self.queue, self.head, torch.cat(self._pending))
         self._pending = []

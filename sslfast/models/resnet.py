@@ -25,6 +25,9 @@ class ResNetConfig:
     group), independent of other images; torchvision's weights do not fit it."""
     width: float = 1.0
     """Factor on the channels of every layer: 2 is PIRL-c2x (table 2 of the paper, 98 M parameters with ResNet-50)."""
+    zero_init_residual: bool = False
+    """Initial weights alone: the scale of the last normalisation of every residual block starts at 0, so that the block
+    starts as the identity (Goyal et al. 2017, section 5.1)."""
 
     def __post_init__(self) -> None:
         if not self.width > 0 or 64 * self.width % 8:
@@ -63,7 +66,8 @@ def _wide(config: ResNetConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
             return super()._make_layer(block, round(planes * config.width), *args, **options)
 
     blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}[config.name]
-    net = Wide(resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock, blocks, norm_layer=norm)
+    block = resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock
+    net = Wide(block, blocks, norm_layer=norm, zero_init_residual=config.zero_init_residual)
     net.conv1 = nn.Conv2d(3, round(64 * config.width), kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.bn1 = norm(round(64 * config.width))
@@ -99,7 +103,9 @@ class ResNetTrunk(Trunk):
             ) from error
         norm, first = norm_layer(config), round(64 * config.width)
         if config.width == 1:
-            net = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
+            net = getattr(torchvision.models, config.name)(
+                weights=None, norm_layer=norm, zero_init_residual=config.zero_init_residual
+            )
         else:
             net = _wide(config, norm)
         if config.stem == "small":

@@ -1,14 +1,13 @@
-"""Recipes of MoCo, SimCLR, BYOL and CPC.
+"""Recipes of MoCo, SimCLR and CPC.
 
 ImageNet numbers come from the papers: He et al., CVPR 2020 (MoCo v1: sections 3.3 and 4); Chen, Fan, Girshick & He,
-arXiv 2003.04297 (v2); Chen et al., ICML 2020 (SimCLR: section 2, appendix A and B.9); Grill et
-al., NeurIPS 2020 (BYOL: section 3.3, appendix B and F); van den Oord et al. 2018 (CPC:
+arXiv 2003.04297 (v2); Chen et al., ICML 2020 (SimCLR: section 2, appendix A and B.9); van den Oord et al. 2018 (CPC:
 section 3.3). What a paper leaves open is taken from its authors' public code or chosen here, and the docstring says so.
 """
 
 from dataclasses import replace
 
-from sslfast.methods import BYOL, CPC, MoCo, SimCLR
+from sslfast.methods import CPC, MoCo, SimCLR
 from sslfast.models import ResNetConfig
 from sslfast.optim import OptimConfig
 from sslfast.recipes.common import small, small_view
@@ -91,35 +90,6 @@ def simclr() -> TrainConfig:
     )
 
 
-def byol() -> TrainConfig:
-    """BYOL: ResNet-50, batch 4096, LARS with learning rate 3.2 (0.2 per 256), 10 epochs of warm-up, then a cosine,
-    weight decay 1.5e-6, momentum 0.996 rising to 1, BatchNorm over all ranks; 1000 epochs (74.3 %; 300: 72.5 %).
-
-    Departure: no solarization, which the paper has in a fifth of the second views.
-    """
-    augment = AugmentConfig(
-        saturation=0.2, hue=0.1, jitter_probability=0.8, blur_probability=1.0, blur_sigma=(0.1, 2.0)
-    )
-    return TrainConfig(
-        recipe="byol",
-        method=BYOL.Config(
-            image_view=ViewConfig(augment=augment),
-            second_view=ViewConfig(augment=replace(augment, blur_probability=0.1)),
-        ),
-        optim=OptimConfig(
-            name="lars",
-            lr_per_256_images=0.2,
-            final_lr_per_256_images=0.0,
-            lr_update="step",
-            warmup_epochs=10,
-            weight_decay=1.5e-6,
-        ),
-        epochs=1000,
-        batch_size=4096,
-        sync_batchnorm=True,
-    )
-
-
 def cpc() -> TrainConfig:
     """CPC: 7 x 7 patches of 64 px with stride 32 from 256 px, flip and grayscale, batch 512 (16 on each of 32 GPUs).
 
@@ -168,15 +138,6 @@ def simclr_small() -> TrainConfig:
     return small("simclr-small", method)
 
 
-def byol_small() -> TrainConfig:
-    """BYOL for images up to 64 px: ResNet-18 with the small stem, batch 256, 200 epochs, SGD, momentum 0.99 rising to
-    1, no blur."""
-    method = BYOL.Config(
-        hidden_features=512, dimensions=128, momentum=0.99, image_view=small_view(), second_view=small_view()
-    )
-    return small("byol-small", method)
-
-
 def cpc_small() -> TrainConfig:
     """CPC for images up to 64 px: ResNet-18 with the small stem and layer normalisation, 7 x 7 patches of 16 px with
     stride 8, batch 64 (49 patches an image), 200 epochs."""
@@ -193,11 +154,9 @@ RECIPES = {
     "moco-v1": moco_v1,
     "moco-v2": moco_v2,
     "simclr": simclr,
-    "byol": byol,
     "cpc": cpc,
     "moco-v1-small": moco_v1_small,
     "moco-v2-small": moco_v2_small,
     "simclr-small": simclr_small,
-    "byol-small": byol_small,
     "cpc-small": cpc_small,
 }

@@ -91,6 +91,9 @@ def _step(trainer: Trainer) -> str:
     samples = config.batch_size // ranks // config.accumulate_steps
     parts = [f"{ranks} process{'es' if ranks > 1 else ''} x {config.accumulate_steps} x {samples} samples"]
     parts.append(config.optim.name.upper())
+    if config.optim.clip_grad_norm:
+        whose = "of each parameter " if config.optim.clip_each else ""
+        parts.append(f"gradient norm {whose}at most {config.optim.clip_grad_norm:g}")
     if config.compile != "off":
         parts.append(f"compiled ({config.compile})")
     if config.sync_batchnorm:

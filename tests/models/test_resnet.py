@@ -52,3 +52,13 @@ def test_parameters_of_the_paper() -> None:
 def test_invalid_widths(width: float) -> None:
     with pytest.raises(ValueError, match=r"model\.width must be a positive multiple of 1/8"):
         ResNetConfig(width=width)
+
+
+@pytest.mark.parametrize(("name", "blocks", "last"), [("resnet18", 8, "bn2"), ("resnet50", 16, "bn3")])
+def test_zero_init_residual(name: str, blocks: int, last: str) -> None:
+    """The scale of every block's last normalisation is 0, and every other initial weight is as without it."""
+    plain = build_trunk(ResNetConfig(name=name), seed=1).state_dict()  # type: ignore[arg-type]
+    zeroed = build_trunk(ResNetConfig(name=name, zero_init_residual=True), seed=1).state_dict()  # type: ignore[arg-type]
+    changed = [key for key, value in plain.items() if not torch.equal(value, zeroed[key])]
+    assert len(changed) == blocks
+    assert all(key.endswith(f"{last}.weight") and not zeroed[key].any() for key in changed)
