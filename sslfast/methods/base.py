@@ -204,6 +204,10 @@ class BaseConfig:
     def validate(self) -> None:
         """Raises ValueError with the field, its value and what is allowed."""
 
+    def remarks(self, split: BatchSplit) -> list[str]:
+        """Lines of the plan of a run about what this split of a batch does to the method."""
+        return []
+
     def check_batch(self, split: BatchSplit) -> None:
         """Raises ValueError where the loss of batches that are split like this would be constant or mean nothing."""
 

@@ -34,6 +34,7 @@ from sslfast.methods.shared.patches import (
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models import PairHead, build_trunk, seeded
 from sslfast.ops.philox import Stream, random_uint32, uint32_below
+from sslfast.optim import ParameterOptions
 from sslfast.views import View, ViewConfig
 
 PATCHES = "patches"
@@ -152,6 +153,8 @@ class RelativePosition(Method):
         authors' code."""
         dropout: float = 0.0
         """Share of the head's hidden features set to 0, in steps of 1/256; 0.5 in mmselfsup."""
+        head_weight_decay: float | None = None
+        """Weight decay of the head; None: that of the run."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """Whole images, for evaluations only."""
         patch_view: ViewConfig = field(default_factory=jigsaw_view)
@@ -232,6 +235,11 @@ class RelativePosition(Method):
             assert config.patch_view.jigsaw is not None
             matrices = resampling_matrices(config.patch_view.jigsaw.patch_size)
         self.register_buffer("matrices", matrices, persistent=False)
+
+    def parameter_options(self) -> dict[str, ParameterOptions]:
+        """The head's weight decay."""
+        decay = self.config.head_weight_decay
+        return {} if decay is None else {"head": ParameterOptions(weight_decay=decay)}
 
     def logits(self, view: View, drawn: Draws) -> tuple[Tensor, Tensor]:
         """(scores ``[Q, 8]``, answers ``[Q]``): Q = 8 B pairs, or B where one neighbour is drawn."""

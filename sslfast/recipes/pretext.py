@@ -31,11 +31,11 @@ def jigsaw() -> TrainConfig:
 
     From VISSL's ``jigsaw/jigsaw_8gpu_resnet.yaml``: the crop mirrored with probability 0.5 and gray with 0.66 before it
     is cut, offsets 0 to 20, heads 2048 - 1000 with BatchNorm and 9000 - 2000; batch 256, learning rate 0.1, 5 epochs of
-    warm-up, divided by 10 after epochs 30, 60, 90 and 100; weight decay 1e-4, on biases too.
+    warm-up from a quarter, divided by 10 after epochs 30, 60, 90 and 100; weight decay 1e-4, on biases too.
 
     Departures: crops of 60 to 100 % of the image, where VISSL resizes the shorter side to 256 and takes a square of
     255, which keeps about as much; permutations chosen by the seed in place of the published file, which
-    ``--method.permutation-file`` reads; a warm-up from 0.02, where VISSL begins with 0.025.
+    ``--method.permutation-file`` reads.
     """
     return TrainConfig(
         recipe="jigsaw",
@@ -45,7 +45,7 @@ def jigsaw() -> TrainConfig:
             crop_grayscale_probability=0.66,
             jigsaw_view=_patches(max_offset=20),
         ),
-        optim=_optim(0.1, milestones=(30.0, 60.0, 90.0, 100.0), warmup_epochs=5.0),
+        optim=replace(_optim(0.1, milestones=(30.0, 60.0, 90.0, 100.0), warmup_epochs=5.0), warmup_factor=0.25),
         epochs=105,
         batch_size=256,
     )
@@ -75,18 +75,27 @@ def relative_position() -> TrainConfig:
 
     From mmselfsup's ``relative_loc/relative-loc_resnet50_8xb64-steplr-70e_in1k.py`` and the files that it includes: the
     crop gray with probability 0.66 before it is cut, patches of 64 in cells of 85, colours kept; head 4096 - 4096 with
-    BatchNorm, ReLU and dropout 0.5, then 8 classes; batch 512, learning rate 0.2, 5 epochs of warm-up, divided by 10
-    after epochs 30 and 50; weight decay 1e-4 on every parameter.
+    BatchNorm, ReLU and dropout 0.5, then 8 classes; batch 512, learning rate 0.2, 5 epochs of warm-up from a tenth,
+    divided by 10 after epochs 30 and 50; weight decay 1e-4 on every parameter, 5e-4 in the head.
 
-    Departures: crops of 60 to 100 % of the image, where mmselfsup resizes to 292 and takes a square of 255; weight
-    decay 1e-4 on the head too, where mmselfsup has 5e-4; PyTorch's initial weights of the head.
+    Departures: crops of 60 to 100 % of the image, where mmselfsup resizes to 292 and takes a square of 255; PyTorch's
+    initial weights of the head.
     """
     return TrainConfig(
         recipe="relative-position",
         method=RelativePosition.Config(
-            drop_colours=False, dropout=0.5, crop_grayscale_probability=0.66, patch_view=_patches()
+            drop_colours=False,
+            dropout=0.5,
+            head_weight_decay=5e-4,
+            crop_grayscale_probability=0.66,
+            patch_view=_patches(),
         ),
-        optim=replace(_optim(0.1, milestones=(30.0, 50.0), warmup_epochs=5.0), decay_norm=True),
+        optim=replace(
+            _optim(0.1, milestones=(30.0, 50.0), warmup_epochs=5.0),
+            warmup_factor=0.1,
+            lr_update="step",
+            decay_norm=True,
+        ),
         epochs=70,
         batch_size=512,
     )

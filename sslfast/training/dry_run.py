@@ -10,7 +10,9 @@ from torch import Tensor
 from sslfast.data import sample_contents
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
+from sslfast.methods import BatchSplit
 from sslfast.models import ResNetConfig, trunk_stride
+from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 from sslfast.views import View, ViewConfig
 
@@ -50,6 +52,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("step", _step(trainer)),
+        *(("note", line) for line in config.method.remarks(_split(config))),
         ("steps", steps),
         ("learning rate", _schedule(trainer)),
         ("output", f"{trainer.run.path} ({start})"),
@@ -83,6 +86,15 @@ def _schedule(trainer: Trainer) -> str:
     if rate.shape == "constant":
         return f"{start}, constant"
     return f"{start}, times {rate.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in rate.milestones)}"
+
+
+def _split(config: TrainConfig) -> BatchSplit:
+    return BatchSplit(
+        batch_size=config.batch_size,
+        ranks=world_size(),
+        accumulate_steps=config.accumulate_steps,
+        sync_batchnorm=config.sync_batchnorm,
+    )
 
 
 def _step(trainer: Trainer) -> str:

@@ -325,4 +325,5 @@ def _recognise(path: Path, state: Mapping[str, Tensor]) -> ResNetConfig:
     stem = "small" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
     norm = "batch" if "bn1.running_mean" in state else "layer"
     width = state["layer1.0.conv1.weight"].shape[0] / 64
-    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width)  # type: ignore[arg-type]
+    kind_of_input = "sobel" if state["conv1.weight"].shape[1] == 2 else "rgb"
+    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width, input=kind_of_input)  # type: ignore[arg-type]
