@@ -2,7 +2,7 @@
 //
 // A picture is a whole rotated crop, or one jigsaw patch of it. Operations, in this order: flip, the four jitters in
 // the picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), apply_colour,
-// Gaussian blur, normalisation. All are per pixel except four: contrast needs the mean luminance of the picture at that
+// Gaussian blur, solarize, normalisation. All are per pixel except four: contrast needs the mean luminance of the picture at that
 // step, sharpen the levels of the eight neighbours, autocontrast the extremes of each channel; levels are integers
 // there and fit a byte. Blur needs a square of up to 31 pixels, in float32.
 #pragma once
@@ -37,7 +37,8 @@ struct PictureOps {
   int contrast;      // the step at which contrast applies; 4: it does not
   float level_step;  // posterize: 2^(8 - bits)
   float sharpness, threshold;
-  float sigma;  // of the blur; 0: none
+  float sigma;           // of the blur; 0: none
+  float last_threshold;  // of the solarize behind it
 
   // Loops have constant bounds and the list of kinds is an integer, so that all of it stays in registers on a GPU.
   SSLFAST_HD static PictureOps read(const float* p) {
@@ -68,6 +69,7 @@ struct PictureOps {
     ops.sharpness = p[kSharpness];
     ops.threshold = p[kSolarizeThreshold];
     ops.sigma = p[kBlurSigma];
+    ops.last_threshold = p[kLastSolarizeThreshold];
     return ops;
   }
 };
@@ -194,6 +196,15 @@ SSLFAST_HD Rgb apply_jitters(Rgb x, const PictureOps& ops, int steps, float leve
 SSLFAST_HD Rgb apply_colour(Rgb x, const PictureOps& ops) {
   if (ops.grayscale) x.r = x.g = x.b = luminance(x.r, x.g, x.b);
   return x;
+}
+
+SSLFAST_HD float solarize_level(float x, float threshold) {
+  return x >= threshold ? 255.0f - x : x;
+}
+
+// The last operation, behind the blur.
+SSLFAST_HD Rgb solarize(Rgb x, float threshold) {
+  return {solarize_level(x.r, threshold), solarize_level(x.g, threshold), solarize_level(x.b, threshold)};
 }
 
 // Position of a picture in a plane of its crop: pixel (y, x) is at base + y * down + x * right.

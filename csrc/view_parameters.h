@@ -11,21 +11,22 @@ namespace sslfast {
 
 // Index of each in the kViewParameters fp32 numbers of a picture.
 enum ViewParameter : int {
-  kFlip,               // gate (0 off, else on): mirror left to right
-  kJitter,             // gate of the four jitters
-  kJitterOrder,        // of the four jitters: index into pixels.ORDERS
-  kBrightness,         // factor of the levels
-  kContrast,           // factor of the distance to the mean luminance
-  kSaturation,         // factor of the distance to the luminance
-  kHue,                // shift in turns
-  kPhotometric,        // gate of posterize, sharpness, solarize and autocontrast
-  kPosterizeBits,      // upper bits kept of every level, rounded down
-  kSharpness,          // factor: 0 smoothed, above 1 sharpened
-  kSolarizeThreshold,  // levels at or above it are inverted
-  kGrayscale,          // gate: the luminance in all three channels
-  kBlurSigma,          // of the Gaussian blur, in pixels; 0 no blur
+  kFlip,                   // gate (0 off, else on): mirror left to right
+  kJitter,                 // gate of the four jitters
+  kJitterOrder,            // of the four jitters: index into pixels.ORDERS
+  kBrightness,             // factor of the levels
+  kContrast,               // factor of the distance to the mean luminance
+  kSaturation,             // factor of the distance to the luminance
+  kHue,                    // shift in turns
+  kPhotometric,            // gate of posterize, sharpness, solarize and autocontrast
+  kPosterizeBits,          // upper bits kept of every level, rounded down
+  kSharpness,              // factor: 0 smoothed, above 1 sharpened
+  kSolarizeThreshold,      // levels at or above it are inverted
+  kGrayscale,              // gate: the luminance in all three channels
+  kBlurSigma,              // of the Gaussian blur, in pixels; 0 no blur
+  kLastSolarizeThreshold,  // levels at or above it are inverted behind the blur
 };
-constexpr int kViewParameters = 13;
+constexpr int kViewParameters = 14;
 
 struct ViewParameterInfo {
   const char* name;
@@ -49,6 +50,7 @@ SSLFAST_HD constexpr ViewParameterInfo view_parameter(int index) {
       {"solarize_threshold", 256.0f, -FLT_MAX, FLT_MAX},
       {"grayscale", 0.0f, -FLT_MAX, FLT_MAX},
       {"blur_sigma", 0.0f, 0.0f, 5.0f},
+      {"last_solarize_threshold", 256.0f, -FLT_MAX, FLT_MAX},
   };
   return table[index];
 }

@@ -94,9 +94,11 @@ SSLFAST_INLINE void jitter_strip(const PictureOps& ops, int steps, float level, 
   }
 }
 
-// Normalises a strip and writes it out.
+// Solarizes and normalises a strip and writes it out.
 template <typename Out>
-SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t picture, int64_t first, int64_t count) {
+SSLFAST_INLINE void write_strip(const Problem<Out>& p, const PictureOps& ops, const Strip& s, int64_t picture,
+                                int64_t first, int64_t count) {
+  const float threshold = ops.last_threshold;
   const int64_t pixels = p.shape.side * p.shape.side;
   const float* planes[3] = {s.r, s.g, s.b};
   Out* __restrict__ out = p.out + picture * 3 * pixels;
@@ -104,7 +106,7 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t p
     out += first * 3;
     for (int64_t i = 0; i < count; ++i) {
       for (int c = 0; c < 3; ++c)
-        out[3 * i + c] = static_cast<Out>(planes[c][i] * p.normal.scale[c] + p.normal.shift[c]);
+        out[3 * i + c] = static_cast<Out>(solarize_level(planes[c][i], threshold) * p.normal.scale[c] + p.normal.shift[c]);
     }
   } else {
     for (int c = 0; c < 3; ++c) {
@@ -112,7 +114,9 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const Strip& s, int64_t p
       const float* __restrict__ source = planes[c];
       const float scale = p.normal.scale[c], shift = p.normal.shift[c];
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Out>(source[i] * scale + shift);
+      for (int64_t i = 0; i < count; ++i) {
+        target[i] = static_cast<Out>(solarize_level(source[i], threshold) * scale + shift);
+      }
     }
   }
 }
@@ -129,7 +133,7 @@ SSLFAST_INLINE void finish_strip(const Problem<Out>& p, const PictureOps& ops, S
     }
   }
   if (ops.sigma == 0) {
-    write_strip(p, s, picture, first, count);
+    write_strip(p, ops, s, picture, first, count);
     return;
   }
   const int64_t pixels = p.shape.side * p.shape.side;
@@ -197,7 +201,7 @@ SSLFAST_INLINE void blur_picture(const Problem<Out>& p, const PictureOps& ops, c
         std::copy_n(strip.r, count, strip.g);
         std::copy_n(strip.r, count, strip.b);
       }
-      write_strip(p, strip, picture, y * side + x0, count);
+      write_strip(p, ops, strip, picture, y * side + x0, count);
     }
   }
 }

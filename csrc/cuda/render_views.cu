@@ -55,6 +55,7 @@ __device__ __forceinline__ T block_reduce(T x, T* shared, T neutral, const Merge
 
 template <typename Out>
 __device__ __forceinline__ void write_pixel(const Problem<Out>& p, Rgb x, int64_t picture, int pixel, int pixels) {
+  x = solarize(x, p.parameters[picture * kViewParameters + kLastSolarizeThreshold]);
   Out* out = p.out + picture * 3 * pixels + (p.channels_last ? 3 * pixel : pixel);
   const int step = p.channels_last ? 1 : pixels;
   out[0] = static_cast<Out>(x.r * p.normal.scale[0] + p.normal.shift[0]);

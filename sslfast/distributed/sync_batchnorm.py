@@ -31,7 +31,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                 weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean, weight)
                 self.running_var.lerp_(variance * (count / max(1, count - 1)), weight)
-        scale = (variance + self.eps).rsqrt() * self.weight
+        scale = (variance + self.eps).rsqrt()
+        if not self.affine:
+            return ((pixels - mean.view(shape)) * scale.view(shape)).to(x.dtype)
+        scale = scale * self.weight
         return ((pixels - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
     def _check_input_dim(self, x: Tensor) -> None:

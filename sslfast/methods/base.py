@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from sslfast.models import Trunk, TrunkConfig
+from sslfast.optim import ParameterOptions
 from sslfast.views import View, ViewConfig
 
 
@@ -159,6 +160,11 @@ class Method(nn.Module):
         """Size of the tensors of :meth:`full_state_dict`."""
         return sum(value.nbytes for value in self.state_dict().values())
 
+    def parameter_options(self) -> Mapping[str, ParameterOptions]:
+        """What the optimizer does differently with some parameters, by the name of a parameter or of a submodule:
+        factor or constancy of the rate, weight decay, momentum, steps without an update."""
+        return {}
+
     def replicated(self) -> list[Tensor]:
         """Tensors besides the parameters that must be equal on all ranks."""
         return []
@@ -197,6 +203,10 @@ class BaseConfig:
 
     def validate(self) -> None:
         """Raises ValueError with the field, its value and what is allowed."""
+
+    def remarks(self, split: BatchSplit) -> list[str]:
+        """Lines of the plan of a run about what this split of a batch does to the method."""
+        return []
 
     def check_batch(self, split: BatchSplit) -> None:
         """Raises ValueError where the loss of batches that are split like this would be constant or mean nothing."""

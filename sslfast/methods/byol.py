@@ -6,26 +6,26 @@ and ξ their moving average: ``ξ = τ ξ + (1 - τ) θ`` after the step (eq. 1)
 τ rises from ``momentum`` to 1: ``τ = 1 - (1 - τ_base) (cos(π k / K) + 1) / 2`` at step k of K (section 3.3).
 
 Every network sees each view as a batch of its own, so BatchNorm normalises the views apart, as in the paper's code.
+Under several processes nothing is exchanged but BatchNorm statistics (``sync_batchnorm``, which the recipe sets).
 """
 
 import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
+from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
-from sslfast.models import build_trunk, seeded
+from sslfast.methods.shared.momentum import rising_momentum
+from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig
+from sslfast.models import MLPHead, build_trunk, seeded
 from sslfast.ops import ema_update_
-from sslfast.views import View, ViewConfig
-
-FIRST, SECOND = "first", "second"
+from sslfast.views import View
 
 
 @register_method
@@ -33,7 +33,7 @@ class BYOL(Method):
     """The method as a module. State: the online network (trunk, projection, predictor) and the target network."""
 
     @dataclass(kw_only=True)
-    class Config(BaseConfig):
+    class Config(TwoViewConfig):
         """BYOL."""
 
         name: ClassVar[str] = "byol"
@@ -42,25 +42,17 @@ class BYOL(Method):
         """Width of the hidden layer of projection and predictor."""
         dimensions: int = 256
         """Dimensions of projections and predictions."""
+        output_bias: bool = True
+        """Bias in the last layer of projection and predictor; the authors' code has none."""
         momentum: float = 0.996
         """τ_base, factor of the target's old weights at the first step; it rises to 1 by the last one."""
-        image_view: ViewConfig = field(default_factory=ViewConfig)
-        """The first view."""
-        second_view: ViewConfig = field(default_factory=ViewConfig)
-        """The second view, of the same size; the paper blurs the two differently."""
-
-        def views(self) -> dict[str, ViewConfig]:
-            """The views that a step needs, in the order that numbers their random streams."""
-            return {FIRST: self.image_view, SECOND: self.second_view}
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             self.check_at_least(1, "hidden_features", "dimensions")
             if not 0 <= self.momentum <= 1:
                 raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
-            self.check_whole_image()
-            if self.second_view.jigsaw is not None:
-                raise ValueError("method.second_view.jigsaw must not be set: byol takes whole images")
+            self.check_views_are_whole()
 
         def check_batch(self, split: BatchSplit) -> None:
             """Raises ValueError where BatchNorm in projection and predictor has too few samples of a view."""
@@ -76,9 +68,10 @@ class BYOL(Method):
         self.config, self.total_steps = config, context.total_steps
         self.trunk = build_trunk(context.model, seed=context.seed)
         hidden, dimensions = config.hidden_features, config.dimensions
+        options: Any = {"hidden_norm": True, "output_bias": config.output_bias}
         with seeded(context.seed + 1):
-            self.projection = _mlp(self.trunk.out_features, hidden, dimensions)
-            self.predictor = _mlp(dimensions, hidden, dimensions)
+            self.projection = MLPHead(self.trunk.out_features, hidden, dimensions, **options)
+            self.predictor = MLPHead(dimensions, hidden, dimensions, **options)
         self.target_trunk = copy.deepcopy(self.trunk).requires_grad_(False)
         self.target_projection = copy.deepcopy(self.projection).requires_grad_(False)
         self._step: int | Tensor | None = None
@@ -111,21 +104,8 @@ class BYOL(Method):
         ema_update_(
             chain(self.target_trunk.parameters(), self.target_projection.parameters()),
             chain(self.trunk.parameters(), self.projection.parameters()),
-            momentum=self._momentum(self._step),
+            momentum=rising_momentum(
+                self.config.momentum, self._step, self.total_steps, device=next(self.trunk.parameters()).device
+            ),
         )
         self._step = None
-
-    def _momentum(self, step: int | Tensor) -> Tensor:
-        """τ of a step, 0-d fp64 on the device of the weights."""
-        step = torch.as_tensor(step, dtype=torch.float64, device=next(self.trunk.parameters()).device)
-        return 1 - (1 - self.config.momentum) * ((math.pi * step / self.total_steps).cos() + 1) / 2
-
-
-def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
-    """Linear, BatchNorm, ReLU, linear (section 3.3)."""
-    return nn.Sequential(
-        nn.Linear(in_features, hidden_features),
-        nn.BatchNorm1d(hidden_features),
-        nn.ReLU(),
-        nn.Linear(hidden_features, out_features),
-    )

@@ -1,10 +1,12 @@
 """Colorization: predict the colours of an image from its lightness (Zhang, Isola & Efros, ECCV 2016).
 
 Objective (Zhang 2016 eq. 2): ``loss = -mean v(Z) Σ_q Z_q log p_q`` over samples and cells of ``stride`` x ``stride``
-pixels. p is the decoder's softmax over Q bins of the ab plane, given CIE L alone; Z is the soft code of the cell's mean
-ab: its 5 nearest bins, weighted by ``exp(-d² / 2σ²)`` with σ = 5 and normalised (section 2.1). ``v(Z) = w_q*`` with q*
+pixels. p is the decoder's softmax over Q bins of the ab plane, given CIE L alone; Z is the soft code of the cell's ab:
+its 5 nearest bins, 10 in the authors' code, weighted by ``exp(-d² / 2σ²)`` with σ = 5 and normalised (section 2.1). ab
+is the mean of the cell's pixels, or as in the authors' code (``models/colorization_train_val_v2.prototxt``) that of its
+first one; the mean of different colours is grayer than they are. ``v(Z) = w_q*`` with q*
 the nearest bin, and ``w_q ∝ ((1 - λ) p̃_q + λ / Q)⁻¹``, ``Σ p̃_q w_q = 1`` (eq. 3 and 4), λ = 1/2, so that rare,
-saturated colours count.
+saturated colours count; with ``mask_gray`` 0 for images without colour (``resources/caffe_traininglayers.py``).
 
 Bins: multiples of 10 in a and b to which some sRGB colour is nearest: Q = 261, found from the surface of the 8-bit RGB
 cube. (A line of constant ab leaves the cube through its surface, so the surface has every ab of the interior.) The
@@ -36,8 +38,8 @@ from sslfast.views import View
 
 GRID = 10
 """Distance of neighbouring bins in a and b."""
-NEIGHBOURS = 5
-"""Bins in a soft code."""
+GRAY = 5.0
+"""Largest |a| and |b| of the cells of an image that counts as gray."""
 SIGMA = 5.0
 """Deviation of the soft code's Gaussian, in units of ab."""
 _WINDOW = 1000  # batches in the moving average of the frequencies
@@ -60,6 +62,12 @@ class Colorization(Reconstruction):
 
         stride: int = 4
         """Side in pixels of the cells whose mean colour is predicted, a power of two."""
+        neighbours: int = 5
+        """Bins in the soft code of a cell."""
+        cell_colour: Literal["mean", "first"] = "mean"
+        """ab of a cell: the mean of its pixels, or that of its first one."""
+        mask_gray: bool = False
+        """Leave images whose cells all have |a| and |b| of at most 5 out of the loss."""
         uniform_share: float = 0.5
         """λ, share of the uniform distribution in the rebalancing: 1 weights all bins equally, 0 by inverse
         frequency alone."""
@@ -67,6 +75,8 @@ class Colorization(Reconstruction):
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             super().validate()
+            if not 1 <= self.neighbours <= len(gamut_bins()):
+                raise ValueError(f"method.neighbours must be in [1, {len(gamut_bins())}], got {self.neighbours}")
             size = self.image_view.crop.size
             if self.stride < 1 or self.stride & (self.stride - 1) or size % self.stride:
                 raise ValueError(
@@ -84,7 +94,7 @@ class Colorization(Reconstruction):
             lightness."""
             rgb = PixelSpace(self.image_view.augment).to_rgb(clean_pixels(views))
             lab, bins = rgb_to_lab(rgb), gamut_bins().to(rgb.device)
-            cells, weights = soft_code(cell_colours(lab, self.stride), bins)
+            cells, weights = soft_code(cell_colours(lab, self.stride, self.cell_colour), bins, self.neighbours)
             ab = (bins[cells] * weights[..., None]).sum(dim=-2)  # [B, h, w, 2]
             ab = ab.movedim(-1, 1).repeat_interleave(self.stride, dim=2).repeat_interleave(self.stride, dim=3)
             return {"input": lightness(rgb), "target": lab_to_rgb(torch.cat((lab[:, :1], ab), dim=1)).clamp(0.0, 1.0)}
@@ -120,12 +130,16 @@ class Colorization(Reconstruction):
             step: not used.
         """
         rgb = self.pixel_space.to_rgb(clean_pixels(views))
-        cells, weights = soft_code(cell_colours(rgb_to_lab(rgb), self.config.stride), self.bins)
+        config = self.config
+        colours = cell_colours(rgb_to_lab(rgb), config.stride, config.cell_colour)
+        cells, weights = soft_code(colours, self.bins, config.neighbours)
         if self.training:
             self._count(cells, weights)
         scores = self.predict(self.pixel_space.from_rgb(lightness(rgb))).log_softmax(dim=1)
         losses = -(scores.movedim(1, -1).gather(-1, cells) * weights).sum(dim=-1)  # [B, h, w]
-        rebalanced = rebalancing(self.frequencies, self.config.uniform_share).float()[cells[..., 0]]
+        rebalanced = rebalancing(self.frequencies, config.uniform_share).float()[cells[..., 0]]
+        if config.mask_gray:
+            rebalanced = rebalanced * (colours.abs().amax(dim=(1, 2, 3), keepdim=True)[..., 0] > GRAY)
         return {"loss": (rebalanced * losses).mean(), "loss_unweighted": losses.detach().mean()}
 
     def replicated(self) -> list[Tensor]:
@@ -162,24 +176,27 @@ def gamut_bins() -> Tensor:
     return torch.unique((ab / GRID).round(), dim=0) * GRID
 
 
-def cell_colours(lab: Tensor, stride: int) -> Tensor:
-    """Mean ab of each cell: Lab ``[B, 3, H, W]`` to ``[B, H / stride, W / stride, 2]``."""
+def cell_colours(lab: Tensor, stride: int, colour: Literal["mean", "first"] = "mean") -> Tensor:
+    """ab of each cell, the mean or its first pixel's: Lab ``[B, 3, H, W]`` to ``[B, H / stride, W / stride, 2]``."""
+    if colour == "first":
+        return lab[:, 1:, ::stride, ::stride].movedim(1, -1)
     return torch.nn.functional.avg_pool2d(lab[:, 1:], stride).movedim(1, -1)
 
 
-def soft_code(ab: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+def soft_code(ab: Tensor, bins: Tensor, neighbours: int = 5) -> tuple[Tensor, Tensor]:
     """The nearest bins of colours and their weights.
 
     Args:
         ab: ``[..., 2]`` float32.
         bins: ``[Q, 2]`` float32.
+        neighbours: n, bins in the code.
 
     Returns:
-        Bins ``[..., 5]`` int64, nearest first, and weights ``[..., 5]`` float32 that sum to 1.
+        Bins ``[..., n]`` int64, nearest first, and weights ``[..., n]`` float32 that sum to 1.
     """
     squared = (ab[..., None, 0] - bins[:, 0]).square_()  # [..., Q]: 0.8 GB for 256 images of 224 px
     squared += (ab[..., None, 1] - bins[:, 1]).square_()
-    nearest, index = squared.topk(NEIGHBOURS, dim=-1, largest=False)
+    nearest, index = squared.topk(neighbours, dim=-1, largest=False)
     return index, (nearest / (-2 * SIGMA**2)).softmax(dim=-1)
 
 

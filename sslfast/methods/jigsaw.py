@@ -2,10 +2,10 @@
 
 Objective: ``loss = -log softmax(h(f(x_π(1)), ..., f(x_π(P))))_c``, where ``x_1 .. x_P`` are the patches of an image's
 cells, ``π = π_c`` the permutation of class ``c``, drawn uniformly for each sample and step from a set of maximal
-Hamming distance (``permutations.py``), f the trunk and h the head: linear, BatchNorm and ReLU for every patch,
-the results concatenated in the order shown, and a linear layer to the classes (VISSL's form for ResNets; the paper's is
-an AlexNet). The trunk sees every patch by itself, so features are computed in the order of the view stage and then
-permuted into that of the class: the same result as for permuted pixels.
+Hamming distance (``permutations.py``) or from a file, f the trunk and h the head: linear, BatchNorm and ReLU for every
+patch, the results concatenated in the order shown, and a linear layer to the classes (VISSL's form for ResNets; the
+paper's is an AlexNet). The trunk sees every patch by itself, so features are computed in the order of the view stage
+and then permuted into that of the class: the same result as for permuted pixels.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,18 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import Method, MethodContext
 from sslfast.methods.registry import register_method
-from sslfast.methods.shared.patches import gather_patches, jigsaw_view, mosaic, normalise_patches, slots_of_cells
-from sslfast.methods.shared.permutations import MAX_CELLS, max_hamming_permutations
+from sslfast.methods.shared.patches import (
+    PatchConfig,
+    augment_crop,
+    gather_patches,
+    jigsaw_view,
+    mosaic,
+    normalise_patches,
+    slots_of_cells,
+)
+from sslfast.methods.shared.permutations import MAX_CELLS, max_hamming_permutations, read_permutations
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models import JigsawHead, build_trunk, seeded
 from sslfast.ops.philox import Stream, random_integers
@@ -40,13 +48,16 @@ class Jigsaw(Method):
     """The method as a module. State in buffers: ``permutations`` ``[K, P]``, cell shown in each slot."""
 
     @dataclass(kw_only=True)
-    class Config(BaseConfig):
+    class Config(PatchConfig):
         """Jigsaw puzzles as a classification of permutations."""
 
         name: ClassVar[str] = "jigsaw"
 
         num_permutations: int = 2000
         """Classes: permutations of maximal Hamming distance; 100, 2,000 and 10,000 are compared in the literature."""
+        permutation_file: str = ""
+        """A .npy file with the permutations, integers [num_permutations, patches] from 0 or 1, as VISSL's
+        hamming_perms_2000_patches_9_max_avg.npy; empty: they are chosen by the run's seed."""
         patch_features: int = 1000
         """Features of each patch after the head's first layer."""
         normalise_patches: bool = False
@@ -62,12 +73,13 @@ class Jigsaw(Method):
 
         def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
             """The patches in the order of the drawn class."""
+            space = PixelSpace(self.jigsaw_view.augment)
             view, jigsaw = views[JIGSAW], self.jigsaw_view.jigsaw
             assert jigsaw is not None
-            permutations = max_hamming_permutations(self.num_permutations, jigsaw.grid**2, seed)
-            shown = permutations[draw_classes(sample_ids, self.num_permutations, seed=seed, step=0)]
+            view = augment_crop(view, sample_ids, self, space, seed=seed, step=0)
+            shown = self.permutations(seed)[draw_classes(sample_ids, self.num_permutations, seed=seed, step=0)]
             patches = gather_patches(view.pixels, slots_of_cells(view).gather(1, shown))
-            pictures = mosaic(PixelSpace(self.jigsaw_view.augment).to_rgb(patches), jigsaw.grid)
+            pictures = mosaic(space.to_rgb(patches), jigsaw.grid)
             return {f"which of {self.num_permutations} orders?": pictures}
 
         def validate(self) -> None:
@@ -85,6 +97,20 @@ class Jigsaw(Method):
                 )
             self.check_at_least(1, "patch_features")
 
+        def permutations(self, seed: int) -> Tensor:
+            """``[K, P]`` int64, cell shown in each slot; ValueError for a file that does not fit."""
+            assert self.jigsaw_view.jigsaw is not None
+            cells = self.jigsaw_view.jigsaw.grid**2
+            if not self.permutation_file:
+                return max_hamming_permutations(self.num_permutations, cells, seed)
+            rows = read_permutations(self.permutation_file, cells)
+            if len(rows) != self.num_permutations:
+                raise ValueError(
+                    f"method.num_permutations must be {len(rows)}, the rows of {self.permutation_file}, "
+                    f"got {self.num_permutations}"
+                )
+            return rows
+
         def build(self, context: MethodContext) -> "Jigsaw":
             """The module for a run."""
             return Jigsaw(self, context)
@@ -95,9 +121,9 @@ class Jigsaw(Method):
         super().__init__()
         config.validate()
         self.config, self.seed = config, context.seed
-        assert config.jigsaw_view.jigsaw is not None
-        cells = config.jigsaw_view.jigsaw.grid**2
-        self.register_buffer("permutations", max_hamming_permutations(config.num_permutations, cells, context.seed))
+        self.register_buffer("permutations", config.permutations(context.seed))
+        cells = self.permutations.shape[1]
+        self.pixel_space = PixelSpace(config.jigsaw_view.augment)
         self.trunk = build_trunk(context.model, seed=context.seed)
         with seeded(context.seed + 1):
             self.head = JigsawHead(self.trunk.out_features, config.patch_features, cells, config.num_permutations)
@@ -119,6 +145,7 @@ class Jigsaw(Method):
             step: number of the step: with the seed and the sample id it fixes the class.
         """
         classes = draw_classes(sample_ids, len(self.permutations), seed=self.seed, step=step)
-        logits = self.logits(views[JIGSAW], classes)
+        view = augment_crop(views[JIGSAW], sample_ids, self.config, self.pixel_space, seed=self.seed, step=step)
+        logits = self.logits(view, classes)
         accuracy = (logits.argmax(dim=1) == classes).float().mean()
         return {"loss": cross_entropy(logits.float(), classes), "accuracy": accuracy}

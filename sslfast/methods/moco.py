@@ -8,7 +8,7 @@ schedule.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar, Literal
@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from sslfast.distributed import gather_rows, rank, world_size
 from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
+from sslfast.methods.shared.momentum import rising_momentum
 from sslfast.models import MLPHead, build_trunk, initial_rows, seeded
 from sslfast.ops import bank_enqueue_, bank_nce_dense, ema_update_
 from sslfast.ops.philox import Stream, random_uint32
@@ -53,9 +54,15 @@ class MoCo(Method):
         """K, keys in the queue; need not be a multiple of the batch size."""
         momentum: float = 0.999
         """m, factor of the key encoder's old weights."""
+        momentum_schedule: Literal["constant", "cosine"] = "constant"
+        """cosine: m rises from ``momentum`` to 1 over the run (MoCo v3, BYOL)."""
         shuffle: bool = True
         """Encode keys in an order shuffled over ranks, so that a query and its key do not share BatchNorm statistics
-        (He et al. section 3.3). With one process there is a single batch and nothing to shuffle."""
+        (He et al. section 3.3). There is nothing to shuffle where one process has one batch: see
+        ``batchnorm_samples``."""
+        batchnorm_samples: int = 0
+        """Samples that BatchNorm takes its statistics from: a process encodes its samples in equal parts of at least as
+        many, so that shuffling works in one process too. 32 in the authors' runs, on 8 GPUs. 0: all of a process."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The view that query and key are two draws of."""
 
@@ -66,10 +73,26 @@ class MoCo(Method):
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             self.check_at_least(1, "dimensions", "queue_size")
+            self.check_at_least(0, "batchnorm_samples")
             self.check_positive("temperature")
             if not 0 <= self.momentum <= 1:
                 raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
             self.check_whole_image()
+
+        def parts(self, samples: int) -> int:
+            """Parts that ``samples`` of a process are encoded in."""
+            return max(1, samples // self.batchnorm_samples) if self.batchnorm_samples else 1
+
+        def remarks(self, split: BatchSplit) -> list[str]:
+            """Whether a query and its key are normalised with the same samples."""
+            alone = split.ranks == 1 and self.parts(split.samples) == 1
+            if self.shuffle and not alone and not split.sync_batchnorm:
+                return []
+            return [
+                "queries and keys are normalised with the same samples, which gives positives away (He et al. 2020, "
+                "section 3.3): use several processes without sync_batchnorm, or method.batchnorm_samples=32, and "
+                "method.shuffle"
+            ]
 
         def check_batch(self, split: BatchSplit) -> None:
             """Raises ValueError where the queue does not hold the keys of one batch."""
@@ -90,7 +113,7 @@ class MoCo(Method):
         super().__init__()
         config.validate()
         self.config = config
-        self.seed = context.seed
+        self.seed, self.total_steps = context.seed, context.total_steps
         self.trunk = build_trunk(context.model, seed=context.seed)
         features, dimensions = self.trunk.out_features, config.dimensions
         with seeded(context.seed + 1):
@@ -104,6 +127,7 @@ class MoCo(Method):
         self.register_buffer("queue", initial_rows(config.queue_size, dimensions, seed=context.seed))
         self.register_buffer("head", torch.zeros((), dtype=torch.int64))
         self._pending: list[Tensor] = []
+        self._step: int | Tensor = 0
 
     def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.
@@ -116,9 +140,10 @@ class MoCo(Method):
         Returns:
             ``loss`` (0-d, differentiable) and detached 0-d ``similarity``, the mean of q·k.
         """
-        queries = normalize(self.projection(self.trunk(views[QUERY].pixels)).float(), dim=1)
+        queries = self._in_parts(self._query, views[QUERY].pixels)
         keys, all_keys = self._encode_keys(views[KEY].pixels, step)
         self._pending.append(all_keys)
+        self._step = step
         similarity = (queries * keys).sum(dim=1)  # [B]
         loss = queue_loss(queries, similarity, self.queue, temperature=self.config.temperature)
         return {"loss": loss.mean(), "similarity": similarity.detach().mean()}
@@ -127,10 +152,13 @@ class MoCo(Method):
         """Updates the key encoder with the weights of the step just taken, and enqueues the batch's keys."""
         if not self._pending:
             raise RuntimeError("MoCo.after_step was called before a forward pass")
+        momentum: float | Tensor = self.config.momentum
+        if self.config.momentum_schedule == "cosine":
+            momentum = rising_momentum(self.config.momentum, self._step, self.total_steps, device=self.queue.device)
         ema_update_(
             chain(self.key_trunk.parameters(), self.key_projection.parameters()),
             chain(self.trunk.parameters(), self.projection.parameters()),
-            momentum=self.config.momentum,
+            momentum=momentum,
         )
         bank_enqueue_(self.queue, self.head, torch.cat(self._pending))
         self._pending = []
@@ -142,16 +170,25 @@ class MoCo(Method):
     @torch.no_grad()
     def _encode_keys(self, pixels: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Unit keys of this rank's images ``[B, D]``, and of all ranks' in their order ``[ranks * B, D]``, fp32."""
-        if world_size() == 1 or not self.config.shuffle:
-            keys = self._key(pixels)
+        alone = world_size() == 1 and self.config.parts(len(pixels)) == 1
+        if alone or not self.config.shuffle:
+            keys = self._in_parts(self._key, pixels)
             return keys, gather_rows(keys)
         own = slice(rank() * len(pixels), (rank() + 1) * len(pixels))
         gathered = gather_rows(pixels)
         order = batch_order(len(gathered), seed=self.seed, step=step, device=pixels.device)
-        shuffled = gather_rows(self._key(gathered[order[own]]))
+        shuffled = gather_rows(self._in_parts(self._key, gathered[order[own]]))
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled
         return keys[own], keys
+
+    def _in_parts(self, encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """``[B, D]``: each part with BatchNorm statistics of its own."""
+        parts = pixels.tensor_split(self.config.parts(len(pixels)))
+        return torch.cat([encode(part) for part in parts])
+
+    def _query(self, pixels: Tensor) -> Tensor:
+        return normalize(self.projection(self.trunk(pixels)).float(), dim=1)
 
     def _key(self, pixels: Tensor) -> Tensor:
         return normalize(self.key_projection(self.key_trunk(pixels)).float(), dim=1)

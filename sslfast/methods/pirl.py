@@ -20,7 +20,7 @@ from sslfast.distributed import ignore_in_ddp, mean_over_ranks
 from sslfast.methods.base import BaseConfig, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.patches import jigsaw_view
-from sslfast.models import MemoryBank, PatchHead, build_trunk, seeded
+from sslfast.models import MemoryBank, MLPHead, PatchHead, build_trunk, seeded
 from sslfast.ops import estimate_z
 from sslfast.views import View, ViewConfig
 
@@ -44,6 +44,9 @@ class PIRL(Method):
         """Transform that the representation is made invariant to."""
         pretext_weight: float = 0.5
         """λ, weight of the transformed view's loss; the image view has 1 - λ. 0 is NPID."""
+        projection: Literal["linear", "mlp"] = "linear"
+        """Heads. linear: as published. mlp: a hidden layer as wide as the trunk's features, with ReLU; of patches a
+        ReLU behind their second layer too (VISSL's ``models/resnet50_mlphead.yaml``)."""
         dimensions: int = 128
         """Columns of the memory bank."""
         temperature: float = 0.07
@@ -142,15 +145,18 @@ class PIRL(Method):
         self.trunk = build_trunk(context.model, seed=context.seed)
         features, dimensions = self.trunk.out_features, config.dimensions
         with seeded(context.seed + 1):
-            self.image_head = nn.Linear(features, dimensions)
+            self.image_head = self._project(features)
             self.pretext_head: nn.Module | None = None
             if config.pretext_weight > 0:
                 jigsaw = config.views()[PRETEXT].jigsaw
-                self.pretext_head = (
-                    nn.Linear(features, dimensions)
-                    if jigsaw is None
-                    else PatchHead(features, dimensions, jigsaw.grid**2)
-                )
+                if jigsaw is None:
+                    self.pretext_head = self._project(features)
+                else:
+                    head = self.pretext_head = PatchHead(features, dimensions, jigsaw.grid**2)
+                    if config.projection == "mlp":
+                        head.patch = nn.Sequential(  # type: ignore[assignment]
+                            self._project(features), nn.ReLU()
+                        )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.bank_dtype]
         self.bank = MemoryBank(
             context.num_rows,
@@ -169,6 +175,13 @@ class PIRL(Method):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._z_is_set = False
+
+    def _project(self, features: int) -> nn.Module:
+        """A head on the trunk's features."""
+        dimensions = self.config.dimensions
+        if self.config.projection == "linear":
+            return nn.Linear(features, dimensions)
+        return MLPHead(features, features, dimensions)
 
     def embed(self, views: Mapping[str, View]) -> Tensor:
         """Unit embeddings ``[V, B, D]`` fp32, the transformed view first where there is one."""

@@ -1,8 +1,10 @@
 """Rotation (RotNet): classify by how many quarter turns an image was rotated (Gidaris, Singh & Komodakis, ICLR 2018).
 
 Objective: ``loss = 1/4 Σ_k -log softmax(W f(rot_k(x)))_k`` over ``k = 0 .. 3`` quarter turns of every image (eq. 3), or
-the one term of a drawn ``k`` (VISSL). f is the trunk, W one linear layer. The crop is flipped before it is rotated, so
-that the label matches the image; rotation moves whole pixels and leaves no artefacts at the border.
+the one term of a drawn ``k`` (VISSL). f is the trunk, W one linear layer. The crop is flipped before it is rotated, as
+in the authors' code, so that the label matches the image; VISSL flips behind the rotation, where a mirrored picture at
+90 degrees looks like an upright one mirrored and at 270. Rotation moves whole pixels and leaves no artefacts at the
+border.
 """
 
 from collections.abc import Mapping

@@ -8,15 +8,19 @@ smoothed by an entropy of weight 1/λ, so that ``Q = diag(α) P^λ diag(β)`` by
 ``y_n = argmax_k Q_nk``; then the trunk and all heads minimise ``mean_h mean_n -log softmax(W_h f(x_n))_{y_n^h}``.
 
 Implementation: a feature pass before a labelling stores features (``pseudo_labels.py``), and the heads compute logits
-from them when they are needed, so the memory is N x D for all heads and not N x K for each. The pass uses central
-squares and evaluation mode. The first labels come from the untrained network, as in the paper. Labels change at the
-start of epochs; the paper's schedule of labellings, dense at the beginning, is rounded to them.
+from them when they are needed, so the memory is N x D for all heads and not N x K for each. ``label_views`` says what
+is labelled: augmented images by their batch's statistics, as the authors' code does it (``main.py`` gives the training
+loader to the labelling and stays in training mode), or central squares by the running statistics. The first labels come
+from the untrained network, as in the paper, by batch statistics in either case: with the initial running ones the
+logits are spread so widely that Sinkhorn does not converge. Labels change at the start of epochs; the paper's schedule
+of labellings, dense at the beginning, is rounded to them.
 
 Under several processes every rank holds all features and labels, and labels its share of the rows.
 """
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
@@ -30,7 +34,9 @@ from sslfast.methods.registry import register_method
 from sslfast.methods.shared.pseudo_labels import (
     UNLABELLED,
     CollectedFeatures,
+    batch_statistics,
     central_view,
+    has_initial_statistics,
     label_accuracy,
     pseudo_label_loss,
 )
@@ -72,6 +78,9 @@ class SeLa(Method):
         """Maximum number of Sinkhorn iterations."""
         feature_dtype: Literal["fp32", "bf16"] = "fp32"
         """Storage of the features of all rows; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
+        label_views: Literal["central", "augmented"] = "central"
+        """What is labelled. central: the central square of each image, in evaluation mode. augmented: the crops that
+        the epoch trains on, BatchNorm by their batch, as in the authors' code."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
         """The image."""
 
@@ -91,8 +100,8 @@ class SeLa(Method):
             return any(epoch == math.floor(epochs * (k / n) ** 2) for k in near)
 
         def feature_views(self) -> dict[str, ViewConfig]:
-            """What is labelled: the central square of each image."""
-            return {IMAGE: central_view(self.image_view)}
+            """What is labelled."""
+            return {IMAGE: self.image_view if self.label_views == "augmented" else central_view(self.image_view)}
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
@@ -126,6 +135,7 @@ class SeLa(Method):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
         self.features = CollectedFeatures(num_rows, width, dtype=dtype)
         self.register_buffer("labels", torch.full((config.heads, num_rows), UNLABELLED, dtype=torch.int32))
+        self._by_batch: bool | None = None  # of the current feature pass
 
     def needs_feature_pass(self, epoch: int) -> bool:
         """Where the schedule labels."""
@@ -133,11 +143,15 @@ class SeLa(Method):
 
     def store_features(self, views: Mapping[str, View], sample_ids: Tensor) -> None:
         """Stores the features of a batch."""
-        self.features.store_(sample_ids, self.trunk(views[IMAGE].pixels))
+        if self._by_batch is None:  # host sync: one a pass
+            self._by_batch = self.config.label_views == "augmented" or has_initial_statistics(self.trunk)
+        with batch_statistics(self.trunk) if self._by_batch else nullcontext():
+            self.features.store_(sample_ids, self.trunk(views[IMAGE].pixels))
 
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
         """Labels all rows seen so far, head by head, where the schedule says so. Waits for the device."""
+        self._by_batch = None
         if not self.config.labels_in(epoch):
             return
         seen = self.features.seen.nonzero()[:, 0]

@@ -38,6 +38,9 @@ class SimCLR(Method):
         """Width of the head's hidden layer."""
         dimensions: int = 128
         """Dimensions of an embedding."""
+        head_norm: bool = False
+        """BatchNorm behind both layers of the head, which then have no bias, the last one no shift either, as the
+        authors' code (``model_util.py``, projection_head); VISSL has none."""
         temperature: float = 0.1
         """τ of the scores."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
@@ -67,7 +70,15 @@ class SimCLR(Method):
         self.config = config
         self.trunk = build_trunk(context.model, seed=context.seed)
         with seeded(context.seed + 1):
-            self.projection = MLPHead(self.trunk.out_features, config.hidden_features, config.dimensions)
+            self.projection = MLPHead(
+                self.trunk.out_features,
+                config.hidden_features,
+                config.dimensions,
+                hidden_norm=config.head_norm,
+                hidden_bias=not config.head_norm,
+                output_bias=not config.head_norm,
+                output_norm="scale" if config.head_norm else "none",
+            )
 
     def forward(self, views: Mapping[str, View], sample_ids: Tensor, *, step: int | Tensor) -> dict[str, Tensor]:
         """Loss of one batch.

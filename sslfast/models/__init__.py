@@ -2,11 +2,11 @@
 
 from sslfast.models.build import TrunkConfig, build_trunk, read_trunk_config, require_resnet, trunk_stride
 from sslfast.models.context import RowContext
-from sslfast.models.contrast import info_nce
+from sslfast.models.contrast import full_precision, info_nce
 from sslfast.models.decoder import Decoder
 from sslfast.models.derivatives import first_derivative_only
 from sslfast.models.finite import are_finite, first_nonfinite
-from sslfast.models.heads import JigsawHead, MLPHead, PairHead, PatchHead
+from sslfast.models.heads import JigsawHead, MLPHead, OutputNorm, PairHead, PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
 from sslfast.models.recomputation import snapshot
@@ -19,6 +19,7 @@ __all__ = [
     "JigsawHead",
     "MLPHead",
     "MemoryBank",
+    "OutputNorm",
     "PairHead",
     "PatchHead",
     "ResNetConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "build_trunk",
     "first_derivative_only",
     "first_nonfinite",
+    "full_precision",
     "info_nce",
     "initial_rows",
     "read_trunk_config",

@@ -85,14 +85,14 @@ def _is_transformed(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Without autocast, which the ``meta`` device of memory estimates does not have."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _log_sum_exp(queries: Tensor, keys: Tensor, excluded: Tensor | None, scale: float) -> Tensor:
     """``[N]``: ``log sum_j exp(scale q_i . k_j)`` in plain torch, differentiable in every way, ``[N, M]`` stored."""
-    with _full_precision(queries.device):
+    with full_precision(queries.device):
         scores = (queries * scale) @ keys.T
     if excluded is not None:
         scores = scores.scatter(1, excluded[:, None], -torch.inf)
@@ -120,7 +120,7 @@ class _LogSumExp(torch.autograd.Function):
             found = iter(torch.autograd.grad(lse, wanted, gradient, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None)
         of_queries, of_keys = torch.empty_like(queries), torch.zeros_like(keys)
-        with _full_precision(queries.device):
+        with full_precision(queries.device):
             for rows, scores in _scores(queries, keys, excluded, ctx.scale):
                 weights = scores.sub_(lse[rows, None]).exp_().mul_(gradient[rows, None] * ctx.scale)
                 of_queries[rows] = weights @ keys
@@ -133,7 +133,7 @@ def _scores(queries: Tensor, keys: Tensor, excluded: Tensor | None, scale: float
     size = max(1, _BLOCK // max(1, len(keys)))
     for start in range(0, len(queries), size):
         rows = slice(start, min(start + size, len(queries)))
-        with _full_precision(queries.device):
+        with full_precision(queries.device):
             scores = (queries[rows] * scale) @ keys.T
         if excluded is not None:
             scores.scatter_(1, excluded[rows, None], -torch.inf)

@@ -1,6 +1,6 @@
 """Heads on trunk features: projections to embeddings, and classifiers of patches."""
 
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,54 @@ class PairHead(nn.Module):
         return cast(Tensor, self.classes(hidden))
 
 
-class MLPHead(nn.Sequential):
-    """``[..., C]`` -> linear -> ReLU -> linear -> ``[..., D]`` (SimCLR section 2.1, MoCo v2 section 3)."""
+OutputNorm: TypeAlias = Literal["none", "affine", "scale", "plain"]
+"""BatchNorm behind the last layer of :class:`MLPHead`. affine: with scale and shift; scale: with a scale alone, the
+shift stays 0; plain: with neither."""
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
-        super().__init__(nn.Linear(in_features, hidden_features), nn.ReLU(), nn.Linear(hidden_features, out_features))
+
+class MLPHead(nn.Sequential):
+    """``[..., C]`` -> linear -> ReLU -> ... -> linear -> ``[..., D]``, with BatchNorm where asked; then ``[B, C]``.
+
+    Of two layers without BatchNorm: SimCLR section 2.1, MoCo v2 section 3. With BatchNorm: BYOL section 3.3, SimSiam
+    section 3, Barlow Twins section 2.2, VICReg section 4.2, SwAV section 3.2.
+
+    Args:
+        in_features: C.
+        hidden_features: of every layer but the last.
+        out_features: D.
+        layers: linear layers, at least 1.
+        hidden_norm: BatchNorm behind every layer but the last, before its activation.
+        hidden_bias: bias in every layer but the last; BatchNorm takes it away again.
+        output_bias: bias in the last layer.
+        output_norm: BatchNorm behind the last layer.
+        activation: class of the module behind every layer but the last.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        layers: int = 2,
+        hidden_norm: bool = False,
+        hidden_bias: bool = True,
+        output_bias: bool = True,
+        output_norm: OutputNorm = "none",
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        if layers < 1:
+            raise ValueError(f"MLPHead needs at least 1 layer, got {layers=}")
+        modules: list[nn.Module] = []
+        for _ in range(layers - 1):
+            modules.append(nn.Linear(in_features, hidden_features, bias=hidden_bias))
+            modules += [nn.BatchNorm1d(hidden_features)] if hidden_norm else []
+            modules.append(activation())
+            in_features = hidden_features
+        modules.append(nn.Linear(in_features, out_features, bias=output_bias))
+        if output_norm != "none":
+            norm = nn.BatchNorm1d(out_features, affine=output_norm != "plain")
+            if output_norm == "scale":
+                norm.bias.requires_grad_(False)
+            modules.append(norm)
+        super().__init__(*modules)

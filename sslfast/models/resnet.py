@@ -25,6 +25,12 @@ class ResNetConfig:
     group), independent of other images; torchvision's weights do not fit it."""
     width: float = 1.0
     """Factor on the channels of every layer: 2 is PIRL-c2x (table 2 of the paper, 98 M parameters with ResNet-50)."""
+    zero_init_residual: bool = False
+    """Initial weights alone: the scale of the last normalisation of every residual block starts at 0, so that the block
+    starts as the identity (Goyal et al. 2017, section 5.1)."""
+    input: Literal["rgb", "sobel"] = "rgb"
+    """What conv1 sees of the image. sobel: the two Sobel derivatives of the mean of the three channels, so that no
+    feature is of colour (DeepCluster, ``models/alexnet.py``; mmselfsup's ``ResNetSobel``)."""
 
     def __post_init__(self) -> None:
         if not self.width > 0 or 64 * self.width % 8:
@@ -63,7 +69,8 @@ def _wide(config: ResNetConfig, norm: Callable[[int], nn.Module]) -> nn.Module:
             return super()._make_layer(block, round(planes * config.width), *args, **options)
 
     blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}[config.name]
-    net = Wide(resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock, blocks, norm_layer=norm)
+    block = resnet.Bottleneck if config.name == "resnet50" else resnet.BasicBlock
+    net = Wide(block, blocks, norm_layer=norm, zero_init_residual=config.zero_init_residual)
     net.conv1 = nn.Conv2d(3, round(64 * config.width), kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.bn1 = norm(round(64 * config.width))
@@ -87,6 +94,8 @@ class ResNetTrunk(Trunk):
     layer2: nn.Module
     layer3: nn.Module
     layer4: nn.Module
+    has_sobel = False
+    sobel: Tensor
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
@@ -99,7 +108,9 @@ class ResNetTrunk(Trunk):
             ) from error
         norm, first = norm_layer(config), round(64 * config.width)
         if config.width == 1:
-            net = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
+            net = getattr(torchvision.models, config.name)(
+                weights=None, norm_layer=norm, zero_init_residual=config.zero_init_residual
+            )
         else:
             net = _wide(config, norm)
         if config.stem == "small":
@@ -109,13 +120,27 @@ class ResNetTrunk(Trunk):
         for module in net.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (2, 2):
                 module.__class__ = _StridedConv
+        if config.input == "sobel":
+            old = net.conv1
+            net.conv1 = nn.Conv2d(2, first, old.kernel_size, stride=old.stride, padding=old.padding, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+            across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+            filters = torch.stack((across, across.T))[:, None].expand(-1, 3, -1, -1) / 3
+            self.has_sobel = True
+            self.register_buffer("sobel", filters.contiguous(), persistent=False)
         self.out_features = round(net.fc.in_features * config.width)
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))
 
+    def _first(self, images: Tensor) -> Tensor:
+        """The map after conv1."""
+        if self.has_sobel:
+            images = nn.functional.conv2d(images, self.sobel.to(images.dtype), padding=1)
+        return cast(Tensor, self.relu(self.bn1(self.conv1(images))))
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Maps after conv1 (before its max-pool), res2, res3, res4, res5."""
-        x = self.relu(self.bn1(self.conv1(images)))
+        x = self._first(images)
         maps = [x]
         x = self.maxpool(x)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -124,6 +149,6 @@ class ResNetTrunk(Trunk):
         return maps
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self._first(images))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, x.mean(dim=(2, 3)))

@@ -193,7 +193,7 @@ def photometric_(pixels: Tensor, parameters: Tensor) -> Tensor:
 def augment(
     pictures: Tensor, parameters: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...], blur: bool = True
 ) -> Tensor:
-    """Flip, jitter, photometric operations, grayscale, blur and ``(x / 255 - mean) / std``, in this order.
+    """Flip, jitter, photometric operations, grayscale, blur, solarize and ``(x / 255 - mean) / std``, in this order.
 
     Args:
         pictures: ``[N, 3, H, W]`` uint8.
@@ -213,5 +213,6 @@ def augment(
     pixels = torch.where(gate(ViewParameter.GRAYSCALE), luminance(pixels), pixels)
     if blur:
         pixels = gaussian_blur(pixels, parameters[:, ViewParameter.BLUR_SIGMA])
+    pixels = solarize_(pixels, parameters[:, ViewParameter.LAST_SOLARIZE_THRESHOLD])
     center, spread = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
     return (pixels - center * 255.0) / (spread * 255.0)

@@ -51,6 +51,7 @@ class ViewParameter(IntEnum):
     SOLARIZE_THRESHOLD = 256.0, _ANY, "levels at or above it are inverted"
     GRAYSCALE = 0.0, _ANY, "gate: the luminance in all three channels"
     BLUR_SIGMA = 0.0, (0.0, 5.0), "of the Gaussian blur, in pixels; 0 no blur"
+    LAST_SOLARIZE_THRESHOLD = 256.0, _ANY, "levels at or above it are inverted behind the blur"
 
 
 def neutral_parameters() -> list[float]:

@@ -19,15 +19,15 @@ class LARS(torch.optim.Optimizer):
         w = w - v
 
     The rate is inside of the momentum, as in the paper and in SimCLR, so that a falling rate damps old gradients no
-    more than new ones; ``torch.optim.SGD`` has it outside. Groups with ``adapt=False`` have λ = 1 and β = 0: biases and
-    normalisation layers, as in SimCLR. Every operation is one foreach call over a group and nothing is read from the
-    device; ``lr`` may be a 0-d tensor, so that a captured CUDA graph sees its changes.
+    more than new ones; ``torch.optim.SGD`` has it outside. Groups with ``adapt=False`` have λ = 1: biases and
+    normalisation layers, as in SimCLR, where they do not decay either. Every operation is one foreach call over a group
+    and nothing is read from the device; ``lr`` may be a 0-d tensor, so that a captured CUDA graph sees its changes.
 
     Args:
         groups: parameter groups with ``params`` and ``adapt``.
         lr: γ.
         momentum: m.
-        weight_decay: β of the groups with ``adapt``.
+        weight_decay: β of groups without one of their own.
         trust_coefficient: η.
     """
 
@@ -64,7 +64,9 @@ class LARS(torch.optim.Optimizer):
             if group["adapt"]:
                 moves = self._adapted(parameters, gradients, group)
             else:
-                moves = list(torch._foreach_mul(gradients, group["lr"]))
+                decay = group["weight_decay"]
+                penalised = torch._foreach_add(gradients, parameters, alpha=decay) if decay else gradients
+                moves = list(torch._foreach_mul(penalised, group["lr"]))
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, moves)
             torch._foreach_sub_(parameters, momenta)

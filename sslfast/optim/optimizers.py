@@ -1,7 +1,7 @@
 """Optimizers with the papers' weight-decay rules: configuration, parameter groups, and the table of optimizers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -9,15 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sslfast.optim.groups import Groups, ParameterOptions, parameter_groups
 from sslfast.optim.lamb import LAMB
 from sslfast.optim.lars import LARS
 from sslfast.optim.schedule import LearningRate
 from sslfast.optim.state import zero_moments, zero_momentum
-
-Groups = list[dict[str, Any]]
-"""Parameter groups: the decayed one and the other."""
-
-_NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(kw_only=True)
@@ -46,6 +42,10 @@ class OptimConfig:
     """When the learning rate changes: once per epoch (VISSL) or at every step."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up at the beginning; the paper has none."""
+    warmup_factor: float | None = None
+    """Share of the peak rate that the warm-up starts from; None: one update's share of it."""
+    bias_norm_lr_factor: float = 1.0
+    """Factor of the rate of the parameters that do not decay, biases and normalisation layers; Barlow Twins has one."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -54,10 +54,16 @@ class OptimConfig:
     """Nesterov momentum."""
     weight_decay: float = 1e-4
     """L2 penalty, added to the gradient; AdamW, LAMB: decoupled, the share of the weights that rate 1 subtracts."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end of the run: it changes with every step along a cosine (DINO); None: it is constant."""
     decay_norm: bool = False
-    """Also decay the weights and biases of normalisation layers."""
+    """Also decay the weights and biases of normalisation layers; LARS and LAMB adapt the rate of what they decay."""
     decay_bias: bool = False
-    """Also decay the biases of all other layers."""
+    """Also decay the biases of all other layers, likewise."""
+    clip_grad_norm: float = 0.0
+    """Largest L2 norm of the gradient: a longer one is scaled down to it. 0: gradients are not clipped."""
+    clip_each: bool = False
+    """Clip the gradient of every parameter by its own norm (DINO), not that of all of them together."""
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
@@ -96,6 +102,15 @@ class OptimConfig:
             raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
         if not self.warmup_epochs >= 0:
             raise ValueError(f"optim.warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        if self.warmup_factor is not None and not 0 <= self.warmup_factor <= 1:
+            raise ValueError(f"optim.warmup_factor must be in [0, 1], got {self.warmup_factor}")
+        for name in ("bias_norm_lr_factor", "clip_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name} must be at least 0, got {getattr(self, name)}")
+        if self.final_weight_decay is not None and not self.final_weight_decay >= 0:
+            raise ValueError(f"optim.final_weight_decay must be at least 0, got {self.final_weight_decay}")
+        if self.clip_each and self.clip_grad_norm == 0:
+            raise ValueError("optim.clip_each needs optim.clip_grad_norm above 0, got clip_grad_norm=0")
 
     def peak_lr(self, batch_size: int) -> float:
         """Largest learning rate at a batch size: ``lr_per_256_images * batch_size / 256``."""
@@ -111,40 +126,21 @@ class OptimConfig:
             milestones=self.milestones,
             gamma=self.gamma,
             warmup=self.warmup_epochs,
+            warmup_factor=self.warmup_factor,
             update=self.lr_update,
             steps_per_epoch=steps_per_epoch,
         )
 
-
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups, decayed and not decayed, each in the order of ``module.named_parameters()``.
-
-    Parameters of normalisation layers belong to ``decay_norm``, the ``bias`` of every other layer to
-    ``decay_bias``; what requires no gradient is left out. Both groups always exist, so that the layout of the
-    optimizer's state does not depend on the settings.
-    """
-    norm = {id(p) for m in module.modules() if isinstance(m, _NORM_LAYERS) for p in m.parameters(recurse=False)}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in norm:
-            decays = config.decay_norm
-        elif name.rpartition(".")[2] == "bias":
-            decays = config.decay_bias
-        else:
-            decays = True
-        (decayed if decays else free).append(parameter)
-    if not decayed and not free:
-        raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
-    return [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
+    def decay(self, total_steps: int) -> LearningRate:
+        """The weight decay of each step of a run, as a schedule of steps."""
+        if self.final_weight_decay is None:
+            return LearningRate(peak=self.weight_decay)
+        return LearningRate(peak=self.weight_decay, final=self.final_weight_decay, shape="cosine", epochs=total_steps)
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig, *, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, *, lr: float, options: Mapping[str, ParameterOptions] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer that ``config.name`` names in :data:`OPTIMIZERS`, over :func:`parameter_groups`.
 
     Its state exists, zero, from the start.
@@ -152,9 +148,14 @@ def build_optimizer(module: nn.Module, config: OptimConfig, *, lr: float) -> tor
     Args:
         module: whose parameters it updates.
         config: which optimizer, and its options; its learning rates are not read.
-        lr: first learning rate; :func:`~sslfast.optim.schedule.set_learning_rate` changes it.
+        lr: first learning rate, and for good that of parameters with a constant one;
+            :func:`~sslfast.optim.schedule.set_learning_rate` changes it.
+        options: of the parameters below a name.
     """
-    return OPTIMIZERS[config.name].build(parameter_groups(module, config), config, lr)
+    groups = parameter_groups(module, config, options)
+    for group in groups:
+        group["lr"] = lr * group["lr_factor"]
+    return OPTIMIZERS[config.name].build(groups, config, lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ class OptimizerEntry:
     """An optimizer in :data:`OPTIMIZERS`."""
 
     build: Callable[[Groups, OptimConfig, float], torch.optim.Optimizer]
-    """From the two groups of :func:`parameter_groups`, the configuration and the learning rate. State is allocated, and
+    """From the groups of :func:`parameter_groups`, the configuration and the learning rate. State is allocated, and
     a step reads nothing from the device."""
     without: tuple[str, ...] = ()
     """Boolean options of :class:`OptimConfig` that it does not have."""
@@ -171,7 +172,7 @@ class OptimizerEntry:
 def _sgd(groups: Groups, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     kernel = _kernel(groups)
     sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, **kernel)
-    if config.momentum > 0:
+    if any(group["momentum"] > 0 for group in sgd.param_groups):
         zero_momentum(sgd)
     return sgd
 
@@ -183,14 +184,11 @@ def _adamw(groups: Groups, config: OptimConfig, lr: float) -> torch.optim.Optimi
 
 
 def _lars(groups: Groups, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    decayed, others = groups
-    groups = [{**decayed, "adapt": True}, {**others, "adapt": False}]
     return LARS(groups, lr=lr, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
 
 
 def _lamb(groups: Groups, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    decayed, others = groups
-    return LAMB([{**decayed, "adapt": True}, {**others, "adapt": False}], lr=lr, betas=config.betas)
+    return LAMB(groups, lr=lr, betas=config.betas)
 
 
 def _kernel(groups: Groups) -> dict[str, Any]:
@@ -201,9 +199,9 @@ def _kernel(groups: Groups) -> dict[str, Any]:
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(build=_sgd),
-    "lars": OptimizerEntry(build=_lars, without=("nesterov", "decay_norm", "decay_bias")),
+    "lars": OptimizerEntry(build=_lars, without=("nesterov",)),
     "adamw": OptimizerEntry(build=_adamw, without=("nesterov",)),
-    "lamb": OptimizerEntry(build=_lamb, without=("nesterov", "decay_norm", "decay_bias")),
+    "lamb": OptimizerEntry(build=_lamb, without=("nesterov",)),
 }
 """Every value of ``OptimConfig.name``. To add an optimizer: its class in a module of its own, an entry here, and its
 name in :class:`OptimConfig`."""

@@ -61,9 +61,20 @@ class LearningRate:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every parameter group; a rate that is a tensor is filled in place."""
+    """Set the rate of every parameter group, times its ``lr_factor``, but of those with ``constant_lr``; a rate that is
+    a tensor is filled in place."""
     for group in optimizer.param_groups:
+        if group.get("constant_lr", False):
+            continue
+        own = lr * group.get("lr_factor", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Set the decay of the parameter groups that follow the run's."""
+    for group in optimizer.param_groups:
+        if group.get("scheduled_decay", False):
+            group["weight_decay"] = decay

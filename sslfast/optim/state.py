@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_KERNELS = ("foreach", "fused")
+
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter a momentum of zeros; SGD's first step is then the same as without one."""
@@ -33,9 +35,11 @@ def zero_moments(optimizer: torch.optim.Optimizer, *, step_on_device: bool) -> N
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """``optimizer.load_state_dict`` that keeps this device's kernels: fused on CUDA, foreach elsewhere."""
+    """``optimizer.load_state_dict`` that keeps this device's kernels: fused on CUDA, foreach elsewhere.
+
+    Options of a group that did not exist when the state was saved are this optimizer's."""
     groups = [
-        {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
+        {**{k: v for k, v in own.items() if k != "params"}, **saved, **{k: own[k] for k in _KERNELS if k in own}}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})

@@ -31,6 +31,8 @@ def autoencoder() -> TrainConfig:
     """Denoising autoencoder: ResNet-50, a quarter of the pixels destroyed, squared error.
 
     A quarter is one of the paper's shares of destroyed inputs (Vincent 2008, section 4). Chosen here: everything else.
+
+    Departures: not the paper's network, data or optimisation; it has no number on ImageNet.
     """
     return _large("autoencoder", Autoencoder.Config())
 
@@ -38,24 +40,36 @@ def autoencoder() -> TrainConfig:
 def colorization() -> TrainConfig:
     """Colorization: ResNet-50, ab bins from lightness at a quarter of the resolution, rare colours weighted up.
 
-    From Zhang 2016, sections 2.1 and 2.2: bins of 10, 5 neighbours, σ = 5, λ = 1/2, prediction at stride 4. Chosen
-    here: everything else; the paper trains a VGG-like network.
+    From Zhang 2016, sections 2.1 and 2.2: bins of 10, σ = 5, λ = 1/2, prediction at stride 4. From the authors'
+    ``resources/caffe_traininglayers.py`` and ``models/colorization_train_val_v2.prototxt``: 10 neighbours, the colour
+    of every fourth pixel, gray pictures left out of the loss. Chosen here: everything else.
+
+    Departures: the authors train a VGG-like network, crops of 176 px, Adam with learning rate 3e-5, batch 40; the
+    number is of a ResNet-50 of Goyal et al. 2019, of whose optimisation nothing is published. Bins: 261, not 313, and
+    their frequencies are counted during the run.
     """
-    return _large("colorization", Colorization.Config())
+    method = Colorization.Config(neighbours=10, cell_colour="first", mask_gray=True)
+    return _large("colorization", method)
 
 
 def super_resolution() -> TrainConfig:
-    """Super-resolution by 4: ResNet-50, absolute error, no perceptual term. Chosen here: everything."""
+    """Super-resolution by 4: ResNet-50, absolute error, no perceptual term. Chosen here: everything.
+
+    Departures: there is no source with a number on ImageNet to depart from.
+    """
     return _large("super-resolution", SuperResolution.Config())
 
 
 def inpainting() -> TrainConfig:
-    """Inpainting: ResNet-50, random square holes over at most a quarter of the image, squared error.
+    """Inpainting: ResNet-50, random regions over 20 to 30 % of the image, squared error over the whole image.
 
-    From Pathak 2016, sections 3.2 and 3.3: random blocks up to a quarter of the image, a band of 7 px with weight 10.
-    Chosen here: everything else; the paper trains an AlexNet encoder and, for sharper images, an adversarial term too.
+    From the authors' command for random regions (README and ``train_random.lua`` of pathak22/context-encoder): masks,
+    the error's weight of 1 everywhere. Chosen here: everything else.
+
+    Departures: no adversarial term (λ_adv 0.001 beside λ_rec 0.999); ResNet-50 on 224 px, where the authors train an
+    AlexNet-like encoder on 128 px with Adam; a mask for each sample, where they have one for a batch.
     """
-    return _large("inpainting", Inpainting.Config())
+    return _large("inpainting", Inpainting.Config(holes="region", loss_over="image"))
 
 
 def autoencoder_small() -> TrainConfig:

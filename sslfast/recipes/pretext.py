@@ -1,7 +1,7 @@
 """Recipes of the methods that classify a transform of the image: jigsaw, rotation, relative position.
 
 Sources: VISSL's ``configs/config/pretrain/``: ``jigsaw/jigsaw_8gpu_resnet.yaml``, ``rotnet/rotnet_8gpu_resnet.yaml``;
-mmselfsup's ``configs/selfsup/relative_loc/r50.py``; the papers. All of these divide the learning rate by 10 in steps.
+mmselfsup's ``configs/selfsup/relative_loc/``; the papers. All of these divide the learning rate by 10 in steps.
 """
 
 from collections.abc import Callable
@@ -20,33 +20,47 @@ def _optim(lr: float, *, milestones: tuple[float, ...], warmup_epochs: float = 0
     )
 
 
-def _gray_patches() -> ViewConfig:
-    """Square crop of 60 to 100 % of the image, patches without flips, grayscale with probability 0.66.
-
-    The area is chosen here: the sources resize the short side and crop a square, which keeps about as much. They
-    convert the whole image to grayscale, here every patch by itself.
-    """
-    augment = AugmentConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.66)
-    return jigsaw_view(255, 64, ratio=(1.0, 1.0), augment=augment)
+def _patches(*, max_offset: int | None = None) -> ViewConfig:
+    """Square crop of 60 to 100 % of the image, patches of 64 in cells of 85, no augmentation of a patch by itself."""
+    augment = AugmentConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0)
+    return jigsaw_view(255, 64, max_offset=max_offset, ratio=(1.0, 1.0), augment=augment)
 
 
 def jigsaw() -> TrainConfig:
-    """Jigsaw as VISSL runs it: ResNet-50, 2,000 permutations, 105 epochs, batch 256, learning rate 0.1, 5 epochs of
-    warm-up, divided by 10 after epochs 30, 60, 90 and 100, patches of 64 in cells of 85, grayscale 0.66, weight decay
-    1e-4 on biases too."""
+    """Jigsaw as VISSL runs it: ResNet-50, 2,000 permutations, 105 epochs, patches of 64 in cells of 85.
+
+    From VISSL's ``jigsaw/jigsaw_8gpu_resnet.yaml``: the crop mirrored with probability 0.5 and gray with 0.66 before it
+    is cut, offsets 0 to 20, heads 2048 - 1000 with BatchNorm and 9000 - 2000; batch 256, learning rate 0.1, 5 epochs of
+    warm-up from a quarter, divided by 10 after epochs 30, 60, 90 and 100; weight decay 1e-4, on biases too.
+
+    Departures: crops of 60 to 100 % of the image, where VISSL resizes the shorter side to 256 and takes a square of
+    255, which keeps about as much; permutations chosen by the seed in place of the published file, which
+    ``--method.permutation-file`` reads.
+    """
     return TrainConfig(
         recipe="jigsaw",
-        method=Jigsaw.Config(num_permutations=2000, jigsaw_view=_gray_patches()),
-        optim=_optim(0.1, milestones=(30.0, 60.0, 90.0, 100.0), warmup_epochs=5.0),
+        method=Jigsaw.Config(
+            num_permutations=2000,
+            crop_flip_probability=0.5,
+            crop_grayscale_probability=0.66,
+            jigsaw_view=_patches(max_offset=20),
+        ),
+        optim=replace(_optim(0.1, milestones=(30.0, 60.0, 90.0, 100.0), warmup_epochs=5.0), warmup_factor=0.25),
         epochs=105,
         batch_size=256,
     )
 
 
 def rotation() -> TrainConfig:
-    """Rotation as VISSL runs it: ResNet-50, one drawn rotation of each image, crop 224 and flip, 105 epochs, batch
-    256, learning rate 0.1, divided by 10 after epochs 30, 60, 90 and 100, weight decay 1e-4 on biases too.
-    ``--method.all-turns`` is the paper's form."""
+    """Rotation as VISSL runs it: ResNet-50, one drawn rotation of each image, 105 epochs.
+
+    From VISSL's ``rotnet/rotnet_8gpu_resnet.yaml``: crop 224 and flip, a linear head, batch 256, learning rate 0.1,
+    divided by 10 after epochs 30, 60, 90 and 100, weight decay 1e-4, on biases too. ``--method.all-turns`` is the form
+    of Gidaris et al. 2018.
+
+    Departures: the crop is mirrored before it is turned, as in the authors' RotNet; VISSL turns the image, then crops
+    and mirrors it, so that in half of its pictures 90 and 270 degrees are exchanged.
+    """
     return TrainConfig(
         recipe="rotation",
         method=Rotation.Config(image_view=ViewConfig(augment=replace(NO_COLOURS))),
@@ -57,19 +71,54 @@ def rotation() -> TrainConfig:
 
 
 def relative_position() -> TrainConfig:
-    """Relative position: ResNet-50, patches of 64 in cells of 85, all eight pairs of each image, hidden layer of 4,096.
+    """Relative position as mmselfsup runs it: ResNet-50, all eight pairs of each image, 70 epochs.
 
-    From mmselfsup: 70 epochs, batch 512, learning rate 0.1 per 256 images, 5 epochs of warm-up, divided by 10 after
-    epochs 30 and 50, grayscale 0.66, weight decay 1e-4 (it has 5e-4 on the head). From Doersch et al. section 3.1:
-    colour dropping. All pairs: Kolesnikov et al. 2019.
+    From mmselfsup's ``relative_loc/relative-loc_resnet50_8xb64-steplr-70e_in1k.py`` and the files that it includes: the
+    crop gray with probability 0.66 before it is cut, patches of 64 in cells of 85, colours kept; head 4096 - 4096 with
+    BatchNorm, ReLU and dropout 0.5, then 8 classes; batch 512, learning rate 0.2, 5 epochs of warm-up from a tenth,
+    divided by 10 after epochs 30 and 50; weight decay 1e-4 on every parameter, 5e-4 in the head.
+
+    Departures: crops of 60 to 100 % of the image, where mmselfsup resizes to 292 and takes a square of 255; PyTorch's
+    initial weights of the head.
     """
     return TrainConfig(
         recipe="relative-position",
-        method=RelativePosition.Config(patch_view=_gray_patches()),
-        optim=_optim(0.1, milestones=(30.0, 50.0), warmup_epochs=5.0),
+        method=RelativePosition.Config(
+            drop_colours=False,
+            dropout=0.5,
+            head_weight_decay=5e-4,
+            crop_grayscale_probability=0.66,
+            patch_view=_patches(),
+        ),
+        optim=replace(
+            _optim(0.1, milestones=(30.0, 50.0), warmup_epochs=5.0),
+            warmup_factor=0.1,
+            lr_update="step",
+            decay_norm=True,
+        ),
         epochs=70,
         batch_size=512,
     )
+
+
+def relative_position_doersch() -> TrainConfig:
+    """Relative position with the patches of Doersch et al.: 96 px, 48 px apart, one channel kept, standardised.
+
+    From the authors' ``deepcontext/train.py``: patch, gap, 7 px of jitter to every side, a third of the patches made
+    small and enlarged again, one channel kept and centred, each patch scaled by its root mean square; and from section
+    3.1 of the paper the noise in the dropped channels, 1/100 of the kept one's deviation.
+
+    Departures: ResNet-50 and one hidden layer in the head, where the authors train an AlexNet-like network with two;
+    crops of 41 to 100 % of the image, where they resize it to 150,000 to 450,000 pixels and lay grids over all of it;
+    the centre with its neighbours, where they take all adjacent pairs both ways; optimisation as ``relative-position``
+    with batch 256, where they have a constant rate of 1e-5 and no weight decay.
+    """
+    augment = AugmentConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0)
+    view = jigsaw_view(432, 96, max_offset=14, ratio=(1.0, 1.0), augment=augment)
+    view = replace(view, crop=replace(view.crop, scale=(0.41, 1.0)))
+    base = relative_position()
+    method = RelativePosition.Config(standardise=True, downsample_probability=1 / 3, patch_view=view)
+    return replace(base, recipe="relative-position-doersch", method=method, batch_size=256)
 
 
 def _small(recipe: str, method: MethodConfig) -> TrainConfig:
@@ -115,5 +164,6 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "rotation": rotation,
     "rotation-small": rotation_small,
     "relative-position": relative_position,
+    "relative-position-doersch": relative_position_doersch,
     "relative-position-small": relative_position_small,
 }

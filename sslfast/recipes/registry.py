@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from sslfast.config import nearest
-from sslfast.recipes import clustering, contrastive, generative, pirl, pretext
+from sslfast.recipes import clustering, contrastive, generative, joint_embedding, pirl, pretext
 from sslfast.training import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **pirl.RECIPES,
     **contrastive.RECIPES,
+    **joint_embedding.RECIPES,
     **pretext.RECIPES,
     **clustering.RECIPES,
     **generative.RECIPES,

@@ -10,7 +10,9 @@ from torch import Tensor
 from sslfast.data import sample_contents
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
+from sslfast.methods import BatchSplit
 from sslfast.models import ResNetConfig, trunk_stride
+from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 from sslfast.views import View, ViewConfig
 
@@ -50,6 +52,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),
         ("step", _step(trainer)),
+        *(("note", line) for line in config.method.remarks(_split(config))),
         ("steps", steps),
         ("learning rate", _schedule(trainer)),
         ("output", f"{trainer.run.path} ({start})"),
@@ -85,12 +88,24 @@ def _schedule(trainer: Trainer) -> str:
     return f"{start}, times {rate.gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in rate.milestones)}"
 
 
+def _split(config: TrainConfig) -> BatchSplit:
+    return BatchSplit(
+        batch_size=config.batch_size,
+        ranks=world_size(),
+        accumulate_steps=config.accumulate_steps,
+        sync_batchnorm=config.sync_batchnorm,
+    )
+
+
 def _step(trainer: Trainer) -> str:
     """How a step is split over processes and micro-batches, and its options."""
     config, ranks = trainer.config, world_size()
     samples = config.batch_size // ranks // config.accumulate_steps
     parts = [f"{ranks} process{'es' if ranks > 1 else ''} x {config.accumulate_steps} x {samples} samples"]
     parts.append(config.optim.name.upper())
+    if config.optim.clip_grad_norm:
+        whose = "of each parameter " if config.optim.clip_each else ""
+        parts.append(f"gradient norm {whose}at most {config.optim.clip_grad_norm:g}")
     if config.compile != "off":
         parts.append(f"compiled ({config.compile})")
     if config.sync_batchnorm:

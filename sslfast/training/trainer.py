@@ -18,7 +18,7 @@ from sslfast.data import refuse_in_bootstrap
 from sslfast.device import resolve_device, resolve_precision
 from sslfast.loaders import Loader
 from sslfast.methods import BatchSplit, Method, MethodContext
-from sslfast.optim import build_optimizer, load_optimizer, set_learning_rate
+from sslfast.optim import build_optimizer, load_optimizer, prepare_gradients, set_learning_rate, set_weight_decay
 from sslfast.runs import (
     CheckpointStore,
     CheckpointWriteError,
@@ -131,10 +131,12 @@ class Trainer:
         if collected := config.method.feature_views():
             loader, stage = self.data.loader(collected), self._stage(collected)
             self.feature_pass = FeaturePass(self.method, loader, stage, device=self.device, dtype=self.dtype)
-        self.optimizer = build_optimizer(self.method, config.optim, lr=config.optim.peak_lr(config.batch_size))
+        peak, options = config.optim.peak_lr(config.batch_size), self.method.parameter_options()
+        self.optimizer = build_optimizer(self.method, config.optim, lr=peak, options=options)
         self.learning_rate = config.optim.learning_rate(
             batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs
         )
+        self.weight_decay = config.optim.decay(self.total_steps)
         self.knn = OnlineKnn(
             self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
         )
@@ -165,6 +167,7 @@ class Trainer:
             self.means.add(values, step=self.device_step)
             self.nonfinite.observe(values["loss"], sample_ids)
             self.samples.ahead(batches)
+        prepare_gradients(self.optimizer, self.config.optim, self.step)
         self.optimizer.step()
         self.method.after_step()
         self.device_step += 1
@@ -288,7 +291,7 @@ class Trainer:
                     stop = self._start_epoch(epoch, recorder, shutdown)
                 if stop is not None:
                     return stop
-                self._set_learning_rate()
+                self._set_rates()
                 self.nonfinite.snapshot()
                 self.train_step(batches)
                 self.nonfinite.restore()
@@ -329,9 +332,10 @@ class Trainer:
         self.recorder.last = records[-1] if records else {}
         return self.store.path(self.step)
 
-    def _set_learning_rate(self) -> None:
+    def _set_rates(self) -> None:
         self.lr = self.learning_rate(self.step)
         set_learning_rate(self.optimizer, self.lr)
+        set_weight_decay(self.optimizer, self.weight_decay(self.step))
 
     def _after_step(self) -> None:
         config = self.config

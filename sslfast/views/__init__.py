@@ -6,6 +6,7 @@ from sslfast.views.crops import crop_boxes, crop_draws
 from sslfast.views.parameters import draw_view
 from sslfast.views.stage import ViewStage
 from sslfast.views.types import (
+    MAX_VIEWS,
     Batch,
     CropConfig,
     JigsawConfig,
@@ -17,6 +18,7 @@ from sslfast.views.types import (
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MAX_VIEWS",
     "AugmentConfig",
     "Batch",
     "CropConfig",

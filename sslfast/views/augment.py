@@ -20,13 +20,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 WORD_GROUPS = (12, 4)
 """uint32 words that an image draws, in whole Philox blocks of four. A draw of 16 words of an image concatenates its
 groups. Groups are only ever appended: a view draws the first group of all its images, then the second one of all, so
-that a new group leaves every recorded draw as it was. Words 14 and 15 are unused."""
+that a new group leaves every recorded draw as it was. Word 15 is unused."""
 
 
 @dataclass(kw_only=True)
 class AugmentConfig:
     """Pixel augmentation, applied to every image or to every patch independently, in this order:
-    flip, jitter (brightness, contrast, saturation, hue in random order), photometric, grayscale, blur, normalise."""
+    flip, jitter (brightness, contrast, saturation, hue in random order), photometric, grayscale, blur, solarize,
+    normalise."""
 
     flip_probability: float = 0.5
     """Horizontal flip."""
@@ -46,6 +47,11 @@ class AugmentConfig:
     """Probability of the Gaussian blur; 0.5 in MoCo v2 and SimCLR."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest sigma of the blur, drawn uniformly, in pixels of the picture; at most 5."""
+    solarize_probability: float = 0.0
+    """Probability of the solarize behind the blur, apart from that of the photometric operations; 0.2 in the second
+    view of BYOL, Barlow Twins, VICReg and DINO."""
+    solarize_threshold: float = 128.0
+    """Levels at or above it are inverted, of 0 to 255."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -79,6 +85,9 @@ _RULES: dict[ViewParameter, Callable[[Sequence[Tensor], AugmentConfig], Tensor]]
     ViewParameter.SOLARIZE_THRESHOLD: lambda w, _: uint32_below(w[10], 257),
     ViewParameter.GRAYSCALE: lambda w, c: _chance(w[11], c.grayscale_probability),
     ViewParameter.BLUR_SIGMA: lambda w, c: _between(w[13], *c.blur_sigma) * _chance(w[12], c.blur_probability),
+    ViewParameter.LAST_SOLARIZE_THRESHOLD: lambda w, c: torch.where(
+        _chance(w[14], c.solarize_probability), c.solarize_threshold, ViewParameter.LAST_SOLARIZE_THRESHOLD.neutral
+    ),
 }
 
 
@@ -111,6 +120,8 @@ def check_augment(name: str, augment: AugmentConfig) -> None:
         raise ValueError(
             f"view {name!r}: blur_sigma must hold two sigmas, 0 < low <= high <= {MAX_BLUR_SIGMA}, got {low} and {high}"
         )
+    if not 0 <= augment.solarize_threshold <= 256:
+        raise ValueError(f"view {name!r}: solarize_threshold must be in [0, 256], got {augment.solarize_threshold}")
     if len(augment.mean) != 3 or len(augment.std) != 3 or min(augment.std) <= 0:
         raise ValueError(
             f"view {name!r}: mean and std must have 3 values, std above 0, got {augment.mean} and {augment.std}"

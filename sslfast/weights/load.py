@@ -25,7 +25,7 @@ from sslfast.runs import (
 )
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 
-_TRUNK = "trunk."
+_TRUNKS = ("teacher_trunk.", "trunk.")  # the first that a run has: a teacher's, where there is one (DINO)
 _HEAD = "fc."
 _MAX_SIZE = 1 << 16
 _SMALLEST_STD, _LARGEST = 1e-4, 1e2  # of pixels in 0..1, with room
@@ -136,7 +136,7 @@ def read_weights(path: Path | str) -> Weights:
     if not isinstance(stated, dict):
         raise ValueError(f"{card}: model must be a table, got {str(stated)[:100]}; restore the file")
     for name, value in to_dict(model).items():
-        if stated.get(name, value) != value:
+        if name != "zero_init_residual" and stated.get(name, value) != value:  # it leaves no trace in trained weights
             raise ValueError(
                 f"{card}: model.{name} is {str(stated[name])[:100]} and the weights are of {value}; "
                 "restore the file that was exported with them, or delete it"
@@ -197,10 +197,11 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
 
 
 def _trunk_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = next((prefix for prefix in _TRUNKS if any(name.startswith(prefix) for name in weights)), _TRUNKS[-1])
     return {
-        name.removeprefix(_TRUNK): value
+        name.removeprefix(prefix): value
         for name, value in weights.items()
-        if name.startswith(_TRUNK) and isinstance(value, Tensor)
+        if name.startswith(prefix) and isinstance(value, Tensor)
     }
 
 
@@ -209,7 +210,7 @@ def _check_trunk(path: Path, state: Mapping[str, Any]) -> None:
     weights = state.get("method")
     name = first_nonfinite(_trunk_of(weights).items()) if isinstance(weights, Mapping) else None
     if name is not None:
-        raise CorruptCheckpointError(f"values of {_TRUNK}{name} in {path} are NaN or infinite")
+        raise CorruptCheckpointError(f"values of trunk.{name} in {path} are NaN or infinite")
 
 
 def _used(config: Any, where: Path) -> dict[str, Any]:
@@ -324,4 +325,5 @@ def _recognise(path: Path, state: Mapping[str, Tensor]) -> ResNetConfig:
     stem = "small" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
     norm = "batch" if "bn1.running_mean" in state else "layer"
     width = state["layer1.0.conv1.weight"].shape[0] / 64
-    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width)  # type: ignore[arg-type]
+    kind_of_input = "sobel" if state["conv1.weight"].shape[1] == 2 else "rgb"
+    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width, input=kind_of_input)  # type: ignore[arg-type]

@@ -180,7 +180,8 @@ def overfit(config: TrainConfig, *, steps: int = 40, lr: float | None = None) ->
     ``lr``: default the recipe's at this batch size.
     """
     method = build(config)
-    optimizer = build_optimizer(method, config.optim, lr=config.optim.peak_lr(config.batch_size))
+    peak, options = config.optim.peak_lr(config.batch_size), method.parameter_options()
+    optimizer = build_optimizer(method, config.optim, lr=peak, options=options)
     if lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = lr

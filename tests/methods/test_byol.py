@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sslfast.methods.byol import BYOL, _mlp
+from sslfast.methods.byol import BYOL
 from sslfast.models.build import build_trunk
+from sslfast.models.heads import MLPHead
 from sslfast.models.init import seeded
 from sslfast.models.resnet import ResNetConfig
-from sslfast.recipes.contrastive import byol, byol_small
+from sslfast.recipes.joint_embedding import byol, byol_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.methods import harness
@@ -86,7 +87,7 @@ def test_weights_are_drawn_from_the_seed() -> None:
     with harness.tiny_trunks():
         trunk = build_trunk(whole.model, seed=5)
     with seeded(6):
-        projection, predictor = _mlp(24, 32, 16), _mlp(16, 32, 16)
+        projection, predictor = MLPHead(24, 32, 16, hidden_norm=True), MLPHead(16, 32, 16, hidden_norm=True)
     assert same(method.trunk.state_dict(), trunk.state_dict())
     assert same(method.target_trunk.state_dict(), trunk.state_dict())
     assert same(method.projection.state_dict(), projection.state_dict())

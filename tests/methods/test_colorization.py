@@ -82,13 +82,34 @@ def test_soft_code_against_all_distances() -> None:
         gauss = torch.exp(-squared[row][index[row]] / (2 * SIGMA**2))
         torch.testing.assert_close(weights[row].double(), gauss / gauss.sum(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights.sum(-1), torch.ones(50))
+    ten, shares = soft_code(ab, bins, 10)
+    assert torch.equal(ten[:, :5], index)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(50))
     on_bin, share = soft_code(bins[130], bins)  # in the middle: four neighbours at distance 10
     assert on_bin[0] == 130
     torch.testing.assert_close(share, torch.tensor([1.0] + 4 * [math.exp(-2)]) / (1 + 4 * math.exp(-2)))
 
 
+def test_gray_pictures_are_left_out_of_the_loss() -> None:
+    """The loss of a batch with gray pictures is that of the others, over all cells."""
+    config = tiny(mask_gray=True, cell_colour="first", neighbours=10)
+    method = built(config)
+    views, rows = harness.first_batch(config)
+    gray = views["image"].pixels[:3].mean(1, keepdim=True)
+    views["image"].pixels[:3] = method.pixel_space.from_rgb(gray.sigmoid().expand(-1, 3, -1, -1))
+    out = method(views, rows, step=0)["loss"]
+    rgb = method.pixel_space.to_rgb(views["image"].pixels)
+    colour = cell_colours(rgb_to_lab(rgb), 4, "first")
+    cells, weights = soft_code(colour, method.bins, 10)
+    scores = method.predict(method.pixel_space.from_rgb(lightness(rgb))).log_softmax(1).movedim(1, -1)
+    losses = -(scores.gather(-1, cells) * weights).sum(-1) * rebalancing(method.frequencies, 0.5)[cells[..., 0]].float()
+    torch.testing.assert_close(out, losses[3:].sum() / losses.numel())
+    assert (colour[3:].abs().amax((1, 2, 3)) > 5).all()
+
+
 def test_cells_hold_mean_colours() -> None:
     lab = rgb_to_lab(colours(2))
+    assert torch.equal(cell_colours(lab, 4, "first"), lab[:, 1:, ::4, ::4].movedim(1, -1))
     cells = cell_colours(lab, 4)
     assert cells.shape == (2, 2, 2, 2)
     torch.testing.assert_close(cells[1, 0, 1], lab[1, 1:, :4, 4:].mean(dim=(1, 2)))
@@ -264,4 +285,5 @@ def test_recipes() -> None:
     method = colorization().method
     assert isinstance(method, Colorization.Config)
     assert (method.stride, method.uniform_share, method.trunk_input) == (4, 0.5, "lightness")
+    assert (method.neighbours, method.cell_colour, method.mask_gray) == (10, "first", True)
     assert colorization_small().method.image_view.crop.size == 64

@@ -21,7 +21,9 @@ from sslfast.methods.shared.pseudo_labels import (
 )
 from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
+from sslfast.models.resnet import ResNetConfig
 from sslfast.ops.philox import Stream, random_uint32
+from sslfast.optim import build_optimizer
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.crops import crop_boxes
@@ -154,6 +156,42 @@ def test_whitening() -> None:
     assert whiten(mixed, 2).shape == (500, 2)
     flat = whiten(torch.cat((mixed, mixed[:, :1]), dim=1), 7)  # one direction has no variance
     assert flat.isfinite().all()
+
+
+def test_components_of_a_sample() -> None:
+    """Fitted on evenly spaced rows alone; bf16 points are whitened as their float32 values are."""
+    points = torch.randn(600, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)
+    rows = torch.arange(200) * 3
+    torch.testing.assert_close(whiten(points, 3, sample=200)[rows], whiten(points[rows], 3), rtol=1e-5, atol=1e-5)
+    assert torch.equal(whiten(points, 3, sample=600), whiten(points, 3))
+    assert torch.equal(whiten(points, 3, sample=10_000), whiten(points, 3))
+    short = points.bfloat16()
+    torch.testing.assert_close(whiten(short, 3), whiten(short.float(), 3), rtol=1e-6, atol=1e-6)
+
+
+def test_all_features_are_kept_unless_columns_are_named() -> None:
+    method = build(config(feature_columns=0, feature_dtype="bf16"))
+    assert isinstance(method, DeepCluster)
+    assert method.projection is None
+    assert method.features.vectors.shape == (ROWS, 24)
+    views, rows = first_batch(config())
+    method.store_features(views, rows)
+    with torch.no_grad():
+        expected = method.trunk(views["image"].pixels)
+    torch.testing.assert_close(method.features.vectors[rows].float(), expected, rtol=1e-2, atol=1e-2)
+    clustered(method)
+    assert set(method.labels.tolist()) == set(range(4))
+
+
+def test_the_classifier_has_no_momentum_where_asked() -> None:
+    for momentum, expected in ((True, {0.9}), (False, {0.0, 0.9})):
+        whole = config(head_momentum=momentum)
+        method = build(whole)
+        optimizer = build_optimizer(method, whole.optim, lr=0.1, options=method.parameter_options())
+        found = {id(p): group["momentum"] for group in optimizer.param_groups for p in group["params"]}
+        assert set(found.values()) == expected
+        assert found[id(method.head.weight)] == (0.9 if momentum else 0.0)  # type: ignore[union-attr]
+        assert found[id(next(method.trunk.parameters()))] == 0.9
 
 
 def test_a_run_labels_every_row(tmp_path: Path) -> None:
@@ -354,6 +392,9 @@ def test_faiss_is_missing() -> None:
 
 
 def test_recipe() -> None:
-    paper = deepcluster()
-    assert (paper.method.clusters, paper.method.pca_dimensions) == (10000, 256)
-    assert (paper.batch_size, paper.optim.lr_per_256_images, paper.optim.weight_decay) == (256, 0.05, 1e-5)
+    recipe = deepcluster()
+    assert isinstance(recipe.method, DeepCluster.Config)
+    assert (recipe.method.clusters, recipe.method.pca_dimensions, recipe.method.feature_columns) == (10000, 256, 0)
+    assert (recipe.batch_size, recipe.optim.peak_lr(recipe.batch_size), recipe.optim.weight_decay) == (512, 0.1, 1e-5)
+    assert isinstance(recipe.model, ResNetConfig)
+    assert recipe.model.input == "sobel"

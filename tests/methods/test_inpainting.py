@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslfast.methods.inpainting import Inpainting, draw_holes, pixel_weights, punched
+from sslfast.methods.inpainting import Inpainting, cubic, draw_holes, pixel_weights, punched
 from sslfast.methods.shared.reconstruction import clean_view
 from sslfast.models.resnet import ResNetConfig
 from sslfast.ops.philox import Stream, random_integers
@@ -27,7 +27,7 @@ def config(**changes: Any) -> Inpainting.Config:
     return Inpainting.Config(**{"image_view": clean_view(32), "overlap": 2, **changes})
 
 
-@pytest.mark.parametrize("holes", ["central", "random"])
+@pytest.mark.parametrize("holes", ["central", "random", "region"])
 def test_perfect_and_constant_reconstruction(holes: str) -> None:
     tiny_config = tiny(holes=holes)
     method = harness.build(tiny_config)
@@ -64,6 +64,37 @@ def test_central_hole(size: int, side: int) -> None:
     assert (hole.sum(dim=(1, 2, 3)) == side**2).all()
     start = (size - side) // 2
     assert hole[:, :, start : start + side, start : start + side].all()
+
+
+def test_regions() -> None:
+    """20 to 30 % of each image, connected and of any shape, equally often everywhere."""
+    method = config(holes="region", image_view=clean_view(64))
+    hole = draw_holes(ROWS, method, seed=0, step=0)
+    shares = hole.double().mean(dim=(1, 2, 3))
+    assert shares.min() > 0.199
+    assert shares.max() < 0.301
+    assert abs(shares.mean() - 0.25) < 0.003
+    assert shares.std() > 0.025  # uniform: 0.029
+    often = hole.double().mean(dim=0)[0]
+    assert (often - 0.25).abs().max() < 0.08
+    # A cell of noise is 8.3 px wide: neighbouring pixels are nearly always both in or both out.
+    assert (hole[:, :, 1:] != hole[:, :, :-1]).double().mean() < 0.1
+    assert torch.equal(draw_holes(ROWS[3:7], method, seed=0, step=0), hole[3:7])
+    assert not torch.equal(draw_holes(ROWS[:9], method, seed=0, step=1), hole[:9])
+
+
+def test_cubic_weights() -> None:
+    """They sum to 1 at any phase, reproduce lines, and are 1 on a node."""
+    places = torch.linspace(3, 4, 11)[:, None]
+    weights = cubic(places - torch.arange(8))
+    torch.testing.assert_close(weights.sum(1), torch.ones(11))
+    torch.testing.assert_close(weights @ torch.arange(8.0), places[:, 0])
+    assert torch.equal(weights[0], torch.eye(8)[3])
+
+
+def test_error_of_the_whole_image() -> None:
+    method = config(holes="region", loss_over="image")
+    assert (pixel_weights(draw_holes(ROWS[:3], method, seed=0, step=0), method) == 1).all()
 
 
 def test_sides_are_the_nearest_even_number_in_the_centre_and_rounded_down_at_random() -> None:
@@ -192,5 +223,5 @@ def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
 def test_recipes() -> None:
     method = inpainting().method
     assert isinstance(method, Inpainting.Config)
-    assert (method.overlap, method.overlap_weight, method.masked_share) == (7, 10.0, 0.25)
+    assert (method.holes, method.loss_over, method.masked_share) == ("region", "image", 0.25)
     assert inpainting_small().method.image_view.crop.size == 64

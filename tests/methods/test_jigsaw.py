@@ -3,12 +3,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sslfast.methods.jigsaw import JIGSAW, Jigsaw, draw_classes
-from sslfast.methods.shared.patches import gather_patches, mosaic, normalise_patches, slots_of_cells
+from sslfast.methods.shared.patches import augment_crop, gather_patches, mosaic, normalise_patches, slots_of_cells
 from sslfast.methods.shared.permutations import max_hamming_permutations
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models.build import build_trunk
@@ -17,7 +18,9 @@ from sslfast.models.init import seeded
 from sslfast.ops.philox import Stream, random_integers
 from sslfast.recipes.pretext import jigsaw, jigsaw_small
 from sslfast.training.config import TrainConfig
-from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
+from sslfast.views.augment import AugmentConfig
+from sslfast.views.stage import ViewStage
+from sslfast.views.types import Batch, CropConfig, JigsawConfig, View, ViewConfig
 from tests.distributed.test_training import run
 from tests.methods.harness import (
     _train_rank,
@@ -148,6 +151,74 @@ def test_classes_are_those_of_seed_step_and_sample_ids() -> None:
     assert out["loss"].item() == pytest.approx(math.log(math.e + 11) - 0.75)
 
 
+def test_a_mirrored_crop_is_cut_into_mirrored_patches() -> None:
+    """Cutting the mirrored crop by hand; gray is of all patches of a sample or of none."""
+    augment = AugmentConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0)
+    view = ViewConfig(crop=CropConfig(size=30), jigsaw=JigsawConfig(grid=3, patch_size=10), augment=augment)
+    crops = torch.randint(256, (64, 3, 30, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(64)
+    stage = ViewStage({JIGSAW: view}, seed=0, channels_last=False)
+    plain, mirrored = (
+        stage(Batch(sample_ids=rows, crops={JIGSAW: c}, epoch=0))[JIGSAW] for c in (crops, crops.flip(3))
+    )
+    space = PixelSpace(augment)
+
+    def by_cell(view: View) -> Tensor:
+        return gather_patches(view.pixels, slots_of_cells(view))
+
+    changed = config(crop_flip_probability=1.0, jigsaw_view=view).method
+    assert isinstance(changed, Jigsaw.Config)
+    flipped = augment_crop(plain, rows, changed, space, seed=0, step=4)
+    assert torch.equal(by_cell(flipped), by_cell(mirrored))
+
+    gray = augment_crop(plain, rows, replace(changed, crop_grayscale_probability=1.0), space, seed=0, step=4)
+    luminance = torch.einsum("nchw,c->nhw", crops.flip(3) / 255, torch.tensor([0.299, 0.587, 0.114]))
+    whole = space.from_rgb(luminance[:, None].expand(-1, 3, -1, -1)).unflatten(3, (3, 10)).unflatten(2, (3, 10))
+    torch.testing.assert_close(by_cell(gray), whole.permute(0, 2, 4, 1, 3, 5).flatten(1, 2), rtol=1e-4, atol=1e-4)
+
+    half = replace(changed, crop_flip_probability=0.5, crop_grayscale_probability=0.66)
+    some = by_cell(augment_crop(plain, rows, half, space, seed=0, step=4))
+    is_gray = ((space.to_rgb(some).amax(2) - space.to_rgb(some).amin(2)) < 1e-3).flatten(2).all(2)
+    assert (is_gray.all(1) == is_gray.any(1)).all()
+    assert 20 < is_gray.all(1).sum() < 60
+    assert plain.permutation is not None
+    part = View(pixels=plain.pixels[3:9], permutation=plain.permutation[3:9])
+    assert torch.equal(some[3:9], by_cell(augment_crop(part, rows[3:9], half, space, seed=0, step=4)))
+    neither = replace(half, crop_flip_probability=0.0, crop_grayscale_probability=0.0)
+    assert augment_crop(plain, rows, neither, space, seed=0, step=4) is plain
+
+
+def test_permutations_of_a_file(tmp_path: Path) -> None:
+    """As VISSL publishes them, from 0, or as Noroozi and Favaro, from 1."""
+    path = tmp_path / "set.npy"
+    rows = max_hamming_permutations(12, 9, 3)
+    for first, dtype in ((0, np.int64), (1, np.uint8)):
+        np.save(path, (rows.numpy() + first).astype(dtype))
+        method = build(config(permutation_file=str(path)))
+        assert torch.equal(method.permutations, rows)  # type: ignore[arg-type]
+    views, ids = first_batch(config())
+    named = config(permutation_file=str(path)).method
+    other = config().method.preview_panels(views, ids, seed=0)["which of 12 orders?"]
+    assert not torch.equal(named.preview_panels(views, ids, seed=0)["which of 12 orders?"], other)
+    with pytest.raises(ValueError, match=r"method.num_permutations must be 12, the rows of .*set.npy, got 100"):
+        build(config(permutation_file=str(path), num_permutations=100))
+    bad = rows.numpy().copy()
+    bad[4, 0] = bad[4, 1]
+    for array, message in (
+        (rows.numpy()[:, :8], r"must hold integers \[K, 9\], .* got int64 \[12, 8\]"),
+        (rows.numpy() / 2, "must hold integers .* got float64"),
+        (bad, "row 4 is no permutation of the 9 patches"),
+        (np.concatenate((rows.numpy()[:11], rows.numpy()[:1])), "holds a permutation twice"),
+    ):
+        np.save(path, array)
+        with pytest.raises(ValueError, match=message):
+            build(config(permutation_file=str(path)))
+    path.write_bytes(b"\x93NUMPY")
+    for missing in (path, tmp_path / "none.npy"):
+        with pytest.raises(ValueError, match=r"cannot be read as .npy"):
+            build(config(permutation_file=str(missing)))
+
+
 def test_patches() -> None:
     view = numbered(5)
     slots = slots_of_cells(view)
@@ -232,4 +303,5 @@ def test_recipe() -> None:
     assert (paper.method.num_permutations, paper.method.patch_features) == (2000, 1000)
     assert (paper.epochs, paper.batch_size, paper.optim.lr_per_256_images) == (105, 256, 0.1)
     view = paper.method.views()[JIGSAW]
-    assert (view.crop.size, view.augment.grayscale_probability) == (255, 0.66)
+    assert (view.crop.size, view.augment.grayscale_probability) == (255, 0.0)
+    assert (paper.method.crop_flip_probability, paper.method.crop_grayscale_probability) == (0.5, 0.66)

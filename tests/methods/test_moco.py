@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from sslfast.distributed.process_group import destroy_process_group, init_process_group, process_group
+from sslfast.methods.base import BatchSplit
 from sslfast.methods.moco import MoCo, batch_order, queue_loss
 from sslfast.models.build import build_trunk
 from sslfast.models.heads import MLPHead
@@ -21,6 +22,8 @@ from sslfast.optim.optimizers import OptimConfig
 from sslfast.recipes import RECIPES
 from sslfast.recipes.contrastive import moco_v1_small, moco_v2_small
 from sslfast.training.config import TrainConfig
+from sslfast.training.dry_run import summary
+from sslfast.training.trainer import Trainer
 from sslfast.views.types import JigsawConfig, ViewConfig
 from tests.distributed.test_training import enter, run
 from tests.methods import harness
@@ -195,6 +198,41 @@ def test_ranks_encode_each_others_keys() -> None:
     run(encode_on_two_ranks, 2)
 
 
+def test_parts_of_a_batch_have_statistics_of_their_own() -> None:
+    """As on two ranks: queries in order, keys in the shuffled one, each part by its own BatchNorm."""
+    whole = replace(config(batchnorm_samples=4), seed=5)
+    method = build(whole)
+    views, rows = harness.first_batch(whole)
+    out = method(views, rows, step=7)
+    other = build(whole)
+    queries = torch.cat([other._query(part) for part in views["query"].pixels.chunk(2)])
+    order = batch_order(8, seed=5, step=7)
+    keys = torch.empty(8, 16)
+    with torch.no_grad():
+        keys[order] = torch.cat([other._key(part) for part in views["key"].pixels[order].chunk(2)])
+    torch.testing.assert_close(out["similarity"], (queries * keys).sum(1).mean())
+    torch.testing.assert_close(method._pending[0], keys)
+    assert not torch.allclose(queries, build(whole)._query(views["query"].pixels), atol=1e-3)
+    assert [MoCo.Config(batchnorm_samples=32).parts(samples) for samples in (256, 100, 24)] == [8, 3, 1]
+
+
+def test_the_plan_says_where_queries_and_keys_share_statistics(tmp_path: Path) -> None:
+    split = BatchSplit(batch_size=256)
+    for changes, changed, shares in (
+        ({}, split, True),
+        ({"batchnorm_samples": 32}, split, False),
+        ({"batchnorm_samples": 200}, split, True),
+        ({"batchnorm_samples": 32, "shuffle": False}, split, True),
+        ({}, replace(split, ranks=8), False),
+        ({}, replace(split, ranks=8, sync_batchnorm=True), True),
+    ):
+        assert bool(MoCo.Config(**changes).remarks(changed)) == shares, (changes, changed)
+    with harness.tiny_trunks():
+        trainer = Trainer(config(), harness.ROWS, tmp_path / "run", report=lambda _line: None)
+    assert "gives positives away" in dict(summary(trainer))["note"]
+    trainer.close()
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     harness.assert_two_processes_train_as_one(config(), tmp_path)
 
@@ -230,6 +268,7 @@ def test_recipes_are_the_published_numbers() -> None:
         method = whole.method
         assert isinstance(method, MoCo.Config)
         assert (method.queue_size, method.momentum, method.dimensions, method.shuffle) == (65536, 0.999, 128, True)
+        assert method.batchnorm_samples == 32
         assert (whole.epochs, whole.batch_size, whole.model) == (200, 256, ResNetConfig())
         assert (whole.optim.lr_per_256_images, whole.optim.weight_decay, whole.optim.momentum) == (0.03, 1e-4, 0.9)
         assert list(method.views().values()) == [method.image_view] * 2

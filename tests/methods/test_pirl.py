@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from sslfast.methods.pirl import PIRL
 from sslfast.models.build import build_trunk
-from sslfast.models.heads import PatchHead
+from sslfast.models.heads import MLPHead, PatchHead
 from sslfast.models.init import seeded
 from sslfast.models.memory_bank import MemoryBank, initial_rows
 from sslfast.models.resnet import ResNetConfig
@@ -223,6 +223,23 @@ def test_weights_and_bank_are_drawn_from_the_seed() -> None:
     assert torch.equal(method.bank.vectors, initial_rows(ROWS, 128, seed=3))
 
 
+def test_mlp_heads() -> None:
+    """VISSL's: a hidden layer with ReLU; behind the second layer of a patch a ReLU too, then the linear layer."""
+    method = PIRL(PIRL.Config(projection="mlp", dimensions=16), context(MODEL, ROWS, seed=3))
+    assert isinstance(method.image_head, MLPHead)
+    assert isinstance(method.pretext_head, PatchHead)
+    x = torch.randn(2, 9, 512, generator=torch.Generator().manual_seed(0))
+    first = method.pretext_head.patch[0]  # type: ignore[index]
+    hidden = first[2](first[0](x).relu()).relu()
+    torch.testing.assert_close(method.pretext_head(x), method.pretext_head.combine(hidden.flatten(1)))
+    assert (first[0].out_features, method.image_head[0].out_features) == (512, 512)
+    recipe = RECIPES["pirl-mlp-blur"]()
+    assert (recipe.method.loss, recipe.method.temperature, recipe.method.projection) == ("infonce", 0.1, "mlp")
+    assert (
+        recipe.method.image_view.augment.blur_probability == recipe.method.jigsaw_view.augment.blur_probability == 0.5
+    )
+
+
 def test_presets_are_the_published_numbers() -> None:
     paper, vissl = pirl_paper(), pirl_vissl()
     for config in (paper, vissl):
@@ -247,7 +264,7 @@ def test_presets_are_the_published_numbers() -> None:
     assert both.jigsaw is not None
     for name, negatives, epochs, batch, own in (
         ("npid", 4096, 200, 256, True),
-        ("npid-plus-plus", 32000, 800, 1024, False),
+        ("npid-plus-plus", 32000, 800, 1024, True),
     ):
         config = RECIPES[name]()
         method = config.method

@@ -14,14 +14,17 @@ from sslfast.methods.relative_position import (
     RelativePosition,
     cells_of_neighbours,
     draw,
+    draw_kept,
+    draw_sides,
     drop_colours,
+    standardise,
 )
-from sslfast.methods.shared.patches import gather_patches
+from sslfast.methods.shared.patches import gather_patches, resampling_matrices
 from sslfast.models.build import build_trunk
 from sslfast.models.heads import PairHead
 from sslfast.models.init import seeded
 from sslfast.ops.philox import Stream, random_uint32
-from sslfast.recipes.pretext import relative_position, relative_position_small
+from sslfast.recipes.pretext import relative_position, relative_position_doersch, relative_position_small
 from sslfast.training.config import TrainConfig
 from sslfast.views.types import CropConfig, JigsawConfig, View, ViewConfig
 from tests.distributed.test_training import run
@@ -137,6 +140,59 @@ def test_colours_are_dropped() -> None:
     )
 
 
+def test_standardised_patches() -> None:
+    """Mean 0 and root mean square 1, whatever brightness and contrast; of the kept channel alone where one is kept."""
+    generator = torch.Generator().manual_seed(0)
+    patches = 2 + 3 * torch.randn(5, 9, 3, 15, 15, generator=generator) * torch.tensor([1, 2, 3])[:, None, None]
+    whole = standardise(patches, None)
+    torch.testing.assert_close(whole.mean(dim=(-3, -2, -1)), torch.zeros(5, 9), rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.square().mean(dim=(-3, -2, -1)), torch.ones(5, 9))
+    torch.testing.assert_close(standardise(4 * patches - 1, None), whole, rtol=1e-4, atol=1e-4)
+    channel = torch.arange(45).view(5, 9) % 3
+    kept = torch.arange(3) == channel[..., None]
+    one = standardise(patches, channel)
+    assert (one[~kept] == 0).all()
+    torch.testing.assert_close(one[kept].mean(dim=(1, 2)), torch.zeros(45), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one[kept].square().mean(dim=(1, 2)), torch.full((45,), 3.0))
+    assert (standardise(torch.full((1, 9, 3, 4, 4), 0.3), None).abs() < 1e-4).all()
+
+
+def test_patches_are_made_small_and_enlarged() -> None:
+    matrices = resampling_matrices(16)
+    x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for side in (1, 10, 15, 16):
+        small = nn.functional.interpolate(x[None], size=side, mode="bilinear")
+        expected = nn.functional.interpolate(small, size=16, mode="bilinear")[0]
+        torch.testing.assert_close(matrices[side] @ x @ matrices[side].T, expected, rtol=1e-4, atol=1e-5)
+    rows = torch.arange(3000)
+    sides = draw_sides(rows, 96, 1 / 3, seed=0, step=1)
+    share = (sides < 96).double().mean()
+    assert abs(share - 1 / 3) < 5 * math.sqrt(2 / 9 / 27000)
+    drawn = sides[sides < 96].double()
+    assert drawn.min() >= 10
+    assert drawn.max() == 94  # the root of an area below 95²
+    # Area uniform: half of the patches are above the root of the mean area.
+    assert abs((drawn > math.sqrt((100 + 95**2) / 2)).double().mean() - 0.5) < 0.03
+    assert torch.equal(draw_sides(rows[5:8], 96, 1 / 3, seed=0, step=1), sides[5:8])
+
+
+def test_dropout_is_a_function_of_seed_step_and_sample_id() -> None:
+    rows = torch.arange(40)
+    kept = draw_kept(rows, 8, 50, 0.25, seed=0, step=1)
+    assert kept.shape == (320, 50)
+    assert kept.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert abs((kept == 0).double().mean() - 0.25) < 5 * math.sqrt(0.1875 / 16000)
+    assert torch.equal(draw_kept(rows[3:5], 8, 50, 0.25, seed=0, step=1), kept[24:40])
+    assert not torch.equal(draw_kept(rows, 8, 50, 0.25, seed=0, step=2), kept)
+    method = build(config(dropout=0.5))
+    views, ids = first_batch(config())
+    first, again, other = (method(views, ids, step=step)["loss"] for step in (1, 1, 2))
+    assert first == again != other
+    plain = build(config()).eval()
+    plain.load_state_dict(method.state_dict())
+    torch.testing.assert_close(method.eval()(views, ids, step=1)["loss"], plain(views, ids, step=1)["loss"])
+
+
 def test_draws_are_uniform_functions_of_the_sample_id() -> None:
     rows = torch.arange(4000)
     drawn = draw(rows, 5, seed=0, step=2)
@@ -219,7 +275,8 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_resumes(tmp_path: Path) -> None:
-    assert_resumes(config(drop_colours=True), tmp_path)
+    changes = {"drop_colours": True, "standardise": True, "downsample_probability": 0.5, "dropout": 0.5}
+    assert_resumes(config(**changes, crop_flip_probability=0.5, crop_grayscale_probability=0.5), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +299,12 @@ def test_errors(changes: dict[str, Any], message: str) -> None:
         build(config(**changes))
 
 
-def test_recipe() -> None:
-    recipe = relative_position()
+def test_recipes() -> None:
+    """The one of the number, which keeps colours, and the authors' patches."""
+    recipe, doersch = relative_position(), relative_position_doersch()
     assert isinstance(recipe.method, RelativePosition.Config)
-    assert recipe.method.drop_colours
+    assert isinstance(doersch.method, RelativePosition.Config)
+    assert not recipe.method.drop_colours
     assert (recipe.epochs, recipe.batch_size, recipe.method.hidden_features) == (70, 512, 4096)
+    assert doersch.method.drop_colours
+    assert doersch.method.standardise

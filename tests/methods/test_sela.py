@@ -122,6 +122,32 @@ def test_labels_are_the_transport_of_every_head() -> None:
     assert (method.labels[:, ROWS - 2 :] == -1).all()  # never seen
 
 
+@pytest.mark.parametrize("label_views", ["central", "augmented"])
+def test_statistics_of_a_feature_pass(label_views: str) -> None:
+    """Those of the batch before the first step, since the running ones are still 0 and 1, and for augmented views;
+    nothing of the trunk changes."""
+    tiny_config = config(label_views=label_views)
+    method = build(tiny_config)
+    assert isinstance(method, SeLa)
+    assert isinstance(tiny_config.method, SeLa.Config)
+    is_plain = tiny_config.method.feature_views()["image"] != tiny_config.method.image_view
+    assert is_plain == (label_views == "central")
+    views, rows = first_batch(tiny_config)
+    for trained in (False, True):
+        if trained:
+            method.start_epoch(0)
+            method.train()(views, rows, step=0)
+        before = {name: value.clone() for name, value in method.trunk.state_dict().items()}
+        method.eval().store_features(views, rows)
+        assert same(method.trunk.state_dict(), before)
+        assert not any(module.training for module in method.modules())
+        by_batch = not trained or label_views == "augmented"
+        with torch.no_grad():
+            expected = method.trunk.train(by_batch)(views["image"].pixels)
+        assert torch.equal(method.features.vectors[rows], expected)
+        method.trunk.load_state_dict(before)
+
+
 def test_weights_are_drawn_from_the_seed() -> None:
     whole = replace(config(), seed=5)
     method = build(whole)

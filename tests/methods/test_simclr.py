@@ -159,12 +159,25 @@ def test_overfits() -> None:
     harness.assert_overfits(config(), steps=40, share=0.2)
 
 
+def test_head_of_the_authors() -> None:
+    """dense - BatchNorm - ReLU - dense - BatchNorm, neither a bias in the layers nor a shift in the last one."""
+    head = harness.build(config(head_norm=True)).projection
+    names = {name: p.requires_grad for name, p in head.named_parameters()}  # type: ignore[union-attr]
+    assert names == {"0.weight": True, "1.weight": True, "1.bias": True, "3.weight": True, "4.weight": True,
+                     "4.bias": False}  # fmt: skip
+    vissl = RECIPES["simclr-vissl"]()
+    assert isinstance(vissl.method, SimCLR.Config)
+    assert not vissl.method.head_norm
+    assert vissl.optim.warmup_factor == pytest.approx(0.6 / 4.8)
+
+
 def test_recipe_is_the_published_numbers() -> None:
     whole = RECIPES["simclr"]()
     method, optim = whole.method, whole.optim
     assert isinstance(method, SimCLR.Config)
     assert (method.temperature, method.hidden_features, method.dimensions) == (0.1, 2048, 128)
-    assert (whole.batch_size, whole.epochs, whole.model) == (4096, 1000, ResNetConfig())
+    assert (whole.batch_size, whole.epochs, method.head_norm) == (4096, 1000, True)
+    assert whole.model == ResNetConfig(zero_init_residual=True)
     assert whole.sync_batchnorm
     assert (optim.name, optim.weight_decay, optim.warmup_epochs) == ("lars", 1e-6, 10)
     assert optim.lr_per_256_images * whole.batch_size / 256 == pytest.approx(4.8)

@@ -52,3 +52,31 @@ def test_parameters_of_the_paper() -> None:
 def test_invalid_widths(width: float) -> None:
     with pytest.raises(ValueError, match=r"model\.width must be a positive multiple of 1/8"):
         ResNetConfig(width=width)
+
+
+@pytest.mark.parametrize(("name", "blocks", "last"), [("resnet18", 8, "bn2"), ("resnet50", 16, "bn3")])
+def test_zero_init_residual(name: str, blocks: int, last: str) -> None:
+    """The scale of every block's last normalisation is 0, and every other initial weight is as without it."""
+    plain = build_trunk(ResNetConfig(name=name), seed=1).state_dict()  # type: ignore[arg-type]
+    zeroed = build_trunk(ResNetConfig(name=name, zero_init_residual=True), seed=1).state_dict()  # type: ignore[arg-type]
+    changed = [key for key, value in plain.items() if not torch.equal(value, zeroed[key])]
+    assert len(changed) == blocks
+    assert all(key.endswith(f"{last}.weight") and not zeroed[key].any() for key in changed)
+
+
+def test_sobel_input() -> None:
+    """conv1 sees the derivatives of the mean channel: of a ramp along x, and nothing of its colour or brightness."""
+    trunk = ResNetConfig(name="resnet18", stem="small", width=0.125, input="sobel").build().eval()
+    assert trunk.conv1.weight.shape == (8, 2, 3, 3)
+    seen: list[torch.Tensor] = []
+    trunk.conv1.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    ramp = torch.arange(12.0).expand(1, 3, 12, 12) * torch.tensor([1.0, 2.0, 6.0])[:, None, None]
+    features = trunk(ramp)
+    inner = seen[0][0, :, 1:-1, 1:-1]
+    torch.testing.assert_close(inner[0], torch.full((10, 10), -8 * 3.0))
+    torch.testing.assert_close(inner[1], torch.zeros(10, 10), rtol=0, atol=1e-4)
+    mean = ramp.mean(1, keepdim=True).expand_as(ramp)
+    torch.testing.assert_close(trunk(mean), features)
+    torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(trunk.stages(ramp)[-1].mean((2, 3)), features)
+    assert "sobel" not in trunk.state_dict()

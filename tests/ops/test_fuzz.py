@@ -399,6 +399,7 @@ def render_views_call(draw: random.Random) -> Arguments:
         ViewParameter.SOLARIZE_THRESHOLD: integers(draw, 257, batch, pictures),
         ViewParameter.GRAYSCALE: integers(draw, 2, batch, pictures),
         ViewParameter.BLUR_SIGMA: integers(draw, 501, batch, pictures) / 100,
+        ViewParameter.LAST_SOLARIZE_THRESHOLD: integers(draw, 257, batch, pictures) + 0.3737,
     }
     call: Arguments = {
         "crops": integers(draw, 256, batch, 3, side, side).to(torch.uint8),

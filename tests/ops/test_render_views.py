@@ -49,6 +49,7 @@ def make(
         ViewParameter.SOLARIZE_THRESHOLD: uniform(0, 257).floor(),
         ViewParameter.GRAYSCALE: uniform(0, 2).floor(),
         ViewParameter.BLUR_SIGMA: uniform(0, 2).floor() * uniform(0.1, 2.5),
+        ViewParameter.LAST_SOLARIZE_THRESHOLD: uniform(0, 257).floor() + 0.3737,
     }
     options: dict[str, Any] = {}
     if grid:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from sslfast.optim.groups import parameter_groups
 from sslfast.optim.lars import LARS
-from sslfast.optim.optimizers import OPTIMIZERS, OptimConfig, build_optimizer, parameter_groups
+from sslfast.optim.optimizers import OPTIMIZERS, OptimConfig, build_optimizer
 from sslfast.optim.schedule import set_learning_rate
 from sslfast.optim.state import load_optimizer
 
@@ -267,7 +268,11 @@ def test_loading_keeps_the_kernels_of_the_device() -> None:
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
         ({"name": "adamw", "nesterov": True}, "optim.nesterov must be False with optim.name=adamw"),
         ({"name": "lars", "nesterov": True}, "optim.nesterov must be False with optim.name=lars"),
-        ({"name": "lars", "decay_norm": True}, "optim.decay_norm must be False with optim.name=lars"),
+        ({"warmup_factor": 1.5}, r"warmup_factor must be in \[0, 1\], got 1.5"),
+        ({"bias_norm_lr_factor": -1.0}, "bias_norm_lr_factor must be at least 0"),
+        ({"final_weight_decay": -1.0}, "final_weight_decay must be at least 0"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm must be at least 0"),
+        ({"clip_each": True}, "clip_each needs optim.clip_grad_norm above 0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
     ],

@@ -169,7 +169,7 @@ def test_steps_wait_for_nothing(device: torch.device, name: str, changes: dict[s
     trainer.method.start_epoch(0)
 
     def step() -> None:
-        trainer._set_learning_rate()
+        trainer._set_rates()
         trainer.nonfinite.snapshot()
         trainer.train_step(batches)
         trainer.nonfinite.restore()

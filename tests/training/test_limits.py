@@ -21,7 +21,14 @@ from sslfast.training.limits import check_start, check_trunk
 from sslfast.training.trainer import Trainer
 from tests.methods.harness import build, first_batch, tiny
 
-OPTIONAL = {"workers": 4, "white_level": 1023, "max_pixels": 10**6, "max_offset": 1}
+OPTIONAL = {
+    "workers": 4,
+    "white_level": 1023,
+    "max_pixels": 10**6,
+    "max_offset": 1,
+    "warmup_factor": 0.5,
+    "final_weight_decay": 0.5,
+}
 """Numbers that are None by default."""
 
 

@@ -171,6 +171,31 @@ def test_blur_comes_after_grayscale() -> None:
     torch.testing.assert_close(augment(images, p, config), expected, rtol=0, atol=1e-5)
 
 
+def test_solarize_comes_last_and_equals_pil() -> None:
+    """As BYOL, Barlow Twins and DINO: crop, flip, jitter, grayscale, blur, solarize."""
+    config = AugmentConfig(**(OFF | {"solarize_probability": 1.0, "solarize_threshold": 100.0}))
+    images = pictures()
+    expected = pil(images, lambda image, _: ImageOps.solarize(image, 100)) / 255
+    torch.testing.assert_close(augment(images, parameters(config=config), config), expected, rtol=0, atol=1e-6)
+    both = AugmentConfig(**(OFF | {"solarize_probability": 1.0, "blur_probability": 1.0}))
+    p = parameters(config=both)
+    blurred = pixels.gaussian_blur(levels(images), p[:, ViewParameter.BLUR_SIGMA])
+    off_threshold = (blurred - 128).abs() > 1e-2  # float32 rounding decides there
+    expected = torch.where(blurred >= 128, 255 - blurred, blurred) / 255
+    assert ((augment(images, p, both) - expected).abs()[off_threshold] < 1e-5).all()
+
+
+def test_solarize_leaves_the_other_draws_alone() -> None:
+    some, none = parameters(4000, AugmentConfig(solarize_probability=0.2)), parameters(4000, AugmentConfig())
+    drawn = some[:, ViewParameter.LAST_SOLARIZE_THRESHOLD]
+    assert set(drawn.unique().tolist()) == {128.0, 256.0}
+    assert abs((drawn == 128).float().mean() - 0.2) < 0.02
+    assert torch.equal(
+        some[:, : ViewParameter.LAST_SOLARIZE_THRESHOLD], none[:, : ViewParameter.LAST_SOLARIZE_THRESHOLD]
+    )
+    assert (none[:, ViewParameter.LAST_SOLARIZE_THRESHOLD] == 256).all()
+
+
 def test_luminance_equals_torchvision() -> None:
     images = levels(pictures())
     torch.testing.assert_close(pixels.luminance(images), tvf.rgb_to_grayscale(images), rtol=0, atol=1e-4)

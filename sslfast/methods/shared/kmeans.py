@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from sslfast.distributed import broadcast_object, gather_uneven, mean_over_ranks, own_rows, world_size
 from sslfast.ops.philox import Stream, random_uint32
 
-_BLOCK = 1 << 16  # rows that are float64 at a time
+_BLOCK = 1 << 14  # rows that are float64 at a time
 
 
 def import_faiss() -> Any:
@@ -26,28 +26,31 @@ def import_faiss() -> Any:
     return faiss
 
 
-def whiten(points: Tensor, dimensions: int) -> Tensor:
+def whiten(points: Tensor, dimensions: int, *, sample: int = 0) -> Tensor:
     """Project rows to their first principal components of unit variance, then L2-normalise (Caron et al. 2018, section
     3.3).
 
-    Directions with less than a millionth of the largest variance are left out. The covariance is float64, each rank
-    sums its share of the rows.
+    Directions with less than a millionth of the largest variance are left out. The covariance and its eigenvectors are
+    float64 and exact; each rank sums its share of the rows.
 
     Args:
-        points: ``[n, D]`` fp32 on the CPU, the same on every rank.
+        points: ``[n, D]`` floating on the CPU, the same on every rank.
         dimensions: d, components kept, at most D.
+        sample: mean and components are those of as many rows, evenly spaced; 0: of all.
 
     Returns:
         ``[n, d]`` fp32.
     """
-    part = own_rows(len(points))
-    own = points[part.start : part.stop]
+    count = min(sample, len(points)) if sample else len(points)
+    fitted = points if count == len(points) else points[torch.arange(count) * len(points) // count]
+    part = own_rows(count)
+    own = fitted[part.start : part.stop]
     columns = points.shape[1]
     total, products = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
     for block in own.split(_BLOCK):
         total += block.double().sum(0)
         products += block.double().T @ block.double()
-    scale = world_size() / len(points)
+    scale = world_size() / count
     mean = mean_over_ranks(total) * scale
     covariance = mean_over_ranks(products) * scale - mean.outer(mean)
     variances, directions = torch.linalg.eigh(covariance)  # ascending
@@ -55,7 +58,7 @@ def whiten(points: Tensor, dimensions: int) -> Tensor:
     scales = torch.where(kept > 1e-6 * kept[0].clamp_min(1e-30), kept.clamp_min(1e-30).rsqrt(), 0.0)
     transform = broadcast_object((directions.flip(1)[:, :dimensions] * scales).float())
     shifted = mean.float() @ transform
-    return torch.cat([normalize(block @ transform - shifted, dim=1) for block in points.split(_BLOCK)])
+    return torch.cat([normalize(block.float() @ transform - shifted, dim=1) for block in points.split(_BLOCK)])
 
 
 def kmeans(points: Tensor, clusters: int, *, iterations: int, seed: int, epoch: int) -> Tensor:

@@ -1,10 +1,30 @@
-"""Views of jigsaw patches, and patches in other orders, for the methods that use them."""
+"""Views of jigsaw patches, patches in other orders and changes of the whole crop, for the methods that use them."""
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
+from sslfast.methods.base import BaseConfig
+from sslfast.methods.shared.reconstruction import PixelSpace
+from sslfast.ops.philox import Stream, random_uint32
 from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
+
+CROP_WORDS = 2
+"""Words of ``Stream.CORRUPTION`` that :func:`augment_crop` draws of a sample; further draws come behind them."""
+
+
+@dataclass(kw_only=True)
+class PatchConfig(BaseConfig):
+    """Options of every method that classifies patches. The augmentation of a view is of each patch by itself; these
+    are of the whole crop, before it is cut."""
+
+    crop_flip_probability: float = 0.0
+    """Mirror the whole crop."""
+    crop_grayscale_probability: float = 0.0
+    """Convert the whole crop to grayscale."""
 
 
 def jigsaw_view(
@@ -29,6 +49,60 @@ def jigsaw_view(
         jigsaw=JigsawConfig(grid=3, patch_size=patch_size, max_offset=max_offset),
         augment=augment or AugmentConfig(),
     )
+
+
+def augment_crop(
+    view: View, sample_ids: Tensor, config: PatchConfig, space: PixelSpace, *, seed: int, step: int | Tensor
+) -> View:
+    """A view of patches as if its crop had been mirrored and converted to grayscale before it was cut: all patches of a
+    sample, or none. A function of (seed, step, sample id).
+
+    Mirroring exchanges the cells of a row and mirrors the patches; an offset range that leaves columns of a cell unused
+    leaves those of the other side. Gray is ``0.299 R + 0.587 G + 0.114 B``, as PIL has it before rounding.
+
+    Args:
+        view: pixels ``[B, P, 3, p, p]`` and permutation.
+        sample_ids: ``[B]`` int64.
+        config: the probabilities.
+        space: of the pixels, on their device.
+        seed, step: of the draws.
+    """
+    if config.crop_flip_probability == 0 and config.crop_grayscale_probability == 0:
+        return view
+    words = random_uint32(sample_ids, CROP_WORDS, seed=seed, stream=Stream.CORRUPTION, step=step)
+    flipped = words[:, 0] < round(config.crop_flip_probability * 2**32)
+    gray = words[:, 1] < round(config.crop_grayscale_probability * 2**32)
+    pixels, permutation = view.pixels, view.permutation
+    if config.crop_grayscale_probability > 0:
+        weights = torch.tensor((0.299, 0.587, 0.114), device=pixels.device)[:, None, None]
+        luminance = (space.to_rgb(pixels) * weights).sum(dim=-3, keepdim=True).expand(*pixels.shape)
+        pixels = torch.where(_each(gray, pixels), space.from_rgb(luminance).to(pixels.dtype), pixels)
+    if config.crop_flip_probability > 0:
+        if permutation is None:
+            raise ValueError("the view has no permutation; give it a jigsaw")
+        grid = math.isqrt(permutation.shape[1])
+        mirrored = permutation + grid - 1 - 2 * (permutation % grid)
+        permutation = torch.where(flipped[:, None], mirrored, permutation)
+        pixels = torch.where(_each(flipped, pixels), pixels.flip(-1), pixels)
+    return replace(view, pixels=pixels, permutation=permutation)
+
+
+def _each(chosen: Tensor, pixels: Tensor) -> Tensor:
+    """``[B]`` so that it broadcasts over ``pixels`` ``[B, ...]``."""
+    return chosen.view(-1, *([1] * (pixels.dim() - 1)))
+
+
+def resampling_matrices(size: int) -> Tensor:
+    """``[size + 1, size, size]``: by the n-th, ``A x Aᵀ`` is a ``size``-pixel patch made n pixels wide and back.
+
+    Bilinear, without antialiasing, as Doersch's code does it. The 0-th is not used, the last one is the identity.
+    """
+    unit = torch.eye(size)[None]  # [1, one row per input pixel, its column]
+    rows = [torch.zeros(size, size)]
+    for n in range(1, size + 1):
+        small = interpolate(unit, size=n, mode="linear", align_corners=False)
+        rows.append(interpolate(small, size=size, mode="linear", align_corners=False)[0].T)
+    return torch.stack(rows)
 
 
 def slots_of_cells(view: View) -> Tensor:

@@ -1,12 +1,14 @@
 """Parts of the methods that train on pseudo-labels: features of all rows, the loss.
 
-Labels come from a feature pass at fixed weights, as in the papers: the largest central square of each image, no
-augmentation. Features stored during the steps of an epoch, of augmented crops and changing weights (DeepCluster-v2,
-Caron et al. 2020), do not work in short runs: k-means then groups rows by the time they were stored and by their
-jitter. The pass covers the samples that its epoch trains on. A row that has never been in one has no label and weight
-0.
+Labels come from a feature pass at fixed weights: of the largest central square of each image without augmentation, as
+DeepCluster does it, or of augmented images by their batch's statistics, as SeLa's code does. Features stored during the
+steps of an epoch, of augmented crops and changing weights (DeepCluster-v2, Caron et al. 2020), do not work in short
+runs: k-means then groups rows by the time they were stored and by their jitter. The pass covers the samples that its
+epoch trains on. A row that has never been in one has no label and weight 0.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +33,27 @@ def central_view(view: ViewConfig) -> ViewConfig:
     )
     crop = CropConfig(size=view.crop.size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     return replace(view, crop=crop, rotation=False, augment=augment)
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm inside normalises by its batch, and neither its running statistics nor their count change."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, tracks) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, tracks
+
+
+def has_initial_statistics(module: nn.Module) -> bool:
+    """Whether some BatchNorm inside has not seen a batch, so that its running mean is 0 and its variance 1. Waits for
+    the device."""
+    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 for norm in norms)
 
 
 class CollectedFeatures(nn.Module):

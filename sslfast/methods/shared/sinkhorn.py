@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sslfast.distributed import mean_over_ranks, world_size
+from sslfast.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks, world_size
 
 
 @dataclass(kw_only=True)
@@ -70,3 +70,30 @@ def sinkhorn(
     labels = [(scores(rows) + columns).argmax(dim=1) for rows in blocks]
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     return Transport(labels=torch.cat([empty, *labels]), columns=columns, error=error, iterations=iteration)
+
+
+@torch.no_grad()
+def sinkhorn_codes(scores: Tensor, *, epsilon: float, iterations: int, weights: Tensor | None = None) -> Tensor:
+    """Codes of a batch: ``exp(s / ε)`` scaled a few times until prototypes have equal shares and samples sum to 1.
+
+    Caron et al., NeurIPS 2020 (SwAV), section 3.1 and appendix A: each iteration scales the columns, whose sums are
+    taken over all ranks, then the rows. Nothing is read from the device.
+
+    Args:
+        scores: ``[n, K]`` s of this rank's samples, fp32.
+        epsilon: ε.
+        iterations: at least 1.
+        weights: ``[n]`` 1 or 0: samples with 0 take no part, and their codes are 0; None: all take part.
+
+    Returns:
+        ``[n, K]``, rows sum to 1.
+    """
+    largest = max_over_ranks(scores.max() if len(scores) else scores.new_full((), -torch.inf))
+    codes = ((scores - largest) / epsilon).exp_()
+    if weights is not None:
+        codes *= weights[:, None]
+    smallest = torch.finfo(codes.dtype).tiny
+    for _ in range(iterations):
+        codes /= (sum_over_ranks(codes.sum(dim=0)) * codes.shape[1]).clamp_(min=smallest)
+        codes /= codes.sum(dim=1, keepdim=True).clamp_(min=smallest)
+    return codes

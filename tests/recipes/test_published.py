@@ -1,0 +1,65 @@
+"""Every recipe says where its values are from and where it departs; numbers stand in one place."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sslfast.recipes import RECIPES
+from sslfast.recipes.published import METHODS, PUBLISHED, main, replaced, table
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+LARGE = sorted(name for name in RECIPES if name != "demo" and not name.endswith("-small"))
+
+
+def paragraphs(name: str) -> list[str]:
+    return [" ".join(part.split()) for part in (RECIPES[name].__doc__ or "").split("\n\n")]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_names_its_sources_and_its_departures(name: str) -> None:
+    found = paragraphs(name)
+    assert sum(part.startswith("Departures: ") for part in found) == 1, found
+    assert not any("eparture" in part for part in found if not part.startswith("Departures: ")), found
+    sources = [part for part in found if re.search(r"\b[Ff]rom |Chosen here", part) and "Departures" not in part]
+    assert sources or re.search(r"section|table", found[0]), found
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_published_number_has_a_source_and_is_of_the_recipes_epochs(name: str) -> None:
+    numbers = PUBLISHED[name]
+    for number in numbers:
+        assert 0 < number.top1 < 100
+        assert re.search(r"table|section|appendix|\.md|\.yml", number.source), number
+    config = RECIPES[name]()
+    assert {number.epochs for number in numbers} & {config.epochs, None}, (name, config.epochs)
+    assert config.recipe == name
+
+
+def test_every_recipe_is_in_one_row() -> None:
+    listed = [name for names, _ in METHODS for name in names]
+    assert sorted(listed) == LARGE
+    assert set(PUBLISHED) <= set(listed)
+
+
+def test_the_table_of_the_readme_is_the_generated_one(tmp_path: Path) -> None:
+    """If not: python -m sslfast.recipes.published README.md"""
+    assert table(RECIPES) in README.read_text()
+    copy = tmp_path / "README.md"
+    text = README.read_text()
+    copy.write_text(text.replace(table(RECIPES), table(RECIPES).splitlines()[0] + "\n| old |"))
+    main(copy)
+    assert copy.read_text() == text
+    with pytest.raises(ValueError, match=r"there is no line '. recipe . what .*to put the table of methods at"):
+        replaced("# A page\n", RECIPES)
+
+
+def test_numbers_are_printed_as_their_source_has_them() -> None:
+    shown = [str(number) for name in ("npid", "sela", "deepcluster", "cpc") for number in PUBLISHED[name]]
+    assert shown == [
+        "54.0 (200 epochs)",
+        "61.5 (400 epochs, pre-activation ResNet-50)",
+        "46.92 (200 epochs, with Sobel input)",
+        "57.71 (200 epochs, with Sobel input, best layer)",
+        "48.7 (ResNet-v2-101)",
+    ]
