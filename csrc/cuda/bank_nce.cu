@@ -141,7 +141,7 @@ __device__ __forceinline__ int collect(const Shard& shard, int64_t first, int64_
 // Reads each row once: K * D * sizeof(T) bytes per sample, the rows of the next tile while a tile is worked on.
 // kShard: the rows that the shard holds are queued until they fill tiles.
 template <typename T, int kChunks, int kViews, Loads kLoads, bool kShard>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kLoads != Loads::kScalar ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kLoads != Loads::kScalar && kChunks == 1 ? 4 : 1)
     score_kernel(const Problem<T> p, int64_t first_view) {
   using A = accumulate_t<T>;
   using L = Layout<T, kChunks, kLoads>;

@@ -252,7 +252,7 @@ __device__ __forceinline__ float stretched(float level, float low, float inverse
 // levels of the photometric set, which are integers, are kept in shared memory for neighbours and extremes. kBlur
 // false: every sigma is 0, which takes half the registers on 10.0.
 template <typename Out, bool kBlur>
-__global__ void __launch_bounds__(kMaxThreads) render_kernel(const Problem<Out> p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) render_kernel(const Problem<Out> p) {
   __shared__ float sums[kMaxWarps];
   __shared__ Extremes extremes[kMaxWarps];
   __shared__ float stretch_low[3], stretch_inverse_span[3];  // autocontrast of each channel
