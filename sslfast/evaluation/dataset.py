@@ -74,6 +74,7 @@ def load_evaluation_set(
     loaded = load_run(run) if loaded is None else loaded
     wanted = encoders(loaded.encoders)
     size = loaded.size if config.size is None else config.size
+    seen = config.seen(size)
     cache = FeatureCache(cache_folder(run) if config.cache else None)
     found = [
         extract_all(
@@ -84,6 +85,7 @@ def load_evaluation_set(
             device=device,
             workers=config.workers,
             on_bad_image=config.on_bad_image,
+            preprocessing=seen,
             cache=cache,
         )
         for manifest in manifests
@@ -91,7 +93,7 @@ def load_evaluation_set(
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]
     locations = [[m.location(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
     counts = [len(part.rows) for part in found]
-    facts = {**run_facts(run, loaded, size), "data": data_facts(data, manifests, counts), "versions": versions()}
+    facts = {**run_facts(run, loaded, size, seen), "data": data_facts(data, manifests, counts), "versions": versions()}
     return EvaluationSet(
         train=found[0].values,
         train_labels=labels[0],
