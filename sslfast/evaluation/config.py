@@ -7,6 +7,7 @@ from pathlib import Path
 from sslfast.config import check_numbers
 from sslfast.data import DEFAULT_DECODING, Decoding, OnBadImage, recorded_decoding
 from sslfast.evaluation.limits import LIMITS
+from sslfast.evaluation.preprocessing import Preprocessing, PreprocessingChoice, resolve_preprocessing
 from sslfast.files import check_regular, reason_of
 from sslfast.runs import RunDirectory
 
@@ -51,6 +52,10 @@ class ImageConfig(DecodingConfig):
 
     size: int | None = None
     """Side of the images in pixels; default: that of the run."""
+    preprocessing: PreprocessingChoice = "auto"
+    """What is seen of an image. centre-crop: Resize(256) and CenterCrop(224), for other sizes in proportion. whole:
+    all of it, squeezed to a square. centre-square: the largest square. auto: as published (centre-crop, lowshot: whole;
+    below 96 pixels centre-square)."""
     batch_size: int = 256
     """Images per forward pass."""
     workers: int = 0
@@ -64,6 +69,10 @@ class ImageConfig(DecodingConfig):
         super().__post_init__()
         check_at_least(1, size=self.size, batch_size=self.batch_size)
         check_at_least(0, workers=self.workers)
+
+    def seen(self, size: int, *, default: Preprocessing = "centre-crop") -> Preprocessing:
+        """The preprocessing of images of this size; ``default``: the protocol's own."""
+        return resolve_preprocessing(self.preprocessing, size, default)
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

@@ -77,6 +77,7 @@ def load_evaluation_set(
     check(manifests[0])
     wanted = encoders(loaded.encoders)
     size = loaded.size if config.size is None else config.size
+    seen = config.seen(size)
     cache = FeatureCache(cache_folder(run) if config.cache else None)
     found = [
         extract_all(
@@ -87,6 +88,7 @@ def load_evaluation_set(
             device=device,
             workers=config.workers,
             on_bad_image=config.on_bad_image,
+            preprocessing=seen,
             cache=cache,
         )
         for manifest in manifests
@@ -94,7 +96,7 @@ def load_evaluation_set(
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]
     locations = [[m.location(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
     counts = [len(part.rows) for part in found]
-    facts = {**run_facts(run, loaded, size), "data": data_facts(data, manifests, counts), "versions": versions()}
+    facts = {**run_facts(run, loaded, size, seen), "data": data_facts(data, manifests, counts), "versions": versions()}
     return EvaluationSet(
         train=found[0].values,
         train_labels=labels[0],

@@ -11,13 +11,14 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from sslfast.config import to_dict
 from sslfast.data import Manifest, OnBadImage
 from sslfast.evaluation.cache import FeatureCache, weights_digest
 from sslfast.evaluation.extract import Features, ImageReader, extract
 from sslfast.evaluation.layers import check_layers, pooled_layers
+from sslfast.evaluation.preprocessing import Preprocessing
 from sslfast.methods import METHODS, lightness
 from sslfast.models import build_trunk
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
@@ -78,6 +79,26 @@ class TrunkEncoder:
         return {"encoder": type(self.trunk).__name__, "weights": weights_digest(self.trunk), **self.statistics}
 
 
+class HeadEncoder(TrunkEncoder):
+    """A trunk and the projection head that it was trained with: unit vectors, as the method compares them."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, **preprocessing: Any) -> None:
+        super().__init__(trunk, **preprocessing)
+        self.head = head.eval()
+
+    def to(self, device: torch.device) -> "HeadEncoder":
+        super().to(device)
+        self.head = self.head.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(self.head(super().__call__(images)).float(), dim=1)
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`Encoder`."""
+        return {**super().identity(), "head": weights_digest(self.head)}
+
+
 class RawPixels:
     """The image itself: resized to ``side`` x ``side`` (antialiased bilinear), normalised with ImageNet's mean and
     standard deviation per channel, flattened to ``3 * side**2`` columns.
@@ -122,8 +143,10 @@ class RunEncoders:
     """Recipe, model and seed; None if unknown."""
 
 
-def load_run(run: Path | str) -> RunEncoders:
+def load_run(run: Path | str, *, head: bool = False) -> RunEncoders:
     """The encoder of a run directory's newest intact checkpoint, or of any file that ``read_weights`` reads.
+
+    With ``head`` the trained encoder ends with the method's projection head.
 
     The untrained encoder is the same trunk as initialised by the same run (same seed; 0 if the file states none), in
     eval mode: its BatchNorm layers hold mean 0 and variance 1, so they are the identity.
@@ -146,8 +169,11 @@ def load_run(run: Path | str) -> RunEncoders:
         "std": weights.std,
         "colours": "rgb" if method is None else method.trunk_input,
     }
+    trunk = weights.build()
     encoders: dict[str, Encoder] = {
-        TRAINED: TrunkEncoder(weights.build(), **preprocessing),
+        TRAINED: HeadEncoder(trunk, weights.build_head(), **preprocessing)
+        if head
+        else TrunkEncoder(trunk, **preprocessing),
         UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **preprocessing),
         RAW_PIXELS: RawPixels(),
     }
@@ -182,6 +208,7 @@ def extract_all(
     device: torch.device | str = "cpu",
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
+    preprocessing: Preprocessing = "centre-crop",
     cache: FeatureCache | None = None,
 ) -> Features:
     """Features of several encoders; every image is read once.
@@ -194,9 +221,10 @@ def extract_all(
         device: where the encoders run, in float32.
         workers: decoding threads; 0: decode in the caller's thread.
         on_bad_image: ``error``: ValueError naming the file. ``skip``: leave it out of ``rows``.
+        preprocessing: what is seen of an image.
         cache: of the features; None: none.
     """
-    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image)
+    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image, preprocessing)
     device = torch.device(device)
     moved = {name: encoder.to(device) for name, encoder in encoders.items()}
     return extract(

@@ -14,40 +14,16 @@ from sslfast.data import (
     LostBatchError,
     Manifest,
     OnBadImage,
-    OpenImage,
     Patience,
     Reading,
-    open_image,
     quiet_pillow,
     require_strict_pillow,
 )
 from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, raise_together
 from sslfast.evaluation.cache import Cached, FeatureCache
 from sslfast.evaluation.folders import UnsuitableError
-from sslfast.loaders import decode_crops
+from sslfast.evaluation.preprocessing import Preprocessing, describe, eval_image
 from sslfast.text import printable
-
-PREPROCESSING = "centre-256/224-antialias-2"
-"""Version of :func:`eval_image`: changed whenever its pixels change, which invalidates cached features."""
-
-
-def eval_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """The centre square that an evaluation sees, as left, top, right, bottom in pixels of the upright image.
-
-    Equal to resizing the shorter side to ``round(size * 256 / 224)`` and cropping the centre ``size`` x ``size``, up to
-    rounding to whole pixels. Of an image whose shorter side is smaller than that, the whole centre square is used.
-    """
-    shorter = min(width, height)
-    resized = round(size * 256 / 224)
-    side = shorter if shorter < resized else max(1, round(shorter * size / resized))
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
-
-
-def eval_image(opened: OpenImage, size: int) -> Tensor:
-    """uint8 ``[3, size, size]``: :func:`eval_box` resized as the training loader resizes. Raises BadImageError."""
-    box = torch.tensor(eval_box(opened.width, opened.height, size)).numpy()
-    return decode_crops(opened, [box], [size])[0]
 
 
 @dataclass(kw_only=True)
@@ -74,6 +50,7 @@ class ImageReader:
     batch_size: int = 256
     workers: int = 0
     on_bad_image: OnBadImage = "error"
+    preprocessing: Preprocessing = "centre-crop"
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     patience: Patience = field(default_factory=Patience)
     """With every image."""
@@ -111,7 +88,7 @@ class ImageReader:
     def _decode(self, row: int) -> Tensor | str:
         try:
             source = self.manifest.source
-            return eval_image(open_image(source.read(row), source.decoding), self.size)
+            return eval_image(source.read(row), self.size, self.preprocessing, source.decoding)
         except BadImageError as error:
             return error.reason
 
@@ -169,7 +146,7 @@ def extract(
     images = {
         "manifest": manifest.digest(),
         "size": reader.size,
-        "preprocessing": PREPROCESSING,
+        "preprocessing": describe(reader.preprocessing, reader.size),
         "device": device.type,
         "decoding": asdict(manifest.source.decoding),
     }

@@ -7,7 +7,7 @@ the class with the largest sum wins. Nothing is trained, so the number depends o
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,16 +17,21 @@ from sslfast.config import to_dict
 from sslfast.device import resolve_device
 from sslfast.distributed import distributed_device, gather_uneven, own_rows
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
-from sslfast.evaluation.results import evaluation_folder, standard_error, write_result
+from sslfast.evaluation.encoders import load_run
+from sslfast.evaluation.results import departures, evaluation_folder, standard_error, write_result
 from sslfast.evaluation.table import accuracy_table
 
-K = (1, 5, 20)
+K = (1, 5, 20, 200)
+"""200 is NPID's; those above the number of training images are left out of this default."""
 TEMPERATURE = 0.07
 MAX_ENTRIES = 2**24
 """Maximum number of similarities in memory at once (64 MiB of float32)."""
 QUERIES_AT_ONCE = 1024
 """Queries per block of similarities: enough for a matrix product at full speed."""
-SOURCE = "Wu et al., CVPR 2018, section 3.4"
+SOURCES = {
+    "head": "Wu et al., CVPR 2018 (NPID), section 3.4: the head's 128-d embeddings, k = 200",
+    "trunk": "Caron et al., ICCV 2021 (DINO), eval_knn: the trunk's features; votes as in NPID (Wu et al., CVPR 2018)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,12 @@ class KnnConfig(FeatureConfig):
     """Settings of :func:`evaluate_knn`."""
 
     k: tuple[int, ...] = K
-    """Numbers of neighbours."""
+    """Numbers of neighbours; NPID reports 200, DINO 20."""
     temperature: float = TEMPERATURE
     """τ of the weights."""
+    features: Literal["trunk", "head"] = "trunk"
+    """trunk: pooled features of the trunk. head: the embeddings of the projection head that the method trained with,
+    which NPID's published accuracies are of."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,7 +243,13 @@ def evaluate_knn(
     """
     with distributed_device(config.device) as device:
         config = replace(config, device=str(device))
-        evaluation = load_evaluation_set(run, data, config, check=lambda train: check_k(config.k, len(train)))
+        evaluation = load_evaluation_set(
+            run,
+            data,
+            config,
+            loaded=load_run(run, head=config.features == "head"),
+            check=lambda train: check_k(config.k, len(train)),
+        )
         return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")
 
 
@@ -244,6 +258,8 @@ def knn_result(
 ) -> dict[str, Any]:
     """The result of :func:`evaluate_knn` for features that are already computed; written where ``output`` is given."""
     k, temperature, device = config.k, config.temperature, resolve_device(config.device)
+    if k == K:
+        k = tuple(some for some in k if some <= len(evaluation.train_labels))
     check_k(k, len(evaluation.train_labels))
     train_labels, val_labels = evaluation.train_labels.to(device), evaluation.val_labels.to(device)
     rows = []
@@ -267,9 +283,18 @@ def knn_result(
             )
     result = {
         "protocol": f"knn-cosine-tau{temperature:g}",
-        "source": SOURCE,
+        "source": SOURCES[config.features],
+        "encoder_output": config.features,
         "k": list(k),
         "temperature": temperature,
+        "departures": departures(
+            {"temperature": TEMPERATURE, "size": 224, "preprocessing": "centre-crop"},
+            {
+                "temperature": temperature,
+                "size": evaluation.facts["size"],
+                "preprocessing": evaluation.facts["preprocessing"].partition(":")[0],
+            },
+        ),
         "config": to_dict(config),
         "results": rows,
         **evaluation.facts,

@@ -92,7 +92,7 @@ def evaluate_linear(
             path = output or folder / "linear.json"
             evaluation = load_evaluation_set(run, data, config)
             result = linear_result(evaluation, strengths=config.strengths, seeds=config.seeds, device=config.device)
-            result = {**result, "config": to_dict(config)}
+            result = {**result, "config": to_dict(config), "departures": []}
             write_result(result, path)
             return result
         protocol = PROTOCOLS[config.protocol]
@@ -112,14 +112,16 @@ def _evaluate_sgd(
     loaded = load_run(run)
     encoders = trunk_encoders(loaded, config.encoders)
     size = loaded.size if config.size is None else config.size
-    reader = ImageReader(manifests[1], size, config.batch_size, config.workers, config.on_bad_image)
+    seen = config.seen(size)
+    reader = ImageReader(manifests[1], size, config.batch_size, config.workers, config.on_bad_image, seen)
     maps = FrozenMaps(encoders, layers, device=device, precision=resolve_precision(config.precision, device))
     facts = {
-        **run_facts(run, loaded, size),
+        **run_facts(run, loaded, size, seen),
         **protocol.facts(epochs, config.batch_size),
         "precision": str(maps.precision).removeprefix("torch."),
         "seeds": list(config.seeds),
         "source": protocol.source,
+        "departures": protocol.departures(epochs, config.batch_size, seen, size=(size, 224)),
     }
     name = protocol.full_name(epochs)
     scores: dict[str, list[tuple[float, float]]] = {}

@@ -1,7 +1,7 @@
 """Result files: their paths, what they record, and how they are written."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from sslfast.config import save_json
 from sslfast.data import Manifest
 from sslfast.distributed import is_main
 from sslfast.evaluation.encoders import TRAINED, RunEncoders
+from sslfast.evaluation.preprocessing import Preprocessing, describe
 from sslfast.files import OUTPUT, WriteError
 
 
@@ -24,8 +25,8 @@ def cache_folder(run: Path | str) -> Path:
     return evaluation_folder(run) / "features"
 
 
-def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]:
-    """The weights that a result is about: run, checkpoint, model, hash."""
+def run_facts(run: Path | str, loaded: RunEncoders, size: int, seen: Preprocessing | None = None) -> dict[str, Any]:
+    """The weights that a result is about (run, checkpoint, model, hash), and what was seen of an image."""
     return {
         "run": str(Path(run)),
         "checkpoint": loaded.checkpoint.name,
@@ -33,7 +34,14 @@ def run_facts(run: Path | str, loaded: RunEncoders, size: int) -> dict[str, Any]
         **loaded.facts,
         "weights": loaded.encoders[TRAINED].identity()["weights"],
         "size": size,
+        **({} if seen is None else {"preprocessing": describe(seen, size)}),
     }
+
+
+def departures(published: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
+    """How settings depart from the published ones: ``["epochs: 10, published 28"]``; empty for the protocol itself."""
+    plain = {name: (used[name], value) for name, value in published.items() if name in used}
+    return [f"{name}: {now}, published {then}" for name, (now, then) in plain.items() if now != then]
 
 
 def data_facts(data: Path | str, manifests: Sequence[Manifest], counts: Sequence[int]) -> dict[str, Any]:

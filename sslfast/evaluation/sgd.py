@@ -1,11 +1,12 @@
 """What the protocols that train by SGD share: published settings, augmented images, resuming, counting hits."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from sslfast.distributed import (
 )
 from sslfast.evaluation.cache import load_whole, save_optional
 from sslfast.evaluation.extract import ImageReader
+from sslfast.evaluation.results import departures
 from sslfast.loaders import Loader, LoaderConfig, build_loader
 from sslfast.ops import ViewParameter
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer
@@ -31,7 +33,8 @@ from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
 @dataclass(frozen=True, kw_only=True)
 class SGDProtocol:
-    """Settings of a published protocol: SGD with momentum 0.9, learning rate divided by 10 at some epochs."""
+    """Settings of a published protocol: SGD with momentum 0.9, learning rate divided by 10 at some epochs, or along a
+    cosine."""
 
     name: str
     """First part of the protocol's name in a result."""
@@ -47,6 +50,12 @@ class SGDProtocol:
     layers: tuple[str, ...]
     """Layers that have a classifier."""
     source: str
+    batch_size: int = 256
+    """As published; the learning rate scales with it."""
+    shape: Literal["steps", "cosine"] = "steps"
+    """How the learning rate falls: at ``drops``, between epochs, or along a cosine to 0, at every step."""
+    norm_batch: int | None = None
+    """Images that BatchNorm normalises together, as published; None: all of a process."""
 
     def full_name(self, epochs: int) -> str:
         """``name``, with the number of epochs if it is not the published one."""
@@ -56,10 +65,13 @@ class SGDProtocol:
         """``drops`` scaled to another number of epochs and rounded: 4, 8, 12 of 14 for 8, 16, 24 of 28."""
         return [round(drop * epochs / self.epochs) for drop in self.drops]
 
-    def learning_rate(self, epoch: int, *, epochs: int, batch_size: int) -> float:
-        """Rate of an epoch (0-based): ``lr * batch_size / 256 * 0.1 ** (drops so far)``."""
+    def learning_rate(self, epoch: float, *, epochs: int, batch_size: int) -> float:
+        """Rate after that many epochs: ``lr * batch_size / 256 * 0.1 ** (drops so far)``, or that times
+        ``(1 + cos(pi * epoch / epochs)) / 2``."""
         peak = self.lr_per_256_images * batch_size / 256
-        return LearningRate(peak=peak, shape="steps", milestones=tuple(self.drops_of(epochs)))(epoch)
+        if self.shape == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        return LearningRate(peak=peak, shape="steps", milestones=tuple(self.drops_of(epochs)))(int(epoch))
 
     def optimizer(self, module: nn.Module, *, batch_size: int) -> torch.optim.Optimizer:
         """SGD over a module's parameters."""
@@ -71,7 +83,8 @@ class SGDProtocol:
         return {
             "epochs": epochs,
             "published_epochs": self.epochs,
-            "drops": self.drops_of(epochs),
+            "drops": self.drops_of(epochs) if self.shape == "steps" else [],
+            "learning_rate": "divided by 10 at drops" if self.shape == "steps" else "cosine to 0, by step",
             "batch_size": batch_size,
             "lr": self.lr_per_256_images * batch_size / 256,
             "momentum": 0.9,
@@ -79,6 +92,18 @@ class SGDProtocol:
             "weight_decay": self.weight_decay,
             "augmentation": "random resized crop (0.08 to 1), flip",
         }
+
+    def departures(self, epochs: int, batch_size: int, seen: str, **more: tuple[Any, Any]) -> list[str]:
+        """How a training departs from this protocol; ``more``: name = (used, published)."""
+        pairs = {
+            "epochs": (epochs, self.epochs),
+            "batch_size": (batch_size, self.batch_size),
+            "preprocessing": (seen, "centre-crop"),
+            **more,
+        }
+        return departures(
+            {name: then for name, (_, then) in pairs.items()}, {name: now for name, (now, _) in pairs.items()}
+        )
 
 
 GOYAL = SGDProtocol(
@@ -89,9 +114,10 @@ GOYAL = SGDProtocol(
     weight_decay=5e-4,
     nesterov=True,
     layers=("conv1", "res2", "res3", "res4", "res5", "res5avg", "res5avg-plain"),
-    source="Goyal et al., ICCV 2019; PIRL (arXiv 1912.01991) appendix C; settings of VISSL's in1k linear benchmark",
+    source="PIRL (arXiv 1912.01991) appendix C; VISSL's in1k linear benchmark, after Goyal et al., ICCV 2019",
 )
-"""28 epochs for ImageNet; Places205 takes 14 and iNaturalist 2018 takes 84."""
+"""VISSL's and PIRL's form of Goyal et al.'s benchmark, not that of its Caffe2 original, which decays and schedules
+otherwise. 28 epochs for ImageNet; Places205 takes 14 and iNaturalist 2018 takes 84."""
 MOCO = SGDProtocol(
     name="linear-moco",
     epochs=100,
@@ -110,8 +136,22 @@ SEMISUP = SGDProtocol(
     weight_decay=0.0,
     nesterov=True,
     layers=("res5avg-plain",),
-    source="PIRL (arXiv 1912.01991) section 4.3; settings of VISSL's in1k semi_sup_fulltune",
+    norm_batch=32,
+    source="PIRL (arXiv 1912.01991) section 4.3; VISSL's in1k semi_sup_fulltune, 32 images on each of 8 GPUs",
 )
+SEMISUP_SIMCLR = SGDProtocol(
+    name="semisup-simclr",
+    epochs=60,
+    drops=(),
+    lr_per_256_images=0.05,
+    weight_decay=0.0,
+    nesterov=True,
+    layers=("res5avg-plain",),
+    batch_size=4096,
+    shape="cosine",
+    source="Chen et al., ICML 2020 (SimCLR), appendix B.5; cosine of its model_util.learning_rate_schedule",
+)
+"""60 epochs for 1 % of the labels; 10 % takes 30."""
 
 
 class TrainingImages:

@@ -1,6 +1,7 @@
 """Linear SVMs on frozen features of Pascal VOC, with all images and with k of each class: protocols ``voc-svm-...``.
 
-Pooled maps (:mod:`sslfast.evaluation.layers`) of centre crops, each row divided by its norm; one SVM per class by
+Pooled maps (:mod:`sslfast.evaluation.layers`) of whole images, squeezed to a square (VISSL resizes the shorter side to
+256, then both sides to 224), each row divided by its norm; one SVM per class by
 liblinear (squared hinge, L2, dual, twice the weight for positives, at most 2000 iterations). With all images the cost
 of each class is the one with the best average precision in 3-fold cross-validation. With k images (k positives and
 ``(C - 1) k`` negatives per class, several draws) there are too few to validate on: as in the public code, the cost is
@@ -31,7 +32,14 @@ from sslfast.evaluation.encoders import TRAINED, extract_layers, load_run, trunk
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import random_order
 from sslfast.evaluation.layers import check_layers
-from sslfast.evaluation.results import cache_folder, evaluation_folder, mean_and_spread, run_facts, write_result
+from sslfast.evaluation.results import (
+    cache_folder,
+    departures,
+    evaluation_folder,
+    mean_and_spread,
+    run_facts,
+    write_result,
+)
 from sslfast.evaluation.table import precision_table
 from sslfast.evaluation.voc import VOCSplit, read_split, voc_manifest
 from sslfast.runs import versions
@@ -259,6 +267,7 @@ def evaluate_svm(
     loaded = load_run(run)
     encoders = trunk_encoders(loaded, config.encoders)
     size = loaded.size if config.size is None else config.size
+    seen = config.seen(size, default="whole")
     results: list[dict[str, Any]] = []
     with distributed_device(config.device) as device, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
@@ -269,6 +278,7 @@ def evaluate_svm(
                 config.batch_size,
                 config.workers,
                 config.on_bad_image,
+                seen,
             )
             for split in splits
         ]
@@ -285,7 +295,7 @@ def evaluate_svm(
             "protocol": SVM_PROTOCOL,
             "config": to_dict(config),
             "results": results,
-            **run_facts(run, loaded, size),
+            **run_facts(run, loaded, size, seen),
             "costs": list(config.costs),
             "folds": FOLDS,
             "difficult": config.difficult,
@@ -293,6 +303,17 @@ def evaluate_svm(
             "draw_seed": config.seed,
             "ap": "area under the interpolated curve; mAP_11_point: mean at recall 0, 0.1 ... 1",
             "source": "Goyal et al., ICCV 2019; settings of VISSL's voc07 SVM benchmarks",
+            "departures": departures(
+                {
+                    "size": 224,
+                    "preprocessing": "whole",
+                    "costs": list(COSTS),
+                    "difficult": "negative",
+                    "train_split": "trainval",
+                    "test_split": "test",
+                },
+                {**to_dict(config), "size": size, "preprocessing": seen, "costs": list(config.costs)},
+            ),
             "data": _data_facts(data, splits, readers, [len(features.rows) for features in found]),
             "versions": versions(),
         }

@@ -70,16 +70,20 @@ def precision_table(result: dict[str, Any], *, width: int = 100) -> str:
 
 
 def detection_table(result: dict[str, Any], *, width: int = 100) -> str:
-    """A line per encoder: COCO's and VOC 2007's AP in percent, with the standard deviation over seeds."""
+    """A line per encoder and rule (COCO's; VOC 2007's, exact and as detectron2 computes it): AP in percent, with the
+    standard deviation over seeds."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("encoder")
-    names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
-    keys = {**names, **{f"voc07_{key}": f"VOC07 {words}" for key, words in names.items()}}
-    for words in keys.values():
-        table.add_column(words, justify="right")
+    for heading in ("encoder", "rule"):
+        table.add_column(heading)
+    for heading in ("AP", "AP50", "AP75"):
+        table.add_column(heading, justify="right")
+    rules = {"": "COCO", "voc07_": "VOC07", "voc07_detectron2_": "VOC07, detectron2"}
     for row in result["results"]:
-        spreads = {key: f" ± {100 * row[f'{key}_spread']:.1f}" if f"{key}_spread" in row else "" for key in keys}
-        table.add_row(*_plain(row["encoder"], *(f"{100 * row[key]:.1f}{spreads[key]}" for key in keys)))
+        for start, words in rules.items():
+            keys = [f"{start}{name}" for name in ("ap", "ap50", "ap75")]
+            spreads = [f" ± {100 * row[f'{key}_spread']:.1f}" if f"{key}_spread" in row else "" for key in keys]
+            cells = [f"{100 * row[key]:.1f}{spread}" for key, spread in zip(keys, spreads, strict=True)]
+            table.add_row(*_plain(row["encoder"], words, *cells))
     return _print(_title(result), table, width)
 
 

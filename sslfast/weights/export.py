@@ -30,7 +30,8 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
     ``torchvision``, ``timm``: a state dict with torchvision's names, which timm shares, without ``fc``
     (``load_state_dict(..., strict=False)``, or ``strict=True`` for ``timm.create_model(name, num_classes=0)``).
     ``safetensors``: the same names. ``detectron2``: a pickle of numpy arrays with detectron2's names (``stem.conv1``,
-    ``res2.0.conv1.norm``, ``shortcut``), for R50 backbones with ``STRIDE_IN_1X1: False`` and ``FORMAT: RGB``.
+    ``res2.0.conv1.norm``, ``shortcut``), and ``<file>.yaml`` beside it with what its configuration needs: ``FORMAT``,
+    ``PIXEL_MEAN`` and ``PIXEL_STD`` (for pixels in 0..255), ``STRIDE_IN_1X1`` and depth.
     ``onnx``: a graph from RGB images in 0..1, ``[batch, 3, height, width]`` of any size, to ``[batch, out_features]``,
     normalisation included.
 
@@ -66,6 +67,9 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
     with replacing(output, remedy=remedy) as temporary:
         _WRITERS[format](weights, temporary)
         _write_card(weights, output, format, remedy)
+        if format == "detectron2":
+            with replacing(output.with_name(output.name + ".yaml"), remedy=remedy) as settings:
+                settings.write_text(detectron2_settings(weights))
     return output
 
 
@@ -76,6 +80,17 @@ def detectron2_name(name: str) -> str:
     for number in (1, 2, 3):
         words = words.replace(f".bn{number}.", f".conv{number}.norm.")
     return words.replace(".downsample.0.", ".shortcut.").replace(".downsample.1.", ".shortcut.norm.")
+
+
+def detectron2_settings(weights: Weights) -> str:
+    """YAML for detectron2's ``cfg.merge_from_file``: the input as these weights were trained on it. Its own defaults,
+    BGR pixels that are not divided by their deviation, are those of other weights."""
+    mean, std = ([round(255 * value, 4) for value in values] for values in (weights.mean, weights.std))
+    depth = weights.model.name.removeprefix("resnet") if isinstance(weights.model, ResNetConfig) else ""
+    return (
+        f"INPUT:\n  FORMAT: RGB\nMODEL:\n  PIXEL_MEAN: {mean}\n  PIXEL_STD: {std}\n"
+        f"  RESNETS:\n    DEPTH: {depth}\n    STRIDE_IN_1X1: false\n"
+    )
 
 
 def _write_torch(weights: Weights, path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslfast.config import differences, load_json, to_dict
 from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, first_nonfinite, read_trunk_config
@@ -26,6 +26,8 @@ from sslfast.runs import (
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 
 _TRUNKS = ("teacher_trunk.", "trunk.")  # the first that a run has: a teacher's, where there is one (DINO)
+_HEADS = ("image_head.", "projection.")
+"""Of the methods that embed whole images: PIRL and NPID; MoCo, SimCLR and BYOL."""
 _HEAD = "fc."
 _MAX_SIZE = 1 << 16
 _SMALLEST_STD, _LARGEST = 1e-4, 1e2  # of pixels in 0..1, with room
@@ -49,6 +51,8 @@ class Weights:
     std: Sequence[float] = IMAGENET_STD
     size: int = 224
     """Side of the images that the trunk was trained on."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """State dict of the projection head of a contrastive method; empty where there is none."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Recipe, method, step and seed, as far as known."""
 
@@ -71,6 +75,39 @@ class Weights:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{self.source} does not hold a {self.model.name}: {reason}") from None
         return trunk.eval()
+
+    def build_head(self) -> nn.Module:
+        """The head that maps the trunk's features ``[B, out_features]`` to embeddings ``[B, D]``, in eval mode: linear
+        layers and BatchNorm as the state dict has them, with a ReLU before every linear layer but the first.
+
+        Raises:
+            ValueError: there is none, or it is no such head.
+        """
+        if not self.head:
+            raise ValueError(f"{self.source} has no projection head; leave out the head")
+        return build_head(self.head, self.source)
+
+
+def build_head(state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """See :meth:`Weights.build_head`."""
+    layers: list[nn.Module] = []
+    linear = False
+    try:
+        for name in sorted({name.rpartition(".")[0] for name in state}, key=lambda name: int(name or 0)):
+            prefix = f"{name}." if name else ""
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.rpartition(".")[0] == name}
+            weight = own["weight"]
+            layer: nn.Module
+            if weight.ndim == 2:
+                layers += [nn.ReLU()] if linear else []
+                layer, linear = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in own), True
+            else:
+                layer = nn.BatchNorm1d(weight.shape[0])
+            layer.load_state_dict(own)
+            layers.append(layer)
+    except (KeyError, ValueError, RuntimeError):
+        raise ValueError(f"the head in {source} is none of linear layers and BatchNorm; leave out the head") from None
+    return nn.Sequential(*layers).eval()
 
 
 @dataclass(frozen=True)
@@ -189,6 +226,7 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
     return Weights(
         model=model,
         state=_trunk_of(weights),
+        head=next((head for name in _HEADS if (head := _part_of(weights, name))), {}),
         source=str(checkpoint),
         path=checkpoint,
         facts={**_checked_facts(facts, where), "step": int(state["step"])},
@@ -198,6 +236,10 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
 
 def _trunk_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((prefix for prefix in _TRUNKS if any(name.startswith(prefix) for name in weights)), _TRUNKS[-1])
+    return _part_of(weights, prefix)
+
+
+def _part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): value
         for name, value in weights.items()

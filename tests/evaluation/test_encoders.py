@@ -1,16 +1,14 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sslfast.config import load_json, save_json
 from sslfast.data.manifest import Manifest
 from sslfast.evaluation.dataset import FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import RawPixels, TrunkEncoder, extract_all, extract_features, load_run
-from sslfast.evaluation.extract import eval_box
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.knn import KnnConfig, evaluate_knn
 from sslfast.evaluation.results import evaluation_folder, mean_and_spread, standard_error
@@ -18,7 +16,7 @@ from sslfast.models import ResNetConfig, build_trunk
 from sslfast.runs.checkpoint import load_latest, save_checkpoint
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.weights.export import export_trunk
-from sslfast.weights.load import read_weights
+from sslfast.weights.load import build_head, read_weights
 from tests.evaluation.runs import write_data, write_run
 from tests.pictures import write_folder
 
@@ -32,40 +30,6 @@ class Pixels:
     def __call__(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8
         return images.flatten(1).float()
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "size", "box"),
-    [
-        (256, 256, 224, (16, 16, 240, 240)),
-        (512, 256, 224, (144, 16, 368, 240)),
-        (64, 64, 64, (0, 0, 64, 64)),  # 64 < 73: nothing is thrown away
-        (80, 64, 64, (8, 0, 72, 64)),
-        (73, 90, 64, (4, 13, 68, 77)),
-        (96, 96, 64, (6, 6, 90, 90)),
-        (31, 9, 224, (11, 0, 20, 9)),
-    ],
-)
-def test_eval_box(width: int, height: int, size: int, box: tuple[int, int, int, int]) -> None:
-    assert eval_box(width, height, size) == box
-
-
-@pytest.mark.parametrize("size", [(67, 41), (300, 222), (24, 24), (25, 160)])
-def test_preprocessing_is_resize_and_centre_crop(tmp_path: Path, size: tuple[int, int]) -> None:
-    """Against Pillow: resize the shorter side, cut the centre. Rounding of the box moves edges by under a pixel."""
-    (tmp_path / "c").mkdir()
-    ramp = np.linspace(0, 250, size[0])[None, :, None] * np.linspace(0.2, 1, size[1])[:, None, None]
-    image = Image.fromarray((ramp * np.array([1.0, 0.5, 0.8])).astype(np.uint8))
-    image.save(tmp_path / "c" / "a.png")
-    found = extract_features(Pixels(), Manifest.scan(tmp_path), size=24)[0].reshape(3, 24, 24)
-    shorter = 27 if min(size) >= 27 else 24
-    resized = image.resize(
-        (round(size[0] * shorter / min(size)), round(size[1] * shorter / min(size))), Image.Resampling.BILINEAR
-    )
-    left, top = ((side - 24) // 2 for side in resized.size)
-    expected = torch.from_numpy(np.array(resized.crop((left, top, left + 24, top + 24)))).permute(2, 0, 1).float()
-    assert (found - expected).abs().max() < 10.0
-    assert (found - expected).abs().mean() < 3.0
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 2), (100, 3)])
@@ -141,6 +105,29 @@ def test_files_in_place_of_a_run(tmp_path: Path) -> None:
     result = evaluate_knn(tmp_path / "moco.pth.tar", data, KnnConfig(k=(1,), size=24, device="cpu"))
     assert load_json(tmp_path / "moco.pth.tar.evaluation" / "knn.json") == result
     assert (result["step"], result["recipe"]) == (None, None)
+
+
+def test_the_head_ends_the_encoder(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    images = torch.arange(2 * 3 * 24 * 24).remainder(251).to(torch.uint8).reshape(2, 3, 24, 24)
+    encoders = load_run(run, head=True).encoders
+    found = load_latest(run / "checkpoints")
+    assert found is not None
+    state = found[1]["method"]
+    with torch.no_grad():
+        trunk = load_run(run).encoders["trained"](images)
+        expected = normalize(trunk @ state["image_head.weight"].T + state["image_head.bias"], dim=1)
+        torch.testing.assert_close(encoders["trained"](images), expected)
+    assert encoders["trained"].identity() != load_run(run).encoders["trained"].identity()
+    export_trunk(run, tmp_path / "trunk.pth")
+    with pytest.raises(ValueError, match=r"trunk.pth .* has no projection head; leave out the head"):
+        load_run(tmp_path / "trunk.pth", head=True)
+    mlp = {"0.weight": torch.ones(3, 2), "0.bias": torch.tensor([0.0, 1.0, -9.0]), "2.weight": torch.ones(1, 3),
+           "2.bias": torch.zeros(1)}  # fmt: skip
+    head = build_head(mlp, "a file")
+    assert head(torch.ones(1, 2)).tolist() == [[5.0]]  # the ReLU removes the third
+    with pytest.raises(ValueError, match="the head in a file is none of linear layers and BatchNorm"):
+        build_head({"0.gamma": torch.ones(3)}, "a file")
 
 
 def test_run_errors(tmp_path: Path) -> None:

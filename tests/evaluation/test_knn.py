@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sslfast.evaluation.knn import (
+    K,
     KnnConfig,
     accuracy,
     bank_knn,
@@ -201,10 +202,23 @@ def test_evaluate_knn(tmp_path: Path) -> None:
     assert other.exists()
 
 
+def test_trunk_or_head(tmp_path: Path) -> None:
+    """NPID's numbers are of the head's 128-d embeddings at k = 200, DINO's of the trunk's features."""
+    run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)
+    trunk = evaluate_knn(run, data, KnnConfig(device="cpu"))
+    head = evaluate_knn(run, data, KnnConfig(device="cpu", features="head", k=(5,)))
+    assert K == (1, 5, 20, 200)
+    assert trunk["k"] == [1, 5]  # of six images
+    for result, output, columns, source in ((trunk, "trunk", 512, "DINO"), (head, "head", 128, "NPID")):
+        assert result["encoder_output"] == output
+        assert source in result["source"].split(":")[0]
+        assert next(row for row in result["results"] if row["encoder"] == "trained")["features"] == columns
+
+
 def test_evaluate_knn_errors(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)
     with pytest.raises(ValueError, match=r"k must be in \[1, 6\], the number of training images, got k=20; lower --k"):
-        evaluate_knn(run, data, KnnConfig(device="cpu"))
+        evaluate_knn(run, data, KnnConfig(k=(20,), device="cpu"))
     assert not (run / "evaluation").exists()  # before any image was decoded
     with pytest.raises(ValueError, match=r"temperature must be at least 0\.0001"):
         KnnConfig(temperature=-1.0)

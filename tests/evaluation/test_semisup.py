@@ -1,19 +1,28 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sslfast.config import from_dict
 from sslfast.evaluation import semisup
 from sslfast.evaluation.encoders import TrunkEncoder, load_run
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import load_manifests
-from sslfast.evaluation.semisup import FineTuned, SemisupConfig, evaluate_semisup, fine_tune, render_table
-from sslfast.evaluation.sgd import ResumeState, TrainingImages, count_hits
+from sslfast.evaluation.semisup import (
+    FineTuned,
+    SemisupConfig,
+    evaluate_semisup,
+    fine_tune,
+    norm_images,
+    published_protocol,
+    render_table,
+)
+from sslfast.evaluation.sgd import SEMISUP, SEMISUP_SIMCLR, ResumeState, TrainingImages, count_hits
 from sslfast.models import ResNetConfig, build_trunk
 from tests.evaluation.runs import write_data, write_run
 
@@ -78,13 +87,65 @@ class TinyTrunk(nn.Module):
         return cast(Tensor, self.layers(images).mean((2, 3)))
 
 
-def test_fine_tuning_learns_colours(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(semisup, "SEMISUP", replace(semisup.SEMISUP, lr_per_256_images=10.0))
+def test_batchnorm_over_parts_is_that_of_processes(data: Path) -> None:
+    """Two parts of four images: the gradient is the mean of two processes', the statistics are the first one's."""
+    train, _ = load_manifests(data)
+    fast = replace(SEMISUP, lr_per_256_images=1.0)
+
+    def model() -> FineTuned:
+        return FineTuned(TrunkEncoder(TinyTrunk()), classes=3, seed=0)
+
+    images = TrainingImages(train, size=16, batch_size=24, seed=0, workers=0, on_bad_image="error", device=CPU)
+    ((crops, labels),) = images.epoch(0)
+    whole = model()
+    fine_tune(
+        whole, images, fast, epochs=1, batch_size=24, device=CPU, precision=torch.float32, norm_batch=8,
+        resume=ResumeState(None, {}),
+    )  # fmt: skip
+    replicas = [model().train() for _ in range(3)]
+    for one, some, own in zip(replicas, crops.split(8), labels.split(8), strict=True):
+        cross_entropy(one(some), own).backward()
+    start = model()
+    lr = fast.learning_rate(0, epochs=1, batch_size=24)
+    for name, value in whole.named_parameters():
+        gradients = [dict(one.named_parameters())[name].grad for one in replicas]
+        step = lr * 1.9 * torch.stack(gradients).mean(0)  # type: ignore[arg-type]
+        torch.testing.assert_close(value, dict(start.named_parameters())[name] - step)  # Nesterov: g + 0.9 g
+    for name, value in whole.named_buffers():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, dict(replicas[0].named_buffers())[name])
+    assert whole.trunk.layers[1].momentum == 0.1  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"batch_size": 256}, 32), ({"batch_size": 32}, 32), ({"batch_size": 48}, None), ({"batch_size": 6}, None),
+        ({"batch_size": 48, "norm_batch": 16}, 16), ({"batch_size": 256, "protocol": "simclr"}, None),
+    ],
+)  # fmt: skip
+def test_images_of_batchnorm(options: dict[str, Any], found: int | None) -> None:
+    config = SemisupConfig(**options)
+    assert norm_images(config, published_protocol(config.protocol, 0.01)) == found
+
+
+def test_simclr_s_epochs() -> None:
+    assert published_protocol("simclr", 0.01) == SEMISUP_SIMCLR
+    assert published_protocol("simclr", 0.1).epochs == 30
+    with pytest.raises(ValueError, match="norm_batch=5 must divide each process's 48 images of a batch"):
+        norm_images(SemisupConfig(batch_size=48, norm_batch=5), SEMISUP)
+
+
+def test_fine_tuning_learns_colours(data: Path) -> None:
+    protocol = replace(SEMISUP, lr_per_256_images=10.0)
     train, val = load_manifests(data)
     model = FineTuned(TrunkEncoder(TinyTrunk()), classes=3, seed=0)
     images = TrainingImages(train, size=16, batch_size=8, seed=0, workers=0, on_bad_image="error", device=CPU)
     begun = {name: value.clone() for name, value in model.named_parameters()}
-    fine_tune(model, images, epochs=14, batch_size=8, device=CPU, precision=torch.float32, resume=ResumeState(None, {}))
+    fine_tune(
+        model, images, protocol, epochs=14, batch_size=8, device=CPU, precision=torch.float32,
+        resume=ResumeState(None, {}),
+    )  # fmt: skip
     assert not any(torch.equal(begun[name], value) for name, value in model.named_parameters())
     labels = torch.from_numpy(val.labels)
     found, count = count_hits(lambda x: {"": model(x)}, [""], ImageReader(val, 16), labels, CPU)
@@ -97,6 +158,13 @@ def test_subset_file(run: Path, data: Path, tmp_path: Path) -> None:
     config = SemisupConfig(subset=names, epochs=1, batch_size=6, device="cpu")
     result = evaluate_semisup(run, data, config, output=tmp_path / "out.json")
     assert result["protocol"] == "semisup-1ep-few"
+    assert result["norm_batch"] == 6
+    assert "norm_batch: None, published 32" in result["departures"]
+    simclr = replace(config, protocol="simclr", epochs=2, norm_batch=3)
+    other = evaluate_semisup(run, data, simclr, output=tmp_path / "simclr.json")
+    assert (other["protocol"], other["norm_batch"]) == ("semisup-simclr-2ep-few", 3)
+    assert other["learning_rate"] == "cosine to 0, by step"
+    assert "batch_size: 6, published 4096" in other["departures"]
     assert (result["subset"]["file"], result["subset"]["images"]) == (str(names), [6])
 
 

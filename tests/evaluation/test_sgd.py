@@ -7,7 +7,7 @@ from torch import nn
 from sslfast.data.manifest import Manifest
 from sslfast.evaluation.linear import LinearConfig
 from sslfast.evaluation.semisup import SemisupConfig
-from sslfast.evaluation.sgd import GOYAL, MOCO, SEMISUP, Hits, ResumeState, SGDProtocol, TrainingImages
+from sslfast.evaluation.sgd import GOYAL, MOCO, SEMISUP, SEMISUP_SIMCLR, Hits, ResumeState, SGDProtocol, TrainingImages
 from tests.evaluation.runs import write_data
 
 
@@ -25,6 +25,24 @@ def test_published_schedules(protocol: SGDProtocol, epochs: int, changes: dict[i
     for epoch, rate in changes.items():
         assert protocol.learning_rate(epoch, epochs=epochs, batch_size=256) == pytest.approx(rate)
         assert protocol.learning_rate(epoch, epochs=epochs, batch_size=64) == pytest.approx(rate / 4)
+
+
+def test_simclr_s_cosine() -> None:
+    """Rate 0.05 per 256 images: 0.8 at 4096, a half of it in the middle, 0 at the end."""
+    rates = [SEMISUP_SIMCLR.learning_rate(epoch, epochs=60, batch_size=4096) for epoch in (0, 30, 60)]
+    assert rates == pytest.approx([0.8, 0.4, 0.0])
+    assert SEMISUP_SIMCLR.learning_rate(59.5, epochs=60, batch_size=4096) > 0
+    assert SEMISUP_SIMCLR.facts(60, 4096)["drops"] == []
+
+
+def test_departures_are_named() -> None:
+    assert GOYAL.departures(28, 256, "centre-crop") == []
+    assert GOYAL.departures(2, 64, "whole", size=(64, 224)) == [
+        "epochs: 2, published 28",
+        "batch_size: 64, published 256",
+        "preprocessing: whole, published centre-crop",
+        "size: 64, published 224",
+    ]
 
 
 def test_published_settings() -> None:

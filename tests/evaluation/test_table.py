@@ -15,7 +15,7 @@ NAMES = ["[/b]", "[red]x[/red]", "[link=http://x]", "a\x1b[31m\nb", "\udce9t"]
 def test_names_are_no_markup(name: str) -> None:
     numbers = dict.fromkeys(
         ("top1", "top5", "top1_standard_error", "top5_standard_error", "mAP", "ap", "ap50", "ap75", "voc07_ap",
-         "voc07_ap50", "voc07_ap75"), 0.5,
+         "voc07_ap50", "voc07_ap75", "voc07_detectron2_ap", "voc07_detectron2_ap50", "voc07_detectron2_ap75"), 0.5,
     )  # fmt: skip
     row = {"encoder": name, "protocol": f"p-{name}", "layer": name, **numbers}
     images = {"images": 3}

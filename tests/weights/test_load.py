@@ -156,6 +156,26 @@ def test_detectron2_has_every_name_and_no_other(tmp_path: Path) -> None:
     content = pickle.loads(path.read_bytes())
     assert set(content["model"]) == detectron2_resnet50()
     assert content["matching_heuristics"] is True
+    # The values that MoCo's and VISSL's detection configurations give for these weights.
+    assert (tmp_path / "d2.pkl.yaml").read_text().split() == [
+        "INPUT:",
+        "FORMAT:",
+        "RGB",
+        "MODEL:",
+        "PIXEL_MEAN:",
+        "[123.675,",
+        "116.28,",
+        "103.53]",
+        "PIXEL_STD:",
+        "[58.395,",
+        "57.12,",
+        "57.375]",
+        "RESNETS:",
+        "DEPTH:",
+        "50",
+        "STRIDE_IN_1X1:",
+        "false",
+    ]
     state = trunk.state_dict()
     for ours, theirs in (
         ("conv1.weight", "stem.conv1.weight"),

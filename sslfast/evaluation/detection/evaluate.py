@@ -31,7 +31,7 @@ from sslfast.evaluation.detection.scores import (
 from sslfast.evaluation.detection.train import PROTOCOLS, DetectionProtocol, Schedule, detect, fine_tune
 from sslfast.evaluation.encoders import TRAINED, load_run, trunk_encoders
 from sslfast.evaluation.lettering import Lettering
-from sslfast.evaluation.results import evaluation_folder, mean_and_spread, run_facts, write_result
+from sslfast.evaluation.results import departures, evaluation_folder, mean_and_spread, run_facts, write_result
 from sslfast.evaluation.sgd import ResumeState
 from sslfast.evaluation.table import detection_table
 from sslfast.files import reason_of, save_picture
@@ -41,6 +41,16 @@ from sslfast.text import printable
 
 SIDES = tuple(range(480, 801, 32))
 SHOWN_SCORE = 0.5
+_PUBLISHED = (
+    "batch_size",
+    "difficult",
+    "train_sides",
+    "test_side",
+    "longest_side",
+    "anchors",
+    "regions",
+)
+"""Settings that are the same in every protocol."""
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#dc2626")
 
 
@@ -48,12 +58,15 @@ _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#
 class DetectionConfig(DecodingConfig):
     """Settings of :func:`evaluate_detection`."""
 
-    protocol: Literal["pirl", "pirl-paper", "moco"] = "pirl"
-    """pirl: frozen BatchNorm, settings of VISSL. pirl-paper: the learning rate and warm-up that the paper states. moco:
-    BatchNorm trains; not comparable with the others."""
+    protocol: Literal["pirl", "pirl-paper", "pirl-supervised", "moco"] = "pirl"
+    """pirl: frozen BatchNorm, learning rate 0.002 of VISSL. pirl-paper: 0.003 and the warm-up that the paper states for
+    PIRL and NPID++. pirl-supervised: 0.02 and 100 iterations of warm-up, the paper's for supervised and Jigsaw weights.
+    moco: BatchNorm trains; not comparable with the others."""
     iterations: int | None = None
-    """Default: as published, 25,000 (pirl; 12,500 for one set) or 24,000 (moco). The learning rate's drops and the
-    warm-up scale with it, and the protocol's name states it."""
+    """Default: as published, 25,000 (pirl; 12,500 for one set) or 24,000 (moco; 9,000 for one set). The learning rate's
+    drops and the warm-up scale with it, and the protocol's name states it."""
+    warmup: int | None = None
+    """Iterations of warm-up; default: the protocol's."""
     batch_size: int = 16
     """Images per iteration, over all processes; the learning rate scales with it."""
     lr: float | None = None
@@ -97,7 +110,7 @@ class DetectionConfig(DecodingConfig):
             check_positive(name, getattr(self, name))
         for name in ("iterations", "batch_size", "test_side", "longest_side", "regions", "save_every"):
             check_at_least(1, **{name: getattr(self, name)})
-        check_at_least(0, examples=self.examples, workers=self.workers)
+        check_at_least(0, examples=self.examples, workers=self.workers, warmup=self.warmup)
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be above 0, got lr={self.lr}")
 
@@ -132,7 +145,11 @@ def evaluate_detection(
         encoders = trunk_encoders(loaded, config.encoders)
         train, test = load_splits(data, train_split=config.train_split, test_split=config.test_split)
         schedule = protocol.schedule(
-            sets=len(data), iterations=config.iterations, batch_size=config.batch_size, lr=config.lr
+            sets=len(data),
+            iterations=config.iterations,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            warmup=config.warmup,
         )
         classes = train.classes()
         name = protocol_name(config.protocol, data, schedule)
@@ -207,8 +224,13 @@ def evaluate_detection(
                     decoding=decoding,
                 )
                 areas, classwise = coco_scores(found, test.images, classes)
-                points = voc07_scores(found, test.images, classes)
-                scores.append({**areas, **{f"voc07_{key}": value for key, value in points.items()}})
+                scores.append(
+                    {
+                        **areas,
+                        **_named("voc07", voc07_scores(found, test.images, classes)),
+                        **_named("voc07_detectron2", voc07_scores(found, test.images, classes, detectron2=True)),
+                    }
+                )
                 by_class.append(classwise)
                 if config.examples and len(states) == 1 and is_main():
                     _write_examples(
@@ -220,7 +242,8 @@ def evaluate_detection(
             "config": to_dict(config),
             "results": rows,
             **facts,
-            "scores": "ap: COCO's, by pycocotools; voc07_ap: mean at 11 recalls, as published numbers on test2007",
+            "scores": "ap: COCO's, by pycocotools; voc07_ap: mean at 11 recalls, exact; voc07_detectron2_ap: as "
+            "detectron2 computes published numbers on test2007 (scores of three decimals, np.arange's recalls)",
             "seeds": list(config.seeds),
             "data": {
                 "root": [str(folder) for folder in data],
@@ -254,8 +277,33 @@ def _settings(config: DetectionConfig, protocol: DetectionProtocol, schedule: Sc
         "anchors": list(config.anchors),
         "regions": config.regions,
         "difficult": {"training": config.difficult, "scoring": DIFFICULT_RULE},
+        "padding": "to the largest sides of the batch",
         "source": protocol.source,
+        "departures": _departures(config, protocol, schedule),
     }
+
+
+def _departures(config: DetectionConfig, protocol: DetectionProtocol, schedule: Schedule) -> list[str]:
+    """How settings depart from the protocol's."""
+    scale = schedule.iterations / schedule.published_iterations
+    usual = {name: to_dict(DetectionConfig())[name] for name in _PUBLISHED}
+    published = {
+        **usual,
+        "iterations": schedule.published_iterations,
+        "lr": protocol.lr,
+        "warmup": round(protocol.warmup * scale),
+    }
+    used = {
+        **to_dict(config),
+        "iterations": schedule.iterations,
+        "lr": schedule.lr * 16 / config.batch_size,
+        "warmup": schedule.warmup,
+    }
+    return departures(published, used)
+
+
+def _named(start: str, scores: dict[str, float]) -> dict[str, float]:
+    return {f"{start}_{key}": value for key, value in scores.items()}
 
 
 def protocol_name(protocol: str, data: Sequence[Path], schedule: Schedule) -> str:

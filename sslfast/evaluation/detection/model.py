@@ -3,8 +3,8 @@
 As detectron2's R50-C4 with ``Res5ROIHeads`` (Ren et al. 2015; He et al. 2016): one feature level, anchors of five sizes
 and three aspect ratios, regions pooled to 14 x 14 by aligned RoIAlign, res5 with stride 2 to 7 x 7, averaged, then
 class and box. Built from torchvision's parts with detectron2's losses (L1 for boxes; the proposal losses are divided by
-a fixed number of anchors). Three differences from detectron2: batches are padded to multiples of 16 pixels, anchors are
-rounded to whole pixels, and a batch mixes portrait and landscape images.
+a fixed number of anchors), its anchors and its padding: a batch is as large as its largest sides. One difference from
+detectron2: a batch mixes portrait and landscape images.
 """
 
 import copy
@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, l1_loss
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -58,6 +57,32 @@ def freeze_norms(module: nn.Module) -> None:
             freeze_norms(child)
 
 
+class Anchors(nn.Module):
+    """Anchors of one map of stride 16, unrounded, as detectron2's DefaultAnchorGenerator with offset 0.
+
+    For every cell ``(i, j)``, side s and ratio r (height over width), in this order: a box of height ``s sqrt(r)`` and
+    width ``s / sqrt(r)`` centred at ``(16 j, 16 i)``.
+    """
+
+    def __init__(self, sides: Sequence[int], ratios: Sequence[float] = SHAPES) -> None:
+        super().__init__()
+        shapes = [(side / ratio**0.5, side * ratio**0.5) for side in sides for ratio in ratios]
+        self.cell = torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in shapes], dtype=torch.float64)
+
+    def num_anchors_per_location(self) -> list[int]:
+        """Of the one map."""
+        return [len(self.cell)]
+
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        """``[h * w * anchors, 4]`` for each image, of the map ``[B, C, h, w]``."""
+        (found,) = maps
+        rows, columns = (torch.arange(edge, device=found.device) * STRIDE for edge in found.shape[-2:])
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        centres = torch.stack((x, y, x, y), -1).view(-1, 1, 4)
+        anchors = (centres + self.cell.to(found.device)).view(-1, 4).to(found.dtype)
+        return [anchors] * len(images.image_sizes)
+
+
 class FasterRCNN(nn.Module):
     """The heads of Faster R-CNN on a copy of a trunk.
 
@@ -98,7 +123,7 @@ class FasterRCNN(nn.Module):
             self.backbone.add_module(name, getattr(trunk, name))
         width = int(trunk.out_features)
         channels = width // 2
-        shape = AnchorGenerator(sizes=(tuple(anchors),), aspect_ratios=(SHAPES,))
+        shape = Anchors(anchors)
         with seeded(seed):
             self.rpn = _Proposals(
                 shape,
@@ -136,9 +161,9 @@ class FasterRCNN(nn.Module):
         self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler = self.samplers
 
     def batch(self, images: Sequence[Tensor]) -> ImageList:
-        """Network input from uint8 ``[3, h, w]`` images on the device, padded with zeros."""
+        """Network input from uint8 ``[3, h, w]`` images on the device, padded below and right with zeros."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        height, width = (-(-max(edges) // STRIDE) * STRIDE for edges in zip(*sizes, strict=True))
+        height, width = (max(edges) for edges in zip(*sizes, strict=True))
         dtype = self.rpn.head.cls_logits.weight.dtype
         inputs = torch.zeros(len(images), 3, height, width, device=images[0].device, dtype=dtype)
         for slot, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):

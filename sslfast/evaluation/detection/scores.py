@@ -1,8 +1,10 @@
 """Average precision of detections, in two ways: COCO's by pycocotools, and VOC 2007's, which published numbers use.
 
 COCO's: 101-point interpolation, at most 100 boxes per image, mean over the IoU thresholds 0.5, 0.55 ... 0.95. VOC
-2007's: 11-point interpolation, over the same thresholds, as detectron2 evaluates ``voc_2007_test``. In both, difficult
-objects and the boxes matched to them are ignored.
+2007's: 11-point interpolation, over the same thresholds. In both, difficult objects and the boxes matched to them are
+ignored. ``voc07`` is exact; ``voc07_detectron2`` is the number that detectron2 prints for ``voc_2007_test`` and papers
+report: it writes scores with three decimals and boxes with one before it ranks and matches them, and asks for the
+recalls ``np.arange(0, 1.1, 0.1)``, of which 0.3, 0.6 and 0.7 lie just above the true level.
 """
 
 import contextlib
@@ -17,6 +19,9 @@ from numpy.typing import NDArray
 from sslfast.evaluation.detection.data import BoxedImage
 
 OVERLAPS = np.linspace(0.5, 0.95, 10)
+LEVELS = np.arange(11) / 10 - 1e-12
+"""Recalls 0, 0.1 ... 1; 1e-12: shares such as 3 / 10 are not exact in binary."""
+DETECTRON2_LEVELS = np.arange(0.0, 1.1, 0.1)
 DIFFICULT_RULE = "a box whose match is a difficult object is left out, and the object is not asked for"
 
 
@@ -24,9 +29,9 @@ DIFFICULT_RULE = "a box whose match is a difficult object is left out, and the o
 class Detections:
     """Detections on one image."""
 
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.floating]
     """``[n, 4]`` left, top, right, bottom in pixels of the image."""
-    scores: NDArray[np.float32]
+    scores: NDArray[np.floating]
     """``[n]``"""
     labels: NDArray[np.int64]
     """``[n]``, from 1 on."""
@@ -88,18 +93,31 @@ def coco_scores(
     return _summary(means), by_class
 
 
-def voc07_scores(found: Sequence[Detections], images: Sequence[BoxedImage], classes: Sequence[str]) -> dict[str, float]:
-    """``ap``, ``ap50``, ``ap75`` over classes by the rules of VOC 2007's devkit."""
+def voc07_scores(
+    found: Sequence[Detections], images: Sequence[BoxedImage], classes: Sequence[str], *, detectron2: bool = False
+) -> dict[str, float]:
+    """``ap``, ``ap50``, ``ap75`` over classes by the rules of VOC 2007's devkit; or as detectron2 computes them."""
+    if detectron2:
+        found = [_as_written(some) for some in found]
+    levels = DETECTRON2_LEVELS if detectron2 else LEVELS
     rows = [
         precision
         for label, name in enumerate(classes, 1)
-        if (precision := _voc07_class(found, images, label, name)) is not None
+        if (precision := _voc07_class(found, images, label, name, levels)) is not None
     ]
     return _summary(np.mean(rows, axis=0) if rows else np.zeros(len(OVERLAPS)))
 
 
+def _as_written(found: Detections) -> Detections:
+    """Detections after detectron2's text file: scores ``%.3f``, corners ``%.1f`` in VOC's coordinates (from 1 on)."""
+    one = np.array([1.0, 1.0, 0.0, 0.0], dtype=np.float32)  # to pixels counted from 1, the last one inside
+    boxes = np.char.mod("%.1f", (found.boxes + one).astype(np.float64)).astype(np.float64) - one
+    scores = np.char.mod("%.3f", found.scores.astype(np.float64)).astype(np.float64)
+    return Detections(boxes=boxes, scores=scores, labels=found.labels)
+
+
 def _voc07_class(
-    found: Sequence[Detections], images: Sequence[BoxedImage], label: int, name: str
+    found: Sequence[Detections], images: Sequence[BoxedImage], label: int, name: str, levels: NDArray[np.float64]
 ) -> NDArray[np.float64] | None:
     """11-point AP of a class at every IoU threshold; None where no object counts."""
     scores, overlaps, objects, difficult = [], [], [], []
@@ -123,11 +141,17 @@ def _voc07_class(
         return np.zeros(len(OVERLAPS))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     overlap, matched, hard = (np.concatenate(parts)[order] for parts in (overlaps, objects, difficult))
-    return np.array([_eleven_points(overlap > at, matched, hard, wanted) for at in OVERLAPS])
+    return np.array([_eleven_points(overlap > at, matched, hard, wanted, levels) for at in OVERLAPS])
 
 
-def _eleven_points(meets: NDArray[np.bool_], matched: NDArray[np.int64], hard: NDArray[np.bool_], wanted: int) -> float:
-    """Mean over recalls 0, 0.1 ... 1 of the interpolated precision; boxes in decreasing order of score."""
+def _eleven_points(
+    meets: NDArray[np.bool_],
+    matched: NDArray[np.int64],
+    hard: NDArray[np.bool_],
+    wanted: int,
+    levels: NDArray[np.float64],
+) -> float:
+    """Mean over recalls ``levels`` of the interpolated precision; boxes in decreasing order of score."""
     counted = ~(meets & hard)
     right = np.zeros(len(meets), dtype=bool)
     candidates = np.flatnonzero(meets & ~hard)
@@ -135,8 +159,7 @@ def _eleven_points(meets: NDArray[np.bool_], matched: NDArray[np.int64], hard: N
     hits = np.cumsum(right[counted])
     precision = hits / np.arange(1, len(hits) + 1)
     recall = hits / wanted
-    # 1e-12: shares such as 3 / 10 are not exact in binary.
-    best = [precision[recall >= level - 1e-12].max(initial=0.0) for level in np.arange(11) / 10]
+    best = [precision[recall >= level].max(initial=0.0) for level in levels]
     return float(np.mean(best))
 
 
@@ -148,7 +171,7 @@ def box_overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.f
     return inside / (areas - inside).clip(1e-12)
 
 
-def _entry(box: NDArray[np.float32], image: int, label: int, number: int) -> dict[str, Any]:
+def _entry(box: NDArray[np.floating], image: int, label: int, number: int) -> dict[str, Any]:
     left, top, right, bottom = (float(edge) for edge in box)
     size = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
     return {"id": number, "image_id": image, "category_id": label, **size}

@@ -56,8 +56,11 @@ class DetectionProtocol:
     """Iterations after training, at most a tenth of it, that recompute BatchNorm's statistics (precise BatchNorm)."""
     source: str
 
-    def schedule(self, *, sets: int, iterations: int | None, batch_size: int, lr: float | None) -> "Schedule":
-        """The published schedule for that many sets, scaled to ``iterations`` and ``batch_size``; ``lr`` is for 16."""
+    def schedule(
+        self, *, sets: int, iterations: int | None, batch_size: int, lr: float | None, warmup: int | None = None
+    ) -> "Schedule":
+        """The published schedule for that many sets, scaled to ``iterations`` and ``batch_size``; ``lr`` is for 16,
+        ``warmup`` is taken as it is."""
         published, drops = (self.iterations, self.drops) if sets > 1 else self.single
         count = published if iterations is None else iterations
         scale = count / published
@@ -65,7 +68,7 @@ class DetectionProtocol:
             iterations=count,
             published_iterations=published,
             drops=tuple(round(drop * scale) for drop in drops),
-            warmup=round(self.warmup * scale),
+            warmup=round(self.warmup * scale) if warmup is None else warmup,
             warmup_factor=self.warmup_factor,
             lr=(self.lr if lr is None else lr) * batch_size / 16,
             precise_norm=min(self.precise_norm, -(-count // 10)),
@@ -109,20 +112,28 @@ PIRL = DetectionProtocol(
     freeze_at=2,
     extra_norm=False,
     precise_norm=0,
-    source="PIRL (arXiv 1912.01991) appendix B; settings of VISSL's voc0712/pirl_npid and voc07/pirl_npid",
+    source="PIRL (arXiv 1912.01991) appendix B.1: frozen BatchNorm, no further norm; rate and warm-up of VISSL's "
+    "voc0712/pirl_npid and voc07/pirl_npid, which inherit SyncBN, a norm behind res5 and FREEZE_AT 0",
 )
 PIRL_PAPER = replace(
     PIRL,
     name="pirl-paper",
     lr=0.003,
     warmup_factor=1 / 3,
-    source="PIRL (arXiv 1912.01991) appendix B: rate 0.003, warm-up from a third; the rest as in VISSL's settings",
+    source="PIRL (arXiv 1912.01991) appendix B, PIRL and NPID++: rate 0.003, 1000 iterations of warm-up, from a third",
+)
+PIRL_SUPERVISED = replace(
+    PIRL_PAPER,
+    name="pirl-supervised",
+    lr=0.02,
+    warmup=100,
+    source="PIRL (arXiv 1912.01991) appendix B, supervised and Jigsaw baselines: rate 0.02, 100 iterations of warm-up",
 )
 MOCO = DetectionProtocol(
     name="moco",
     iterations=24_000,
     drops=(18_000, 22_000),
-    single=(24_000, (18_000, 22_000)),
+    single=(9_000, (6_750, 8_250)),
     lr=0.02,
     warmup=100,
     warmup_factor=0.001,
@@ -130,9 +141,10 @@ MOCO = DetectionProtocol(
     freeze_at=0,
     extra_norm=True,
     precise_norm=200,
-    source="He et al., CVPR 2020 (MoCo), section 4.2; settings of moco's pascal_voc_R_50_C4_24k_moco",
+    source="He et al., CVPR 2020 (MoCo), section 4.2: 24k iterations (settings of pascal_voc_R_50_C4_24k_moco), 9k on "
+    "trainval2007 alone with its drops in proportion",
 )
-PROTOCOLS = {protocol.name: protocol for protocol in (PIRL, PIRL_PAPER, MOCO)}
+PROTOCOLS = {protocol.name: protocol for protocol in (PIRL, PIRL_PAPER, PIRL_SUPERVISED, MOCO)}
 
 
 def fine_tune(

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from sslfast.evaluation.detection.data import IGNORED, Sample
 from sslfast.evaluation.detection.model import FasterRCNN, Sampler, check_trunk, targets_of
-from sslfast.evaluation.detection.train import MOCO, PIRL, PIRL_PAPER
+from sslfast.evaluation.detection.train import MOCO, PIRL, PIRL_PAPER, PIRL_SUPERVISED
 from sslfast.evaluation.encoders import TrunkEncoder, load_run
 from sslfast.models import ResNetConfig, build_trunk
 from tests.evaluation.detection.fixtures import write_narrow_run
@@ -61,7 +61,7 @@ def test_geometry(encoder: TrunkEncoder) -> None:
     model.roi_heads.box_head.layer4.register_forward_hook(lambda m, i, o: shapes.update(res5=o.shape))
     model.backbone.register_forward_hook(lambda m, i, o: shapes.update(res4=o.shape))
     model([one.image for one in samples()])
-    assert shapes["res4"] == (2, 32, 5, 5)  # 64 x 80 and 70 x 78 in a batch of 80 x 80, stride 16
+    assert shapes["res4"] == (2, 32, 5, 5)  # 64 x 80 and 70 x 78 in a batch of 70 x 80, stride 16
     assert shapes["pooled"][1:] == (32, 14, 14)
     assert shapes["res5"][1:] == (64, 7, 7)
     pool = model.roi_heads.box_roi_pool
@@ -74,18 +74,30 @@ def test_geometry(encoder: TrunkEncoder) -> None:
 
 def test_anchors(encoder: TrunkEncoder) -> None:
     model = model_of(encoder, anchors=(32, 64, 128, 256, 512))
-    maps = torch.zeros(1, 32, 4, 5)
-    (anchors,) = model.rpn.anchor_generator(ImageList(torch.zeros(1, 3, 64, 80), [(64, 80)]), [maps])
-    assert anchors.shape == (4 * 5 * 15, 4)
-    grid = anchors.view(4, 5, 15, 4)
-    width, height = grid[0, 0, :, 2] - grid[0, 0, :, 0], grid[0, 0, :, 3] - grid[0, 0, :, 1]
-    sides = torch.tensor([32.0, 64.0, 128.0, 256.0, 512.0]).repeat(3)
-    assert ((width * height).sqrt() / sides - 1).abs().max() < 0.04
-    ratios = torch.tensor([0.5, 1.0, 2.0]).repeat_interleave(5)
-    assert (height / width / ratios - 1).abs().max() < 0.06
-    steps = grid - grid[0, 0]
-    assert torch.equal(steps[1, 2, 0], torch.tensor([32.0, 16.0, 32.0, 16.0]))
+    maps = torch.zeros(2, 32, 4, 5)
+    # 58 x 70: the stride is 16 whatever the sides are.
+    anchors, same = model.rpn.anchor_generator(ImageList(torch.zeros(2, 3, 58, 70), [(58, 70)] * 2), [maps])
+    assert torch.equal(anchors, same)
+    expected = []
+    for row in range(4):
+        for column in range(5):
+            for side in (32, 64, 128, 256, 512):
+                for ratio in (0.5, 1.0, 2.0):
+                    width = math.sqrt(side**2 / ratio)  # detectron2: of area side^2 and this height over width
+                    height = ratio * width
+                    x, y = 16 * column, 16 * row
+                    expected.append((x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+    torch.testing.assert_close(anchors, torch.tensor(expected), rtol=0, atol=2e-5)
     assert model.rpn.head.cls_logits.out_channels == 15
+
+
+def test_batches_are_as_large_as_their_largest_sides(encoder: TrunkEncoder) -> None:
+    """347 pixels stay 347: more rows of zeros would change the last rows of res4."""
+    model = model_of(encoder).eval()
+    assert model.batch([one.image for one in samples()]).tensors.shape == (2, 3, 70, 80)
+    image = torch.full((3, 75, 83), 200, dtype=torch.uint8)
+    batch = model.batch([image])
+    assert torch.equal(batch.tensors, encoder.prepare(image[None]))
 
 
 def test_resnet50_is_r50_c4() -> None:
@@ -243,6 +255,12 @@ def test_schedules_are_the_published_ones() -> None:
     paper = PIRL_PAPER.schedule(sets=2, iterations=None, batch_size=16, lr=None)
     assert paper.learning_rate(0) == pytest.approx(0.001)
     assert paper.learning_rate(1000) == pytest.approx(0.003)
+    supervised = PIRL_SUPERVISED.schedule(sets=2, iterations=None, batch_size=16, lr=None)
+    for iteration, rate in {0: 0.02 / 3, 100: 0.02, 16_999: 0.02, 17_000: 0.002}.items():
+        assert supervised.learning_rate(iteration) == pytest.approx(rate)
+    one_set = MOCO.schedule(sets=1, iterations=None, batch_size=16, lr=None)
+    assert (one_set.iterations, one_set.drops) == (9_000, (6_750, 8_250))
+    assert PIRL.schedule(sets=2, iterations=None, batch_size=16, lr=None, warmup=7).warmup == 7
     moco = MOCO.schedule(sets=2, iterations=None, batch_size=16, lr=None)
     assert (moco.iterations, moco.drops, moco.warmup, moco.lr, moco.precise_norm) == (
         24_000, (18_000, 22_000), 100, 0.02, 200,

@@ -119,6 +119,24 @@ def devkit(detections: list[Detections], images: list[BoxedImage], at: float) ->
     return float(np.mean(points))
 
 
+def test_detectron2_s_levels_and_rounding() -> None:
+    """Three of ten objects found: np.arange asks for a recall of 0.30000000000000004, which 3 / 10 does not reach."""
+    images = [image(A) for _ in range(10)]
+    detections = [found(A) for _ in range(3)] + [found() for _ in range(7)]
+    assert voc07_scores(detections, images, ["x"])["ap50"] == pytest.approx(4 / 11)
+    assert voc07_scores(detections, images, ["x"], detectron2=True)["ap50"] == pytest.approx(3 / 11)
+    # 0.91234 and 0.91231 are both written as 0.912: the wrong box, first in the file, then counts before the right one.
+    ties = [found(AWAY, A, scores=(0.91231, 0.91234))]
+    assert voc07_scores(ties, [image(A)], ["x"])["ap50"] == pytest.approx(1.0)
+    assert voc07_scores(ties, [image(A)], ["x"], detectron2=True)["ap50"] == pytest.approx(0.5)
+    # Corners are written with one decimal in coordinates from 1 on: an overlap of 0.5004 becomes 0.5.
+    truth, box = (0.0, 0.0, 100.0, 10.0), (0.0, 0.0, 50.04, 10.0)
+    assert box_overlaps(np.array([box]), np.array([truth]))[0, 0] > 0.5
+    near = [found(box)], [image(truth)], ["x"]
+    assert voc07_scores(*near)["ap50"] == pytest.approx(1.0)
+    assert voc07_scores(*near, detectron2=True)["ap50"] == 0.0  # 50.0: not above a half
+
+
 def test_voc07_against_the_devkit_rule() -> None:
     rng = np.random.default_rng(4)
 
