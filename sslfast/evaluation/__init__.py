@@ -22,6 +22,7 @@ from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_accura
 from sslfast.evaluation.lettering import Lettering, load_font
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
 from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, train_probe
+from sslfast.evaluation.preprocessing import resolve_preprocessing
 from sslfast.evaluation.results import ResultNotWritten
 from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
@@ -60,5 +61,6 @@ __all__ = [
     "load_manifests",
     "load_run",
     "nearest_neighbours",
+    "resolve_preprocessing",
     "train_probe",
 ]

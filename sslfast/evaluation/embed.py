@@ -143,7 +143,9 @@ class _Source:
         self._head = _head(run, loaded.checkpoint, encoder.trunk).to(self._device) if config.head else None
         self.manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
         size = loaded.size if config.size is None else config.size
-        self._reader = ImageReader(self.manifest, size, config.batch_size, config.workers, config.on_bad_image)
+        self._reader = ImageReader(
+            self.manifest, size, config.batch_size, config.workers, config.on_bad_image, config.seen(size)
+        )
 
     @property
     def left_out(self) -> list[tuple[str, str]]:

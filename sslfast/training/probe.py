@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sslfast.evaluation import TRAINED, TrunkEncoder, extract_all, knn_accuracy, load_manifests, train_probe
+from sslfast.evaluation import (
+    TRAINED,
+    TrunkEncoder,
+    extract_all,
+    knn_accuracy,
+    load_manifests,
+    resolve_preprocessing,
+    train_probe,
+)
 from sslfast.loaders import default_workers
 from sslfast.methods import Method
 
@@ -73,7 +81,7 @@ class OnlineProbe:
     def _measure(self) -> dict[str, float]:
         view, workers = self._config.method.image_view, self._config.loader.workers
         encoder = TrunkEncoder(
-            copy.deepcopy(self._method.trunk),
+            copy.deepcopy(getattr(self._method, "teacher_trunk", self._method.trunk)),  # DINO's is the better one
             mean=view.augment.mean,
             std=view.augment.std,
             colours=self._config.method.trunk_input,
@@ -83,6 +91,7 @@ class OnlineProbe:
                 {TRAINED: encoder},
                 manifest,
                 size=view.crop.size,
+                preprocessing=resolve_preprocessing("auto", view.crop.size, "centre-crop"),
                 batch_size=max(1, min(256, self._config.batch_size)),
                 device=self._device,
                 workers=default_workers() if workers is None else workers,

@@ -16,7 +16,7 @@ from sslfast.cli.main import main
 from sslfast.config import to_dict
 from sslfast.data import Manifest
 from sslfast.evaluation.embed import EmbedConfig, embed
-from sslfast.evaluation.encoders import extract_features, load_run
+from sslfast.evaluation.encoders import extract_all, load_run
 from sslfast.methods import read_head
 from sslfast.models import ResNetConfig, build_trunk
 from sslfast.recipes.registry import RECIPES
@@ -48,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def expected(run: Path, data: Path) -> Tensor:
     with tiny_trunks():
         loaded = load_run(run)
-    return extract_features(loaded.encoders["trained"], Manifest.scan(data), size=loaded.size)
+    trained = {"trained": loaded.encoders["trained"]}
+    return extract_all(trained, Manifest.scan(data), size=loaded.size, preprocessing="centre-square").values["trained"]
 
 
 def read_npy(path: Path) -> tuple[np.ndarray, list[list[str]]]:

@@ -53,7 +53,9 @@ def test_values_are_those_of_the_evaluations_and_training_is_unchanged(
         train, val = load_manifests(labelled)
         size = method.image_view.crop.size
         with torch.no_grad():
-            features = [extract_all({"": encoder}, m, size=size).values[""] for m in (train, val)]
+            features = [
+                extract_all({"": encoder}, m, size=size, preprocessing="centre-square").values[""] for m in (train, val)
+            ]
         labels = [torch.from_numpy(m.labels) for m in (train, val)]
         expected = knn_accuracy(features[1], labels[1], features[0], labels[0], k=(20,))[20].top1
         assert records[step]["val_knn_top1"] == expected
