@@ -6,6 +6,7 @@ Imports nothing heavy: the module of a command is imported when the command runs
 import errno
 import importlib
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        is_ours = isinstance(error, ValueError | OSError | ImportError)
+        is_ours = isinstance(error, ValueError | OSError | ImportError) or ran_out_of_memory(error)
         code: int | None = getattr(error, "exit_code", 2 if is_ours else None)
         if code is None or os.environ.get("SSLFAST_TRACEBACK"):
             raise
@@ -257,8 +258,26 @@ _REMEDIES = {
 }
 
 
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "could not create a primitive")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, the system, torch or oneDNN got no memory; also where that kept a library from being loaded."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def _less_memory() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    raised = "" if limit == resource.RLIM_INFINITY else f", or raise the limit of {limit / 2**30:.1f} GiB (ulimit -v)"
+    return f"use smaller batches (--batch-size), fewer processes (--workers) or smaller images{raised}"
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if ran_out_of_memory(error):
+        return f"memory ran out ({printable(text):.120}): {_less_memory()}"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:  # one that nobody has explained
         remedy = _REMEDIES.get(error.errno) or what_helps(error.errno)
         if error.filename is None and "temporary directory" in error.strerror:  # tempfile's own words

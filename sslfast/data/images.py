@@ -57,7 +57,14 @@ from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 from sslfast.data.deep import FULL, deep_samples, is_deep_colour, stated_white, to_8_bits
 from sslfast.data.exif import exif_orientation
 from sslfast.data.jpeg import JpegScan
-from sslfast.data.stripped import MAX_PIXELS, BadImageError, Stripped, strip
+from sslfast.data.stripped import (
+    MAX_PIXELS,
+    PORTABLE_HEADER,
+    BadImageError,
+    Stripped,
+    check_portable,
+    strip,
+)
 from sslfast.files import open_without_waiting
 
 _HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # Pillow 11.3 and later
@@ -199,6 +206,9 @@ def open_header(file: IO[bytes]) -> None:
                 if len(data) < most:
                     break
     else:
+        file.seek(0)
+        check_portable(file.read(PORTABLE_HEADER))
+        file.seek(0)
         try:
             _open_pillow(file)
             return

@@ -19,6 +19,11 @@ _MOST_TEXT = 1 << 20
 """Bytes of text or EXIF that are looked at for an orientation."""
 
 
+PORTABLE_HEADER = 1 << 16
+_PORTABLE = re.compile(rb"P[1-6][\s#]")
+_COMMENT = re.compile(rb"#[^\r\n]*")
+
+
 class BadImageError(ValueError):
     """An image file that must not be trained on. ``reason`` is one short line without the path."""
 
@@ -60,6 +65,7 @@ def strip(data: bytes, *, header: bool = False) -> Stripped:
         data: the file.
         header: look no further than to where the pixels of a JPEG or PNG begin; ``data`` may be cut off after that.
     """
+    check_portable(data)
     if data.startswith(b"\xff\xd8"):
         return _jpeg(data, header)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -70,6 +76,15 @@ def strip(data: bytes, *, header: bool = False) -> Stripped:
     if data[4:8] == b"ftyp":
         return _avif(data)
     return Stripped(data)
+
+
+def check_portable(head: bytes) -> None:
+    """BadImageError for a PBM, PGM or PPM whose header does not end in its first ``PORTABLE_HEADER`` bytes, ``head``:
+    Pillow reads comments there byte by byte, minutes of them."""
+    if _PORTABLE.match(head):
+        words = _COMMENT.sub(b"", head[:PORTABLE_HEADER]).split(None, 4)
+        if len(words) < (3 if head[1:2] in b"14" else 4):
+            raise BadImageError("damaged header: the size of the picture is missing, or behind long comments")
 
 
 def _jpeg(data: bytes, header: bool) -> Stripped:

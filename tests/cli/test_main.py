@@ -143,14 +143,14 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["pretrian"], "unknown command 'pretrian'; did you mean pretrain or preview?"),
         (["evaluate", "kn"], "unknown command of evaluate 'kn'; did you mean knn?"),
-        (["pretrain", "x"], "--recipe is missing; sslfast pretrain DATA --recipe tiny|tiny-long"),
-        (["pretrain", "x", "--recipe", "tinny"], "unknown recipe 'tinny'; did you mean tiny"),
+        (["pretrain", "synthetic:9"], "--recipe is missing; sslfast pretrain DATA --recipe tiny|tiny-long"),
+        (["pretrain", "synthetic:9", "--recipe", "tinny"], "unknown recipe 'tinny'; did you mean tiny"),
         (["pretrain", "/nowhere", "--recipe", "tiny"], "/nowhere does not exist"),
         (["pretrain", "synthetic:0", "--recipe", "tiny"], "synthetic:N needs a number of images of at least 1"),
         (["pretrain", "synthetic:9", "--recipe", "tiny", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["pretrain", "synthetic:9", "--recipe", "tiny", "--device", "cuda:77"], "device='cuda:77', but torch sees"),
         (["pretrain", "synthetic:3", "--recipe", "tiny"], "3"),
-        (["preview", "x"], "--recipe is missing; sslfast preview DATA"),
+        (["preview", "."], "--recipe is missing; sslfast preview DATA"),
         (["data", "verify", "/nowhere"], "/nowhere does not exist"),
         (["bench", "opps"], "unknown command of bench 'opps'; did you mean ops"),
         (["bench", "ops", "--rounds", "0"], "rounds must be at least 1, got 0"),
@@ -186,10 +186,10 @@ def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_package_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("pretrain", "options"):
+    for module in ("pretrain", "options", "usage"):
         monkeypatch.delitem(sys.modules, f"sslfast.cli.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert cli.main(["pretrain", "x", "--recipe", "tiny"]) == 2
+    assert cli.main(["pretrain", "synthetic:9", "--recipe", "tiny"]) == 2
     line = error_line(capsys)
     assert "tyro" in line
     assert "pip install 'sslfast[train]'" in line

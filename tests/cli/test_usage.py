@@ -46,9 +46,9 @@ RECIPE = ["pretrain", "synthetic:8", "--recipe", "pirl-small"]
         (["evaluate", "detect", "x", "y", "--lr", "nan"], "lr must be a finite number, got nan"),
         (["export", "x", "y", "--format", "x"], "--format must be one of torchvision, timm, "),
         (["bench", "ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["bench", "loader", "x", "--seconds", "nan"], "--seconds must be a finite number, got nan"),
-        (["data", "verify", "x", "--workers", "-1"], "--workers must be at least 0, got -1"),
-        (["data", "prepare", "x", "y.beton", "--quality", "101"], "quality must be "),
+        (["bench", "loader", ".", "--seconds", "nan"], "--seconds must be a finite number, got nan"),
+        (["data", "verify", ".", "--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["data", "prepare", ".", "y.beton", "--quality", "101"], "quality must be "),
         (["preview", ".", "--recipe", "pirl-small", "--count", "0"], "--count must be at least 1, got 0"),
         (["info", "--x"], "unknown option or argument --x; `sslfast info --help` lists the options"),
     ],
@@ -123,7 +123,8 @@ def configurations(package: Any) -> Iterator[type]:
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             is_ours = dataclasses.is_dataclass(value) and getattr(value, "__module__", "") == module.__name__
-            if is_ours and (name.endswith("Config") or package is sslfast.cli):
+            is_options = name.endswith("Config") or (package is sslfast.cli and name != "Command")
+            if is_ours and is_options:
                 yield value
 
 

@@ -162,7 +162,7 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report((run / "checkpoints" / "step_00000007.pt",))
     with pytest.raises(ValueError, match=r"output must end in \.html, got 'r\.pdf'"):
         report((run,), output=Path("r.pdf"))
-    with pytest.raises(ValueError, match="points must be at least 1, got points=0"):
+    with pytest.raises(ValueError, match="points must be at least 1, got 0"):
         ReportConfig(points=0)
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "r.html")
