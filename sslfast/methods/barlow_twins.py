@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sslfast.distributed import world_size
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.correlation import correlation_penalty
-from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig
+from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig, upcast
 from sslfast.models import MLPHead, build_trunk, seeded
 from sslfast.views import View
 
@@ -89,11 +88,10 @@ class BarlowTwins(Method):
             ``loss`` (0-d, differentiable) and detached 0-d ``invariance``, the first sum of the loss: D at the
             beginning, 0 where the views of an image have equal embeddings.
         """
-        first, second = (self.projection(self.trunk(views[name].pixels)) for name in (FIRST, SECOND))
-        dtype = torch.promote_types(first.dtype, torch.float32)
+        first, second = (upcast(self.projection(self.trunk(views[name].pixels))) for name in (FIRST, SECOND))
         loss, invariance = correlation_penalty(
-            first.to(dtype),
-            second.to(dtype),
+            first,
+            second,
             count=len(first) * world_size(),
             off_diagonal=self.config.off_diagonal_weight,
             diagonal=1.0,

@@ -108,7 +108,8 @@ class Method(nn.Module):
     """Attribute of the module whose output the loss compares, where there is one; its statistics are logged."""
 
     trunk: Trunk
-    """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``."""
+    """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``. Where a method also
+    has a ``teacher_trunk``, ``sslfast.load`` and the evaluations take that one from its checkpoints."""
 
     orders_epochs: bool = False
     """Whether :meth:`epoch_order` says which rows an epoch trains on."""

@@ -25,7 +25,7 @@ from sslfast.distributed import mean_over_ranks
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.momentum import rising_momentum
-from sslfast.methods.shared.views import FIRST, SECOND, MultiCropConfig, encode_crops, swapped_cross_entropy
+from sslfast.methods.shared.views import FIRST, SECOND, MultiCropConfig, encode_crops, swapped_cross_entropy, upcast
 from sslfast.models import MLPHead, build_trunk, full_precision, seeded
 from sslfast.ops import ema_update_
 from sslfast.optim import ParameterOptions
@@ -49,9 +49,8 @@ class DINOHead(nn.Module):
         self.last_layer = nn.Linear(bottleneck_features, out_features, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = normalize(self.mlp(features).float(), dim=1)
-        rows = normalize(self.last_layer.weight.float(), dim=1)
-        return linear(hidden, rows).float()
+        hidden = normalize(upcast(self.mlp(features)), dim=1)
+        return upcast(linear(hidden, normalize(self.last_layer.weight, dim=1)))
 
 
 @register_method

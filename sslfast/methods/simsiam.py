@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
-from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig
+from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig, upcast
 from sslfast.models import MLPHead, build_trunk, seeded
 from sslfast.optim import ParameterOptions
 from sslfast.views import View
@@ -95,11 +95,11 @@ class SimSiam(Method):
         first, second = (self.projection(self.trunk(views[name].pixels)) for name in (FIRST, SECOND))
         similarity = torch.stack(
             [
-                cosine_similarity(self.predictor(own).float(), other.detach().float())
+                cosine_similarity(upcast(self.predictor(own)), upcast(other.detach()))
                 for own, other in ((first, second), (second, first))
             ]
         )
-        directions = normalize(torch.stack((first.detach(), second.detach())).float(), dim=2)
+        directions = normalize(upcast(torch.stack((first.detach(), second.detach()))), dim=2)
         return {"loss": -similarity.mean(), "output_std": directions.std(dim=1, correction=0).mean()}
 
     def parameter_options(self) -> dict[str, ParameterOptions]:

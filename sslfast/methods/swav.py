@@ -23,7 +23,7 @@ from sslfast.distributed import gather_rows, own_rows
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.sinkhorn import sinkhorn_codes
-from sslfast.methods.shared.views import MultiCropConfig, encode_crops, swapped_cross_entropy
+from sslfast.methods.shared.views import MultiCropConfig, encode_crops, swapped_cross_entropy, upcast
 from sslfast.models import MLPHead, build_trunk, full_precision, seeded
 from sslfast.ops import bank_enqueue_
 from sslfast.optim import ParameterOptions
@@ -118,7 +118,7 @@ class SwAV(Method):
         """
         self._step = step
         features = encode_crops(self.trunk, [views[name].pixels for name in self.config.views()])
-        embeddings = normalize(self.projection(features).float(), dim=1)
+        embeddings = normalize(upcast(self.projection(features)), dim=1)
         with full_precision(embeddings.device):
             scores = self.prototypes(embeddings).unflatten(0, (-1, len(sample_ids)))  # [V, B, K]
         large = embeddings.detach().unflatten(0, (-1, len(sample_ids)))[:2]

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
@@ -26,7 +25,7 @@ from sslfast.distributed import gather_rows_with_gradient, mean_over_ranks, worl
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.correlation import correlation_penalty
-from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig
+from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig, upcast
 from sslfast.models import MLPHead, build_trunk, seeded
 from sslfast.views import View
 
@@ -102,9 +101,7 @@ class VICReg(Method):
             ``variance`` and ``covariance``.
         """
         config = self.config
-        first, second = (self.projection(self.trunk(views[name].pixels)) for name in (FIRST, SECOND))
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        first, second = first.to(dtype), second.to(dtype)
+        first, second = (upcast(self.projection(self.trunk(views[name].pixels))) for name in (FIRST, SECOND))
         invariance = mse_loss(first, second)
         variance, covariance = (a + b for a, b in zip(spread(first), spread(second), strict=True))
         loss = config.invariance_weight * invariance

@@ -20,8 +20,8 @@ def first_derivative_only(x: Tensor, module: str) -> Tensor:
 
 def _refusal(module: str) -> RuntimeError:
     return RuntimeError(
-        f"{module}: only first derivatives in reverse mode are computed; for others write the loss with "
-        "sslfast.ops.bank_nce_reference, which is plain torch"
+        f"{module}: only first derivatives in reverse mode are computed; for others write the loss in plain torch, one "
+        "over a bank with sslfast.ops.bank_nce_reference"
     )
 
 

@@ -293,3 +293,17 @@ def test_recipes_are_the_published_numbers() -> None:
 def test_bad_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoCo.Config(**changes).build(context(ResNetConfig(name="resnet18"), 10, seed=0))
+
+
+def test_the_momentum_can_rise_to_1() -> None:
+    method = build(config(momentum=0.8, momentum_schedule="cosine"))  # of 2 epochs of 3 steps
+    views, rows = harness.first_batch(config())
+    for step, momentum in ((0, 0.8), (torch.tensor(3), 0.9), (6, 1.0)):
+        before = [p.clone() for p in method.key_trunk.parameters()]
+        method(views, rows, step=step)["loss"].backward()
+        with torch.no_grad():
+            for p in method.trunk.parameters():
+                p += 0.1
+        method.after_step()
+        for key, p, old in zip(method.key_trunk.parameters(), method.trunk.parameters(), before, strict=True):
+            torch.testing.assert_close(key, momentum * old + (1 - momentum) * p)

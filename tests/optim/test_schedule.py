@@ -95,6 +95,8 @@ def pretraining(step: int, config: OptimConfig, *, batch_size: int, steps_per_ep
         done, interval = float(step // steps_per_epoch), 1.0
     else:
         done, interval = step / steps_per_epoch, 1 / steps_per_epoch
+    if done < config.warmup_epochs and config.warmup_factor is not None:
+        return peak * min(1.0, config.warmup_factor + (1 - config.warmup_factor) * done / config.warmup_epochs)
     if done < config.warmup_epochs:
         return peak * min(1.0, (done + interval) / config.warmup_epochs)
     if config.schedule == "steps":

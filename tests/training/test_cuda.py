@@ -35,6 +35,7 @@ from tests.methods.harness import BATCH, ROWS, build, final, losses, tiny, tiny_
 METHOD_CHANGES: dict[str, dict[str, Any]] = {
     "cpc-small": {"patch_size": 8, "patch_stride": 4},
     "deepcluster-small": {"clusters": 4},
+    "dino-small": {"dimensions": 64},
     "sela-small": {"clusters": 4},
 }
 STEPS = 12

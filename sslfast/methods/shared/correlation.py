@@ -4,10 +4,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sslfast.distributed import sum_over_ranks, world_size
-from sslfast.models import full_precision
+from sslfast.models import first_derivative_only, full_precision
 
 _BLOCK = 1 << 24  # elements of the matrix at a time: 64 MB
 
@@ -31,6 +30,9 @@ def correlation_penalty(
     Returns:
         0-d loss, differentiable once, and 0-d ``sum_i (c_ii - 1)²``, detached.
     """
+    name = "correlation_penalty"
+    first = first_derivative_only(first, name)
+    second = None if second is None else first_derivative_only(second, name)
     return cast(tuple[Tensor, Tensor], _Penalty.apply(first, second, count, off_diagonal, diagonal))
 
 
@@ -67,6 +69,5 @@ class _Penalty(torch.autograd.Function):
         return loss + diagonal * on, on
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _on: Tensor) -> tuple[Tensor | None, ...]:
         return (*(None if own is None else own * gradient for own in ctx.saved_tensors), None, None, None)

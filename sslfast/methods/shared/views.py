@@ -54,6 +54,11 @@ class MultiCropConfig(TwoViewConfig):
             raise ValueError(f"method.local_crops must be in [0, {MAX_VIEWS - 2}], got {self.local_crops}")
 
 
+def upcast(x: Tensor) -> Tensor:
+    """fp32 of a lower precision; fp32 and fp64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def encode_crops(trunk: nn.Module, crops: Sequence[Tensor]) -> Tensor:
     """``[V * B, C]`` features of V crops ``[B, 3, S_v, S_v]``, view by view.
 
