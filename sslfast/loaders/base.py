@@ -1,6 +1,7 @@
 """Base classes of the loaders: the plan of an epoch, one iterator at a time, bad images, the copy to a GPU."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -71,6 +72,20 @@ class PlannedLoader:
             raise RuntimeError("the loader was closed: build a new one")
         self._end_epoch()
         return self._iterate(epoch, start_step, self._generation)
+
+    def set_order(self, orders: Callable[[int], NDArray[np.int64]]) -> None:
+        """Take the rows of every epoch from ``orders`` (:class:`EpochPlan`), called when an epoch's first batch is
+        asked for. A row that an epoch has several times has the same crop and colours each time.
+
+        Raises:
+            ValueError: the loader mixes tar shards.
+        """
+        if self.plan.shards is not None:
+            raise ValueError(
+                "the method orders the rows of an epoch itself, and --loader.shuffle shards mixes tar shards: use "
+                "--loader.shuffle full"
+            )
+        self.plan = replace(self.plan, orders=orders)
 
     def check(self) -> None:
         """Check that the loader can start, without reading an image: processes, memory. Raises LostBatchError."""

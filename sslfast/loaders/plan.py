@@ -4,6 +4,7 @@ Every loader uses these, so a run can change its loader, its number of workers o
 the same samples.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,9 @@ class EpochPlan:
     """``[num_rows]`` shard of each row: the order mixes a few of them at a time (:func:`shard_order`)."""
     mixed_shards: int = 16
     """How many of them."""
+    orders: Callable[[int], NDArray[np.int64]] | None = None
+    """Epoch -> its ``[num_rows]`` rows, in which some may be missing and others repeated, the same on every rank; None:
+    a permutation."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -60,7 +64,10 @@ class EpochPlan:
         return self.num_rows // self.batch_size
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """``[num_rows]`` the epoch's permutation of all rows; the same on every rank."""
+        """``[num_rows]`` the epoch's permutation of all rows, or what ``orders`` has in its place; the same on every
+        rank."""
+        if self.orders is not None:
+            return self.orders(epoch)
         if self.shards is None:
             return epoch_order(self.num_rows, seed=self.seed, epoch=epoch)
         return shard_order(self.shards, seed=self.seed, epoch=epoch, mixed_shards=self.mixed_shards)

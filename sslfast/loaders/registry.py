@@ -14,6 +14,11 @@ from sslfast.distributed import local_world_size
 from sslfast.views import Batch, ViewConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from sslfast.data import Decoding, Manifest, Patience
     from sslfast.loaders.base import ImageLoader
 
@@ -107,6 +112,9 @@ class Loader(Protocol):
 
     patience: "Patience"
     """With every batch: its limit, and what breaks a wait off."""
+
+    def set_order(self, orders: "Callable[[int], NDArray[np.int64]]") -> None:
+        """Take the rows of every epoch from a function of it."""
 
     def check(self) -> None:
         """Check that the loader can start, without reading an image."""

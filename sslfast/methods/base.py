@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sslfast.models import Trunk, TrunkConfig
@@ -108,6 +110,14 @@ class Method(nn.Module):
     trunk: Trunk
     """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``. Where a method also
     has a ``teacher_trunk``, ``sslfast.load`` and the evaluations take that one from its checkpoints."""
+
+    orders_epochs: bool = False
+    """Whether :meth:`epoch_order` says which rows an epoch trains on."""
+
+    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        """``[num_rows]`` rows of the epoch in their order, in place of each row once; a function of the state as
+        :meth:`start_epoch` left it, the same on every rank."""
+        raise RuntimeError(f"{type(self).__name__} does not order epochs")
 
     def needs_feature_pass(self, epoch: int) -> bool:
         """Whether :meth:`store_features` gets all samples of this epoch before it begins."""

@@ -12,9 +12,10 @@ Implementation and departures:
   A ``feature_columns`` below their number stores a random orthonormal projection in place of them: less memory, but on
   features whose spectrum falls like a power law k-means then finds other clusters (NMI with the classes 0.4 in place of
   0.97 on 100 synthetic ones).
-- The paper draws samples uniformly over clusters. The loader's order is fixed, so each sample's loss is weighted by
-  ``N / (K n_k)`` instead, with ``n_k`` rows in its cluster: the same expectation, except for the division by the
-  batch's own sum of weights. Either way one large cluster does not dominate.
+- ``sampling="clusters"`` draws an epoch's samples uniformly over clusters, as the paper: as many of each, without
+  replacement where a cluster has more (``util.py``, UnifLabelSampler). A sample that is drawn several times has the
+  same crop each time. ``sampling="rows"`` has each sample once and weights its loss by ``N / (K n_k)``, with ``n_k``
+  rows in its cluster: the same expectation, except for the division by the batch's own sum of weights.
 - W is re-initialised after each clustering. With ``head_momentum`` the optimizer's momentum of W is kept and decays
   within about ten steps; the authors' code and mmselfsup train W without momentum.
 - The Sobel filter before the trunk is an option of the trunk: ``model.input``.
@@ -26,7 +27,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sslfast.methods.base import BaseConfig, Method, MethodContext
@@ -38,6 +41,7 @@ from sslfast.methods.shared.pseudo_labels import (
     central_view,
     label_accuracy,
     pseudo_label_loss,
+    uniform_over_clusters,
 )
 from sslfast.models import build_trunk, seeded
 from sslfast.optim import ParameterOptions
@@ -51,7 +55,7 @@ class DeepCluster(Method):
     """The method as a module.
 
     State in buffers: ``features``, ``labels`` ``[N]`` int64 (-1: none yet) and ``weights`` ``[K]`` fp32, the
-    loss weight of each cluster's samples.
+    loss weight of each cluster's samples, 1 where they are drawn uniformly over clusters.
     """
 
     @dataclass(kw_only=True)
@@ -74,6 +78,9 @@ class DeepCluster(Method):
         """Principal components kept, whitened and L2-normalised before k-means; 0: the features as they are."""
         pca_sample: int = 0
         """Rows, evenly spaced, that the components are fitted on; 0: all."""
+        sampling: Literal["rows", "clusters"] = "rows"
+        """Samples of an epoch. rows: each once, weighted by the inverse size of its cluster. clusters: as many of every
+        cluster, as published."""
         head_momentum: bool = True
         """False: the classifier is trained without the optimizer's momentum."""
         image_view: ViewConfig = field(default_factory=ViewConfig)
@@ -119,6 +126,7 @@ class DeepCluster(Method):
                 f"got {config.clusters}; lower it"
             )
         self.config, self.seed = config, context.seed
+        self.orders_epochs = config.sampling == "clusters"
         self.trunk = build_trunk(context.model, seed=context.seed)
         width = self.trunk.out_features
         columns = min(width, config.feature_columns or width)
@@ -165,8 +173,13 @@ class DeepCluster(Method):
         counts = labels.bincount(minlength=config.clusters)
         self.labels.fill_(UNLABELLED)
         self.labels[seen] = labels.to(self.labels.device)
-        self.weights.copy_(len(seen) / (config.clusters * counts.float()))
+        if config.sampling == "rows":
+            self.weights.copy_(len(seen) / (config.clusters * counts.float()))
         self._restart_head(epoch)
+
+    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        """As many rows of every cluster, shuffled: a function of labels, seed and epoch. Waits for the device."""
+        return uniform_over_clusters(self.labels.cpu(), self.config.clusters, seed=self.seed, epoch=epoch)
 
     @torch.no_grad()
     def _restart_head(self, epoch: int) -> None:

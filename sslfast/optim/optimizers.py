@@ -31,6 +31,9 @@ class OptimConfig:
     """Learning rate at batch size 256; the rate used is this times batch_size / 256 (0.12 at 1024)."""
     final_lr_per_256_images: float = 3e-5
     """Final rate of the cosine at batch size 256, scaled likewise (1.2e-4 at 1024)."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How both rates follow the batch size: times batch_size / 256, or times the root of it. SimCLR's
+    0.075 sqrt(batch_size) (appendix B.1) is sqrt with 1.2 at 256."""
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """How the rate falls after the warm-up. cosine: to the final rate at the end of the run. steps: times gamma at each
     milestone. constant: not at all."""
@@ -113,14 +116,17 @@ class OptimConfig:
             raise ValueError("optim.clip_each needs optim.clip_grad_norm above 0, got clip_grad_norm=0")
 
     def peak_lr(self, batch_size: int) -> float:
-        """Largest learning rate at a batch size: ``lr_per_256_images * batch_size / 256``."""
-        return self.lr_per_256_images * batch_size / 256
+        """Largest learning rate at a batch size: ``lr_per_256_images`` scaled as ``lr_scaling`` says."""
+        return self.lr_per_256_images * self._scale(batch_size)
+
+    def _scale(self, batch_size: int) -> float:
+        return batch_size / 256 if self.lr_scaling == "linear" else math.sqrt(batch_size / 256)
 
     def learning_rate(self, *, batch_size: int, steps_per_epoch: int, epochs: int) -> LearningRate:
         """The schedule of a pretraining run."""
         return LearningRate(
             peak=self.peak_lr(batch_size),
-            final=self.final_lr_per_256_images * batch_size / 256,
+            final=self.final_lr_per_256_images * self._scale(batch_size),
             shape=self.schedule,
             epochs=epochs,
             milestones=self.milestones,

@@ -21,18 +21,19 @@ def deepcluster() -> TrainConfig:
 
     From mmselfsup's ``deepcluster-sobel_resnet50_8xb64-steplr-200e_in1k.py`` and the files that it includes: Sobel
     input, jitter 0.4, 0.4, 1.0 and 0.5 turns, gray 0.2; batch 512, learning rate 0.1 throughout, weight decay 1e-5 on
-    every parameter, no momentum in the classifier; PCA to 256, whitened, k-means before every epoch. 20 iterations of
-    k-means: the authors' ``clustering.py``.
+    every parameter, no momentum in the classifier; PCA to 256, whitened, k-means before every epoch, whose samples are
+    drawn uniformly over clusters. 20 iterations of k-means: the authors' ``clustering.py``.
 
-    Departures: each sample's loss is weighted by the inverse size of its cluster, where both codes draw samples
-    uniformly over clusters; the components are fitted on 131,072 rows of bf16 features; features are of the whole
-    central square, not of the central 224 px of 256; no rotation by up to 2 degrees.
+    Departures: a sample that an epoch has several times has the same crop each time; the components are fitted on
+    131,072 rows of bf16 features; features are of the whole central square, not of the central 224 px of 256; no
+    rotation by up to 2 degrees.
     """
     return TrainConfig(
         recipe="deepcluster",
         method=DeepCluster.Config(
             feature_dtype="bf16",
             pca_sample=131_072,
+            sampling="clusters",
             head_momentum=False,
             image_view=ViewConfig(augment=AugmentConfig(saturation=1.0, hue=0.5)),
         ),

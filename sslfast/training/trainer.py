@@ -123,6 +123,8 @@ class Trainer:
         self.features = FeatureWatch(method, stop=config.on_collapse == "error", report=self.report)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.method: Method = method.to(self.device)
+        if method.orders_epochs:
+            self.loader.set_order(method.epoch_order)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
         if config.compile != "off":
             self.method.compile(mode=config.compile)
@@ -284,10 +286,16 @@ class Trainer:
         """Train to the end, or until all ranks stop, and why."""
         while self.step < self.total_steps:
             epoch, done = divmod(self.step, self.steps_per_epoch)
+            if done == 0 and self.method.orders_epochs:  # a function of the epoch: repeated where the run stops here
+                stop = self._start_epoch(epoch, recorder, shutdown)
+                if stop is not None:
+                    return stop
             batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
             for step in range(done, self.steps_per_epoch):
                 stop = self._wait(batches, shutdown)
-                if stop is None and step == 0:  # with the first batch in hand: nothing stops the run between the two
+                if (
+                    stop is None and step == 0 and not self.method.orders_epochs
+                ):  # with the first batch in hand: nothing stops the run between the two
                     stop = self._start_epoch(epoch, recorder, shutdown)
                 if stop is not None:
                     return stop

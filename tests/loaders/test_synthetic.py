@@ -1,5 +1,6 @@
 """The synthetic loader: synthetic images with the interface and the order of the pillow loader."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,12 @@ def test_arguments_fail_before_any_work() -> None:
         SyntheticLoader(50, VIEWS, batch_size=8, seed=0, world_size=3)
     with pytest.raises(ValueError, match=r"start_step must be in \[0, 6\], got start_step=7"):
         SyntheticLoader(50, VIEWS, batch_size=8, seed=0).epoch(0, 7)
+
+
+def test_rows_of_an_epoch_from_a_function() -> None:
+    loader = SyntheticLoader(12, VIEWS, batch_size=4, seed=0)
+    loader.set_order(lambda epoch: np.full(12, epoch))
+    assert [batch.sample_ids.tolist() for batch in loader.epoch(5, 1)] == [[5] * 4] * 2
+    shards = SyntheticLoader(12, VIEWS, batch_size=4, seed=0, shards=np.zeros(12, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"the method orders the rows .* use --loader.shuffle full"):
+        shards.set_order(lambda epoch: np.full(12, epoch))

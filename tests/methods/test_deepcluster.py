@@ -18,6 +18,7 @@ from sslfast.methods.shared.pseudo_labels import (
     CollectedFeatures,
     central_view,
     pseudo_label_loss,
+    uniform_over_clusters,
 )
 from sslfast.models.build import build_trunk
 from sslfast.models.init import seeded
@@ -26,6 +27,7 @@ from sslfast.ops.philox import Stream, random_uint32
 from sslfast.optim import build_optimizer
 from sslfast.recipes.clustering import deepcluster, deepcluster_small
 from sslfast.training.config import TrainConfig
+from sslfast.training.trainer import Trainer
 from sslfast.views.crops import crop_boxes
 from sslfast.views.stage import ViewStage
 from sslfast.views.types import Batch, CropConfig, JigsawConfig, View, ViewConfig
@@ -194,6 +196,54 @@ def test_the_classifier_has_no_momentum_where_asked() -> None:
         assert found[id(next(method.trunk.parameters()))] == 0.9
 
 
+def test_an_epoch_is_uniform_over_clusters() -> None:
+    """25 + 1 of each: of the large cluster without replacement, of the small ones with it, no unlabelled row."""
+    sizes = {0: 60, 1: 30, 3: 2, 4: 6}  # 2 is empty
+    labels = torch.tensor([k for k, size in sizes.items() for _ in range(size)] + [-1, -1])
+    labels = labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    order = uniform_over_clusters(labels, 5, seed=3, epoch=2)
+    assert order.shape == (100,)
+    drawn = labels[torch.from_numpy(order)]
+    counts = drawn.bincount(minlength=5)
+    assert counts[2] == 0
+    assert counts[[0, 1, 3, 4]].max() <= 26
+    assert counts[[0, 1, 3, 4]].min() >= 26 - 4
+    for cluster in (0, 1):
+        rows = order[(drawn == cluster).numpy()]
+        assert len(set(rows.tolist())) == len(rows)
+    assert len(set(order[(drawn == 3).numpy()].tolist())) == 2
+    assert np.array_equal(order, uniform_over_clusters(labels, 5, seed=3, epoch=2))
+    for other in (uniform_over_clusters(labels, 5, seed=3, epoch=3), uniform_over_clusters(labels, 5, seed=4, epoch=2)):
+        assert not np.array_equal(order, other)
+    balanced = torch.arange(40) % 4
+    times = np.bincount(
+        np.concatenate([uniform_over_clusters(balanced, 4, seed=0, epoch=e) for e in range(300)]), minlength=40
+    )
+    assert abs(times - 300).max() < 6 * math.sqrt(300)
+    with pytest.raises(ValueError, match="no row has a label to draw an epoch by"):
+        uniform_over_clusters(torch.full((4,), -1), 2, seed=0, epoch=0)
+
+
+def test_a_run_trains_on_rows_drawn_over_clusters(tmp_path: Path) -> None:
+    with tiny_trunks():
+        trainer = Trainer(config(sampling="clusters"), ROWS, tmp_path, report=lambda _line: None)
+    seen: list[Tensor] = []
+    forward = trainer.method.forward
+
+    def watched(views: dict[str, View], sample_ids: Tensor, *, step: Tensor) -> dict[str, Tensor]:
+        seen.append(sample_ids.clone())
+        return forward(views, sample_ids, step=step)
+
+    trainer.method.forward = watched  # type: ignore[method-assign]
+    trainer.fit()
+    method = trainer.method
+    assert isinstance(method, DeepCluster)
+    assert (method.weights == 1).all()
+    last = torch.cat(seen[3:])  # of the second epoch, by the labels that it began with
+    assert torch.equal(last, torch.from_numpy(method.epoch_order(1)))
+    assert method.labels[last].bincount(minlength=4).min() >= 4
+
+
 def test_a_run_labels_every_row(tmp_path: Path) -> None:
     trainer = train(config(), tmp_path)
     assert min(losses(tmp_path)) > 0
@@ -330,8 +380,9 @@ def test_labels_of_other_rows_do_not_matter() -> None:
     assert method(views, rows.flip(0), step=0)["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_resumes(tmp_path: Path) -> None:
-    assert_resumes(config(), tmp_path, stops=(3, 5))
+@pytest.mark.parametrize("sampling", ["rows", "clusters"])
+def test_resumes(tmp_path: Path, sampling: str) -> None:
+    assert_resumes(config(sampling=sampling), tmp_path, stops=(3, 5))
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -280,3 +280,14 @@ def test_loading_keeps_the_kernels_of_the_device() -> None:
 def test_bad_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimConfig(**values)
+
+
+def test_rates_follow_the_batch_size_or_its_root() -> None:
+    """SimCLR: 0.3 per 256 and 0.075 sqrt(batch) are both 4.8 at 4096."""
+    linear = OptimConfig(lr_per_256_images=0.3, final_lr_per_256_images=0.03)
+    root = OptimConfig(lr_per_256_images=1.2, final_lr_per_256_images=0.12, lr_scaling="sqrt")
+    for batch_size, expected in ((4096, (4.8, 4.8)), (1024, (1.2, 2.4)), (64, (0.075, 0.6))):
+        assert (linear.peak_lr(batch_size), root.peak_lr(batch_size)) == pytest.approx(expected)
+        for config, peak in zip((linear, root), expected, strict=True):
+            rate = config.learning_rate(batch_size=batch_size, steps_per_epoch=1, epochs=10)
+            assert (rate.peak, rate.final) == pytest.approx((peak, peak / 10))

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslfast.distributed import gather_rows, mean_over_ranks
+from sslfast.ops.philox import Stream, random_uint32
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
 UNLABELLED = -1
@@ -106,3 +109,41 @@ def label_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of the labelled samples whose label has the largest score, 0-d; 0 where there is none."""
     right = (logits.argmax(dim=-1) == labels).float().sum()
     return right / (labels != UNLABELLED).sum().clamp_min(1)
+
+
+def uniform_over_clusters(labels: Tensor, clusters: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """``[N]`` rows in random order, ``N // K' + 1`` of each of the K' clusters that are not empty, cut to N.
+
+    Those of a cluster are drawn without replacement where it has more rows, else with it (facebookresearch/deepcluster,
+    ``util.py``, UnifLabelSampler).
+
+    Args:
+        labels: ``[N]`` int64 on the CPU, -1 for rows without a label, which are not drawn.
+        clusters: K.
+        seed, epoch: of the draws.
+
+    Raises:
+        ValueError: no row has a label.
+    """
+    rows = (labels != UNLABELLED).nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("no row has a label to draw an epoch by")
+    counts = labels[rows].bincount(minlength=clusters)
+    share = len(labels) // int((counts > 0).sum()) + 1
+    keys = _keys(rows, seed=seed, epoch=epoch)
+    by_cluster = rows[torch.from_numpy(np.lexsort((keys.numpy(), labels[rows].numpy())))]
+    filled = (counts > 0).nonzero()[:, 0]
+    slot = torch.arange(len(filled) * share)
+    size = counts[filled].repeat_interleave(share)
+    start = (counts.cumsum(0) - counts)[filled].repeat_interleave(share)
+    draws = random_uint32(len(labels) + slot, 1, seed=seed, stream=Stream.CLUSTERS, step=epoch)[:, 0]
+    place = torch.where(size > share, slot % share, draws * size >> 32)
+    drawn = by_cluster[start + place]
+    order = _keys(len(labels) + slot, seed=seed, epoch=epoch).argsort(stable=True)[: len(labels)]
+    return drawn[order].numpy()
+
+
+def _keys(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """63 random bits of each id; the first words of the stream are those of k-means."""
+    bits = random_uint32(ids, 4, seed=seed, stream=Stream.CLUSTERS, step=epoch)
+    return (bits[:, 2] << 31) | (bits[:, 3] >> 1)
