@@ -258,7 +258,13 @@ _REMEDIES = {
 }
 
 
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "could not create a primitive")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "failed to map segment",
+)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -277,7 +283,7 @@ def _less_memory() -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if ran_out_of_memory(error):
-        return f"memory ran out ({printable(text):.120}): {_less_memory()}"
+        return f"memory ran out ({printable(text)[-120:].lstrip()}): {_less_memory()}"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:  # one that nobody has explained
         remedy = _REMEDIES.get(error.errno) or what_helps(error.errno)
         if error.filename is None and "temporary directory" in error.strerror:  # tempfile's own words

@@ -21,7 +21,7 @@ from sslfast.distributed.collectives import (
     sum_over_ranks,
     together,
 )
-from sslfast.distributed.data_parallel import check_replicas, ignore_in_ddp, no_sync, replicate
+from sslfast.distributed.data_parallel import broadcast_statistics, check_replicas, ignore_in_ddp, no_sync, replicate
 from sslfast.distributed.process_group import (
     LostRankError,
     destroy_process_group,
@@ -40,6 +40,7 @@ __all__ = [
     "LostRankError",
     "barrier",
     "broadcast_object",
+    "broadcast_statistics",
     "check_replicas",
     "convert_sync_batchnorm",
     "destroy_process_group",

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +31,21 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
 def ignore_in_ddp(module: nn.Module, buffers: list[str]) -> None:
     """Exclude buffers of ``module`` that differ between ranks from :func:`replicate`."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
+
+
+@torch.no_grad()
+def broadcast_statistics(module: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0's BatchNorm layers, which are those of checkpoints.
+
+    Ranks keep their own while they train. What is computed in evaluation mode for all of them together must not depend
+    on which rank has an image, nor on whether the run was resumed.
+    """
+    if world_size() == 1:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for buffer in layer.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)
 
 
 def check_replicas(tensors: Iterable[Tensor]) -> None:

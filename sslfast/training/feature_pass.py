@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from sslfast.distributed import broadcast_statistics
 from sslfast.loaders import Loader
 from sslfast.methods import Method
 from sslfast.training.stopping import Stop
@@ -18,7 +19,8 @@ def _raise(error: Exception | None) -> None:
 class FeaturePass:
     """Gives a method the samples of an epoch before the epoch begins, if the method needs them.
 
-    The trunk is in evaluation mode, so that features depend on no other sample; the method is in training mode
+    The trunk is in evaluation mode, so that features depend on no other sample, and all ranks have the running
+    statistics of rank 0, which a resumed run has too; the method is in training mode
     afterwards. A pass depends only on the weights and the epoch: an interrupted one is repeated from its start.
 
     Args:
@@ -54,6 +56,7 @@ class FeaturePass:
         if not self.method.needs_feature_pass(epoch):
             return None
         stop = None
+        broadcast_statistics(self.method)
         self.method.eval()
         batches = watch(self.loader.epoch(epoch))
         for _ in range(self.loader.steps_per_epoch):

@@ -183,6 +183,29 @@ def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["nothing"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        RuntimeError("could not create a primitive"),
+        ImportError("libx.so: failed to map segment from shared object"),
+    ],
+)
+def test_no_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["info"]) == 2
+    line = error_line(capsys)
+    assert "memory ran out (" in line
+    assert "use smaller batches (--batch-size), fewer processes (--workers) or smaller images" in line
+
+
 def test_missing_package_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

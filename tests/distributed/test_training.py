@@ -38,6 +38,7 @@ from sslfast.runs.checkpoint import list_checkpoints, load_checkpoint
 from sslfast.runs.directory import RunDirectory
 from sslfast.runs.log import read_log
 from sslfast.training.config import TrainConfig
+from sslfast.training.feature_pass import FeaturePass
 from sslfast.training.signals import RunInterruptedError
 from sslfast.training.trainer import Trainer
 from sslfast.views.types import CropConfig, JigsawConfig, ViewConfig
@@ -152,6 +153,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Collects(nn.Module):
+    """A method that wants features."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def needs_feature_pass(self, epoch: int) -> bool:
+        return True
+
+
+class Nothing:
+    """A loader of no batch."""
+
+    steps_per_epoch = 0
+
+    def epoch(self, epoch: int) -> Any:
+        return iter(())
+
+
 def exchange(rank: int, ranks: int, port: int) -> None:
     enter(rank, ranks, port)
     group = process_group()
@@ -163,6 +184,12 @@ def exchange(rank: int, ranks: int, port: int) -> None:
     assert mean_over_ranks(torch.tensor(float(rank))) == (ranks - 1) / 2
     assert torch.equal(max_over_ranks(torch.tensor([rank, -rank])), torch.tensor([ranks - 1, 0]))
     assert broadcast_object({"rank": rank}) == {"rank": 0}
+    norms = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU(), nn.Sequential(nn.BatchNorm2d(3, affine=False)))
+    for buffer in norms.buffers():
+        buffer.fill_(10 + rank)
+    cpu = torch.device("cpu")
+    FeaturePass(Collects(norms), Nothing(), None, device=cpu, dtype=torch.float32).run(0)  # type: ignore[arg-type]
+    assert all((buffer == 10).all() for buffer in norms.buffers())
     assert gather_objects([rank] * rank) == [[r] * r for r in range(ranks)]
     equal = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
     check_replicas([equal, torch.arange(3)])
