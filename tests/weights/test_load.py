@@ -223,7 +223,8 @@ def test_checkpoints_of_other_projects(name: str, resnet18: ResNetTrunk, tmp_pat
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_the_model_is_recognised(name: str, stem: str, tmp_path: Path) -> None:
     norm, width = ("layer", 0.5) if name == "resnet34" else ("batch", 1.0)
-    config = ResNetConfig(name=name, stem=stem, norm=norm, width=width)  # type: ignore[arg-type]
+    seen = "sobel" if name == "resnet18" else "rgb"
+    config = ResNetConfig(name=name, stem=stem, norm=norm, width=width, input=seen)  # type: ignore[arg-type]
     torch.save(build_trunk(config, seed=0).state_dict(), tmp_path / "t.pth")
     assert read_weights(tmp_path / "t.pth").model == config
 

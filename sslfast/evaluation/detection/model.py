@@ -44,6 +44,8 @@ def check_trunk(config: TrunkConfig) -> None:
         )
     if config.norm != "batch":
         raise ValueError(f"detect needs BatchNorm, and the run has model.norm={config.norm}")
+    if config.input != "rgb":
+        raise ValueError(f"detect gives the trunk RGB images, and the run has model.input={config.input}")
 
 
 def freeze_norms(module: nn.Module) -> None:

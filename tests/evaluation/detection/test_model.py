@@ -277,6 +277,7 @@ def test_schedules_are_the_published_ones() -> None:
     [
         (ResNetConfig(name="resnet18", stem="small"), "needs stride 16 at res4, and model.stem=small has 4; pretrain"),
         (ResNetConfig(name="resnet18", norm="layer"), "needs BatchNorm, and the run has model.norm=layer"),
+        (ResNetConfig(name="resnet18", input="sobel"), "gives the trunk RGB images, and the run has model.input=sobel"),
     ],
 )
 def test_unfit_trunks(config: ResNetConfig, words: str) -> None:
