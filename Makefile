@@ -78,8 +78,10 @@ format: install ## rewrite Python and C++ files in the project's style
 bench: install ## time every op beside its plain torch form
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=build/benchmarks.json
 
-gpu-check: ## on a GPU machine, offline: build for its card, run all CUDA tests and benchmarks; results in build/gpu-check
-	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
+PART ?=
+DATA ?=
+gpu-check: ## on a GPU machine, offline: build for its card, CUDA tests, benchmarks, sanitizers in three parts of nine minutes (PART=1, 2, 3; DATA=labelled set); results in build/gpu-check
+	$(PYTHON) benchmarks/gpu_check.py $(if $(PART),--part $(PART)) $(if $(DATA),--data $(DATA))
 
 clean: ## remove builds and environments
 	rm -rf build dist $(VENV) $(ABI_VENV) sslfast/*.so *.egg-info

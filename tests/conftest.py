@@ -18,6 +18,9 @@ if not (FFCV_USABLE or os.environ.get("SSLFAST_REQUIRE_FFCV") == "1"):
 # The report is looked at in Chromium. SSLFAST_REQUIRE_BROWSER=1: it is an error where that is missing.
 if not (shutil.which("chromedriver") or os.environ.get("SSLFAST_REQUIRE_BROWSER") == "1"):
     LEFT_OUT.append((["report/test_browser.py"], "no chromedriver; apt-get install -y chromium chromium-driver"))
+# SSLFAST_REQUIRE_NVCC=1: as above, for the compiler of the CUDA kernels.
+if not (shutil.which("nvcc") or os.environ.get("SSLFAST_REQUIRE_NVCC") == "1"):
+    LEFT_OUT.append((["benchmarks/test_kernel_growth.py"], "no nvcc; put the CUDA toolkit's bin folder on PATH"))
 collect_ignore = [name for names, _ in LEFT_OUT for name in names]
 
 

@@ -141,9 +141,9 @@ def free_bytes(device: torch.device) -> int:
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> dict[str, float]:
     """Best of several: GB/s of a copy (read and written), TFLOP/s of a square product in the bank's dtype."""
-    megabytes, side = (1024, 8192) if device.type == "cuda" else (128, 1024)
+    megabytes, side = (1024, 8192) if device.type == "cuda" else (1, 64) if tiny else (128, 1024)
     pair = [torch.ones(megabytes * 2**18, device=device) for _ in range(2)]
     copy = min(call_seconds(lambda: pair[0].copy_(pair[1]), device) for _ in range(7))
     pair.clear()

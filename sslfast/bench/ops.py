@@ -4,7 +4,7 @@
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -183,11 +183,17 @@ def bank_enqueue_case(device: torch.device, *, batch: int = 256, num_rows: int =
     return Case("bank_enqueue_", f"B={batch} D=128 N={num_rows} float32", implementations, 2 * batch * 512, check)
 
 
-def ema_update_case(device: torch.device, *, source_dtype: torch.dtype = torch.float32) -> Case:
-    """The momentum encoder of a ResNet-50: fp32 targets."""
+def ema_update_case(
+    device: torch.device,
+    *,
+    source_dtype: torch.dtype = torch.float32,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+) -> Case:
+    """The momentum encoder of a ResNet-50 (of parameters of other ``shapes``, where given): fp32 targets."""
     generator = torch.Generator().manual_seed(0)
-    targets = [torch.randn(shape, generator=generator).to(device) for shape in resnet50_shapes()]
-    sources = [torch.randn(shape, generator=generator).to(device, source_dtype) for shape in resnet50_shapes()]
+    network, shapes = "ResNet-50, " if shapes is None else "", shapes or resnet50_shapes()
+    targets = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    sources = [torch.randn(shape, generator=generator).to(device, source_dtype) for shape in shapes]
     momentum = 0.999
 
     def check() -> None:
@@ -203,7 +209,7 @@ def ema_update_case(device: torch.device, *, source_dtype: torch.dtype = torch.f
         implementations["_foreach_lerp_"] = lambda: torch._foreach_lerp_(targets, sources, 1 - momentum)
     implementations["sslfast"] = lambda: ops.ema_update_(targets, sources, momentum=momentum)
     floor = sum(t.numel() * (8 + s.element_size()) for t, s in zip(targets, sources, strict=True))
-    size = f"ResNet-50, {len(targets)} tensors, {str(source_dtype)[6:]} to float32"
+    size = f"{network}{len(targets)} tensors, {str(source_dtype)[6:]} to float32"
     return Case("ema_update_", size, implementations, floor, check)
 
 

@@ -51,6 +51,56 @@ def seconds_in_turns(
     return times
 
 
+def device_seconds(
+    function: Callable[[], Any], device: torch.device, *, rounds: int, repeats: int = 1
+) -> tuple[list[float], str]:
+    """Times of a call on the device's own clock, and what that clock was.
+
+    CUDA: ``"graph"``, events around replays of a graph of ``repeats`` calls, in which the host has no part; where a
+    call cannot be captured ``"events"``, events around ``repeats`` calls. CPU: ``"host"``, :func:`call_seconds`.
+
+    Args:
+        function: the call; run three times before it is timed.
+        device: where it runs.
+        rounds: number of times.
+        repeats: calls in one time, which is divided by it: short calls need several.
+    """
+
+    def many() -> None:
+        for _ in range(repeats):
+            function()
+
+    for _ in range(WARM_UP if device.type == "cuda" else 1):
+        function()
+    if device.type != "cuda":
+        return [call_seconds(many, device) / repeats for _ in range(rounds)], "host"
+    replay, clock = _captured(many, device)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    replay()
+    for start, end in pairs:
+        start.record()
+        replay()
+        end.record()
+    wait_for(device)
+    return [start.elapsed_time(end) / 1e3 / repeats for start, end in pairs], clock
+
+
+def _captured(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], str]:
+    wait_for(device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):  # autograd's and cuBLAS's first calls are not captured
+            function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError:  # the call waits for the device, or allocates what a graph cannot hold
+        wait_for(device)
+        return function, "events"
+    return graph.replay, "graph"
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """The value below which a share of the others lies, by the nearest rank."""
     return sorted(values)[round(share * (len(values) - 1))]

@@ -1,0 +1,139 @@
+"""Time that the host spends in one call of an op: Python, dispatcher, checks, autograd; with next to no work to do.
+
+    python -m benchmarks.host_overhead [-o build/overhead] [--device cpu] [--calls 2000] [--before OTHER/CHECKOUT]
+
+Tensors are as small as the ops take them, so that a call's time is what surrounds the kernel: on CUDA the time until
+the call returns, on a CPU with the tiny kernel in it (one thread). Every op is called in turn in each round, and the
+median of the rounds is reported: other processes disturb single calls, not the median. ``--before`` times another
+checkout in alternation with this one (each in processes of its own), for numbers that can be compared.
+
+Goals: bank_nce forward and backward 60 microseconds, bank_update_ 10.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslfast import ops
+from sslfast.files import replacing
+
+GOALS = {"bank_nce forward and backward": 60.0, "bank_update_": 10.0}
+"""Microseconds."""
+
+
+def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Name -> one call."""
+    bank = torch.nn.functional.normalize(torch.randn(8, 4), dim=1).to(device)
+    query = torch.nn.functional.normalize(torch.randn(1, 2, 4), dim=-1).to(device).requires_grad_()
+    plain = query.detach()
+    index = torch.tensor([1, 3], device=device)
+    features = torch.randn(2, 4).to(device)
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    targets, sources = [torch.zeros(3, device=device)], [torch.ones(3, device=device)]
+    weight = torch.ones(1, 2, device=device)
+
+    def both(**options: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            loss = ops.bank_nce(query, bank, index, num_negatives=2, **options)
+            assert isinstance(loss, torch.Tensor)
+            return torch.autograd.grad(loss, query, weight)
+
+        return call
+
+    return {
+        "bank_nce forward": lambda: ops.bank_nce(plain, bank, index, num_negatives=2),
+        "bank_nce forward and backward": both(),
+        "bank_nce nce forward and backward": both(loss="nce", z=8.0),
+        "bank_nce shared forward and backward": both(negatives="shared"),
+        "bank_nce full forward and backward": both(negatives="full"),
+        "bank_update_": lambda: ops.bank_update_(bank, index, features),
+        "bank_enqueue_": lambda: ops.bank_enqueue_(bank, head, features),
+        "ema_update_": lambda: ops.ema_update_(targets, sources, momentum=0.9),
+        "negative_rows": lambda: ops.negative_rows(index, num_negatives=2, num_rows=8, seed=0, step=0),
+        "torch add forward and backward": lambda: torch.autograd.grad(query + plain, query, plain),
+    }
+
+
+def measure(device: torch.device, rounds: int) -> dict[str, float]:
+    """Median microseconds of each case over ``rounds`` calls in turn."""
+    torch.set_num_threads(1)
+    every = cases(device)
+    times: dict[str, list[float]] = {name: [] for name in every}
+    for number in range(rounds + 50):
+        for name, call in every.items():
+            start = time.perf_counter_ns()
+            call()
+            took = time.perf_counter_ns() - start
+            if number >= 50:
+                times[name].append(took / 1e3)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the queue must not fill up, else calls wait for the device
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+def alternated(before: Path, device: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(before, now): medians over five processes of each checkout, in turn."""
+    here = Path(__file__).resolve().parents[1]
+    found: dict[Path, list[dict[str, float]]] = {before: [], here: []}
+    for _ in range(5):
+        for checkout, results in found.items():
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            command = [sys.executable, str(Path(__file__)), "--device", device, "--calls", str(rounds), "--print-json"]
+            done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, check=True)
+            results.append(json.loads(done.stdout))
+    medians = [
+        {name: round(statistics.median(one[name] for one in results), 2) for name in results[0]}
+        for results in found.values()
+    ]
+    return medians[0], medians[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table, write OUT.json and OUT.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, help="without suffix")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--before", type=Path, help="another checkout, built, to compare with")
+    parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(argv)
+    if chosen.calls < 1:
+        parser.error(f"--calls must be at least 1, got {chosen.calls}")
+    before: dict[str, float] = {}
+    if chosen.before is not None:
+        before, now = alternated(chosen.before.resolve(), chosen.device, chosen.calls)
+    else:
+        now = measure(torch.device(chosen.device), chosen.calls)
+    if chosen.print_json:
+        print(json.dumps(now))
+        return 0
+    lines = [
+        f"Host time of a call, {chosen.device}, torch {torch.__version__}; median of {chosen.calls} calls, "
+        "microseconds.",
+        "",
+        "| call | " + ("before | " if before else "") + "now | goal |",
+        "|---|" + ("---|" if before else "") + "---|---|",
+    ]
+    for name, value in now.items():
+        old = f"{before[name]:.1f} | " if before else ""
+        lines.append(f"| {name} | {old}{value:.1f} | {GOALS.get(name, '')} |")
+    print("\n".join(lines))
+    if chosen.output is not None:
+        facts = {"device": chosen.device, "torch": str(torch.__version__), "goals": GOALS, "now": now, "before": before}
+        for suffix, text in ((".json", json.dumps(facts, indent=1)), (".md", "\n".join(lines))):
+            with replacing(chosen.output.with_suffix(suffix), remedy="name another file with -o") as temporary:
+                temporary.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,465 @@
+"""What every CUDA kernel costs by its machine code, and the time that follows for the goal's sizes; needs no GPU.
+
+    python -m benchmarks.static_cost [-o benchmarks/results/kernels_cuda_202611] [--arch 80 90a 100] [--op bank_nce]
+
+Run it again after a change of csrc/cuda and commit both files: the test tests/benchmarks/test_static_cost.py holds new
+code against the counts in OUT.json. Needs nvcc and cuobjdump (benchmarks/compile_kernels.py).
+
+Compiles csrc/cuda, reads the SASS with its stall counts (benchmarks/sass.py), finds the hot loop of each kernel by its
+structure, and writes OUT.json and OUT.md:
+
+- *hot loops*: per tile, row or pixel of a warp, what one round of the loop issues on its cheapest full way (rare work
+  left out), beside the goals of ``GOALS``;
+- *computed times*: each resource alone for B = 256, V = 2, K = 32,000, N = 1,281,167, D = 128 and a bf16 bank (views:
+  256 pictures of 224 pixels). The first number assumes that everything overlaps and is a lower bound; the second that
+  a warp's arithmetic overlaps with nothing else. Launches, partial waves and merging of parts are left out;
+- *resources* of every kernel: registers, static shared memory, spills, blocks that fit a multiprocessor, hot loop.
+
+Exit code 1 if a kernel spills, or a hot loop of ``PROBES`` is not found.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.compile_kernels import ARCHITECTURES, ROOT, Kernel, Tools, compile_kernels, ops
+from benchmarks.sass import MATRIX, Cost, Instruction, Loop, blocks_of, loops_of, way_through
+
+OUTPUT = ROOT / "benchmarks" / "results" / "kernels_cuda_202611"
+BATCH, VIEWS, NEGATIVES, ROWS, COLUMNS = 256, 2, 32_000, 1_281_167, 128
+PIXELS = BATCH * 224 * 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The GPU that times are computed for: an H100 SXM, with rates that a copy and a matrix product reach."""
+
+    multiprocessors: int = 132
+    clock: float = 1.755e9
+    """Hz."""
+    copy: float = 3.0e12
+    """Bytes/s, read and written."""
+    matrix: float = 800e12
+    """FLOP/s, bf16."""
+    mufu: int = 16
+    """Lanes a cycle and multiprocessor."""
+    schedulers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A hot loop and the goal's problem for it."""
+
+    name: str
+    op: str
+    kernel: str
+    """Regular expression of the readable name."""
+    unit: str
+    units: Callable[[Cost], float]
+    """Units in one round, from what a round does."""
+    total: float
+    """Units of a warp in the whole problem."""
+    has: tuple[str, ...] = ()
+    """Families of instructions in the loop; of several loops the one with the cheapest unit is meant."""
+    lacks: tuple[str, ...] = ()
+    needs: dict[str, int] = field(default_factory=dict)
+    """As of :func:`benchmarks.sass.way_through`."""
+    around: float = 0.0
+    """Rounds of the loop in one round of the loop around it, whose own work is shared among them; 0: not counted."""
+    around_needs: dict[str, int] = field(default_factory=dict)
+    share: float = 1.0
+    """How often the loop runs."""
+    floor_bytes: float = 0.0
+    flops: float = 0.0
+    warps: int | None = None
+    """Warps of a block that run the loop; None: all."""
+
+
+TILES = VIEWS * BATCH / 64 * ROWS / 128 * 4  # a tile of 64 x 128 scores is the work of four warps
+DRAWN = BATCH * NEGATIVES / 8
+_DENSE: dict[str, Any] = {
+    "op": "bank_nce_dense",
+    "unit": "64x128 tile",
+    "units": lambda cost: cost.matrix / 16,
+    "total": TILES,
+    "has": ("HGMMA",),
+    "floor_bytes": ROWS * COLUMNS * 2.0,
+    "flops": 4.0 * VIEWS * BATCH * ROWS * COLUMNS,
+    "warps": 8,
+}
+_SAMPLED: dict[str, Any] = {
+    "op": "bank_nce",
+    "unit": "8-row tile",
+    "units": lambda cost: cost.families.get("LDG", 0) and cost.global_bytes * 32 / (8 * COLUMNS * 2),
+    "total": DRAWN,
+    "has": ("LDG", "SHFL"),
+    "around": 8.0,  # 64 rows are drawn at once
+    "around_needs": {r"IMAD\.(WIDE|HI)\.U32": 20},  # Philox
+    "floor_bytes": BATCH * (NEGATIVES + 1) * COLUMNS * 2.0,
+}
+_JITTERS = {r"\b0\.58[67]\d*": 1, r"FMNMX.* 255\b": 9, r"MUFU\.RCP": 2}  # saturation, three scalings, hue
+_PASS: dict[str, Any] = {"op": "render_views", "unit": "warp-pixel", "total": PIXELS / 32, "needs": _JITTERS}
+_MEAN: dict[str, Any] = {**_PASS, "has": ("LDG",), "lacks": ("STG", "ST"), "units": lambda cost: _loaded(cost) / 3}
+
+
+def _loaded(cost: Cost) -> float:
+    return cost.loaded_bytes
+
+
+def _drawn(width: int) -> dict[str, Any]:
+    return {**_PASS, "has": ("LDG", "STG"), "units": lambda cost: cost.stored_bytes / (3 * width)}
+
+
+PROBES = [
+    Probe(name="dense InfoNCE", kernel=r"^wgmma::kernel<bf16, 128(, false)?>", **_DENSE, needs={r"MUFU\.EX2": 64}),
+    Probe(name="dense NCE", kernel=r"^wgmma::kernel<bf16, 128, true>", **_DENSE, needs={r"MUFU\.EX2": 64}),
+    Probe(
+        name="sampled InfoNCE",
+        kernel=r"^score_kernel<bf16, 1, 2, true, false(, false)?>",
+        **_SAMPLED,
+        needs={r"MUFU\.EX2": 1},
+    ),
+    Probe(
+        name="sampled NCE",
+        kernel=r"^score_kernel<bf16, 1, 2, true, false(, true)?>",
+        **_SAMPLED,
+        needs={r"MUFU\.EX2": 2, r"MUFU\.(RCP|LG2)": 1},
+    ),
+    Probe(
+        name="render_views fp32, pixels",
+        kernel=r"^render_kernel<fp32, false",
+        **_drawn(4),
+        floor_bytes=PIXELS * 15.0,
+    ),
+    Probe(
+        name="render_views bf16, pixels",
+        kernel=r"^render_kernel<bf16, false",
+        **_drawn(2),
+        floor_bytes=PIXELS * 9.0,
+    ),
+    # The pass for contrast's mean: of the other three jitters, each comes before contrast in half of the pictures.
+    Probe(name="render_views fp32, mean with jitters", kernel=r"^render_kernel<fp32, false", **_MEAN, share=0.5),
+    Probe(name="render_views bf16, mean with jitters", kernel=r"^render_kernel<bf16, false", **_MEAN, share=0.5),
+    Probe(
+        name="render_views fp32, mean without",
+        kernel=r"^render_kernel<fp32, false",
+        **{**_MEAN, "needs": {}},
+        share=0.5,
+    ),
+    Probe(
+        name="render_views bf16, mean without",
+        kernel=r"^render_kernel<bf16, false",
+        **{**_MEAN, "needs": {}},
+        share=0.5,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A limit of what a unit of work may cost."""
+
+    name: str
+    instructions: float
+    stall_cycles: float | None = None
+
+
+def goals(dense: "dict[str, float] | None") -> list[Goal]:
+    """The limits; NCE's is 1.6 times what InfoNCE takes."""
+    nce = [Goal(name="dense NCE", instructions=1.6 * dense["instructions"])] if dense else []
+    return [
+        Goal(name="dense InfoNCE", instructions=560, stall_cycles=1300),
+        *nce,
+        Goal(name="sampled InfoNCE", instructions=330),
+        Goal(name="render_views fp32", instructions=200),
+        Goal(name="render_views bf16", instructions=200),
+    ]
+
+
+def hot_loop(code: list[Instruction]) -> tuple[str, Cost]:
+    """The longest innermost loop of any kernel, "no loop" and the whole code where it has none."""
+    blocks = blocks_of(code)
+    loops = loops_of(blocks)
+    inner = [loop for loop in loops if not loop.has_inner and len(loop.code(blocks)) > 4]
+    if not inner:
+        return "no loop", Cost.of(code)
+    longest = max(inner, key=lambda loop: len(loop.code(blocks)))
+    return "loop", Cost.of(way_through(blocks, longest, loops))
+
+
+def measure(probe: Probe, kernel: Kernel) -> dict[str, float] | None:
+    """What a unit of a probe's loop costs a warp; None where the kernel has no such loop."""
+    blocks = blocks_of(kernel.code)
+    loops = loops_of(blocks)
+    found = []
+    for loop in loops:
+        families = {i.family for i in loop.code(blocks)}
+        if not set(probe.has) <= families or set(probe.lacks) & families:
+            continue
+        around = next(
+            (other for other in reversed(loops) if other.depth == loop.depth - 1 and _holds(other, loop)), None
+        )
+        if any(_holds(loop, inner) and set(probe.has) <= {i.family for i in inner.code(blocks)} for inner in loops):
+            continue
+        cost = Cost.of(way_through(blocks, loop, loops, needs=probe.needs))
+        units = probe.units(cost)
+        if not units:
+            continue
+        values = _per_unit(cost, units)
+        if probe.around and around is not None:
+            plain = Cost.of(way_through(blocks, loop, loops))
+            outer = Cost.of(way_through(blocks, around, loops, needs=probe.around_needs))
+            extra = {key: outer.counts()[key] - plain.counts()[key] for key in plain.counts()}
+            for key, value in extra.items():
+                values[key] += max(value, 0) / (probe.around * units)
+        found.append(values)
+    return min(found, key=lambda values: values["instructions"], default=None)
+
+
+def _holds(outer: Loop, inner: Loop) -> bool:
+    return inner.members < outer.members
+
+
+def _per_unit(cost: Cost, units: float) -> dict[str, float]:
+    return {key: value / units for key, value in cost.counts().items()}
+
+
+def blocks_a_multiprocessor(kernel: Kernel) -> int | None:
+    """By threads, registers and static shared memory; None where the block's size is not in the code."""
+    if kernel.threads is None:
+        return None
+    warps = -(-kernel.threads // 32)
+    registers = -(-kernel.registers * 32 // 256) * 256 * warps
+    kibibytes = {"80": 164, "90a": 228, "90": 228, "100": 228}.get(kernel.arch, 100)
+    return min(64 // warps, 65536 // registers, kibibytes * 1024 // (kernel.shared_bytes + 1024), 32)
+
+
+def times(machine: Machine, probes: list[tuple[Probe, dict[str, float], Kernel]]) -> dict[str, Any]:
+    """Milliseconds that each resource alone takes for the loops of one op, and both bounds of all of them."""
+    chip = machine.multiprocessors * machine.clock
+    parts = {"issue": 0.0, "stalls": 0.0, "exponentials": 0.0}
+    for probe, values, kernel in probes:
+        units = probe.total * probe.share
+        blocks = blocks_a_multiprocessor(kernel) or 1
+        warps = blocks * (probe.warps or (kernel.threads or 256) // 32)
+        parts["issue"] += values["instructions"] * units / (machine.schedulers * chip)
+        parts["stalls"] += values["stall_cycles"] * units / (max(warps, machine.schedulers) * chip)
+        parts["exponentials"] += values["mufu"] * 32 * units / (machine.mufu * chip)
+    parts["copy"] = sum(probe.floor_bytes for probe, _, _ in probes) / machine.copy
+    parts["matrix"] = sum(probe.flops for probe, _, _ in probes) / machine.matrix
+    milliseconds = {name: 1e3 * seconds for name, seconds in parts.items()}
+    floor = max(milliseconds["copy"], milliseconds["matrix"])
+    computed = max(milliseconds.values())
+    apart = max(milliseconds["issue"], milliseconds["stalls"]) + max(floor, milliseconds["exponentials"])
+    return {
+        **{name: round(value, 4) for name, value in milliseconds.items()},
+        "floor_ms": round(floor, 4),
+        "computed_ms": round(computed, 4),
+        "without_overlap_ms": round(apart, 4),
+        "binds": max(milliseconds, key=lambda name: milliseconds[name]),
+    }
+
+
+def analyse(kernels: list[Kernel], machine: Machine) -> dict[str, Any]:
+    """Hot loops of the probes, goals, computed times; ``missing`` names the probes whose loop was not found."""
+    loops: list[dict[str, Any]] = []
+    measured: dict[str, tuple[Probe, dict[str, float], Kernel]] = {}
+    missing = []
+    for probe in PROBES:
+        found = [
+            (values, kernel)
+            for kernel in kernels
+            if kernel.op == probe.op and kernel.arch == "90a" and re.search(probe.kernel, kernel.name)
+            for values in [measure(probe, kernel)]
+            if values is not None
+        ]
+        if not found:
+            missing.append(probe.name)
+            continue
+        values, kernel = min(found, key=lambda pair: pair[0]["instructions"])
+        measured[probe.name] = (probe, values, kernel)
+        loops.append({
+            "name": probe.name, "kernel": kernel.name, "unit": probe.unit,
+            **{key: round(value, 1) for key, value in values.items()},
+            "registers": kernel.registers, "spill_bytes": kernel.spill_bytes,
+            "blocks": blocks_a_multiprocessor(kernel),
+        })  # fmt: skip
+    groups = {name: [entry] for name, entry in measured.items() if not name.startswith("render_views")}
+    for dtype in ("fp32", "bf16"):
+        parts = [entry for name, entry in measured.items() if name.startswith(f"render_views {dtype}")]
+        if len(parts) == 3:
+            groups[f"render_views {dtype}"] = parts
+    totals = {
+        name: {
+            key: sum(values[key] * probe.share for probe, values, _ in parts)
+            for key in ("instructions", "stall_cycles", "mufu", "matrix", "shared", "global")
+        }
+        for name, parts in groups.items()
+    }
+    return {
+        "loops": loops,
+        "units": {name: {key: round(value, 1) for key, value in total.items()} for name, total in totals.items()},
+        "times": {name: times(machine, parts) for name, parts in groups.items()},
+        "goals": [
+            {
+                **asdict(goal),
+                "instructions": round(goal.instructions, 1),
+                "counted": round(totals[goal.name]["instructions"], 1),
+                "counted_stalls": round(totals[goal.name]["stall_cycles"], 1),
+                "met": totals[goal.name]["instructions"] <= goal.instructions
+                and (goal.stall_cycles is None or totals[goal.name]["stall_cycles"] <= goal.stall_cycles),
+            }
+            for goal in goals(totals.get("dense InfoNCE"))
+            if goal.name in totals
+        ],
+        "missing": missing,
+    }
+
+
+def describe(kernel: Kernel) -> dict[str, Any]:
+    """A row of the table of resources."""
+    kind, cost = hot_loop(kernel.code)
+    everything = Cost.of(kernel.code)
+    return {
+        "op": kernel.op, "arch": kernel.arch, "kernel": kernel.name, "registers": kernel.registers,
+        "shared_bytes": kernel.shared_bytes, "spill_bytes": kernel.spill_bytes, "threads": kernel.threads,
+        "blocks": blocks_a_multiprocessor(kernel), "hot": kind, **cost.counts(),
+        "matrix_instructions": {name: everything.families[name] for name in MATRIX if name in everything.families},
+    }  # fmt: skip
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables."""
+    machine = report["machine"]
+    lines = [
+        "# What the CUDA kernels cost, by their machine code",
+        "",
+        f"`python -m benchmarks.static_cost`, nvcc {report['nvcc']}, headers of torch {report['torch']}. "
+        "**Computed, not measured.**",
+    ]
+    if report["units"]:
+        lines += [
+            "",
+            "## Hot loops, 9.0a",
+            "",
+            "What a warp issues for a unit of work on the cheapest full way through the loop: a tile of 64 x 128 "
+            "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included), a pixel for each "
+            "of 32 lanes with all jitters (the pass for contrast's mean included). Stall cycles: least time of a lone "
+            "warp.",
+            "",
+            *_table(
+                ["loop", "unit", "instructions", "stall cycles", "MUFU", "matrix", "shared", "global", "registers",
+                 "spill bytes", "blocks an SM"],
+                [[row["name"], row["unit"], row["instructions"], row["stall_cycles"], row["mufu"], row["matrix"],
+                  row["shared"], row["global"], row["registers"], row["spill_bytes"], row["blocks"]]
+                 for row in report["loops"]],
+            ),
+            "",
+            "| goal | instructions | counted | stall cycles | counted | |",
+            "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for goal in report["goals"]:
+            limit = "–" if goal["stall_cycles"] is None else f"{goal['stall_cycles']:,.0f}"
+            lines.append(
+                f"| {goal['name']} | {goal['instructions']:,.0f} | {goal['counted']:,.0f} | {limit} | "
+                f"{goal['counted_stalls']:,.0f} | {'met' if goal['met'] else 'not met'} |"
+            )
+        lines += [
+            "",
+            f"## Computed times: B = {BATCH}, V = {VIEWS}, K = {NEGATIVES:,}, N = {ROWS:,}, D = {COLUMNS}, bf16; "
+            f"views: {BATCH} pictures of 224 pixels, all jitters",
+            "",
+            f"For {machine['multiprocessors']} multiprocessors at {machine['clock'] / 1e9:.3f} GHz, a copy of "
+            f"{machine['copy'] / 1e12:.1f} TB/s and bf16 products at {machine['matrix'] / 1e12:.0f} TFLOP/s (H100 "
+            "SXM). Milliseconds. Floor: bytes that must move, or products. \"All overlaps\" is a lower bound; \"nothing "
+            "overlaps\" adds a warp's arithmetic to the floor. Launches, partial waves and the merging of parts "
+            "are not in it.",
+            "",
+            *_table(
+                ["kernel", "copy", "products", "exponentials", "issue", "stalls", "floor", "all overlaps",
+                 "nothing overlaps", "binds"],
+                [[name, row["copy"], row["matrix"], row["exponentials"], row["issue"], row["stalls"],
+                  row["floor_ms"], row["computed_ms"], row["without_overlap_ms"], row["binds"]]
+                 for name, row in report["times"].items()],
+            ),
+        ]  # fmt: skip
+    if report["missing"]:
+        lines += ["", "Loops not found: " + ", ".join(report["missing"]) + "."]
+    lines += [
+        "",
+        "## Resources of every kernel",
+        "",
+        "Registers of a thread; static shared memory (tiles of the dense kernels are dynamic); spilled bytes; threads "
+        "of a block where the kernel bounds them, and blocks that then fit a multiprocessor by threads, registers and "
+        "static shared memory. Of the longest innermost loop, or of the whole kernel where it has none: instructions of one "
+        "round, stall cycles, MUFU, matrix instructions, shared and global accesses.",
+        "",
+        *_table(
+            ["op", "arch", "kernel", "registers", "shared", "spills", "threads", "blocks", "hot", "instructions",
+             "stalls", "MUFU", "matrix", "shared acc.", "global acc."],
+            [[row["op"], row["arch"], f"`{row['kernel']}`", row["registers"], row["shared_bytes"], row["spill_bytes"],
+              row["threads"], row["blocks"], row["hot"], row["instructions"], row["stall_cycles"], row["mufu"],
+              row["matrix"], row["shared"], row["global"]]
+             for row in report["kernels"]],
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [
+        ["–" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+    ]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, read, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="without suffix")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--op", nargs="+", default=ops(), choices=ops())
+    chosen = parser.parse_args(argv)
+    tools, machine = Tools.find(), Machine()
+    kernels: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for op in chosen.op:
+            for arch in chosen.arch:
+                kernels += compile_kernels(tools, op, arch, Path(folder))
+                print(f"{op} {arch}: {len(kernels)} kernels so far", flush=True)
+    report = {
+        "nvcc": tools.version(),
+        "torch": torch.__version__,
+        "machine": asdict(machine),
+        **analyse(kernels, machine),
+        "kernels": [describe(kernel) for kernel in kernels],
+    }
+    if "90a" not in chosen.arch:
+        report["missing"] = []
+    report["missing"] = [name for name in report["missing"] if _op_of(name) in chosen.op]
+    chosen.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    chosen.output.with_suffix(".md").write_text(markdown(report))
+    for goal in report["goals"]:
+        print(f"{goal['name']}: {goal['counted']:g} instructions, {'met' if goal['met'] else 'not met'}")
+    spilled = sorted({f"{k.name} ({k.arch})" for k in kernels if k.spill_bytes})
+    if spilled:
+        print("sslfast: registers spill in " + ", ".join(spilled), file=sys.stderr)
+    if report["missing"]:
+        print("sslfast: no hot loop found of " + ", ".join(report["missing"]), file=sys.stderr)
+    return 1 if spilled or report["missing"] else 0
+
+
+def _op_of(name: str) -> str:
+    return next(probe.op for probe in PROBES if probe.name == name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The whole of `make gpu-check`, rehearsed on the CPU at tiny sizes; its verdicts; its results."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import PART_SECONDS, STEPS, Check, main, tests
+from tests.tiny import write_images
+
+
+def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for split in ("train", "val"):
+        write_images(data / split, 32 if split == "train" else 8)
+    for part in ("1", "2", "3"):
+        code = main([str(out), "--rehearse", "--part", part, "--data", str(data), "--tar", str(tmp_path / "r.tar")])
+        assert code == 0, (capsys.readouterr().out, (out / "summary.md").read_text())
+    state = json.loads((out / "state.json").read_text())
+    assert {name: step["end"] for name, step in state["steps"].items()} == {step.name: "ok" for step in STEPS}
+    with tarfile.open(tmp_path / "r.tar") as tar:
+        members = {member.name: member.size for member in tar.getmembers()}
+        results = json.load(tar.extractfile("results.json"))  # type: ignore[arg-type]
+    assert {"summary.md", "results.json", "tables.md", "logs.txt", "goals.png", "crossover.png"} <= set(members)
+    assert len(members) <= 8
+    assert max(members.values()) < 16 * 2**20
+    assert results["goals"]["launches"] == {"bank_update_": 1, "bank_enqueue_": 1, "ema_update_": 1}
+    assert {"state", "goals", "crossover", "step", "learn", "overhead", "loaders"} <= set(results)
+
+
+def test_parts_fit_their_time() -> None:
+    build = next(step.seconds for step in STEPS if step.name == "build")
+    for part in (1, 2, 3):
+        most = [step.seconds for step in STEPS if step.part == part]
+        # The build of an unchanged tree takes seconds; steps that find no time left say so.
+        assert sum(most) - min(most) <= PART_SECONDS
+    assert build < PART_SECONDS / 2
+
+
+def check(out: Path, *, seconds: float = 100) -> Check:
+    import os
+    import time
+
+    found = Check(out=out, rehearse=True, data=None, architecture="", environment=dict(os.environ))
+    found.ends = time.monotonic() + seconds
+    return found
+
+
+def test_slow_and_failing_commands(tmp_path: Path) -> None:
+    assert check(tmp_path).python("a", "-c", "import time; time.sleep(60)", seconds=6) == "longer than 6 s"
+    assert check(tmp_path).python("a", "-c", "raise SystemExit(3)", seconds=20) == "exit code 3"
+    assert check(tmp_path, seconds=1).python("a", "-c", "", seconds=20) == "not run: the part's time was over"
+
+
+def test_a_skip_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Check, name: str, *arguments: str, **_: object) -> str:
+        report = next(word.split("=", 1)[1] for word in arguments if word.startswith("--junitxml="))
+        Path(report).write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>')
+        return "ok"
+
+    monkeypatch.setattr(gpu_check.Check, "python", run)
+    assert tests(check(tmp_path), 10) == ("1 skipped of 3 tests", "3 tests, 0 failures, 0 errors, 1 skipped")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="needs a CUDA device that torch can see; --rehearse"):
+        main([str(tmp_path)])
+
+
+def test_wrong_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "out"), "--rehearse", "--data", str(tmp_path)])
+    assert "must hold train/ and val/" in capsys.readouterr().err
