@@ -36,13 +36,11 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
-from sslfast.training.features import FeatureWatch
 from sslfast.training.limits import check_start, check_trunk
 from sslfast.training.logging import Recorder, find_loggers
+from sslfast.training.measurements import Measurements
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
-from sslfast.training.online import OnlineKnn
 from sslfast.training.prefetch import Prefetcher
-from sslfast.training.probe import OnlineProbe
 from sslfast.training.result import TrainResult
 from sslfast.training.signals import GracefulShutdown, stopping_at_once
 from sslfast.training.stopping import Stop, agree
@@ -120,7 +118,6 @@ class Trainer:
         check_trunk(method.trunk, config, split)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
-        self.features = FeatureWatch(method, stop=config.on_collapse == "error", report=self.report)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.method: Method = method.to(self.device)
         if method.orders_epochs:
@@ -139,11 +136,8 @@ class Trainer:
             batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs
         )
         self.weight_decay = config.optim.decay(self.total_steps)
-        self.knn = OnlineKnn(
-            self.method, self.manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=self.steps_per_epoch
-        )
-        self.probe = OnlineProbe(
-            config, self.method, steps_per_epoch=self.steps_per_epoch, device=self.device, report=self.report
+        self.measurements = Measurements(
+            config, self.method, self.manifest, per_epoch=self.steps_per_epoch, device=self.device, report=self.report
         )
         self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
         skip = config.on_nonfinite == "skip"
@@ -350,9 +344,8 @@ class Trainer:
         assert self.recorder is not None
         self.recorder.step()
         is_due = self.step % config.log_every_steps == 0 or self.step == self.total_steps
-        if is_due or self.knn.is_due(self.step) or self.probe.is_due(self.step):
-            values = {**self._read_means(), **self.features.read(self.step)}
-            values.update({**self.knn.read(self.step), **self.probe.read(self.step)})
+        if is_due or self.measurements.is_due(self.step):
+            values = {**self._read_means(), **self.measurements.read(self.step)}
             self.means.reset()
             self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:

@@ -116,7 +116,9 @@ class Constant(nn.Module):
 def collapsed(output: Path, lines: list[str], **changes: Any) -> Trainer:
     trainer = Trainer(replace(TinyConfig(), **changes), ROWS, output, report=lines.append)
     trainer.method.trunk = Constant(trainer.method.trunk)
-    trainer.features = FeatureWatch(trainer.method, stop=trainer.config.on_collapse == "error", report=trainer.report)
+    trainer.measurements.features = FeatureWatch(
+        trainer.method, stop=trainer.config.on_collapse == "error", report=trainer.report
+    )
     return trainer
 
 
