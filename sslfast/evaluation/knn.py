@@ -243,7 +243,8 @@ def evaluate_knn(
     """
     with distributed_device(config.device) as device:
         config = replace(config, device=str(device))
-        evaluation = load_evaluation_set(run, data, config, loaded=load_run(run, head=config.features == "head"))
+        loaded = load_run(run, head=config.features == "head", prefix=config.prefix)
+        evaluation = load_evaluation_set(run, data, config, loaded=loaded)
         return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")
 
 
