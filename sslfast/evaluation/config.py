@@ -20,6 +20,8 @@ class DecodingConfig:
     """Sample value that is white in images of 16 bits a channel; default: as the run read them, else 65535."""
     max_pixels: int | None = None
     """Images of more pixels are unusable; default: that of the run, else 89,478,485."""
+    prefix: str | None = None
+    """Of a file that holds several networks, the one to evaluate: the beginning of its entries' names."""
 
     def __post_init__(self) -> None:
         check_numbers(self, LIMITS)

@@ -143,10 +143,11 @@ class RunEncoders:
     """Recipe, model and seed; None if unknown."""
 
 
-def load_run(run: Path | str, *, head: bool = False) -> RunEncoders:
+def load_run(run: Path | str, *, head: bool = False, prefix: str | None = None) -> RunEncoders:
     """The encoder of a run directory's newest intact checkpoint, or of any file that ``read_weights`` reads.
 
-    With ``head`` the trained encoder ends with the method's projection head.
+    With ``head`` the trained encoder ends with the method's projection head. ``prefix``: see
+    :func:`sslfast.weights.load_trunk`.
 
     The untrained encoder is the same trunk as initialised by the same run (same seed; 0 if the file states none), in
     eval mode: its BatchNorm layers hold mean 0 and variance 1, so they are the identity.
@@ -155,7 +156,7 @@ def load_run(run: Path | str, *, head: bool = False) -> RunEncoders:
         FileNotFoundError: the path does not exist, or the run has no checkpoint.
         ValueError: the configuration or the weights do not fit, or the weights are not finite.
     """
-    weights = read_weights(run)
+    weights = read_weights(run, prefix=prefix)
     known, seed = weights.facts, weights.facts.get("seed")
     name = known.get("method")
     if name is not None and name not in METHODS:

@@ -247,7 +247,7 @@ def evaluate_knn(
             run,
             data,
             config,
-            loaded=load_run(run, head=config.features == "head"),
+            loaded=load_run(run, head=config.features == "head", prefix=config.prefix),
             check=lambda train: check_k(config.k, len(train)),
         )
         return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")

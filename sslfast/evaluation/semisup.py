@@ -178,7 +178,7 @@ def evaluate_semisup(
         protocol = published_protocol(config.protocol, len(subsets[config.seeds[0]]) / len(train))
         epochs = protocol.epochs if config.epochs is None else config.epochs
         norm_batch = norm_images(config, protocol)
-        loaded = load_run(run)
+        loaded = load_run(run, prefix=config.prefix)
         encoders = trunk_encoders(loaded, config.encoders)
         size = loaded.size if config.size is None else config.size
         seen = config.seen(size)

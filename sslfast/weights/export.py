@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sslfast.config import save_json, to_dict
 from sslfast.files import replacing, save_tensors
 from sslfast.models import ResNetConfig
-from sslfast.weights.load import Weights, import_safetensors, read_weights
+from sslfast.weights.files import import_safetensors
+from sslfast.weights.load import Weights, read_weights
 
 Format = Literal["torchvision", "timm", "detectron2", "safetensors", "onnx"]
 SUFFIX: dict[Format, str] = {
@@ -24,7 +25,9 @@ SUFFIX: dict[Format, str] = {
 }
 
 
-def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torchvision") -> Path:
+def export_trunk(
+    run: Path | str, output: Path | str, *, format: Format = "torchvision", prefix: str | None = None
+) -> Path:
     """Write the trunk of a run (or of any file that :func:`sslfast.weights.read_weights` takes) for another library.
 
     ``torchvision``, ``timm``: a state dict with torchvision's names, which timm shares, without ``fc``
@@ -37,6 +40,12 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
 
     ``<file>.json`` beside it holds mean, standard deviation, image size, model and origin. Both are written atomically.
 
+    Args:
+        run: run directory or file of weights.
+        output: file to write.
+        format: of the file.
+        prefix: which network of a file that holds several: the beginning of its entries' names.
+
     Returns:
         The path written.
 
@@ -47,7 +56,7 @@ def export_trunk(run: Path | str, output: Path | str, *, format: Format = "torch
     output = Path(output)
     if output.suffix != SUFFIX[format]:
         raise ValueError(f"a {format} file ends in {SUFFIX[format]}, got {str(output)!r}")
-    weights = read_weights(run)
+    weights = read_weights(run, prefix=prefix)
     model = weights.model
     if not isinstance(model, ResNetConfig):
         if format != "onnx":

@@ -1,10 +1,9 @@
-"""Loading trunk weights: from a run, a checkpoint, an exported file, or a checkpoint of VISSL, PyContrast or MoCo.
+"""Loading trunk weights: from a run, a checkpoint, an exported file, a hub folder, or another project's checkpoint.
 
 ``sslfast.load(path)`` returns the network; :func:`read_weights` also returns the input normalisation and the origin.
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +23,13 @@ from sslfast.runs import (
     print_error,
 )
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
+from sslfast.weights.files import read_content
+from sslfast.weights.layouts import Found, find_trunk
 
 _TRUNKS = ("teacher_trunk.", "trunk.")  # the first that a run has: a teacher's, where there is one (DINO)
 _HEADS = ("image_head.", "projection.")
 """Of the methods that embed whole images: PIRL and NPID; MoCo, SimCLR and BYOL."""
-_HEAD = "fc."
+HUB_FILE = "model.safetensors"
 _MAX_SIZE = 1 << 16
 _SMALLEST_STD, _LARGEST = 1e-4, 1e2  # of pixels in 0..1, with room
 _FACTS = {"method": (str, "a text"), "recipe": (str, "a text"), "seed": (int, "a whole number")}
@@ -110,49 +111,29 @@ def build_head(state: Mapping[str, Tensor], source: str) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Position of the trunk in the checkpoints of another project."""
-
-    name: str
-    keys: tuple[str, ...]
-    """Keys of the nested dictionaries, outermost first."""
-    prefix: str
-    """Prefix of torchvision's names; entries without it are ignored."""
-
-
-LAYOUTS = (
-    Layout("VISSL", ("classy_state_dict", "base_model", "model", "trunk"), "_feature_blocks."),
-    Layout("VISSL model zoo", ("model_state_dict",), "_feature_blocks."),
-    Layout("PyContrast", ("model",), "module.encoder."),
-    Layout("MoCo", ("state_dict",), "module.encoder_q."),
-    Layout("torchvision names", (), ""),
-)
-"""Key layouts, tried in order. Sources: VISSL extra_scripts/convert_vissl_to_torchvision.py; PyContrast
-learning/contrast_trainer.py and detection/convert_pretrained.py; MoCo main_moco.py."""
-
-
-def load_trunk(path: Path | str) -> Trunk:
+def load_trunk(path: Path | str, *, prefix: str | None = None) -> Trunk:
     """The pretrained trunk behind a path, in eval mode, on the CPU.
 
     ``load(path)(images)``: float ``[B, 3, S, S]``, normalised as :func:`read_weights` says, to ``[B, out_features]``.
 
     Args:
-        path: run directory (its newest good checkpoint), a checkpoint in a run directory, file of ``sslfast export``
-            (torchvision, timm or safetensors), or a checkpoint of VISSL, PyContrast or MoCo.
+        path: run directory (its newest good checkpoint), a checkpoint in a run directory, a file of ``sslfast export``,
+            a hub folder (``config.json`` and ``model.safetensors``), or any file of weights with a ResNet in it: of
+            torch.save, safetensors or detectron2. ``docs/weights.md`` lists what has been tried.
+        prefix: which network of a file that holds several: the beginning of its entries' names.
 
     Raises:
         FileNotFoundError: there is nothing, or a run without a checkpoint.
-        ValueError: the file has none of these layouts, or is of a network that is not there.
+        ValueError: the file holds no ResNet, several, or one that is not there.
     """
-    return read_weights(path).build()
+    return read_weights(path, prefix=prefix).build()
 
 
-def read_weights(path: Path | str) -> Weights:
+def read_weights(path: Path | str, *, prefix: str | None = None) -> Weights:
     """Weights with their model, normalisation and origin; paths and errors as :func:`load`."""
     path = Path(path)
     if path.is_dir():
-        return _of_run(path)
+        return _of_hub(path, prefix) if (path / HUB_FILE).is_file() else _of_run(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run directory or a file of weights")
     run = path.absolute().parent.parent
@@ -160,36 +141,50 @@ def read_weights(path: Path | str) -> Weights:
         return _of_run(run, path)
     card = path.with_name(path.name + ".json")
     known = load_json(card) if card.exists() else {}
-    if path.suffix == ".safetensors":
-        state, layout = _read_safetensors(path), LAYOUTS[-1]
-    else:
-        layout, state = _find(path, _read_torch(path))
-    state = {name: value for name, value in state.items() if not name.startswith(_HEAD)}
+    found = find_trunk(str(path), read_content(path), prefix)
     options = _checked_input(known, card)
     if "facts" in known:
         options["facts"] = _checked_facts(known["facts"], card)
-    source, model = f"{path} ({layout.name})", _recognise(path, state)
+    weights = _of_state(path, found, options)
     stated = known.get("model", {})
     if not isinstance(stated, dict):
         raise ValueError(f"{card}: model must be a table, got {str(stated)[:100]}; restore the file")
-    for name, value in to_dict(model).items():
+    for name, value in to_dict(weights.model).items():
         if name != "zero_init_residual" and stated.get(name, value) != value:  # it leaves no trace in trained weights
             raise ValueError(
                 f"{card}: model.{name} is {str(stated[name])[:100]} and the weights are of {value}; "
                 "restore the file that was exported with them, or delete it"
             )
-    return Weights(model=model, state=state, source=source, path=path, **options)
+    return weights
 
 
-def import_safetensors() -> Any:
-    """``safetensors.torch``, or one line that says how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"safetensors files need the package safetensors ({error}): pip install safetensors"
-        ) from None
-    return safetensors.torch
+def _of_state(path: Path, found: Found, options: dict[str, Any]) -> Weights:
+    state = dict(found.state)
+    for name in found.state:  # old versions of torch, and detectron2, have no count beside the running statistics
+        if name.endswith("running_mean"):
+            state.setdefault(f"{name.removesuffix('running_mean')}num_batches_tracked", torch.tensor(0))
+    model = _recognise(path, state)
+    return Weights(model=model, state=state, head=found.head, source=f"{path} ({found})", path=path, **options)
+
+
+def _of_hub(folder: Path, prefix: str | None) -> Weights:
+    """Of a folder as the Hugging Face hub has it; timm's and transformers' configurations state the normalisation."""
+    path = folder / HUB_FILE
+    known: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        where = folder / name
+        content = load_json(where) if where.is_file() else {}
+        own = content.get("pretrained_cfg", content) if isinstance(content, dict) else {}
+        if not isinstance(own, dict):
+            raise ValueError(f"{where}: pretrained_cfg must be a table, got {str(own)[:100]}; restore the file")
+        size = own.get("input_size")
+        if isinstance(size, list) and len(size) == 3:
+            own = {"size": size[-1], **own}
+        values = {"mean": own.get("mean", own.get("image_mean")), "std": own.get("std", own.get("image_std"))}
+        if type(own.get("size")) is int:
+            values["size"] = own["size"]
+        known |= _checked_input({key: value for key, value in values.items() if value is not None}, where)
+    return _of_state(path, find_trunk(str(path), read_content(path), prefix), known)
 
 
 def _of_run(path: Path, chosen: Path | None = None) -> Weights:
@@ -310,48 +305,8 @@ def _checked_facts(facts: Any, where: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles; what cannot be read is an error below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch's own message advises to load the pickle unsafely
-        raise ValueError(
-            f"{path} cannot be read as plain tensors: it is no file of torch.save, damaged, or holds other objects; "
-            "load it where its program is installed and save its state dict alone with torch.save"
-        ) from None
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    load_file = import_safetensors().load_file
-    try:
-        return dict(load_file(path))
-    except Exception as error:  # its own class of errors is not public
-        raise ValueError(f"{path} is no safetensors file ({str(error)[:200]}); export it again") from None
-
-
-def _find(path: Path, content: Any) -> tuple[Layout, dict[str, Tensor]]:
-    for layout in LAYOUTS:
-        table = content
-        for key in layout.keys:
-            table = table.get(key) if isinstance(table, Mapping) else None
-        if not isinstance(table, Mapping):
-            continue
-        state = {
-            name.removeprefix(layout.prefix): value
-            for name, value in table.items()
-            if isinstance(name, str) and name.startswith(layout.prefix) and isinstance(value, Tensor)
-        }
-        if "conv1.weight" in state:
-            return layout, state
-    names = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(
-        f"{path} holds no ResNet in a known layout ({names}); save its state dict with torchvision's names"
-    )
-
-
 def _recognise(path: Path, state: Mapping[str, Tensor]) -> ResNetConfig:
-    """The ResNet with these layers; a wrong width or kernel shows when the weights are loaded."""
+    """The ResNet with these layers; a wrong kernel shows when the weights are loaded."""
     blocks = tuple(len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5))
     names = {
         ((2, 2, 2, 2), False): "resnet18",
@@ -366,6 +321,22 @@ def _recognise(path: Path, state: Mapping[str, Tensor]) -> ResNetConfig:
         )
     stem = "small" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
     norm = "batch" if "bn1.running_mean" in state else "layer"
-    width = state["layer1.0.conv1.weight"].shape[0] / 64
-    kind_of_input = "sobel" if state["conv1.weight"].shape[1] == 2 else "rgb"
-    return ResNetConfig(name=names[kind], stem=stem, norm=norm, width=width, input=kind_of_input)  # type: ignore[arg-type]
+    channels, inner = state["conv1.weight"].shape[0], state["layer1.0.conv1.weight"].shape[0]
+    second = state.get("layer1.0.conv2.weight")
+    if second is not None and second.ndim == 4 and second.shape[1] != inner and inner % second.shape[1] == 0:
+        raise ValueError(
+            f"{path} holds a ResNeXt ({inner // second.shape[1]} groups of {second.shape[1]} channels), which is not "
+            f"among {', '.join(names.values())}; load it with torchvision or timm"
+        )
+    if inner != channels:
+        raise ValueError(
+            f"{path} holds a Wide-ResNet ({inner} channels inside the first block and {channels} before it), which is "
+            f"not among {', '.join(names.values())}, whose width scales every layer; load it with torchvision or timm"
+        )
+    return ResNetConfig(
+        name=names[kind],  # type: ignore[arg-type]
+        stem=stem,  # type: ignore[arg-type]
+        norm=norm,  # type: ignore[arg-type]
+        width=channels / 64,
+        input="sobel" if state["conv1.weight"].shape[1] == 2 else "rgb",
+    )

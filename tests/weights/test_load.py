@@ -188,37 +188,6 @@ def test_detectron2_has_every_name_and_no_other(tmp_path: Path) -> None:
         np.testing.assert_array_equal(content["model"][theirs], state[ours].numpy())
 
 
-def nested(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-FOREIGN = {
-    "VISSL": (["classy_state_dict", "base_model", "model", "trunk"], "_feature_blocks.", {"phase_idx": 3}),
-    "VISSL model zoo": (["model_state_dict"], "_feature_blocks.", {}),
-    "PyContrast": (["model"], "module.encoder.", {"epoch": 200, "contrast": {"memory": torch.zeros(2, 2)}}),
-    "MoCo": (["state_dict"], "module.encoder_q.", {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}}),
-    "torchvision names": ([], "", {}),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_checkpoints_of_other_projects(name: str, resnet18: ResNetTrunk, tmp_path: Path) -> None:
-    keys, prefix, more = FOREIGN[name]
-    state = {f"{prefix}{key}": value for key, value in resnet18.state_dict().items()}
-    state[f"{prefix}fc.weight"] = torch.zeros(128, 512)  # MoCo's head, torchvision's classifier
-    if prefix.startswith("module."):
-        state["module.head.0.weight"] = torch.zeros(128, 512)
-        state["module.encoder_k.conv1.weight"] = torch.zeros(64, 3, 7, 7)
-    torch.save({**nested(keys, state), **more} if keys else state, tmp_path / "foreign.torch")
-    weights = read_weights(tmp_path / "foreign.torch")
-    assert name in weights.source
-    assert weights.model == ResNetConfig(name="resnet18")
-    assert equal(weights.build().state_dict(), resnet18.state_dict())
-    assert export_trunk(tmp_path / "foreign.torch", tmp_path / "again.pth").is_file()
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_the_model_is_recognised(name: str, stem: str, tmp_path: Path) -> None:
@@ -233,14 +202,17 @@ def test_errors_name_the_remedy(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; give a run directory or a file of weights"):
         read_weights(tmp_path / "nothing")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="cannot be read as plain tensors") as caught:
+    with pytest.raises(ValueError, match=r"it is no file of torch\.save, or damaged") as caught:
         read_weights(tmp_path / "text.pth")
     assert "weights_only" not in str(caught.value)  # torch's advice is to load it as code
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="no safetensors file"):
         read_weights(tmp_path / "text.safetensors")
     torch.save({"net": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="holds no ResNet in a known layout"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds no ResNet: no prefix has conv1.weight and .*the first entries are net.weight \[1\]: save",
+    ):
         read_weights(tmp_path / "other.pth")
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "r.pth")
     with pytest.raises(ValueError, match=r"blocks.*known: resnet18, resnet34, resnet50"):

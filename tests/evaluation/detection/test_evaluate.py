@@ -43,21 +43,21 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_learns_to_find_rectangles(run: Path, voc: Path) -> None:
     before = load_run(run).encoders["trained"].identity()["weights"]
-    config = DetectionConfig(protocol="moco", iterations=60, difficult="ignore", examples=5, **SMALL)
+    config = DetectionConfig(protocol="moco", iterations=40, difficult="ignore", examples=5, **SMALL)
     result = evaluate_detection(run, (voc,), config)
     assert from_dict(DetectionConfig, result["config"]) == config
     (row,) = result["results"]
-    assert row["ap50"] > 0.6
-    assert row["voc07_ap50"] > 0.6
+    assert row["ap50"] > 0.4
+    assert row["voc07_ap50"] > 0.4
     assert row["ap75"] <= row["ap50"]
     assert set(row["ap50_of_classes"]) == {"bird", "car"}
-    assert result["protocol"] == row["protocol"] == "detect-moco-voc07-60it"
-    assert result["schedule"]["drops"] == [45, 55]
+    assert result["protocol"] == row["protocol"] == "detect-moco-voc07-40it"
+    assert result["schedule"]["drops"] == [30, 37]
     assert result["schedule"]["published_iterations"] == 9_000
     assert result["schedule"]["lr"] == pytest.approx(0.2)
     assert (result["batch_norm"], result["extra_norm"]) == ("trained over all processes", True)
     assert result["difficult"]["training"] == "ignore"
-    assert "iterations: 60, published 9000" in result["departures"]
+    assert "iterations: 40, published 9000" in result["departures"]
     assert result["data"]["train"] | {"digest": ""} == {"images": 24, "left_out": 0, "digest": ""}
     assert result["data"]["val"]["digest"] == load_splits([voc])[1].digest()
     assert {"torch", "torchvision", "pycocotools"} <= result["versions"].keys()
@@ -66,7 +66,7 @@ def test_learns_to_find_rectangles(run: Path, voc: Path) -> None:
         assert sheet.size == (4 * (320 + 8) + 8, 2 * (256 + 8) + 8)
     assert not list((run / "evaluation").glob("*.partial.pt"))
     table = render_table(result)
-    assert "detect-moco-voc07-60it: 2 classes, 24 training and 12 validation images" in table
+    assert "detect-moco-voc07-40it: 2 classes, 24 training and 12 validation images" in table
     assert f"{100 * row['ap50']:.1f}" in table
     assert load_run(run).encoders["trained"].identity()["weights"] == before
 

@@ -1,0 +1,175 @@
+"""Where other projects' files keep a trunk: a search for the names of a ResNet under any prefix."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+_DEEPEST = 6
+_SHOWN = 6
+PREFERRED = (
+    ("encoder_q", "encoder_k"),
+    ("base_encoder", "momentum_encoder"),
+    ("backbone", "momentum_backbone"),
+    ("backbone", "backbone_momentum"),
+    ("teacher", "student"),
+    ("online_network", "target_network"),
+    ("online_encoder", "target_encoder"),
+    ("online", "target"),
+    ("trunk", "target_trunk"),
+    ("trunk", "key_trunk"),
+)
+"""Of networks trained side by side, the one that its project evaluates, and the one that is left."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """A way of naming the layers of a ResNet."""
+
+    name: str
+    first: tuple[str, str]
+    """Two entries that every ResNet has: of the first convolution and of the first block."""
+    rename: Callable[[str], str | None]
+    """An entry's name after the prefix to torchvision's; None: no part of the trunk."""
+
+
+def _torchvision(name: str) -> str | None:
+    return name if re.match(r"(conv1|bn1|layer[1-4])\.", name) else None
+
+
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def _sequential(name: str) -> str | None:
+    first, _, rest = name.partition(".")
+    return f"{_CHILDREN[first]}.{rest}" if first in _CHILDREN else None
+
+
+def _detectron2(name: str) -> str | None:
+    found = re.match(r"(?:stem|res([2-5]))\.(.*)", name)
+    if found is None:
+        return None
+    rest = re.sub(r"conv([123])\.norm\.", r"bn\1.", found[2])
+    rest = rest.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    return f"layer{int(found[1]) - 1}.{rest}" if found[1] else rest
+
+
+def _transformers(name: str) -> str | None:
+    parts = {"convolution": ("conv", "downsample.0"), "normalization": ("bn", "downsample.1")}
+    stem = re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(.*)", name)
+    if stem is not None:
+        return f"{parts[stem[1]][0]}1.{stem[2]}"
+    block = re.fullmatch(
+        r"encoder\.stages\.(\d)\.layers\.(\d+)\.(layer\.(\d)|shortcut)\.(convolution|normalization)\.(.*)", name
+    )
+    if block is None:
+        return None
+    stage, number, _, layer, kind, rest = block.groups()
+    own = parts[kind][1] if layer is None else f"{parts[kind][0]}{int(layer) + 1}"
+    return f"layer{int(stage) + 1}.{number}.{own}.{rest}"
+
+
+NAMES = (
+    Names("torchvision names", ("conv1.weight", "layer1.0.conv1.weight"), _torchvision),
+    Names("numbered children", ("0.weight", "4.0.conv1.weight"), _sequential),
+    Names("detectron2 names", ("stem.conv1.weight", "res2.0.conv1.weight"), _detectron2),
+    Names(
+        "transformers names",
+        ("embedder.embedder.convolution.weight", "encoder.stages.0.layers.0.layer.0.convolution.weight"),
+        _transformers,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A trunk in a file."""
+
+    prefix: str
+    """Of its entries: keys of the nested dictionaries and the beginning of the names, joined by dots."""
+    names: str
+    """How its layers are named."""
+    state: dict[str, Tensor]
+    """torchvision's names."""
+    head: dict[str, Tensor]
+    """What follows it as ``fc``, without that prefix: a projection head or a classifier."""
+
+    def __str__(self) -> str:
+        return f"{self.prefix}*, {self.names}" if self.prefix else self.names
+
+
+def find_trunk(where: str, content: Any, prefix: str | None = None) -> Found:
+    """The trunk in a file's content.
+
+    Args:
+        where: the file, for messages.
+        content: nested dictionaries with tensors.
+        prefix: which, where there are several: the beginning of its prefix, or all of it; None: the only one, or the
+            one of a pair that its project evaluates (:data:`PREFERRED`).
+
+    Raises:
+        ValueError: there is none, or several and none is chosen.
+    """
+    found = list(_search(content, ""))
+    if not found:
+        shown = [f"{name} {list(value.shape)}" for name, value in _entries(content, "")][:_SHOWN]
+        raise ValueError(
+            f"{where} holds no ResNet: no prefix has {' and '.join(NAMES[0].first)} behind it; the first entries are "
+            f"{', '.join(shown) or 'no tensors'}: save its state dict with torchvision's names"
+        )
+    if prefix is not None:
+        chosen = [one for one in found if one.prefix == prefix or one.prefix == f"{prefix}."]
+        chosen = chosen or [one for one in found if one.prefix.startswith(prefix)]
+    else:
+        known = {_plain(one.prefix) for one in found}
+        chosen = [one for one in found if not any(_twin(one.prefix, *pair) in known for pair in PREFERRED)]
+    if len(chosen) == 1:
+        return chosen[0]
+    prefixes = ", ".join(repr(one.prefix) for one in found)
+    if prefix is not None:
+        raise ValueError(
+            f"{where} holds {len(chosen) or 'no'} ResNets whose prefix begins with {prefix!r}; --prefix must name one "
+            f"of {prefixes}"
+        )
+    raise ValueError(f"{where} holds {len(found)} ResNets, with the prefixes {prefixes}; choose one with --prefix")
+
+
+def _twin(prefix: str, kept: str, dropped: str) -> tuple[str, ...] | None:
+    """The prefix of the network that is preferred to this one, if it is the ``dropped`` one of a pair."""
+    words = _plain(prefix)
+    return tuple(kept if word == dropped else word for word in words) if dropped in words else None
+
+
+def _plain(prefix: str) -> tuple[str, ...]:
+    """The words of a prefix without those of wrappers: DINO's student is wrapped, its teacher is not."""
+    return tuple(word for word in prefix.split(".") if word not in ("module", "_orig_mod"))
+
+
+def _search(content: Any, path: str, depth: int = 0) -> Iterator[Found]:
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    for names in NAMES:
+        for name in tensors:
+            prefix = name.removesuffix(names.first[0])
+            if name == prefix or (prefix and not prefix.endswith(".")) or tensors[name].ndim != 4:
+                continue
+            if f"{prefix}{names.first[1]}" not in tensors:
+                continue
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            state = {new: value for key, value in own.items() if (new := names.rename(key)) is not None}
+            head = {key.removeprefix("fc."): value for key, value in own.items() if key.startswith("fc.")}
+            yield Found(prefix=f"{path}{prefix}", names=names.name, state=state, head=head)
+    for key, value in content.items():
+        yield from _search(value, f"{path}{key}.", depth + 1)
+
+
+def _entries(content: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Mapping) and depth <= _DEEPEST:
+        for key, value in content.items():
+            if isinstance(value, Tensor):
+                yield f"{path}{key}", value
+            else:
+                yield from _entries(value, f"{path}{key}.", depth + 1)
