@@ -113,7 +113,7 @@ def build(check: Check, seconds: float) -> tuple[str, str]:
     return end, last_line(check.out / "build.log")
 
 
-def tests(check: Check, seconds: float) -> tuple[str, str]:
+def run_tests(check: Check, seconds: float) -> tuple[str, str]:
     """Tests on the device, a few files at a time; a skipped test is a failure."""
     paths = ["tests/loaders/test_synthetic.py"] if check.rehearse else TESTS
     files = [
@@ -251,7 +251,7 @@ TINY_CROSSOVER = ("--batch", "2", "--rows", "50", "--negatives", "8", "--rounds"
                   "--device", "cpu", "-o", "{out}")  # fmt: skip
 STEPS = [
     Step(name="build", part=0, seconds=240, function=build),
-    Step(name="tests", part=1, seconds=240, function=tests),
+    Step(name="tests", part=1, seconds=240, function=run_tests),
     Step(
         name="goals", part=1, seconds=200,
         function=module(
@@ -269,7 +269,7 @@ STEPS = [
         name="overhead", part=2, seconds=40,
         function=module(
             "benchmarks.host_overhead", "-o", "{out}", "--device", "{device}",
-            tiny=("-o", "{out}", "--device", "cpu", "--calls", "5"),
+            tiny=("-o", "{out}", "--device", "cpu", "--turns", "2"),
         ),
     ),
     Step(name="loaders", part=2, seconds=100, function=loaders),

@@ -1,10 +1,10 @@
 """Time that the host spends in one call of an op: Python, dispatcher, checks, autograd; with next to no work to do.
 
-    python -m benchmarks.host_overhead [-o build/overhead] [--device cpu] [--calls 2000] [--before OTHER/CHECKOUT]
+    python -m benchmarks.host_overhead [-o build/overhead] [--device cpu] [--turns 300] [--before OTHER/CHECKOUT]
 
 Tensors are as small as the ops take them, so that a call's time is what surrounds the kernel: on CUDA the time until
-the call returns, on a CPU with the tiny kernel in it (one thread). Every op is called in turn in each round, and the
-median of the rounds is reported: other processes disturb single calls, not the median. ``--before`` times another
+the call returns, on a CPU with the tiny kernel in it (one thread). Ops take turns, ten calls at a time; reported
+are the median of all turns and their 10 % quantile, which other processes disturb less. ``--before`` times another
 checkout in alternation with this one (each in processes of its own), for numbers that can be compared.
 
 Goals: bank_nce forward and backward 60 microseconds, bank_update_ 10.
@@ -13,7 +13,6 @@ Goals: bank_nce forward and backward 60 microseconds, bank_update_ 10.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -24,10 +23,13 @@ from typing import Any
 import torch
 
 from sslfast import ops
+from sslfast.bench.timing import quantile
 from sslfast.files import replacing
 
 GOALS = {"bank_nce forward and backward": 60.0, "bank_update_": 10.0}
 """Microseconds."""
+CALLS = 10
+"""In a turn."""
 
 
 def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -63,35 +65,45 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(device: torch.device, rounds: int) -> dict[str, float]:
-    """Median microseconds of each case over ``rounds`` calls in turn."""
+def measure(device: torch.device, turns: int) -> dict[str, list[float]]:
+    """[median, 10 % quantile] of the microseconds of each case over ``turns`` turns."""
     torch.set_num_threads(1)
     every = cases(device)
     times: dict[str, list[float]] = {name: [] for name in every}
-    for number in range(rounds + 50):
+    for number in range(turns + 10):
         for name, call in every.items():
             start = time.perf_counter_ns()
-            call()
+            for _ in range(CALLS):
+                call()
             took = time.perf_counter_ns() - start
-            if number >= 50:
-                times[name].append(took / 1e3)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the queue must not fill up, else calls wait for the device
-    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+            if number >= 10:
+                times[name].append(took / CALLS / 1e3)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the queue must not fill up, else calls wait for the device
+    return {name: [round(quantile(values, q), 2) for q in (0.5, 0.1)] for name, values in times.items()}
 
 
-def alternated(before: Path, device: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(before, now): medians over five processes of each checkout, in turn."""
+def alternated(before: Path, device: str, turns: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(before, now): of five processes of each checkout in turn, the medians of their numbers."""
     here = Path(__file__).resolve().parents[1]
-    found: dict[Path, list[dict[str, float]]] = {before: [], here: []}
+    found: dict[Path, list[dict[str, list[float]]]] = {before: [], here: []}
     for _ in range(5):
         for checkout, results in found.items():
             environment = {**os.environ, "PYTHONPATH": str(checkout)}
-            command = [sys.executable, str(Path(__file__)), "--device", device, "--calls", str(rounds), "--print-json"]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.host_overhead",
+                "--device",
+                device,
+                "--turns",
+                str(turns),
+                "--print-json",
+            ]
             done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, check=True)
             results.append(json.loads(done.stdout))
     medians = [
-        {name: round(statistics.median(one[name] for one in results), 2) for name in results[0]}
+        {name: [quantile([one[name][k] for one in results], 0.5) for k in (0, 1)] for name in results[0]}
         for results in found.values()
     ]
     return medians[0], medians[1]
@@ -102,30 +114,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="without suffix")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--turns", type=int, default=300)
     parser.add_argument("--before", type=Path, help="another checkout, built, to compare with")
     parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
-    if chosen.calls < 1:
-        parser.error(f"--calls must be at least 1, got {chosen.calls}")
-    before: dict[str, float] = {}
+    if chosen.turns < 1:
+        parser.error(f"--turns must be at least 1, got {chosen.turns}")
+    before: dict[str, list[float]] = {}
     if chosen.before is not None:
-        before, now = alternated(chosen.before.resolve(), chosen.device, chosen.calls)
+        before, now = alternated(chosen.before.resolve(), chosen.device, chosen.turns)
     else:
-        now = measure(torch.device(chosen.device), chosen.calls)
+        now = measure(torch.device(chosen.device), chosen.turns)
     if chosen.print_json:
         print(json.dumps(now))
         return 0
     lines = [
-        f"Host time of a call, {chosen.device}, torch {torch.__version__}; median of {chosen.calls} calls, "
-        "microseconds.",
+        f"Host time of a call in microseconds, {chosen.device}, torch {torch.__version__}: median and 10 % quantile of "
+        f"{chosen.turns} turns of {CALLS} calls.",
         "",
-        "| call | " + ("before | " if before else "") + "now | goal |",
-        "|---|" + ("---|" if before else "") + "---|---|",
+        "| call | " + ("before | 10 % | " if before else "") + "now | 10 % | goal |",
+        "|---|" + ("---|---|" if before else "") + "---|---|---|",
     ]
-    for name, value in now.items():
-        old = f"{before[name]:.1f} | " if before else ""
-        lines.append(f"| {name} | {old}{value:.1f} | {GOALS.get(name, '')} |")
+    for name, (median, low) in now.items():
+        old = "{:.1f} | {:.1f} | ".format(*before[name]) if before else ""
+        lines.append(f"| {name} | {old}{median:.1f} | {low:.1f} | {GOALS.get(name, '')} |")
     print("\n".join(lines))
     if chosen.output is not None:
         facts = {"device": chosen.device, "torch": str(torch.__version__), "goals": GOALS, "now": now, "before": before}

@@ -351,9 +351,9 @@ def markdown(report: dict[str, Any]) -> str:
             "## Hot loops, 9.0a",
             "",
             "What a warp issues for a unit of work on the cheapest full way through the loop: a tile of 64 x 128 "
-            "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included), a pixel for each "
-            "of 32 lanes with all jitters (the pass for contrast's mean included). Stall cycles: least time of a lone "
-            "warp.",
+            "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included), a pixel "
+            "for each of 32 lanes with all jitters (the pass for contrast's mean included). Stall cycles: least time "
+            "of a lone warp.",
             "",
             *_table(
                 ["loop", "unit", "instructions", "stall cycles", "MUFU", "matrix", "shared", "global", "registers",
@@ -379,9 +379,9 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"For {machine['multiprocessors']} multiprocessors at {machine['clock'] / 1e9:.3f} GHz, a copy of "
             f"{machine['copy'] / 1e12:.1f} TB/s and bf16 products at {machine['matrix'] / 1e12:.0f} TFLOP/s (H100 "
-            "SXM). Milliseconds. Floor: bytes that must move, or products. \"All overlaps\" is a lower bound; \"nothing "
-            "overlaps\" adds a warp's arithmetic to the floor. Launches, partial waves and the merging of parts "
-            "are not in it.",
+            "SXM). Milliseconds. Floor: bytes that must move, or products. \"All overlaps\" is a lower bound; "
+            "\"nothing overlaps\" adds a warp's arithmetic to the floor. Launches, partial waves and the merging of "
+            "parts are not in it.",
             "",
             *_table(
                 ["kernel", "copy", "products", "exponentials", "issue", "stalls", "floor", "all overlaps",
@@ -399,8 +399,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Registers of a thread; static shared memory (tiles of the dense kernels are dynamic); spilled bytes; threads "
         "of a block where the kernel bounds them, and blocks that then fit a multiprocessor by threads, registers and "
-        "static shared memory. Of the longest innermost loop, or of the whole kernel where it has none: instructions of one "
-        "round, stall cycles, MUFU, matrix instructions, shared and global accesses.",
+        "static shared memory. Of the longest innermost loop, or of the whole kernel where it has none: instructions "
+        "of one round, stall cycles, MUFU, matrix instructions, shared and global accesses.",
         "",
         *_table(
             ["op", "arch", "kernel", "registers", "shared", "spills", "threads", "blocks", "hot", "instructions",

@@ -1,6 +1,6 @@
 """Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``, and checks shared by the ops."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def step_arguments(step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
     """Split a public ``step`` into the schema's ``(step_tensor, step)``; draws use a step modulo 2**32."""
     if isinstance(step, torch.Tensor):
         return step, 0
-    return None, step % 2**32 if isinstance(step, int | torch.SymInt) else step
+    return None, step % 2**32 if type(step) is int or isinstance(step, int | torch.SymInt) else step
 
 
 def check_seed(op: str, seed: int) -> None:
@@ -134,6 +134,47 @@ def first_derivative(op: str, derivative: torch.Tensor, argument: torch.Tensor) 
     return _FirstDerivative.apply(derivative, argument, op) if torch.is_grad_enabled() else derivative
 
 
+class _Loss(torch.autograd.Function):
+    """Loss and log-sum-exp of an op that computes the derivative by its first argument in the forward pass.
+
+    What ``torch.library.register_autograd`` does for the op in general, without what the general form costs: it takes
+    several times as long as the kernels of a small batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, name: str, op: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            losses, lse, derivative = op(query, *arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(derivative)
+        ctx.query, ctx.name = query, name  # of the query's values nothing is needed: it may change before the backward
+        return losses, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor | None, _grad_lse: torch.Tensor | None) -> Any:
+        if grad_loss is None:
+            return None, None, None, None
+        (derivative,) = ctx.saved_tensors
+        return grad_loss.unsqueeze(-1) * first_derivative(ctx.name, derivative, ctx.query), None, None, None
+
+
+def scored(
+    name: str, op: Callable[..., Any], query: torch.Tensor, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, detached log-sum-exp) of a scoring op, whose arguments were checked, differentiable in ``query``."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        losses, lse, _ = op(query, *arguments)
+        return losses, lse.detach()
+    if query.requires_grad and torch.is_grad_enabled():
+        return _Loss.apply(query, name, op, arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        losses, lse, _ = op(query, *arguments)
+    return losses, lse
+
+
 def check_runs_once(op: str) -> None:
     """Raise RuntimeError where activation checkpointing would run an update twice.
 
@@ -159,9 +200,12 @@ def check_memory(op: str, name: str, tensor: torch.Tensor | None) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         return
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + steps + 1) * tensor.element_size()
-    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+    if tensor.is_contiguous():
+        steps = tensor.numel() - 1
+    else:
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + steps + 1) * tensor.itemsize
+    if tensor.untyped_storage().nbytes() < needed and tensor.numel():
         raise ValueError(f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor")
 
 
@@ -184,15 +228,14 @@ def mark_updated(*tensors: torch.Tensor) -> None:
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise TypeError unless all arguments are tensors, ValueError unless they are on the device of the first."""
-    given: list[tuple[str, Any]] = [
-        (name, tensor) for name, tensor in tensors.items() if tensor is not None or name not in _OPTIONAL
-    ]
-    for name, tensor in given:
+    first, device, others = "", None, []
+    for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    (first, head), *rest = given
-    for name, tensor in rest:
-        if tensor.device != head.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device} and {first} on {head.device}; move one with .to(device)"
-            )
+            if tensor is not None or name not in _OPTIONAL:
+                raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        elif device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            others.append((name, tensor.device))
+    for name, other in others:  # once all are known to be tensors
+        raise ValueError(f"{op}: {name} is on {other} and {first} on {device}; move one with .to(device)")

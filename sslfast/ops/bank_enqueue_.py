@@ -5,6 +5,8 @@ from torch import Tensor
 
 from sslfast.ops import _library
 
+_op = torch.ops.sslfast.bank_enqueue_.default
+
 
 def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
     """Write keys over the oldest rows of a ring and move its head.
@@ -28,7 +30,7 @@ def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
     tensors = {"bank": bank, "head": head, "keys": keys}
     _library.check_arguments("bank_enqueue_", tensors, gradient=("keys",), written=("bank", "head"))
     _library.check_runs_once("bank_enqueue_")
-    torch.ops.sslfast.bank_enqueue_(bank, head, _library.resolved("bank_enqueue_", "keys", keys).detach())
+    _op(bank, head, _library.resolved("bank_enqueue_", "keys", keys).detach())
     _library.mark_updated(bank, head)
 
 

@@ -11,6 +11,9 @@ from sslfast.ops import _library
 from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference
 from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 
+_Loss = Literal["infonce", "nce"]
+_op = torch.ops.sslfast.bank_nce.default
+
 
 def bank_nce(
     query: Tensor,
@@ -92,8 +95,8 @@ def bank_nce(
     step_tensor, step_number = _library.step_arguments(step)
     if query.dim() < 2:
         raise ValueError(f"bank_nce: query must have shape [..., B, D], got {list(query.shape)}")
-    flat = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
-    if flat.dtype != torch.float64:
+    flat = query if query.dim() == 3 else query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
+    if flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()
     # Given rows are scored as given, and the whole bank holds each positive once.
     exclude_self = exclude_self and mode in ("sampled", "shared")
@@ -112,7 +115,7 @@ def bank_nce(
             else (z.detach().double() if isinstance(z, Tensor) else z) * (num_negatives / num_rows / own_share)
         )
 
-    def run(query: Tensor, loss: Literal["infonce", "nce"], z: float | Tensor) -> tuple[Tensor, Tensor]:
+    def run(query: Tensor, loss: _Loss, z: float | Tensor) -> tuple[Tensor, Tensor]:
         if dense:
             return bank_nce_dense(
                 query,
@@ -125,18 +128,18 @@ def bank_nce(
                 exclude_self=exclude_self,
             )
         z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
-        losses, lse, _ = torch.ops.sslfast.bank_nce(
-            query, bank, index, rows, step_tensor, step_number, z_tensor, z_number,
+        return _library.scored(
+            "bank_nce", _op, query, bank, index, rows, step_tensor, step_number, z_tensor, z_number,
             num_negatives if rows is None else rows.shape[1], temperature, loss == "nce", exclude_self, seed,
             first_row, num_rows,
         )  # fmt: skip
-        return losses, lse.detach()
 
     if loss == "nce" and z is None:
         lse = run(flat.detach(), "infonce", 1.0)[1]
         z = estimate_z(lse, num_negatives=num_negatives, num_rows=bank.shape[0])
     losses, lse = run(flat, loss, 1.0 if z is None else z)
-    losses = losses.reshape(query.shape[:-1])
+    if query.dim() != 3:
+        losses = losses.reshape(query.shape[:-1])
     return (losses, lse.reshape(query.shape[:-1])) if return_lse else losses
 
 

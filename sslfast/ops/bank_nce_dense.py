@@ -9,6 +9,8 @@ from torch.nn.functional import logsigmoid
 
 from sslfast.ops import _library
 
+_op = torch.ops.sslfast.bank_nce_dense.default
+
 
 def bank_nce_dense(
     query: Tensor,
@@ -67,10 +69,10 @@ def bank_nce_dense(
     if isinstance(z, Tensor) and z.is_complex():
         raise ValueError(f"bank_nce_dense: z must be floating, got {z.dtype}")
     z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
-    losses, lse, _ = torch.ops.sslfast.bank_nce_dense(
-        query, bank, index, negatives, z_tensor, z_number, temperature, loss == "nce", exclude_self
-    )
-    return losses, lse.detach()
+    return _library.scored(
+        "bank_nce_dense", _op, query, bank, index, negatives, z_tensor, z_number, temperature, loss == "nce",
+        exclude_self,
+    )  # fmt: skip
 
 
 def bank_nce_dense_reference(

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from sslfast.ops import _library
 
+_op = torch.ops.sslfast.bank_update_.default
+
 
 def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: float = 0.5) -> None:
     """Move rows of a memory bank toward new features and normalise them to unit length.
@@ -32,9 +34,7 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     tensors = {"bank": bank, "index": index, "features": features}
     _library.check_arguments("bank_update_", tensors, gradient=("features",), written=("bank",))
     _library.check_runs_once("bank_update_")
-    torch.ops.sslfast.bank_update_(
-        bank, index, _library.resolved("bank_update_", "features", features).detach(), momentum
-    )
+    _op(bank, index, _library.resolved("bank_update_", "features", features).detach(), momentum)
     _library.mark_updated(bank)
 
 

@@ -1,13 +1,15 @@
 """The whole of `make gpu-check`, rehearsed on the CPU at tiny sizes; its verdicts; its results."""
 
 import json
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import PART_SECONDS, STEPS, Check, main, tests
+from benchmarks.gpu_check import PART_SECONDS, STEPS, Check, main, run_tests
 from tests.tiny import write_images
 
 
@@ -40,9 +42,6 @@ def test_parts_fit_their_time() -> None:
 
 
 def check(out: Path, *, seconds: float = 100) -> Check:
-    import os
-    import time
-
     found = Check(out=out, rehearse=True, data=None, architecture="", environment=dict(os.environ))
     found.ends = time.monotonic() + seconds
     return found
@@ -61,7 +60,7 @@ def test_a_skip_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return "ok"
 
     monkeypatch.setattr(gpu_check.Check, "python", run)
-    assert tests(check(tmp_path), 10) == ("1 skipped of 3 tests", "3 tests, 0 failures, 0 errors, 1 skipped")
+    assert run_tests(check(tmp_path), 10) == ("1 skipped of 3 tests", "3 tests, 0 failures, 0 errors, 1 skipped")
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
