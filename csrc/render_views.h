@@ -2,9 +2,9 @@
 //
 // A picture is a whole rotated crop, or one jigsaw patch of it. Operations, in this order: flip, the four jitters in
 // the picture's own order, rounding and the photometric set (posterize, sharpen, solarize, autocontrast), apply_colour,
-// Gaussian blur, solarize, normalisation. All are per pixel except four: contrast needs the mean luminance of the picture at that
-// step, sharpen the levels of the eight neighbours, autocontrast the extremes of each channel; levels are integers
-// there and fit a byte. Blur needs a square of up to 31 pixels, in float32.
+// Gaussian blur, solarize, normalisation. All are per pixel except four: contrast needs the mean luminance of the
+// picture at that step, sharpen the levels of the eight neighbours, autocontrast the extremes of each channel; levels
+// are integers there and fit a byte. Blur needs a square of up to 31 pixels, in float32.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -106,7 +106,8 @@ SSLFAST_INLINE void write_strip(const Problem<Out>& p, const PictureOps& ops, co
     out += first * 3;
     for (int64_t i = 0; i < count; ++i) {
       for (int c = 0; c < 3; ++c)
-        out[3 * i + c] = static_cast<Out>(solarize_level(planes[c][i], threshold) * p.normal.scale[c] + p.normal.shift[c]);
+        out[3 * i + c] =
+            static_cast<Out>(solarize_level(planes[c][i], threshold) * p.normal.scale[c] + p.normal.shift[c]);
     }
   } else {
     for (int c = 0; c < 3; ++c) {
