@@ -33,12 +33,9 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_parts_fit_their_time() -> None:
-    build = next(step.seconds for step in STEPS if step.name == "build")
+    # The build of an unchanged tree takes seconds; steps that find no time left say so.
     for part in (1, 2, 3):
-        most = [step.seconds for step in STEPS if step.part == part]
-        # The build of an unchanged tree takes seconds; steps that find no time left say so.
-        assert sum(most) - min(most) <= PART_SECONDS
-    assert build < PART_SECONDS / 2
+        assert sum(step.seconds for step in STEPS if step.part == part) <= PART_SECONDS
 
 
 def check(out: Path, *, seconds: float = 100) -> Check:
