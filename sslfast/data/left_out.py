@@ -190,11 +190,17 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
             ),
             (stores, "not read; write the images in them into a folder of class folders, or into .tar shards"),
             (tables, "not read beside images or .tar shards; give them a folder of their own"),
-            (packed, "archives, which are not read inside a folder; unpack them, or name one as DATA (.zip)"),
+            (packed, f"archives, which are not read inside a folder; {_unpack(packed)}"),
             (system, "folders and files of the system, and hidden ones; move out what belongs to the data"),
         )
         if found
     ]
+
+
+def _unpack(packed: Mapping[str, int]) -> str:
+    """What to do about archives, by their suffixes."""
+    commands = (f"`{UNPACK[suffix]}` each {suffix}" for suffix in sorted(packed) if suffix != ".zip")
+    return ", ".join([*(["name one .zip as DATA"] if ".zip" in packed else []), *commands])
 
 
 def image_suffixes() -> str:
