@@ -103,6 +103,8 @@ def bank_nce(
     if mode == "shared":
         rows = negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, shared=True)
     dense = mode == "full" or (rows is not None and rows.dim() == 1)
+    if dense and index.dtype != torch.int64:  # before torch compares it or takes True for row 1
+        raise RuntimeError(f"bank_nce: index must be int64; convert it with .long(), got {index.dtype}")
     # To the dense op -1 is a query without a positive: out of its range, as it is out of this one's.
     positive = torch.where(index < 0, -2, index) if dense else index
     if shard is not None and dense:
@@ -207,7 +209,7 @@ def bank_nce_reference(
         if z is None:
             z = num_rows * scores.detach().exp().mean()
         z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-        logits = scores - z.log() - math.log(num_negatives / num_rows)
+        logits = scores - z.log() - math.log(num_negatives / max(num_rows, 1))
         losses = -logsigmoid(logits[..., 0]) - logsigmoid(-logits[..., 1:]).sum(-1)
     return (losses, lse) if return_lse else losses
 

@@ -353,3 +353,19 @@ def test_bad_tensors() -> None:
         bank_nce(query, bank[:1], index * 0, num_negatives=4)
     with pytest.raises(ValueError, match="bank_nce: bank is on meta and query on cpu"):
         bank_nce(query, bank.to("meta"), index, num_negatives=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.complex64])
+@pytest.mark.parametrize("negatives", ["full", "shared", "sampled", torch.tensor([1, 2])], ids=str)
+def test_an_index_of_another_type_is_an_error_in_every_mode(dtype: torch.dtype, negatives: str | torch.Tensor) -> None:
+    query, bank = normalize(torch.randn(1, 4, 8), dim=-1), torch.randn(10, 8)
+    options = {} if isinstance(negatives, torch.Tensor) or negatives == "full" else {"num_negatives": 3}
+    with pytest.raises(RuntimeError, match=r"(bank_nce|negative_rows): index must be int64; convert it with \.long"):
+        bank_nce(query, bank, torch.zeros(4, dtype=dtype), negatives=negatives, seed=0, step=0, **options)
+
+
+def test_no_query_and_no_row() -> None:
+    query, bank, index = torch.zeros(1, 0, 8), torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)
+    rows = torch.zeros(0, 2, dtype=torch.int64)
+    for function in (bank_nce, bank_nce_reference):
+        assert function(query, bank, index, negatives=rows, loss="nce", seed=0, step=0).shape == (1, 0)
