@@ -362,7 +362,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--quality", "0"], "quality must be in [1, 100], got 0"),
         (["--max-resolution", "4"], "max_resolution must be in [8, 65535], got 4"),
         (["--jpg-share", "2"], "jpg_share must be in [0, 1], got 2.0"),
-        (["--workers", "-1"], "workers must be 0 or more, got workers=-1"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
     ):
         assert cli.main([*command, *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -19,6 +19,7 @@ from sslfast.data.source import SOURCES, Changes, ImageSource, ListedImage, Pack
 from sslfast.data.verify import verify_images
 from sslfast.loaders.pillow import PillowLoader
 from sslfast.views.types import CropConfig, ViewConfig
+from tests.data.test_parquet import write_shards as write_tables
 from tests.data.test_tar import write_shards
 from tests.pictures import encoded, picture, write_folder
 
@@ -113,7 +114,9 @@ def manifests(tmp_path: Path) -> list[Manifest]:
         for name in NAMES:
             archive.write(folder / name, name)
     lists = (folder / "list.csv", folder / "list.txt")
-    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", write_shards(tmp_path / "shards"), folder)
+    tables = write_tables(tmp_path / "tables", rows=12)
+    shards = write_shards(tmp_path / "shards")
+    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", shards, tables, folder)
     return [open_data(place) for place in places]
 
 
