@@ -202,5 +202,7 @@ def readable(mangled: list[str]) -> dict[str, str]:
         demangled = demangled.replace("BFloat16", "bf16").replace("Half", "fp16").replace("double", "fp64")
         demangled = re.sub(r"\bfloat\b", "fp32", demangled)
         demangled = re.sub(r"\((bool|int|unsigned int)\)", "", demangled)
-        short[name] = re.sub(r"\s*\(.*$", "", demangled)
+        demangled = re.sub(r"\((?:\w+::)*([A-Z]\w*)\)(\d+)", r"\1(\2)", demangled)  # an enumerator, as C++ takes it
+        kernel, closed, _ = demangled.partition(">(")
+        short[name] = kernel + ">" if closed else demangled.partition("(")[0].rstrip()
     return short

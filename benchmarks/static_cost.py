@@ -8,10 +8,10 @@ code against the counts in OUT.json. Needs nvcc and cuobjdump (benchmarks/compil
 Compiles csrc/cuda, reads the SASS with its stall counts (benchmarks/sass.py), finds the hot loop of each kernel by its
 structure, and writes OUT.json and OUT.md:
 
-- *hot loops*: per tile, row or pixel of a warp, what one round of the loop issues on its cheapest full way (rare work
+- *hot loops*: per tile or rows of a warp, what one round of the loop issues on its cheapest full way (rare work
   left out), beside the goals of ``GOALS``;
-- *computed times*: each resource alone for B = 256, V = 2, K = 32,000, N = 1,281,167, D = 128 and a bf16 bank (views:
-  256 pictures of 224 pixels). The first number assumes that everything overlaps and is a lower bound; the second that
+  - *computed times*: each resource alone for B = 256, V = 2, K = 32,000, N = 1,281,167, D = 128 and a bf16 bank. The
+  first number assumes that everything overlaps and is a lower bound; the second that
   a warp's arithmetic overlaps with nothing else. Launches, partial waves and merging of parts are left out;
 - *resources* of every kernel: registers, static shared memory, spills, blocks that fit a multiprocessor, hot loop.
 
@@ -35,7 +35,6 @@ from benchmarks.sass import MATRIX, Cost, Instruction, Loop, blocks_of, loops_of
 
 OUTPUT = ROOT / "benchmarks" / "results" / "kernels_cuda_202611"
 BATCH, VIEWS, NEGATIVES, ROWS, COLUMNS = 256, 2, 32_000, 1_281_167, 128
-PIXELS = BATCH * 224 * 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,6 @@ class Probe:
     around: float = 0.0
     """Rounds of the loop in one round of the loop around it, whose own work is shared among them; 0: not counted."""
     around_needs: dict[str, int] = field(default_factory=dict)
-    share: float = 1.0
-    """How often the loop runs."""
     floor_bytes: float = 0.0
     flops: float = 0.0
     warps: int | None = None
@@ -105,60 +102,20 @@ _SAMPLED: dict[str, Any] = {
     "around_needs": {r"IMAD\.(WIDE|HI)\.U32": 20},  # Philox
     "floor_bytes": BATCH * (NEGATIVES + 1) * COLUMNS * 2.0,
 }
-_JITTERS = {r"\b0\.58[67]\d*": 1, r"FMNMX.* 255\b": 9, r"MUFU\.RCP": 2}  # saturation, three scalings, hue
-_PASS: dict[str, Any] = {"op": "render_views", "unit": "warp-pixel", "total": PIXELS / 32, "needs": _JITTERS}
-_MEAN: dict[str, Any] = {**_PASS, "has": ("LDG",), "lacks": ("STG", "ST"), "units": lambda cost: _loaded(cost) / 3}
-
-
-def _loaded(cost: Cost) -> float:
-    return cost.loaded_bytes
-
-
-def _drawn(width: int) -> dict[str, Any]:
-    return {**_PASS, "has": ("LDG", "STG"), "units": lambda cost: cost.stored_bytes / (3 * width)}
-
-
 PROBES = [
-    Probe(name="dense InfoNCE", kernel=r"^wgmma::kernel<bf16, 128(, false)?>", **_DENSE, needs={r"MUFU\.EX2": 64}),
+    Probe(name="dense InfoNCE", kernel=r"^wgmma::kernel<bf16, 128, false>", **_DENSE, needs={r"MUFU\.EX2": 64}),
     Probe(name="dense NCE", kernel=r"^wgmma::kernel<bf16, 128, true>", **_DENSE, needs={r"MUFU\.EX2": 64}),
     Probe(
         name="sampled InfoNCE",
-        kernel=r"^score_kernel<bf16, 1, 2, true, false(, false)?>",
+        kernel=r"^score_kernel<bf16, 1, 2, Loads\(2\), false>",
         **_SAMPLED,
         needs={r"MUFU\.EX2": 1},
     ),
     Probe(
         name="sampled NCE",
-        kernel=r"^score_kernel<bf16, 1, 2, true, false(, true)?>",
+        kernel=r"^score_kernel<bf16, 1, 2, Loads\(2\), false>",
         **_SAMPLED,
         needs={r"MUFU\.EX2": 2, r"MUFU\.(RCP|LG2)": 1},
-    ),
-    Probe(
-        name="render_views fp32, pixels",
-        kernel=r"^render_kernel<fp32, false",
-        **_drawn(4),
-        floor_bytes=PIXELS * 15.0,
-    ),
-    Probe(
-        name="render_views bf16, pixels",
-        kernel=r"^render_kernel<bf16, false",
-        **_drawn(2),
-        floor_bytes=PIXELS * 9.0,
-    ),
-    # The pass for contrast's mean: of the other three jitters, each comes before contrast in half of the pictures.
-    Probe(name="render_views fp32, mean with jitters", kernel=r"^render_kernel<fp32, false", **_MEAN, share=0.5),
-    Probe(name="render_views bf16, mean with jitters", kernel=r"^render_kernel<bf16, false", **_MEAN, share=0.5),
-    Probe(
-        name="render_views fp32, mean without",
-        kernel=r"^render_kernel<fp32, false",
-        **{**_MEAN, "needs": {}},
-        share=0.5,
-    ),
-    Probe(
-        name="render_views bf16, mean without",
-        kernel=r"^render_kernel<bf16, false",
-        **{**_MEAN, "needs": {}},
-        share=0.5,
     ),
 ]
 
@@ -179,8 +136,6 @@ def goals(dense: "dict[str, float] | None") -> list[Goal]:
         Goal(name="dense InfoNCE", instructions=560, stall_cycles=1300),
         *nce,
         Goal(name="sampled InfoNCE", instructions=330),
-        Goal(name="render_views fp32", instructions=200),
-        Goal(name="render_views bf16", instructions=200),
     ]
 
 
@@ -242,19 +197,17 @@ def blocks_a_multiprocessor(kernel: Kernel) -> int | None:
     return min(64 // warps, 65536 // registers, kibibytes * 1024 // (kernel.shared_bytes + 1024), 32)
 
 
-def times(machine: Machine, probes: list[tuple[Probe, dict[str, float], Kernel]]) -> dict[str, Any]:
-    """Milliseconds that each resource alone takes for the loops of one op, and both bounds of all of them."""
+def times(machine: Machine, probe: Probe, values: dict[str, float], kernel: Kernel) -> dict[str, Any]:
+    """Milliseconds that each resource alone takes for the loop, and both bounds of all of them."""
     chip = machine.multiprocessors * machine.clock
-    parts = {"issue": 0.0, "stalls": 0.0, "exponentials": 0.0}
-    for probe, values, kernel in probes:
-        units = probe.total * probe.share
-        blocks = blocks_a_multiprocessor(kernel) or 1
-        warps = blocks * (probe.warps or (kernel.threads or 256) // 32)
-        parts["issue"] += values["instructions"] * units / (machine.schedulers * chip)
-        parts["stalls"] += values["stall_cycles"] * units / (max(warps, machine.schedulers) * chip)
-        parts["exponentials"] += values["mufu"] * 32 * units / (machine.mufu * chip)
-    parts["copy"] = sum(probe.floor_bytes for probe, _, _ in probes) / machine.copy
-    parts["matrix"] = sum(probe.flops for probe, _, _ in probes) / machine.matrix
+    warps = (blocks_a_multiprocessor(kernel) or 1) * (probe.warps or (kernel.threads or 256) // 32)
+    parts = {
+        "issue": values["instructions"] * probe.total / (machine.schedulers * chip),
+        "stalls": values["stall_cycles"] * probe.total / (max(warps, machine.schedulers) * chip),
+        "exponentials": values["mufu"] * 32 * probe.total / (machine.mufu * chip),
+        "copy": probe.floor_bytes / machine.copy,
+        "matrix": probe.flops / machine.matrix,
+    }
     milliseconds = {name: 1e3 * seconds for name, seconds in parts.items()}
     floor = max(milliseconds["copy"], milliseconds["matrix"])
     computed = max(milliseconds.values())
@@ -292,22 +245,11 @@ def analyse(kernels: list[Kernel], machine: Machine) -> dict[str, Any]:
             "registers": kernel.registers, "spill_bytes": kernel.spill_bytes,
             "blocks": blocks_a_multiprocessor(kernel),
         })  # fmt: skip
-    groups = {name: [entry] for name, entry in measured.items() if not name.startswith("render_views")}
-    for dtype in ("fp32", "bf16"):
-        parts = [entry for name, entry in measured.items() if name.startswith(f"render_views {dtype}")]
-        if len(parts) == 3:
-            groups[f"render_views {dtype}"] = parts
-    totals = {
-        name: {
-            key: sum(values[key] * probe.share for probe, values, _ in parts)
-            for key in ("instructions", "stall_cycles", "mufu", "matrix", "shared", "global")
-        }
-        for name, parts in groups.items()
-    }
+    totals = {name: values for name, (_, values, _) in measured.items()}
     return {
         "loops": loops,
         "units": {name: {key: round(value, 1) for key, value in total.items()} for name, total in totals.items()},
-        "times": {name: times(machine, parts) for name, parts in groups.items()},
+        "times": {name: times(machine, *entry) for name, entry in measured.items()},
         "goals": [
             {
                 **asdict(goal),
@@ -351,9 +293,9 @@ def markdown(report: dict[str, Any]) -> str:
             "## Hot loops, 9.0a",
             "",
             "What a warp issues for a unit of work on the cheapest full way through the loop: a tile of 64 x 128 "
-            "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included), a pixel "
-            "for each of 32 lanes with all jitters (the pass for contrast's mean included). Stall cycles: least time "
-            "of a lone warp.",
+            "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included). Stall "
+            "cycles: least time of a lone warp. `render_views` is not here: how often its inner loop over the jitters "
+            "runs depends on the picture.",
             "",
             *_table(
                 ["loop", "unit", "instructions", "stall cycles", "MUFU", "matrix", "shared", "global", "registers",
@@ -374,8 +316,7 @@ def markdown(report: dict[str, Any]) -> str:
             )
         lines += [
             "",
-            f"## Computed times: B = {BATCH}, V = {VIEWS}, K = {NEGATIVES:,}, N = {ROWS:,}, D = {COLUMNS}, bf16; "
-            f"views: {BATCH} pictures of 224 pixels, all jitters",
+            f"## Computed times: B = {BATCH}, V = {VIEWS}, K = {NEGATIVES:,}, N = {ROWS:,}, D = {COLUMNS}, bf16",
             "",
             f"For {machine['multiprocessors']} multiprocessors at {machine['clock'] / 1e9:.3f} GHz, a copy of "
             f"{machine['copy'] / 1e12:.1f} TB/s and bf16 products at {machine['matrix'] / 1e12:.0f} TFLOP/s (H100 "

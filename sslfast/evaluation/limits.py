@@ -21,6 +21,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "draws": (1, 10**4),
     "iterations": (1, _COUNT),
     "lr": (0, 10**6),
+    "warmup": (0, _COUNT),
     "train_sides": _PIXELS,
     "test_side": _PIXELS,
     "longest_side": _PIXELS,

@@ -120,7 +120,7 @@ def test_stopped_evaluation_resumes(
 
 
 def test_a_loss_that_is_not_finite(run: Path, voc: Path) -> None:
-    config = DetectionConfig(protocol="moco", iterations=4, examples=0, save_every=1, **{**SMALL, "lr": 1e30})
+    config = DetectionConfig(protocol="moco", iterations=4, examples=0, save_every=1, **{**SMALL, "lr": 1e6})
     with pytest.raises(ValueError, match=r"the loss is not finite after iteration \d+ \(loss_.*\): lower --lr"):
         evaluate_detection(run, (voc,), config)
 
@@ -141,9 +141,9 @@ def test_command(run: Path, voc: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert load_json(output)["train_sides"] == [48, 64]
     for arguments, words in (
         ([str(tmp_path / "none")], "is no VOC folder: it needs Annotations, ImageSets/Main, JPEGImages"),
-        ([str(voc), "--iterations", "0"], "iterations must be at least 1, got iterations=0"),
+        ([str(voc), "--iterations", "0"], "iterations must be at least 1, got 0"),
         ([str(voc), "--lr", "0"], "lr must be above 0"),
-        ([str(voc), "--regions", "0"], "regions must be at least 1, got regions=0"),
+        ([str(voc), "--regions", "0"], "regions must be at least 1, got 0"),
         ([str(voc), "--encoders", "raw pixels"], "encoders must be trained and untrained"),
     ):
         assert main(["evaluate", "detect", str(run), *arguments, "--device", "cpu"]) == 2
