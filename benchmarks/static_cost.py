@@ -10,9 +10,9 @@ structure, and writes OUT.json and OUT.md:
 
 - *hot loops*: per tile or rows of a warp, what one round of the loop issues on its cheapest full way (rare work
   left out), beside the goals of ``GOALS``;
-  - *computed times*: each resource alone for B = 256, V = 2, K = 32,000, N = 1,281,167, D = 128 and a bf16 bank. The
-  first number assumes that everything overlaps and is a lower bound; the second that
-  a warp's arithmetic overlaps with nothing else. Launches, partial waves and merging of parts are left out;
+- *computed times*: each resource alone for B = 256, V = 2, K = 32,000, N = 1,281,167, D = 128 and a bf16 bank. The
+  first number assumes that everything overlaps and is a lower bound; the second that a warp's arithmetic overlaps with
+  nothing else. Launches, partial waves and merging of parts are left out;
 - *resources* of every kernel: registers, static shared memory, spills, blocks that fit a multiprocessor, hot loop.
 
 Exit code 1 if a kernel spills, or a hot loop of ``PROBES`` is not found.

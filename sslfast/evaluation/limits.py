@@ -22,6 +22,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "iterations": (1, _COUNT),
     "lr": (0, 10**6),
     "warmup": (0, _COUNT),
+    "norm_batch": (0, 1 << 20),
     "train_sides": _PIXELS,
     "test_side": _PIXELS,
     "longest_side": _PIXELS,
