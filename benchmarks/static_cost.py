@@ -294,9 +294,9 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             "What a warp issues for a unit of work on the cheapest full way through the loop: a tile of 64 x 128 "
             "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included). Stall "
-            "cycles: least time of a lone warp. Of the sampled loop the exponentials are not counted (MUFU 0): they lie in "
-            "blocks beside the cheapest way; read by hand, a tile takes about 310. `render_views` is not here: how often its inner loop over the jitters "
-            "runs depends on the picture.",
+            "cycles: least time of a lone warp. Of the sampled loop the exponentials are not counted (MUFU 0): they "
+            "lie in blocks beside the cheapest way; read by hand, a tile takes about 310. `render_views` is not here: "
+            "how often its inner loop over the jitters runs depends on the picture.",
             "",
             *_table(
                 ["loop", "unit", "instructions", "stall cycles", "MUFU", "matrix", "shared", "global", "registers",
