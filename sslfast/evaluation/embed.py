@@ -20,12 +20,10 @@ from sslfast.data import Manifest, open_data
 from sslfast.device import resolve_device
 from sslfast.distributed import world_size
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run
+from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, run_head
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.layers import check_layers, pooled_layers
 from sslfast.files import OUTPUT, replacing
-from sslfast.methods import read_head
-from sslfast.runs import RunDirectory, load_checkpoint
 
 _NPY_HEADER = 128  # bytes, enough for the shape of any file
 
@@ -140,7 +138,7 @@ class _Source:
         encoder = loaded.encoders[TRAINED]
         assert isinstance(encoder, TrunkEncoder)
         self._encoder, self._layer = encoder.to(self._device), config.layer
-        self._head = _head(run, loaded.checkpoint, encoder.trunk).to(self._device) if config.head else None
+        self._head = _head(run, loaded.checkpoint).to(self._device) if config.head else None
         self.manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
         size = loaded.size if config.size is None else config.size
         self._reader = ImageReader(
@@ -169,13 +167,11 @@ class _Source:
             yield rows, values
 
 
-def _head(run: Path, checkpoint: Path, trunk: nn.Module) -> nn.Module:
-    """The projection head of a run's method, in eval mode."""
-    folder = checkpoint.parent.parent
-    state = load_checkpoint(checkpoint) if RunDirectory(folder).config.exists() else {}
-    if "config" not in state or "method" not in state:
+def _head(run: Path, checkpoint: Path) -> nn.Module:
+    head = run_head(checkpoint)
+    if head is None:
         raise ValueError(f"head needs a run directory, and {run} holds the trunk alone; leave head out")
-    return read_head(state["config"], state["method"]).eval()
+    return head
 
 
 def _class_name(manifest: Manifest, row: int) -> str | None:

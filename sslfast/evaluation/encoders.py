@@ -19,8 +19,9 @@ from sslfast.evaluation.cache import FeatureCache, weights_digest
 from sslfast.evaluation.extract import Features, ImageReader, extract
 from sslfast.evaluation.layers import check_layers, pooled_layers
 from sslfast.evaluation.preprocessing import Preprocessing
-from sslfast.methods import METHODS, lightness
+from sslfast.methods import METHODS, lightness, read_head
 from sslfast.models import build_trunk
+from sslfast.runs import RunDirectory, load_checkpoint
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.weights import read_weights
 
@@ -143,6 +144,14 @@ class RunEncoders:
     """Recipe, model and seed; None if unknown."""
 
 
+def run_head(checkpoint: Path) -> nn.Module | None:
+    """The projection head of the method in a run's checkpoint, in eval mode; None for another file of weights."""
+    if not RunDirectory(checkpoint.parent.parent).config.exists():
+        return None
+    state = load_checkpoint(checkpoint)
+    return read_head(state["config"], state["method"]).eval() if "config" in state and "method" in state else None
+
+
 def load_run(run: Path | str, *, head: bool = False, prefix: str | None = None) -> RunEncoders:
     """The encoder of a run directory's newest intact checkpoint, or of any file that ``read_weights`` reads.
 
@@ -172,7 +181,7 @@ def load_run(run: Path | str, *, head: bool = False, prefix: str | None = None) 
     }
     trunk = weights.build()
     encoders: dict[str, Encoder] = {
-        TRAINED: HeadEncoder(trunk, weights.build_head(), **preprocessing)
+        TRAINED: HeadEncoder(trunk, run_head(weights.path) or weights.build_head(), **preprocessing)
         if head
         else TrunkEncoder(trunk, **preprocessing),
         UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **preprocessing),

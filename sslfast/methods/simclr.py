@@ -18,10 +18,9 @@ from torch.nn.functional import normalize
 from sslfast.distributed import gather_rows_with_gradient, rank
 from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
+from sslfast.methods.shared.views import FIRST, SECOND
 from sslfast.models import MLPHead, build_trunk, info_nce, seeded
 from sslfast.views import View, ViewConfig
-
-FIRST, SECOND = "first", "second"
 
 
 @register_method

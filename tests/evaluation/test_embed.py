@@ -169,3 +169,16 @@ def test_mistakes(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="embed runs in one process, got 2; start it without torchrun"):
         embed(run, data, output=tmp_path / "e.npy")
     assert [path.name for path in tmp_path.iterdir() if path.suffix in (".npy", ".csv")] == []
+
+
+@pytest.mark.parametrize("recipe", ["simsiam-small", "simclr-small", "byol-small"])
+def test_the_head_of_evaluations_is_the_method_s_own(recipe: str, data: Path, tmp_path: Path) -> None:
+    """A BatchNorm without scale and shift has no weight in a state dict to be guessed from."""
+    config = replace(tiny(RECIPES[recipe]()), epochs=1)
+    with tiny_trunks():
+        trainer = Trainer(config, 2 * config.batch_size, tmp_path, report=lambda _line: None)
+        trainer.fit()
+        encoder = load_run(tmp_path, head=True).encoders["trained"]
+    method = trainer.method.eval()
+    features = torch.randn(3, method.trunk.out_features)
+    assert torch.equal(encoder.head(features), getattr(method, method.embedding_head)(features))  # type: ignore[attr-defined]
