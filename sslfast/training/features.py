@@ -15,7 +15,8 @@ from sslfast.models import ResNetTrunk
 SAMPLES = 256
 """Maximum number of feature vectors that the statistics are of, over all processes."""
 COLLAPSED_STD = 0.01
-"""A spread below it is a collapse: a mean cosine above 0.9999. Untrained ResNets are above 0.05."""
+"""A spread below it is a collapse: a mean cosine above 0.9999. An untrained ResNet-18 and 50 in training mode have 0.27
+to 0.48 on noise."""
 
 
 class CollapseError(RuntimeError):
