@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(sslfast, m) {
   // Images [N, C, S, S] turned counter-clockwise by quarter_turns [N].
   m.def("rotate90(Tensor images, Tensor quarter_turns) -> Tensor");
   // The view stage: crops [B, 3, S, S] uint8, turned, cut into patches (grid 0: whole), augmented by parameters
-  // [B, M, 13] and normalised, as [B * M, 3, p, p], or [B * M, p, p, 3] when channels_last.
+  // [B, M, 14] and normalised, as [B * M, 3, p, p], or [B * M, p, p, 3] when channels_last.
   // photometric false: no picture has that gate open; blur false: none has a sigma.
   m.def(
       "render_views(Tensor crops, Tensor parameters, Tensor? quarter_turns, Tensor? permutation, Tensor? offsets, "

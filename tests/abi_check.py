@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sslfast import ops
+from sslfast.ops.view_parameters import ViewParameter, neutral_parameters
 
 
 def main() -> None:
@@ -59,7 +60,13 @@ def main() -> None:
     order, offsets = torch.rand(3, 9).argsort(1), torch.randint(3, (3, 9, 2))
     patches = ops.jigsaw_patches(images, order, offsets, patch_size=8)
     assert torch.equal(patches, ops.jigsaw_patches_reference(images, order, offsets, patch_size=8))
-    numbers = torch.tensor([1.0, 1, 17, 0.7, 1.2, 1.3, 0.2, 0, 8, 1, 256, 0, 0.8]).repeat(3, 9, 1)
+    numbers = torch.tensor(neutral_parameters())
+    numbers[[ViewParameter.FLIP, ViewParameter.JITTER, ViewParameter.JITTER_ORDER]] = torch.tensor([1.0, 1, 17])
+    numbers[[ViewParameter.BRIGHTNESS, ViewParameter.CONTRAST, ViewParameter.SATURATION]] = torch.tensor(
+        [0.7, 1.2, 1.3]
+    )
+    numbers[[ViewParameter.HUE, ViewParameter.BLUR_SIGMA]] = torch.tensor([0.2, 0.8])
+    numbers = numbers.repeat(3, 9, 1)
     views = {"quarter_turns": turns, "permutation": order, "offsets": offsets, "patch_size": 8}
     rendered = ops.render_views(images, numbers, **views)
     torch.testing.assert_close(rendered, ops.render_views_reference(images, numbers, **views), rtol=0, atol=1e-4)
