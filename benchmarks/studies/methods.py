@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar
@@ -108,8 +108,10 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
     else:
         config = RECIPES[f"{recipe}-small"]()
         config = replace(config, method=replace(config.method, **changes))
+    method = with_crops_of(config.method, arguments.crop_size)
     return replace(
         config,
+        method=method,
         recipe=f"bench-{name}",
         model=replace(config.model, name=arguments.model, stem=arguments.stem, width=arguments.width),
         epochs=arguments.epochs,
@@ -123,6 +125,20 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
         progress="plain",
         log_every_steps=50,
     )
+
+
+def with_crops_of(method: BaseConfig, size: int) -> BaseConfig:
+    """Every view's crop and its jigsaw's patches scaled from the small recipes' 64 px to ``size``."""
+
+    def scaled(view: ViewConfig) -> ViewConfig:
+        crop, jigsaw = view.crop.size * size // 64, view.jigsaw
+        if jigsaw is not None:
+            crop -= crop % jigsaw.grid
+            jigsaw = replace(jigsaw, patch_size=max(1, jigsaw.patch_size * size // 64))
+        return replace(view, crop=replace(view.crop, size=crop), jigsaw=jigsaw)
+
+    views = {item.name: getattr(method, item.name) for item in fields(method)}
+    return replace(method, **{name: scaled(view) for name, view in views.items() if isinstance(view, ViewConfig)})
 
 
 def optimizer(recipe: OptimConfig, arguments: argparse.Namespace, *, batch_size: int) -> OptimConfig:
@@ -240,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=["resnet18", "resnet50"], default="resnet18")
     parser.add_argument("--stem", choices=["imagenet", "small"], default="small")
     parser.add_argument("--width", type=float, default=1.0, help="factor on the trunk's channels")
+    parser.add_argument("--crop-size", type=int, default=64, help="side of the global crops, in pixels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
