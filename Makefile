@@ -17,7 +17,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulation/*.cu tests/cuda_emulation/include/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint format bench gpu-check clean
+.PHONY: help install demo test sanitize lint format docs bench gpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q "setuptools>=65,<81" wheel "cmake>=3.24" ninja "pybind11>=2.12"
-	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,parquet,demo,bench,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,parquet,demo,bench,docs,dev]"
 	$(INSTALL_FFCV)
 	@$(BIN)/sslfast info
 	@touch $@
@@ -74,6 +74,9 @@ format: install ## rewrite Python and C++ files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+docs: install ## the documentation site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: install ## time every op beside its plain torch form
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-json=build/benchmarks.json

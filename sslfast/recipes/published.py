@@ -1,5 +1,5 @@
-"""Published numbers of the recipes, and README's table of methods, which is made from them:
-``python -m sslfast.recipes.published README.md``.
+"""Published numbers of the recipes, and the table of methods of docs/recipes.md, which is made from them:
+``python -m sslfast.recipes.published docs/recipes.md``.
 
 Numbers are ImageNet linear top-1 in percent, as the source prints them. No run of ours is among them.
 """

@@ -8,7 +8,7 @@ import pytest
 from sslfast.recipes import RECIPES
 from sslfast.recipes.published import METHODS, PUBLISHED, main, replaced, table
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/recipes.md"
 LARGE = sorted(name for name in RECIPES if name != "demo" and not name.endswith("-small"))
 
 
@@ -43,10 +43,10 @@ def test_every_recipe_is_in_one_row() -> None:
 
 
 def test_the_table_of_the_readme_is_the_generated_one(tmp_path: Path) -> None:
-    """If not: python -m sslfast.recipes.published README.md"""
-    assert table(RECIPES) in README.read_text()
-    copy = tmp_path / "README.md"
-    text = README.read_text()
+    """If not: python -m sslfast.recipes.published docs/recipes.md"""
+    assert table(RECIPES) in PAGE.read_text()
+    copy = tmp_path / "recipes.md"
+    text = PAGE.read_text()
     copy.write_text(text.replace(table(RECIPES), table(RECIPES).splitlines()[0] + "\n| old |"))
     main(copy)
     assert copy.read_text() == text
