@@ -35,7 +35,7 @@ def test_python_blocks_run(page: str, code: str) -> None:
 
 
 def commands() -> list[str]:
-    lines = [line for _, block in blocks("bash") for line in block.splitlines()]
+    lines = [line for _, block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     return sorted({line for line in lines if line.startswith("sslfast ")})
 
 
