@@ -13,9 +13,10 @@ PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGEL
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """README is the first page; CONTRIBUTING, CHANGELOG and the measured results are pages too."""
+    """README is the first page; CONTRIBUTING, CHANGELOG, examples and measured results are pages too."""
     outside = {name: ROOT / source for name, source in PAGES.items()}
     outside |= {f"benchmarks/results/{path.name}": path for path in (ROOT / "benchmarks/results").iterdir()}
+    outside |= {f"examples/{path.name}": path for path in (ROOT / "examples").glob("*.*")}
     for name, path in outside.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
