@@ -264,6 +264,14 @@ def extract_layers(
     return extract(compute, identities, reader, device=device, cache=cache)
 
 
+def chosen_encoders(loaded: "RunEncoders", names: Sequence[str]) -> dict[str, Encoder]:
+    """The encoders of a run that are named; all of them where none is."""
+    for name in names:
+        if name not in loaded.encoders:
+            raise ValueError(f"encoders must be some of {', '.join(loaded.encoders)}, got {name!r}")
+    return {name: loaded.encoders[name] for name in names or loaded.encoders}
+
+
 def trunk_encoders(loaded: "RunEncoders", names: Sequence[str]) -> dict[str, TrunkEncoder]:
     """The encoders of a run that have layers: ``trained`` and ``untrained``, as named."""
     found: dict[str, TrunkEncoder] = {}

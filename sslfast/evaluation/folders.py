@@ -79,7 +79,8 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
 def _place(data: Path, split: str) -> Path:
     """Where the images of a split are: its .csv list, else its folder, else another list or archive of that name."""
     folder = data / split
-    for place in (data / f"{split}.csv", folder, *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS)):
+    packed = [data / "train.beton"] if split == "train" else []  # for training: only the ffcv loader reads it
+    for place in (data / f"{split}.csv", folder, *packed, *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS)):
         if place.is_file() or (place == folder and place.is_dir()):
             return place
     raise ValueError(
