@@ -4,6 +4,8 @@
     Pretrain an encoder without labels; returns a :class:`sslfast.training.TrainResult`.
 ``load(path)``
     The trunk of a run, an exported file or another project's checkpoint, in eval mode.
+``embed(path, data)``
+    Embeddings of the images of a folder, labelled or not, by such a trunk; a :class:`sslfast.evaluation.Embeddings`.
 ``RECIPES``
     Recipe name -> function that returns a :class:`sslfast.training.TrainConfig`; add your own.
 
@@ -13,16 +15,18 @@ The ops are in :mod:`sslfast.ops`. Importing ``sslfast`` imports nothing else: e
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sslfast.evaluation import embed
     from sslfast.recipes import RECIPES, pretrain
     from sslfast.weights import load_trunk as load
 
-__all__ = ["RECIPES", "load", "pretrain"]
+__all__ = ["RECIPES", "embed", "load", "pretrain"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     homes = {
         "RECIPES": ("sslfast.recipes", "RECIPES"),
+        "embed": ("sslfast.evaluation", "embed"),
         "load": ("sslfast.weights", "load_trunk"),
         "pretrain": ("sslfast.recipes", "pretrain"),
     }

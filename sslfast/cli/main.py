@@ -162,8 +162,13 @@ COMMANDS = {
         help="contact sheet of images, augmented views and the pretext task",
         function="sslfast.cli.pretrain:preview",
     ),
+    "embed": Command(
+        usage="embed RUN DATA -o FILE",
+        help="embeddings of any images, as .parquet or .npy",
+        calls="sslfast.evaluation.embedding:embed_command",
+    ),
     "neighbours": Command(
-        usage="neighbours RUN DATA",
+        usage="neighbours RUN|FILE DATA",
         help="contact sheet of images and their nearest neighbours",
         calls="sslfast.report.neighbours:run_neighbours",
     ),

@@ -6,6 +6,8 @@ lies below.
 """
 
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
+from sslfast.evaluation.embedding import SUFFIXES as EMBEDDING_SUFFIXES
+from sslfast.evaluation.embedding import EmbedConfig, Embeddings, embed, read_embeddings, write_embeddings
 from sslfast.evaluation.encoders import RAW_PIXELS, TRAINED, UNTRAINED, Encoder, RunEncoders, TrunkEncoder, load_run
 from sslfast.evaluation.folders import UnsuitableError
 from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_result, nearest_neighbours
@@ -17,11 +19,14 @@ from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 
 __all__ = [
+    "EMBEDDING_SUFFIXES",
     "L2_STRENGTHS",
     "PROBE_PROTOCOL",
     "RAW_PIXELS",
     "TRAINED",
     "UNTRAINED",
+    "EmbedConfig",
+    "Embeddings",
     "Encoder",
     "EvaluationSet",
     "FeatureConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "TrunkEncoder",
     "UnsuitableError",
     "bank_knn",
+    "embed",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_semisup",
@@ -45,5 +51,7 @@ __all__ = [
     "load_font",
     "load_run",
     "nearest_neighbours",
+    "read_embeddings",
     "train_probe",
+    "write_embeddings",
 ]

@@ -12,14 +12,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sslfast.data import ImageLocation, decode_full, quiet_pillow
+from sslfast.data import ImageLocation, Manifest, decode_full, quiet_pillow
 from sslfast.evaluation import (
+    EMBEDDING_SUFFIXES,
     EvaluationSet,
     FeatureConfig,
     Lettering,
     load_evaluation_set,
     load_font,
     nearest_neighbours,
+    read_embeddings,
 )
 from sslfast.files import OUTPUT, save_picture
 from sslfast.report.preview import check_picture
@@ -49,7 +51,8 @@ class Neighbour:
 
     location: ImageLocation
     similarity: float
-    same_class: bool
+    same_class: bool | None
+    """None: one of the two has no class."""
 
 
 @dataclass(kw_only=True)
@@ -134,13 +137,54 @@ def run_neighbours(
     """Contact sheet of validation images and the training images most similar to them, for a run and its baselines.
 
     Args:
-        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo).
-        data: folder with train/<class>/ and val/<class>/.
+        run: run directory, or a file of weights; or a file of sslfast embed (.parquet, .npy), which needs no labels.
+        data: folder with train/<class>/ and val/<class>/; with a file of sslfast embed the images that it is of.
         config: settings.
         output: image file to write.
     """
+    if run.suffix in EMBEDDING_SUFFIXES:
+        return _write_of_file(run, data, config, output)
     evaluation = load_evaluation_set(run, data, config)
     return write_neighbours(evaluation, output, queries=config.queries, k=config.k)
+
+
+def _write_of_file(path: Path, data: Path, config: NeighboursConfig, output: Path) -> Path:
+    """The sheet of embeddings in a file: images spread evenly over it, and the others that are most similar."""
+    check_picture(output)
+    if config.queries < 1:
+        raise ValueError(f"queries must be at least 1, got queries={config.queries}")
+    found, manifest = read_embeddings(path), Manifest.scan(data, on_bad_image=config.on_bad_image)
+    known = dict(zip(manifest.paths, range(len(manifest)), strict=True))
+    missing = [name for name in found.paths if name not in known]
+    if missing:
+        raise ValueError(f"{path} has {missing[0]}, which is not in {data}; name the images that it was made of")
+    count = min(config.queries, len(found.paths))
+    rows = torch.arange(count) * len(found.paths) // max(1, count)
+    similarity, others = nearest_neighbours(found.values[rows], found.values, config.k, own=rows)
+    sheet = []
+    for row, values, neighbours in zip(rows.tolist(), similarity.tolist(), others.tolist(), strict=True):
+        label = found.classes[row]
+        sheet.append(
+            Query(
+                location=manifest.location(known[found.paths[row]]),
+                label=label or Path(found.paths[row]).name,
+                neighbours={
+                    path.name: [
+                        Neighbour(
+                            location=manifest.location(known[found.paths[other]]),
+                            similarity=value,
+                            same_class=None
+                            if label is None or found.classes[other] is None
+                            else label == found.classes[other],
+                        )
+                        for value, other in zip(values, neighbours, strict=True)
+                    ]
+                },
+            )
+        )
+    title = f"images and the {config.k} others most similar to them"
+    save_picture(neighbour_sheet(sheet, title=title), output, remedy=OUTPUT)
+    return output
 
 
 def choose_queries(labels: Tensor, count: int) -> Tensor:
@@ -194,7 +238,8 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
             for name, start in starts.items():
                 for j, neighbour in enumerate(query.neighbours[name]):
                     x = start + j * (cell + _GAP)
-                    sheet.paste(_framed(neighbour.location, _SAME if neighbour.same_class else _OTHER), (x, y))
+                    colour = {True: _SAME, False: _OTHER, None: _MAT}[neighbour.same_class]
+                    sheet.paste(_framed(neighbour.location, colour), (x, y))
                     _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, lettering)
     lettering.report()
     return sheet
@@ -202,7 +247,9 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
 
 def _share(name: str, queries: Sequence[Query]) -> str:
     found = [neighbour.same_class for query in queries for neighbour in query.neighbours[name]]
-    return f"{sum(found)} of {len(found)} neighbours on this sheet are of the query's class"
+    if None in found:
+        return ""
+    return f"{sum(map(bool, found))} of {len(found)} neighbours on this sheet are of the query's class"
 
 
 def _framed(location: ImageLocation, colour: str) -> Image.Image:
