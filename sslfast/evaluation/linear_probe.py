@@ -35,8 +35,8 @@ L2_STRENGTHS = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 SOURCE = "this library's own: multinomial logistic regression; no published protocol trains it like this"
 BLOCK_BYTES = 1 << 30
 """Of a block of features with its scores. Peak memory of the probe beside the features on disk is at most this, the
-search's ``4 HISTORY (D + 1) C`` and the ``6 D²`` float64 numbers of second moments and axes: 2.6 GB for 2048 columns and
-1000 classes."""
+search's ``4 HISTORY (D + 1) C`` and the ``6 D²`` float64 numbers of second moments and axes: 2.6 GB for 2048 columns
+and 1000 classes."""
 HISTORY = 20
 HELD_OUT = 5
 """One in this many training images of every class chooses λ."""
