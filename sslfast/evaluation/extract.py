@@ -67,8 +67,8 @@ class ImageReader:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.manifest.source.loader is not None:
             raise ValueError(
-                f"{self.manifest.source} is a .{self.manifest.source.name} file, which only the training of --protocol "
-                "goyal, moco and semisup reads; give a folder or an archive of image files"
+                f"{self.manifest.source} is a .{self.manifest.source.name} file, which only the training of linear "
+                "classifiers by SGD and of semisup reads; give a folder or an archive of image files"
             )
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got workers={self.workers}")
