@@ -192,7 +192,7 @@ COMMANDS = {
         calls="sslfast.evaluation.embed:embed",
     ),
     "neighbours": Command(
-        usage="neighbours RUN DATA",
+        usage="neighbours RUN|FILE DATA",
         help="contact sheet of images and their nearest neighbours",
         calls="sslfast.report.neighbours:run_neighbours",
     ),

@@ -6,7 +6,8 @@ lies below.
 """
 
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
-from sslfast.evaluation.embed import Embeddings, embed_all
+from sslfast.evaluation.embed import SUFFIXES as EMBEDDING_SUFFIXES
+from sslfast.evaluation.embed import Embeddings, embed_all, read_embeddings, write_embeddings
 from sslfast.evaluation.encoders import (
     RAW_PIXELS,
     TRAINED,
@@ -28,6 +29,7 @@ from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 
 __all__ = [
+    "EMBEDDING_SUFFIXES",
     "L2_STRENGTHS",
     "PROBE_PROTOCOL",
     "RAW_PIXELS",
@@ -61,6 +63,8 @@ __all__ = [
     "load_manifests",
     "load_run",
     "nearest_neighbours",
+    "read_embeddings",
     "resolve_preprocessing",
     "train_probe",
+    "write_embeddings",
 ]

@@ -12,7 +12,7 @@ from sslfast.data import ImageLocation, Manifest
 from sslfast.device import resolve_device
 from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import Encoder, RunEncoders, extract_all, load_run
+from sslfast.evaluation.encoders import Encoder, RunEncoders, chosen_encoders, extract_all, load_run
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.results import cache_folder, data_facts, run_facts
 from sslfast.runs import versions
@@ -22,8 +22,12 @@ from sslfast.runs import versions
 class FeatureConfig(ImageConfig):
     """How the features of frozen encoders are computed."""
 
+    encoders: tuple[str, ...] = ()
+    """Of trained, untrained and "raw pixels"; default: all three. trained alone leaves out the baselines, and their
+    time and memory."""
     cache: bool = True
-    """Keep features in RUN/evaluation/features and read them from there; the folder may be deleted."""
+    """Keep features in RUN/evaluation/features and read them from there; the folder may be deleted. Without it they
+    must fit into memory."""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +79,7 @@ def load_evaluation_set(
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
     loaded = load_run(run, prefix=config.prefix) if loaded is None else loaded
     check(manifests[0])
-    wanted = encoders(loaded.encoders)
+    wanted = encoders(chosen_encoders(loaded, config.encoders))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
     cache = FeatureCache(cache_folder(run) if config.cache else None)

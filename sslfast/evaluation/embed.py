@@ -1,12 +1,15 @@
 """Embeddings of any images as a file: a row for each usable image, with its path and class.
 
-Images are preprocessed as in evaluations (a centre crop); features are written batch by batch, so memory does not grow
-with the number of images.
+Images are preprocessed as in evaluations; features go to the disk batch by batch and into the file a part at a time, so
+memory does not grow with the number of images. Under torchrun the processes share them.
 """
 
 import csv
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import io
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,18 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sslfast.data import Manifest, open_data
-from sslfast.device import resolve_device
-from sslfast.distributed import world_size
+from sslfast.data import open_data
+from sslfast.distributed import broadcast_object, distributed_device, is_main, together
+from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, run_head
+from sslfast.evaluation.encoders import TRAINED, extract_all, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.layers import check_layers, pooled_layers
-from sslfast.files import OUTPUT, replacing
+from sslfast.evaluation.layers import check_layers
+from sslfast.evaluation.preprocessing import describe
+from sslfast.files import OUTPUT, open_regular, replacing
 
-_NPY_HEADER = 128  # bytes, enough for the shape of any file
+SUFFIXES = (".npy", ".parquet")
+_ROWS_AT_ONCE = 1 << 12
+"""Written together: 33 MB of 2048 columns, and a row group of a .parquet file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +42,8 @@ class EmbedConfig(ImageConfig):
     """conv1, res2, res3, res4, res5 (average-pooled to about 9,000 values, as Goyal et al. 2019 do) or res5avg; by
     default the trunk's output."""
     head: bool = False
-    """The output of the method's projection head, whose vectors the loss compares, in place of the trunk's features;
-    RUN must be a run directory or a checkpoint in one."""
+    """The output of the projection head, whose vectors the loss compares (DINO: of the teacher's, before its last
+    layer), in place of the trunk's features. RUN must hold one: a run, or a file such as MoCo's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +58,7 @@ class Embeddings:
     """What :func:`sslfast.embed` returns."""
 
     values: Tensor
-    """``[N, D]`` float32 on the CPU, not normalised."""
+    """``[N, D]`` float32 on the CPU, not normalised; of a .npy file: mapped, not read."""
     rows: Tensor
     """``[N]`` int64: row of each image in the data set, ascending."""
     paths: list[str]
@@ -60,7 +66,9 @@ class Embeddings:
     classes: list[str | None]
     """``[N]`` class names; None for images without a label."""
     left_out: list[tuple[str, str]]
-    """Path and reason of each image that could not be used."""
+    """Path and reason of each image that could not be used; empty for those of a file."""
+    preprocessing: str
+    """What was seen of an image; empty for those of a .npy file."""
 
 
 def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output: Path = Path("embeddings.npy")) -> str:
@@ -73,25 +81,18 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         output: .npy: float32 [N, D], with row, path and class of each in a .csv beside it; .parquet: one table with
             the columns row, path, class and embedding.
 
+    Under torchrun the processes share the images. Until the file is written its disk holds the features twice.
+
     Raises:
         ValueError, FileNotFoundError: the weights, the data or the settings cannot be used.
+        WriteError: a file cannot be written.
     """
-    writers = {".npy": _npy_file, ".parquet": _parquet_file}
-    if output.suffix not in writers:
-        raise ValueError(f"output must end in {' or '.join(writers)}, got {str(output)!r}")
-    source = _Source(run, data, config)
-    count = 0
-    with ExitStack() as open_files:
-        write: Callable[[list[int], Tensor], None] | None = None
-        for rows, values in source:
-            if write is None:
-                write = open_files.enter_context(writers[output.suffix](output, source.manifest, values.shape[1]))
-            write(rows, values)
-            count += len(rows)
-        if write is None:
-            raise ValueError(f"no usable image in {data}; name a folder that holds images")
-    left_out = f", {len(source.left_out)} images left out" if source.left_out else ""
-    return f"{output}: {count:,} x {values.shape[1]:,}{left_out}"
+    check_suffix(output)
+    with distributed_device(config.device) as device, _scratch_folder(output) as folder:
+        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
+        together(lambda: write_embeddings(found, output), only_main=True)
+    left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
+    return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
 
 
 def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
@@ -111,134 +112,165 @@ def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
         raise ValueError(
             f"unknown option {', '.join(sorted(unknown))}; embed takes {', '.join(EmbedConfig.__dataclass_fields__)}"
         )
-    source = _Source(Path(run), Path(data), EmbedConfig(**options))
-    rows, parts = [], []
-    for some, values in source:
-        rows += some
-        parts.append(values)
-    if not parts:
-        raise ValueError(f"no usable image in {data}; name a folder that holds images")
+    config = EmbedConfig(**options)
+    with distributed_device(config.device) as device:
+        return _extract(Path(run), Path(data), config, device, FeatureCache(None))
+
+
+def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
+    loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix)
+    manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
+    size = loaded.size if config.size is None else config.size
+    seen = config.seen(size)
+    if config.layer is None:
+        features = extract_all(
+            {TRAINED: loaded.encoders[TRAINED]},
+            manifest,
+            size=size,
+            batch_size=config.batch_size,
+            device=device,
+            workers=config.workers,
+            on_bad_image=config.on_bad_image,
+            preprocessing=seen,
+            cache=cache,
+        )
+    else:
+        reader = ImageReader(manifest, size, config.batch_size, config.workers, config.on_bad_image, seen)
+        trunk = trunk_encoders(loaded, (TRAINED,))
+        features = extract_layers(trunk, (config.layer,), reader, device=device, cache=cache)
+    (values,) = features.values.values()
+    labels = manifest.labels[features.rows.numpy()].tolist()
     return Embeddings(
-        values=torch.cat(parts),
-        rows=torch.tensor(rows, dtype=torch.int64),
-        paths=[source.manifest.paths[row] for row in rows],
-        classes=[_class_name(source.manifest, row) for row in rows],
-        left_out=source.left_out,
+        values=values,
+        rows=features.rows,
+        paths=[manifest.paths[row] for row in features.rows.tolist()],
+        classes=[manifest.classes[label] if label >= 0 else None for label in labels],
+        left_out=[*manifest.excluded, *features.bad_images],
+        preprocessing=describe(seen, size),
     )
 
 
-class _Source:
-    """Batches ``(rows, float32 [B, D] on the CPU)`` of a data set, in row order."""
-
-    def __init__(self, run: Path, data: Path, config: EmbedConfig) -> None:
-        if world_size() > 1:
-            raise ValueError(f"embed runs in one process, got {world_size()}; start it without torchrun")
-        self._device = resolve_device(config.device)
-        loaded = load_run(run)
-        encoder = loaded.encoders[TRAINED]
-        assert isinstance(encoder, TrunkEncoder)
-        self._encoder, self._layer = encoder.to(self._device), config.layer
-        self._head = _head(run, loaded.checkpoint).to(self._device) if config.head else None
-        self.manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
-        size = loaded.size if config.size is None else config.size
-        self._reader = ImageReader(
-            self.manifest, size, config.batch_size, config.workers, config.on_bad_image, config.seen(size)
-        )
-
-    @property
-    def left_out(self) -> list[tuple[str, str]]:
-        return [*self.manifest.excluded, *self._reader.bad_images]
-
-    @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[list[int], Tensor]]:
-        for rows, images in self._reader(range(len(self.manifest))):
-            images = images.to(self._device)
-            if self._layer is None:
-                values = self._encoder(images)
-            else:
-                pixels = self._encoder.prepare(images)
-                values = pooled_layers(self._encoder.trunk, pixels, [self._layer])[self._layer]
-            if self._head is not None:
-                values = self._head(values)
-            values = values.flatten(1).float().cpu()
-            if not bool(values.isfinite().all()):
-                first = self.manifest.paths[rows[int((~values.isfinite()).any(1).nonzero()[0])]]
-                raise ValueError(f"the embedding of {first} is NaN or infinite, so the weights are broken; name others")
-            yield rows, values
-
-
-def _head(run: Path, checkpoint: Path) -> nn.Module:
-    head = run_head(checkpoint)
-    if head is None:
-        raise ValueError(f"head needs a run directory, and {run} holds the trunk alone; leave head out")
-    return head
-
-
-def _class_name(manifest: Manifest, row: int) -> str | None:
-    label = int(manifest.labels[row])
-    return manifest.classes[label] if label >= 0 else None
-
-
 @contextmanager
-def _npy_file(output: Path, manifest: Manifest, columns: int) -> Iterator[Callable[[list[int], Tensor], None]]:
-    """float32 ``[N, D]`` in NumPy's format 1.0, whose header is written last, when N is known."""
-    table = output.with_suffix(".csv")
+def _scratch_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the output for the features until they are in it; of all ranks, made when it is written to."""
+    folder = broadcast_object(output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"))
+    try:
+        yield folder
+    finally:
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_suffix(path: Path) -> None:
+    """ValueError unless it is one of :data:`SUFFIXES`; ImportError where its package is missing."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"embeddings are kept in files {' or '.join(SUFFIXES)}, got {str(path)!r}; name such a file")
+    if path.suffix == ".parquet":
+        _import_pyarrow()
+
+
+def write_embeddings(found: Embeddings, path: Path) -> None:
+    """Write a file as :func:`embed` does, a part of the rows at a time, atomically."""
+    check_suffix(path)
+    (_write_parquet if path.suffix == ".parquet" else _write_npy)(found, path)
+
+
+def read_embeddings(path: Path | str) -> Embeddings:
+    """The contents of a file that :func:`embed` wrote: .npy is mapped, .parquet read into memory.
+
+    Raises:
+        ValueError: there is no such file, or it is of another kind.
+    """
+    path = Path(path)
+    check_suffix(path)
+    try:
+        return _read_parquet(path) if path.suffix == ".parquet" else _read_npy(path)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no file of embeddings ({reason}); write it with sslfast embed") from None
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for first in range(0, count, _ROWS_AT_ONCE):
+        yield slice(first, first + _ROWS_AT_ONCE)
+
+
+def _write_npy(found: Embeddings, path: Path) -> None:
     with (
-        replacing(output, remedy=OUTPUT) as values_path,
-        replacing(table, remedy=OUTPUT) as table_path,
+        replacing(path, remedy=OUTPUT) as values_path,
+        replacing(path.with_suffix(".csv"), remedy=OUTPUT) as table_path,
         values_path.open("wb") as file,
         table_path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as names,
     ):
-        file.write(bytes(_NPY_HEADER))
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(found.values.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
         lines = csv.writer(names, lineterminator="\n")
         lines.writerow(["row", "path", "class"])
-        count = 0
-
-        def write(rows: list[int], values: Tensor) -> None:
-            nonlocal count
-            file.write(np.ascontiguousarray(values.numpy(), dtype="<f4").tobytes())
-            lines.writerows([row, manifest.paths[row], _class_name(manifest, row)] for row in rows)
-            count += len(rows)
-
-        yield write
-        file.seek(0)
-        file.write(_npy_header(count, columns))
+        for part in _parts(len(found.values)):
+            file.write(np.ascontiguousarray(found.values[part].numpy(), dtype="<f4").tobytes())
+            lines.writerows(zip(found.rows[part].tolist(), found.paths[part], found.classes[part], strict=True))
 
 
-def _npy_header(rows: int, columns: int) -> bytes:
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
-    start = b"\x93NUMPY\x01\x00" + (_NPY_HEADER - 10).to_bytes(2, "little")
-    return start + text.encode().ljust(_NPY_HEADER - len(start) - 1) + b"\n"
-
-
-@contextmanager
-def _parquet_file(output: Path, manifest: Manifest, columns: int) -> Iterator[Callable[[list[int], Tensor], None]]:
-    """A row group for each batch."""
-    try:
-        pa, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError:
-        raise ImportError("writing .parquet files needs pyarrow: pip install pyarrow, or name a .npy file") from None
-    schema = pa.schema(
-        [
-            ("row", pa.int64()),
-            ("path", pa.string()),
-            ("class", pa.string()),
-            ("embedding", pa.list_(pa.float32(), columns)),
-        ]
+def _read_npy(path: Path) -> Embeddings:
+    with open_regular(path):  # a pipe would be waited for
+        values = np.load(path, mmap_mode="c", allow_pickle=False)
+    if values.ndim != 2 or values.dtype != np.float32:
+        raise ValueError(f"it holds {values.dtype} {list(values.shape)}, not float32 [N, D]")
+    table = path.with_suffix(".csv")
+    with open_regular(table) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        lines = [(int(line["row"]), line["path"], line["class"] or None) for line in csv.DictReader(text)]
+    if len(lines) != len(values):
+        raise ValueError(f"{table.name} has {len(lines)} lines for {len(values)} embeddings")
+    return Embeddings(
+        values=torch.from_numpy(values),
+        rows=torch.tensor([row for row, _, _ in lines], dtype=torch.int64),
+        paths=[name for _, name, _ in lines],
+        classes=[label for _, _, label in lines],
+        left_out=[],
+        preprocessing="",
     )
-    with replacing(output, remedy=OUTPUT) as path, parquet.ParquetWriter(path, schema) as writer:
 
-        def write(rows: list[int], values: Tensor) -> None:
-            flat = pa.array(values.flatten().numpy())
-            columns_of = [
-                pa.array(rows, pa.int64()),
-                pa.array([_text(manifest.paths[row]) for row in rows], pa.string()),
-                pa.array([_class_name(manifest, row) for row in rows], pa.string()),
-                pa.FixedSizeListArray.from_arrays(flat, columns),
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError:
+        raise ImportError("files .parquet need pyarrow: pip install pyarrow, or name a .npy file") from None
+
+
+def _write_parquet(found: Embeddings, path: Path) -> None:
+    pa, parquet = _import_pyarrow()
+    columns = found.values.shape[1]
+    fields = [("row", pa.int64()), ("path", pa.string()), ("class", pa.string())]
+    schema = pa.schema(
+        [*fields, ("embedding", pa.list_(pa.float32(), columns))], metadata={"preprocessing": found.preprocessing}
+    )
+    with replacing(path, remedy=OUTPUT) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for part in _parts(len(found.values)):
+            arrays = [
+                pa.array(found.rows[part].numpy()),
+                pa.array([_text(name) for name in found.paths[part]], pa.string()),
+                pa.array(found.classes[part], pa.string()),
+                pa.FixedSizeListArray.from_arrays(pa.array(found.values[part].flatten().numpy()), columns),
             ]
-            writer.write_table(pa.Table.from_arrays(columns_of, schema=schema))
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
-        yield write
+
+def _read_parquet(path: Path) -> Embeddings:
+    _, parquet = _import_pyarrow()
+    with open_regular(path) as file:
+        table = parquet.read_table(file)
+    embedding = table["embedding"].combine_chunks()
+    values = embedding.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    return Embeddings(
+        values=torch.from_numpy(values.reshape(len(table), embedding.type.list_size)),
+        rows=torch.tensor(table["row"].to_pylist(), dtype=torch.int64),
+        paths=table["path"].to_pylist(),
+        classes=table["class"].to_pylist(),
+        left_out=[],
+        preprocessing=(table.schema.metadata or {}).get(b"preprocessing", b"").decode(),
+    )
 
 
 def _text(path: str) -> str:

@@ -81,11 +81,12 @@ class TrunkEncoder:
 
 
 class HeadEncoder(TrunkEncoder):
-    """A trunk and the projection head that it was trained with: unit vectors, as the method compares them."""
+    """A trunk and the projection head that it was trained with; ``unit``: the unit vectors, as the method compares
+    them."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Module, **preprocessing: Any) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Module, *, unit: bool = True, **preprocessing: Any) -> None:
         super().__init__(trunk, **preprocessing)
-        self.head = head.eval()
+        self.head, self.unit = head.eval(), unit
 
     def to(self, device: torch.device) -> "HeadEncoder":
         super().to(device)
@@ -93,11 +94,12 @@ class HeadEncoder(TrunkEncoder):
         return self
 
     def __call__(self, images: Tensor) -> Tensor:
-        return normalize(self.head(super().__call__(images)).float(), dim=1)
+        found = self.head(super().__call__(images)).float()
+        return normalize(found, dim=1) if self.unit else found
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Encoder`."""
-        return {**super().identity(), "head": weights_digest(self.head)}
+        return {**super().identity(), "head": weights_digest(self.head), **({} if self.unit else {"unit": False})}
 
 
 class RawPixels:
@@ -152,11 +154,11 @@ def run_head(checkpoint: Path) -> nn.Module | None:
     return read_head(state["config"], state["method"]).eval() if "config" in state and "method" in state else None
 
 
-def load_run(run: Path | str, *, head: bool = False, prefix: str | None = None) -> RunEncoders:
+def load_run(run: Path | str, *, head: bool = False, unit_head: bool = True, prefix: str | None = None) -> RunEncoders:
     """The encoder of a run directory's newest intact checkpoint, or of any file that ``read_weights`` reads.
 
-    With ``head`` the trained encoder ends with the method's projection head. ``prefix``: see
-    :func:`sslfast.weights.load_trunk`.
+    With ``head`` the trained encoder ends with the method's projection head, whose output it divides by its norm
+    (``unit_head``). ``prefix``: see :func:`sslfast.weights.load_trunk`.
 
     The untrained encoder is the same trunk as initialised by the same run (same seed; 0 if the file states none), in
     eval mode: its BatchNorm layers hold mean 0 and variance 1, so they are the identity.
@@ -181,7 +183,7 @@ def load_run(run: Path | str, *, head: bool = False, prefix: str | None = None) 
     }
     trunk = weights.build()
     encoders: dict[str, Encoder] = {
-        TRAINED: HeadEncoder(trunk, run_head(weights.path) or weights.build_head(), **preprocessing)
+        TRAINED: HeadEncoder(trunk, run_head(weights.path) or weights.build_head(), unit=unit_head, **preprocessing)
         if head
         else TrunkEncoder(trunk, **preprocessing),
         UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **preprocessing),
@@ -271,6 +273,14 @@ def extract_layers(
         f"{name}/{layer}": {**encoder.identity(), "layer": layer} for name, encoder in moved.items() for layer in layers
     }
     return extract(compute, identities, reader, device=device, cache=cache)
+
+
+def chosen_encoders(loaded: "RunEncoders", names: Sequence[str]) -> dict[str, Encoder]:
+    """The encoders of a run that are named; all of them where none is."""
+    for name in names:
+        if name not in loaded.encoders:
+            raise ValueError(f"encoders must be some of {', '.join(loaded.encoders)}, got {name!r}")
+    return {name: loaded.encoders[name] for name in names or loaded.encoders}
 
 
 def trunk_encoders(loaded: "RunEncoders", names: Sequence[str]) -> dict[str, TrunkEncoder]:

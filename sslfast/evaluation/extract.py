@@ -1,8 +1,11 @@
 """Feature extraction: deterministic preprocessing, each image read once, the work shared by the ranks."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,6 @@ from torch import Tensor
 from sslfast.data import (
     BadImageError,
     DaemonPool,
-    LostBatchError,
     Manifest,
     OnBadImage,
     Patience,
@@ -19,11 +21,14 @@ from sslfast.data import (
     quiet_pillow,
     require_strict_pillow,
 )
-from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, raise_together
-from sslfast.evaluation.cache import Cached, FeatureCache
+from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, rank, together
+from sslfast.evaluation.cache import Cached, FeatureCache, FeatureWriter, mapped, part_path, table_of
 from sslfast.evaluation.folders import UnsuitableError
 from sslfast.evaluation.preprocessing import Preprocessing, describe, eval_image
 from sslfast.text import printable
+
+_AHEAD = 2
+"""Batches that threads decode while the network works on one."""
 
 
 @dataclass(kw_only=True)
@@ -31,7 +36,7 @@ class Features:
     """Features of the usable images of a manifest."""
 
     values: dict[str, Tensor]
-    """Name -> float32 ``[N, D]`` on the CPU."""
+    """Name -> float32 ``[N, D]`` on the CPU; of a cache: mapped files."""
     rows: Tensor
     """``[N]`` int64: manifest row of each feature row."""
     bad_images: list[tuple[str, str]] = field(default_factory=list)
@@ -59,6 +64,11 @@ class ImageReader:
         for name in ("size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.manifest.source.loader is not None:
+            raise ValueError(
+                f"{self.manifest.source} is a .{self.manifest.source.name} file, which only the training of linear "
+                "classifiers by SGD and of semisup reads; give a folder or an archive of image files"
+            )
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got workers={self.workers}")
         require_strict_pillow()
@@ -78,8 +88,17 @@ class ImageReader:
             return f"images{last}: the storage does not answer; see that the data can be read, and evaluate again"
 
         with quiet_pillow(), DaemonPool(max(1, self.workers), "sslfast-images") as pool:
-            while some := list(islice(remaining, self.batch_size)):
-                found = pool.map(decode, some, self.patience, why)
+            ahead: deque[tuple[list[int], list[Future[Tensor | str]]]] = deque()
+            while True:
+                while len(ahead) <= (_AHEAD if self.workers else 0):
+                    some = list(islice(remaining, self.batch_size))
+                    if not some:
+                        break
+                    ahead.append((some, [pool.submit(decode, row) for row in some]))
+                if not ahead:
+                    return
+                some, futures = ahead.popleft()
+                found = [self.patience.result(future, why) for future in futures]
                 good = [(row, image) for row, image in zip(some, found, strict=True) if isinstance(image, Tensor)]
                 self._note_bad(some, found)
                 if good:
@@ -104,14 +123,14 @@ class ImageReader:
             self.bad_images.append((self.manifest.paths[row], reason))
 
 
-def check_features(name: str, found: Cached, manifest: Manifest) -> None:
-    """UnsuitableError where a feature vector is not finite or its norm overflows: every score would be chance."""
-    bad = (~found.values.norm(dim=1).isfinite()).nonzero()[:, 0]
-    if len(bad):
-        first = printable(manifest.paths[int(found.rows[bad[0]])])
+def check_features(name: str, broken: Sequence[int], count: int, manifest: Manifest) -> None:
+    """UnsuitableError where a feature vector (manifest rows ``broken``) is not finite or its norm overflows: every
+    score would be chance."""
+    if broken:
         raise UnsuitableError(
-            f"the encoder ({name}) gives NaN or infinite features for {len(bad)} of {len(found.values)} images "
-            f"({first}, ...), so its weights are broken; name others, for example an earlier checkpoint, as RUN"
+            f"the encoder ({name}) gives NaN or infinite features for {len(broken)} of {count} images "
+            f"({printable(manifest.paths[broken[0]])}, ...), so its weights are broken; name others, for example an "
+            "earlier checkpoint, as RUN"
         )
 
 
@@ -157,12 +176,7 @@ def extract(
     # The union over ranks: a rank that does not see a file would otherwise extract alone, and wait forever.
     missing = sorted({name for names in gather_objects([n for n, f in stored.items() if f is None]) for name in names})
     if missing:
-        for name, part in _read(compute, missing, reader, device).items():
-            stored[name] = part
-            key = keys[name]
-            check_features(name, part, manifest)
-            if key is not None and is_main():
-                cache.save(key, part)
+        stored |= _read(compute, missing, reader, device, cache, keys)
     whole = {name: known for name in identities if (known := stored[name]) is not None}
     some = next(iter(whole.values()))
     return Features(
@@ -170,23 +184,88 @@ def extract(
     )
 
 
-def _read(compute: Compute, names: list[str], reader: ImageReader, device: torch.device) -> dict[str, Cached]:
-    """Each rank reads its part of the images; all ranks return everything."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+def _read(
+    compute: Compute,
+    names: list[str],
+    reader: ImageReader,
+    device: torch.device,
+    cache: FeatureCache,
+    keys: Mapping[str, dict[str, Any] | None],
+) -> dict[str, Cached]:
+    """Each rank reads its part of the images and writes it; all ranks return everything."""
+    writers: dict[str, FeatureWriter] = {}
+    broken: dict[str, list[int]] = {name: [] for name in names}
     rows: list[int] = []
-    error: str | None = None
-    try:
+
+    def read() -> None:
+        for name in names:
+            writers[name] = cache.writer(keys[name], part=rank())
         for some, images in reader(own_rows(len(reader.manifest))):
-            rows += some
+            rows.extend(some)
             for name, value in compute(names, images.to(device)).items():
-                parts[name].append(value.flatten(1).float().cpu())
-    except (ValueError, LostBatchError) as problem:
-        error = str(problem)
-    raise_together(error)
-    all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)
-    if not len(all_rows):
-        raise UnsuitableError(f"no usable image in {reader.manifest.source}; name a folder that holds images")
-    bad = [item for part in gather_objects(reader.bad_images) for item in part]
-    widths = next(w for w in gather_objects({n: p[0].shape[1] for n, p in parts.items() if p}) if w)
-    values = {n: torch.cat(p) if p else torch.zeros(0, widths[n]) for n, p in parts.items()}
-    return {n: Cached(values=gather_uneven(v), rows=all_rows, bad_images=bad) for n, v in values.items()}
+                features = value.flatten(1).float().cpu()
+                bad = (~features.norm(dim=1).isfinite()).nonzero()[:, 0]
+                broken[name] += [some[position] for position in bad.tolist()]
+                writers[name].append(features)
+
+    try:
+        together(read)
+        all_rows = torch.tensor([row for part in gather_objects(rows) for row in part], dtype=torch.int64)
+        if not len(all_rows):
+            raise UnsuitableError(f"no usable image in {reader.manifest.source}; name a folder that holds images")
+        bad_images = [item for part in gather_objects(reader.bad_images) for item in part]
+        for name in names:
+            everywhere = [row for part in gather_objects(broken[name]) for row in part]
+            check_features(name, everywhere, len(all_rows), reader.manifest)
+        return {
+            name: Cached(
+                values=_joined(cache, keys[name], writer, all_rows, bad_images), rows=all_rows, bad_images=bad_images
+            )
+            for name, writer in writers.items()
+        }
+    finally:
+        for writer in writers.values():
+            writer.discard()
+
+
+def _joined(
+    cache: FeatureCache,
+    key: dict[str, Any] | None,
+    writer: FeatureWriter,
+    rows: Tensor,
+    bad_images: list[tuple[str, str]],
+) -> Tensor:
+    """The features of all ranks: one file, which every rank maps; in memory where there is none, or where ranks do not
+    see each other's files."""
+    writer.width = max(gather_objects(writer.width))  # 0 on a rank without a usable image
+    counts = gather_objects(writer.count)
+    own = writer.values()  # mapped before the file has its name
+    path = None if key is None else cache.path(key)
+    all_written = path is not None and all(gather_objects(writer.is_on_disk))
+    if all_written and key is not None and path is not None:
+        together(lambda: None if is_main() else writer.commit())
+        together(lambda: _join(cache, writer, path, counts, table_of(key, rows, bad_images)), only_main=True)
+        if not is_main():
+            part_path(path, rank()).unlink(missing_ok=True)
+        found = _mapped_file(path, len(rows), writer.width)
+        if all(gather_objects(found is not None)) and found is not None:
+            return found
+    return gather_uneven(own)
+
+
+def _join(cache: FeatureCache, writer: FeatureWriter, path: Path, counts: list[int], table: dict[str, Any]) -> None:
+    """The first rank's file, with the rows that the other ranks wrote behind its own."""
+    try:
+        for other, count in enumerate(counts[1:], 1):
+            writer.append_file(part_path(path, other), count)
+        writer.commit(table)
+    except OSError as error:
+        writer.discard()
+        cache.note_failure(path, error)
+
+
+def _mapped_file(path: Path, count: int, width: int) -> Tensor | None:
+    try:
+        return mapped(path, count, width) if path.stat().st_size > count * width * 4 else None
+    except (OSError, RuntimeError):
+        return None

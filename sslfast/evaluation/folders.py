@@ -80,10 +80,12 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
 def _place(data: Path, split: str) -> Path:
     """Where the images of a split are: its .csv list or .tsv manifest, else its folder, another list or an archive."""
     folder = data / split
+    packed = [data / "train.beton"] if split == "train" else []  # for training: only the ffcv loader reads it
     for place in (
         data / f"{split}.csv",
         data / f"{split}.tsv",
         folder,
+        *packed,
         *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS),
     ):
         if place.is_file() or (place == folder and place.is_dir()):

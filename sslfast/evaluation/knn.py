@@ -68,7 +68,7 @@ def nearest_neighbours(
 
     Args:
         queries: ``[Q, D]`` float, any norm.
-        bank: ``[N, D]`` float, any norm.
+        bank: ``[N, D]`` float, any norm, on any device; read once, a part at a time, so it may be a mapped file.
         k: ``1 <= k <= N``, without ``own``; else ``k < N``.
         own: ``[Q]`` int64: a bank row that each query must not find (itself).
         max_entries: maximum number of similarities in memory at once; both sides are split to stay below it.
@@ -79,32 +79,32 @@ def nearest_neighbours(
     most = len(bank) - (own is not None)
     if not 1 <= k <= most:
         raise ValueError(f"k must be in [1, {most}], the number of training images, got {k=}; lower --k")
-    queries, bank = normalize(queries.float(), dim=1), normalize(bank.float(), dim=1)
+    queries = normalize(queries.float(), dim=1)
+    if not len(queries):
+        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
     bank_step = max(1, min(len(bank), max_entries // max(1, min(len(queries), QUERIES_AT_ONCE))))
     query_step = max(1, max_entries // bank_step)
-    found: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(queries), query_step):
-        some = queries[first : first + query_step]
-        best: tuple[Tensor, Tensor] | None = None
-        for start in range(0, len(bank), bank_step):
-            similarity = some @ bank[start : start + bank_step].T
+    values: list[Tensor] = []
+    rows: list[Tensor] = []
+    for start in range(0, len(bank), bank_step):  # the bank is read once, and may be larger than the memory
+        part = normalize(bank[start : start + bank_step].to(queries.device).float(), dim=1).T
+        for number, first in enumerate(range(0, len(queries), query_step)):
+            similarity = queries[first : first + query_step] @ part
             if own is not None:
                 column = own[first : first + query_step, None] - start
                 inside = (column >= 0) & (column < similarity.shape[1])
                 column = column.clamp(0, similarity.shape[1] - 1)
                 similarity.scatter_(1, column, torch.where(inside, -torch.inf, similarity.gather(1, column)))
-            values, columns = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            rows = columns + start
-            if best is not None:
-                values, rows = torch.cat((best[0], values), 1), torch.cat((best[1], rows), 1)
-                values, order = values.topk(min(k, values.shape[1]), dim=1)
-                rows = rows.gather(1, order)
-            best = values, rows
-        assert best is not None
-        found.append(best)
-    if not found:
-        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
-    return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
+            best, columns = similarity.topk(min(k, similarity.shape[1]), dim=1)
+            found = columns + start
+            if start:
+                best, found = torch.cat((values[number], best), 1), torch.cat((rows[number], found), 1)
+                best, order = best.topk(min(k, best.shape[1]), dim=1)
+                values[number], rows[number] = best, found.gather(1, order)
+            else:
+                values.append(best)
+                rows.append(found)
+    return torch.cat(values), torch.cat(rows)
 
 
 def class_scores(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float = TEMPERATURE) -> Tensor:
@@ -265,7 +265,7 @@ def knn_result(
     rows = []
     for name in evaluation.train:
         own = own_rows(len(val_labels))
-        bank, queries = evaluation.train[name].to(device), evaluation.val[name][own.start : own.stop].to(device)
+        bank, queries = evaluation.train[name], evaluation.val[name][own.start : own.stop].to(device)
         similarity, neighbours = map(gather_uneven, nearest_neighbours(queries, bank, max(k)))
         found = _vote(similarity, train_labels[neighbours], val_labels, train_labels, k=k, temperature=temperature)
         for some, value in found.items():

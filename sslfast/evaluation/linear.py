@@ -24,6 +24,7 @@ from sslfast.evaluation.linear_sgd import FrozenMaps, judge, train_heads
 from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_folder, run_facts, write_result
 from sslfast.evaluation.sgd import GOYAL, MOCO, ResumeState, SGDProtocol, TrainingImages
 from sslfast.evaluation.table import accuracy_table, layer_table
+from sslfast.loaders import LoaderName
 from sslfast.runs import versions
 
 PROTOCOLS = {"goyal": GOYAL, "moco": MOCO}
@@ -39,8 +40,9 @@ class LinearConfig(FeatureConfig):
     layers: tuple[str, ...] = ()
     """goyal: classifiers to train, of conv1 res2 res3 res4 res5 res5avg res5avg-plain (without BatchNorm); default:
     all."""
-    encoders: tuple[str, ...] = (TRAINED,)
-    """goyal, moco: trained, untrained or both."""
+    encoders: tuple[str, ...] = ()
+    """probe: of trained, untrained and "raw pixels", default all three. goyal, moco: trained (default), untrained or
+    both."""
     epochs: int | None = None
     """goyal, moco: passes over the data; default: as published. The learning rate's drops scale with it."""
     strengths: tuple[float, ...] = L2_STRENGTHS
@@ -49,6 +51,9 @@ class LinearConfig(FeatureConfig):
     """probe: of the held-out draw; else of initial weights, order and crops. Several: mean and standard deviation."""
     batch_size: int = 256
     """Images per forward pass; goyal, moco: also per step, and the learning rate scales with it."""
+    loader: LoaderName = "auto"
+    """Of augmented training images: pillow, dali, or ffcv for DATA/train.beton; auto: ffcv for such a file, or pillow.
+    Another loader's pixels differ by rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """goyal, moco: of the frozen trunk; classifiers are float32."""
     workers: int = 0
@@ -63,6 +68,8 @@ class LinearConfig(FeatureConfig):
         check_at_least(1, epochs=self.epochs)
         if self.protocol == "probe" and (self.layers or self.epochs is not None):
             raise ValueError("layers and epochs belong to --protocol goyal or moco; the probe has neither")
+        if self.protocol == "probe" and self.loader != "auto":
+            raise ValueError("loader belongs to --protocol goyal or moco; the probe sees no augmented images")
 
 
 def evaluate_linear(
@@ -110,7 +117,7 @@ def _evaluate_sgd(
         raise ValueError(f"layers of {protocol.name} must be some of {', '.join(protocol.layers)}, got {unknown[0]!r}")
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
     loaded = load_run(run, prefix=config.prefix)
-    encoders = trunk_encoders(loaded, config.encoders)
+    encoders = trunk_encoders(loaded, config.encoders or (TRAINED,))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
     reader = ImageReader(manifests[1], size, config.batch_size, config.workers, config.on_bad_image, seen)
@@ -118,6 +125,7 @@ def _evaluate_sgd(
     facts = {
         **run_facts(run, loaded, size, seen),
         **protocol.facts(epochs, config.batch_size),
+        "loader": config.loader,
         "precision": str(maps.precision).removeprefix("torch."),
         "seeds": list(config.seeds),
         "source": protocol.source,
@@ -133,7 +141,7 @@ def _evaluate_sgd(
                 **facts,
                 "seeds": seed,
                 "layers": layers,
-                "encoders": config.encoders,
+                "encoders": tuple(encoders),
                 "data": manifests[0].digest(),
                 "decoding": asdict(config.decoding(run)),
             },
@@ -147,6 +155,7 @@ def _evaluate_sgd(
             workers=config.workers,
             on_bad_image=config.on_bad_image,
             device=device,
+            loader=config.loader,
         )
         with closing(images):
             heads = train_heads(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslfast.data import Manifest
-from sslfast.distributed import gather_rows
+from sslfast.distributed import convert_sync_batchnorm, mean_over_ranks, replicate, world_size
 from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.layers import pooled_layers
@@ -91,26 +91,29 @@ def train_heads(
 ) -> Heads:
     """Train all classifiers at the same time, one pass over the images per epoch.
 
-    With several processes each rank computes the maps of its part of a batch, gathers those of all ranks, and takes
-    the same step: BatchNorm sees the whole batch, and the result is that of one process.
+    With several processes each rank works on its part of a batch, trunk and classifiers alike: BatchNorm normalises with
+    the statistics of the whole batch and gradients are averaged, so the result is that of one process but for rounding.
 
     Raises:
         ValueError: a loss that is not finite, naming the classifier.
     """
     shapes = {name: value.shape[1:] for name, value in maps(_blank(size, maps.device)).items()}
     heads = Heads(shapes, classes=classes, seed=seed).to(maps.device).train()
+    if world_size() > 1:
+        convert_sync_batchnorm(heads, maps.device)
     optimizer = protocol.optimizer(heads, batch_size=batch_size)
-    for epoch in range(resume.load(heads, optimizer), epochs):
+    start = resume.load(heads, optimizer)
+    replica = replicate(heads, maps.device)
+    for epoch in range(start, epochs):
         set_learning_rate(optimizer, protocol.learning_rate(epoch, epochs=epochs, batch_size=batch_size))
         losses: dict[str, Tensor] = {}
         for crops, labels in images.epoch(epoch):
-            all_labels = gather_rows(labels)
-            logits = heads({name: gather_rows(value) for name, value in maps(crops).items()})
-            losses = {name: cross_entropy(value, all_labels) for name, value in logits.items()}
+            losses = {name: cross_entropy(value, labels) for name, value in replica(maps(crops)).items()}
             optimizer.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
-        check_finite(losses, epoch, remedy="use --protocol probe")
+        means = {name: mean_over_ranks(loss.detach()) for name, loss in losses.items()}
+        check_finite(means, epoch, remedy="use --protocol probe")
         resume.save(heads, optimizer, epoch + 1)
     return heads.eval()
 

@@ -36,6 +36,7 @@ from sslfast.evaluation.sgd import (
     count_hits,
 )
 from sslfast.evaluation.table import layer_table
+from sslfast.loaders import LoaderName
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
 from sslfast.runs import versions
@@ -66,6 +67,9 @@ class SemisupConfig(ImageConfig):
     norm_batch: int | None = None
     """Images that BatchNorm normalises together, a divisor of each process's part of the batch; default: as published
     (pirl: 32; simclr: all of a process), and all of a process where that is no divisor."""
+    loader: LoaderName = "auto"
+    """Of augmented training images: pillow, dali, or ffcv for DATA/train.beton; auto: ffcv for such a file, or pillow.
+    Another loader's pixels differ by rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Of the network."""
     workers: int = 0
@@ -188,6 +192,7 @@ def evaluate_semisup(
             **run_facts(run, loaded, size, seen),
             **protocol.facts(epochs, config.batch_size),
             "norm_batch": norm_batch or config.batch_size // world_size(),
+            "loader": config.loader,
             "precision": str(precision).removeprefix("torch."),
             "subset": {
                 "fraction": config.fraction if config.subset is None else None,
@@ -232,6 +237,7 @@ def evaluate_semisup(
                     workers=config.workers,
                     on_bad_image=config.on_bad_image,
                     device=device,
+                    loader=config.loader,
                 )
                 with closing(images):
                     fine_tune(

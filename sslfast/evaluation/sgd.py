@@ -25,7 +25,7 @@ from sslfast.distributed import (
 from sslfast.evaluation.cache import load_whole, save_optional
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.results import departures
-from sslfast.loaders import Loader, LoaderConfig, build_loader
+from sslfast.loaders import Loader, LoaderConfig, LoaderName, build_loader
 from sslfast.ops import ViewParameter
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
@@ -157,7 +157,8 @@ SEMISUP_SIMCLR = SGDProtocol(
 class TrainingImages:
     """Random resized crops with random flips of labelled images: functions of (seed, epoch, sample id).
 
-    With several processes each gets its part of every batch.
+    With several processes each gets its part of every batch. ``loader``: any that can read the images; auto: ffcv for a
+    .beton file, else pillow.
     """
 
     def __init__(
@@ -170,13 +171,14 @@ class TrainingImages:
         workers: int,
         on_bad_image: OnBadImage,
         device: torch.device,
+        loader: LoaderName = "auto",
     ) -> None:
         augment = AugmentConfig(flip_probability=0.5, jitter_probability=0.0, grayscale_probability=0.0)
         self.view = ViewConfig(crop=CropConfig(size=size), augment=augment)
         self.seed = seed
         self.labels = torch.from_numpy(manifest.labels).to(device)
         self.loader: Loader = build_loader(
-            LoaderConfig(name="pillow", workers=workers, on_bad_image=on_bad_image),
+            LoaderConfig(name=loader, workers=workers, on_bad_image=on_bad_image),
             views={"image": self.view},
             batch_size=batch_size,
             seed=seed,

@@ -107,6 +107,9 @@ class Method(nn.Module):
     embedding_head: ClassVar[str] = "projection"
     """Attribute of the module whose output the loss compares, where there is one; its statistics are logged."""
 
+    evaluation_head: ClassVar[str | None] = None
+    """What evaluations take in its place, where that is another: dotted name of a module."""
+
     trunk: Trunk
     """The network that is pretrained: images ``[B, 3, S, S]`` to features ``[B, out_features]``. Where a method also
     has a ``teacher_trunk``, ``sslfast.load`` and the evaluations take that one from its checkpoints."""

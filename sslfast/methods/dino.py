@@ -107,6 +107,7 @@ class DINO(Method):
             """The module for a run."""
             return DINO(self, context)
 
+    evaluation_head = "teacher_head.mlp"
     centre: Tensor
 
     def __init__(self, config: Config, context: MethodContext) -> None:

@@ -15,8 +15,8 @@ _ROWS = 1 << 20  # of a memory bank that takes no memory
 
 
 def read_head(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """The module that the method's ``embedding_head`` names, with its trained weights: features ``[B, C]`` to
-    embeddings ``[B, D]``.
+    """The module that the method's ``evaluation_head`` or ``embedding_head`` names, with its trained weights: features
+    ``[B, C]`` to embeddings ``[B, D]``.
 
     Args:
         config: of the run, as its checkpoints hold it.
@@ -31,10 +31,11 @@ def read_head(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
     )
     with torch.device("meta"):  # no memory, no time: the head alone is needed
         method = settings.build(context)
-    head = getattr(method, method.embedding_head, None)
+    where = method.evaluation_head or method.embedding_head
+    head = dict(method.named_modules()).get(where)
     if not isinstance(head, nn.Module):
         raise ValueError(f"method {settings.name} has no projection head; take the trunk's features: leave head out")
-    prefix = f"{method.embedding_head}."
+    prefix = f"{where}."
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     head = head.to_empty(device="cpu")
     try:

@@ -12,17 +12,21 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sslfast.data import ImageLocation, decode_full, quiet_pillow
+from sslfast.data import ImageLocation, decode_full, open_data, quiet_pillow
+from sslfast.device import resolve_device
 from sslfast.evaluation import (
+    EMBEDDING_SUFFIXES,
     EvaluationSet,
     FeatureConfig,
     Lettering,
     load_evaluation_set,
     load_font,
     nearest_neighbours,
+    read_embeddings,
 )
 from sslfast.files import OUTPUT, save_picture
 from sslfast.report.preview import check_picture
+from sslfast.text import printable
 
 _TILE, _GAP, _FRAME = 96, 10, 4
 _MARGIN, _BLOCK_GAP = 28, 36
@@ -30,6 +34,7 @@ _TITLE, _HEADING, _SMALL = 22, 16, 12
 _CAPTION = 20
 _MOST_TITLE = 2000
 _PAPER, _INK, _FAINT, _MAT = "#ffffff", "#1f2933", "#6b7785", "#eef1f4"
+_OF_FILE = ("queries", "k", "device", "on_bad_image", "white_level", "max_pixels")
 _SAME, _OTHER = "#16a34a", "#dc2626"
 
 
@@ -49,7 +54,8 @@ class Neighbour:
 
     location: ImageLocation
     similarity: float
-    same_class: bool
+    same_class: bool | None
+    """None: one of the two has no class."""
 
 
 @dataclass(kw_only=True)
@@ -134,13 +140,67 @@ def run_neighbours(
     """Contact sheet of validation images and the training images most similar to them, for a run and its baselines.
 
     Args:
-        run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo).
-        data: folder with train/<class>/ and val/<class>/.
+        run: run directory, or a file of weights; or a file of sslfast embed (.parquet, .npy), which needs no labels.
+        data: folder with train/<class>/ and val/<class>/; with a file of sslfast embed the images that it is of.
         config: settings.
         output: image file to write.
     """
+    if run.suffix in EMBEDDING_SUFFIXES and not run.is_dir():
+        return _write_of_file(run, data, config, output)
     evaluation = load_evaluation_set(run, data, config)
     return write_neighbours(evaluation, output, queries=config.queries, k=config.k)
+
+
+def _write_of_file(path: Path, data: Path, config: NeighboursConfig, output: Path) -> Path:
+    """The sheet of embeddings in a file: images spread evenly over it, and the others that are most similar."""
+    check_picture(output)
+    others = [name for name in NeighboursConfig.__dataclass_fields__ if name not in _OF_FILE]
+    given = [name for name in others if getattr(config, name) != getattr(NeighboursConfig(), name)]
+    if given:
+        raise ValueError(
+            f"{path} holds embeddings, which {', '.join(given)} cannot change any more; leave that out, or write them "
+            "again with sslfast embed"
+        )
+    found, manifest = read_embeddings(path), open_data(data, on_bad_image=config.on_bad_image)
+    manifest = manifest.decoded(config.decoding(path))
+    known = dict(zip(map(_utf8, manifest.paths), range(len(manifest)), strict=True))
+    positions = [known.get(_utf8(name)) for name in found.paths]
+    if None in positions:
+        lost = printable(found.paths[positions.index(None)])
+        raise ValueError(f"{path} has {lost}, which is not in {data}; name the images that it was made of")
+    locations = [manifest.location(position) for position in positions if position is not None]
+    count = min(config.queries, len(locations))
+    rows = torch.arange(count) * len(locations) // max(1, count)
+    device = resolve_device(config.device)
+    queries = found.values[rows].to(device)
+    similarity, nearest = nearest_neighbours(queries, found.values, config.k, own=rows.to(device))
+    sheet = []
+    for row, values, neighbours in zip(rows.tolist(), similarity.tolist(), nearest.tolist(), strict=True):
+        label = found.classes[row]
+        sheet.append(
+            Query(
+                location=locations[row],
+                label=label or Path(found.paths[row]).name,
+                neighbours={
+                    path.name: [
+                        Neighbour(
+                            location=locations[other],
+                            similarity=value,
+                            same_class=None if None in (label, found.classes[other]) else label == found.classes[other],
+                        )
+                        for value, other in zip(values, neighbours, strict=True)
+                    ]
+                },
+            )
+        )
+    title = f"images and the {config.k} others most similar to them"
+    save_picture(neighbour_sheet(sheet, title=title), output, remedy=OUTPUT)
+    return output
+
+
+def _utf8(name: str) -> str:
+    """The name as a .parquet file holds it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def choose_queries(labels: Tensor, count: int) -> Tensor:
@@ -194,7 +254,8 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
             for name, start in starts.items():
                 for j, neighbour in enumerate(query.neighbours[name]):
                     x = start + j * (cell + _GAP)
-                    sheet.paste(_framed(neighbour.location, _SAME if neighbour.same_class else _OTHER), (x, y))
+                    colour = {True: _SAME, False: _OTHER, None: _MAT}[neighbour.same_class]
+                    sheet.paste(_framed(neighbour.location, colour), (x, y))
                     _caption(draw, f"{neighbour.similarity:.3f}", x, y + cell, lettering)
     lettering.report()
     return sheet
@@ -202,7 +263,9 @@ def neighbour_sheet(queries: Sequence[Query], *, title: str) -> Image.Image:
 
 def _share(name: str, queries: Sequence[Query]) -> str:
     found = [neighbour.same_class for query in queries for neighbour in query.neighbours[name]]
-    return f"{sum(found)} of {len(found)} neighbours on this sheet are of the query's class"
+    if None in found:
+        return ""
+    return f"{sum(map(bool, found))} of {len(found)} neighbours on this sheet are of the query's class"
 
 
 def _framed(location: ImageLocation, colour: str) -> Image.Image:

@@ -123,6 +123,13 @@ def test_a_resumed_run_is_evaluated_again(tmp_path: Path) -> None:
     assert load_run(run).encoders["trained"].identity()["weights"] == second.facts["weights"]
 
 
+def test_a_file_is_as_large_as_its_features(tmp_path: Path) -> None:
+    """docs/scale.md computes 4 N D bytes."""
+    FeatureCache(tmp_path).save({"a": 1}, Cached(values=torch.ones(500, 64), rows=torch.arange(500)))
+    (path,) = tmp_path.iterdir()
+    assert 4 * 500 * 64 < path.stat().st_size < 4 * 500 * 64 + 200
+
+
 def test_weights_digest() -> None:
     one, two = (build_trunk(ResNetConfig(name="resnet18"), seed=seed) for seed in (0, 0))
     assert weights_digest(one) == weights_digest(two)

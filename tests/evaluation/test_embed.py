@@ -1,21 +1,28 @@
 """Embeddings of images as a file and in memory: beside the trunk applied by hand; every kind of data and of mistake."""
 
 import csv
+import errno
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import sslfast
 from sslfast.cli.main import main
 from sslfast.config import to_dict
 from sslfast.data import Manifest
-from sslfast.evaluation.embed import EmbedConfig, embed
+from sslfast.evaluation import embed as embed_module
+from sslfast.evaluation.cache import FeatureWriter
+from sslfast.evaluation.embed import SUFFIXES, EmbedConfig, embed, read_embeddings, write_embeddings
 from sslfast.evaluation.encoders import extract_all, load_run
 from sslfast.methods import read_head
 from sslfast.models import ResNetConfig, build_trunk
@@ -119,7 +126,7 @@ def test_the_head_of_every_method(recipe: str) -> None:
     config = tiny(RECIPES[recipe](), **({"first_step": 1, "last_step": 2} if recipe == "cpc-small" else {}))
     with tiny_trunks():
         method = config.method.build(context(config.model, 1000)).eval()
-        head = getattr(method, method.embedding_head, None)
+        head = method.teacher_head.mlp if recipe == "dino-small" else getattr(method, method.embedding_head, None)
         if not isinstance(head, nn.Module):
             with pytest.raises(ValueError, match=rf"method {config.method.name} has no projection head; take"):
                 read_head(to_dict(config), method.state_dict())
@@ -147,7 +154,7 @@ def test_images_that_cannot_be_used(run: Path, data: Path, expected: Tensor, tmp
 
 
 def test_mistakes(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"output must end in \.npy or \.parquet, got 'e\.txt'"):
+    with pytest.raises(ValueError, match=r"kept in files \.npy or \.parquet, got 'e\.txt'"):
         embed(run, data, output=Path("e.txt"))
     with pytest.raises(ValueError, match=r"layers must be some of conv1, .* got res9"):
         EmbedConfig(layer="res9")
@@ -159,16 +166,90 @@ def test_mistakes(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mon
         embed(tmp_path / "none", data, output=tmp_path / "e.npy")
     weights = tmp_path / "weights.pth"
     torch.save(build_trunk(ResNetConfig(name="resnet18"), seed=0).state_dict(), weights)
-    with pytest.raises(ValueError, match=r"head needs a run directory, and .*weights\.pth holds the trunk alone"):
+    with pytest.raises(ValueError, match=r"weights\.pth .* has no projection head; leave out the head"):
         sslfast.embed(weights, data, head=True)
     empty = tmp_path / "empty"
     empty.mkdir()
     with tiny_trunks(), pytest.raises(ValueError, match="no usable image"):
         embed(run, empty, output=tmp_path / "e.npy")
-    monkeypatch.setattr("sslfast.evaluation.embed.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="embed runs in one process, got 2; start it without torchrun"):
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".npy", ".csv", ".tmp")] == []
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install pyarrow, or name a \.npy file"):
+        embed(run, data, output=tmp_path / "e.parquet")
+
+
+def test_a_full_disk_ends_it_at_once(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is gone on with in memory that cannot be written in the end."""
+
+    def full(_self: FeatureWriter, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FeatureWriter, "_write", full)
+    with tiny_trunks(), pytest.raises(OSError, match=r"cannot write .*e\.npy \(No space left on device\); free some"):
         embed(run, data, output=tmp_path / "e.npy")
-    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".npy", ".csv")] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_is_read_again(suffix: str, run: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(embed_module, "_ROWS_AT_ONCE", 4)
+    with tiny_trunks():
+        own = sslfast.embed(run, data)
+        embed(run, data, output=tmp_path / f"e{suffix}")
+    found = read_embeddings(tmp_path / f"e{suffix}")
+    assert torch.equal(found.values, own.values)
+    assert torch.equal(found.rows, own.rows)
+    assert (found.paths, found.classes) == (own.paths, own.classes)
+    assert own.preprocessing.startswith("centre-square: shorter side to")
+    assert found.preprocessing == ("" if suffix == ".npy" else own.preprocessing)
+    again = tmp_path / f"again{suffix}"
+    write_embeddings(found, again)
+    assert torch.equal(read_embeddings(again).values, own.values)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_neighbours_of_a_file(
+    suffix: str, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labelled, and flat with a name that is not UTF-8."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        shutil.copy(path, os.fsencode(flat) + b"/%d\xff.png" % number)
+    file, sheet = tmp_path / f"e{suffix}", tmp_path / "n.png"
+    for images in (flat, data):
+        with tiny_trunks():
+            embed(run, images, output=file)
+        assert main(["neighbours", str(file), str(images), "--k", "2", "--queries", "3", "-o", str(sheet)]) == 0
+        with Image.open(sheet) as picture:
+            assert picture.width > 300
+        sheet.unlink()
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (30, 30)).save(other / "a.png")
+    for arguments, words in (
+        ((other,), "has class0/00.png, which is not in"),
+        ((data, "--k", "11"), "k must be in [1, 10]"),
+        ((data, "--size", "20"), "holds embeddings, which size cannot change any more; leave that out"),
+    ):
+        assert main(["neighbours", str(file), *map(str, arguments), "-o", str(sheet)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_files_of_another_kind(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", np.zeros(3))
+    (tmp_path / "e.parquet").write_bytes(b"PAR1")
+    for name, words in (
+        ("e.npy", "it holds float64"),
+        ("no.npy", "No such file"),
+        ("e.parquet", "is no file of embeddings"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_embeddings(tmp_path / name)
+    np.save(tmp_path / "e.npy", np.zeros((4, 2), np.float32))
+    (tmp_path / "e.csv").write_text("row,path,class\n0,a,\n")
+    with pytest.raises(ValueError, match=r"e\.csv has 1 lines for 4 embeddings"):
+        read_embeddings(tmp_path / "e.npy")
 
 
 @pytest.mark.parametrize("recipe", ["simsiam-small", "simclr-small", "byol-small"])

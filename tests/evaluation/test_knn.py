@@ -202,6 +202,25 @@ def test_evaluate_knn(tmp_path: Path) -> None:
     assert other.exists()
 
 
+@pytest.mark.parametrize("k", [1, 5, 20, 200])
+def test_votes_are_those_of_lemniscate_and_dino(k: int) -> None:
+    """Both sum ``exp(s / 0.07)`` of the k largest cosines in a one-hot table and sort the classes."""
+    labels, bank_labels = torch.arange(60) % 10, torch.arange(400) % 10
+    centres = draws(10, 16, 1)
+    queries = normalize(centres[labels] + draws(60, 16, 2), dim=1)
+    bank = normalize(centres[bank_labels] + draws(400, 16, 3), dim=1)
+    distances, indices = (queries @ bank.T).topk(k, dim=1, largest=True, sorted=True)
+    retrieved = bank_labels[indices]
+    one_hot = torch.zeros(60 * k, 10).scatter_(1, retrieved.reshape(-1, 1), 1).view(60, k, 10)
+    probabilities = (one_hot * distances.div(0.07).exp()[:, :, None]).sum(1)
+    hits = probabilities.sort(1, descending=True).indices == labels[:, None]
+    found = knn_accuracy(queries * 3, labels, bank / 2, bank_labels, k=[k], max_entries=1 << 10)[k]
+    assert 0.3 < found.top1 < 1.0
+    assert found.top1 == pytest.approx(hits[:, 0].double().mean().item())
+    if k >= 20:  # with fewer neighbours some classes have no vote, and which comes fifth is the sort's choice
+        assert found.top5 == pytest.approx(hits[:, :5].any(1).double().mean().item())
+
+
 def test_trunk_or_head(tmp_path: Path) -> None:
     """NPID's numbers are of the head's 128-d embeddings at k = 200, DINO's of the trunk's features."""
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=2, val=1)

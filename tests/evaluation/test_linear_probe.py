@@ -6,8 +6,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from sslfast.evaluation import linear_probe
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear, render_table
-from sslfast.evaluation.linear_probe import fit_linear, held_out_mask, train_probe
+from sslfast.evaluation.linear_probe import StandardFeatures, fit_linear, held_out_mask, probe_scores, train_probe
 from sslfast.ops.philox import random_uniform
 from tests.evaluation.runs import write_data, write_run
 
@@ -75,6 +76,26 @@ def test_probe_is_deterministic_and_ignores_constant_columns() -> None:
     assert one.strength == two.strength
     assert one.deviation[2] == 1.0
     torch.testing.assert_close(one.layer.weight[2], torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("columns", [5, 90])
+def test_blocks_of_rows_find_the_same_probe(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 7 rows in float32, read again at every pass: the optimum of all rows in float64."""
+    labels = torch.arange(60) % 3
+    features = torch.eye(3)[labels] @ noise(3, columns, 5) + noise(60, columns, 6) + 1
+    whole = train_probe(features, labels, classes=3)
+    monkeypatch.setattr(linear_probe, "BLOCK_BYTES", 7 * 8 * (2 * columns + 9))
+    blocks = train_probe(features, labels, classes=3)
+    assert StandardFeatures(features, labels, classes=3, device=torch.device("cpu")).block == 7
+    assert (blocks.strength, blocks.held_out) == (whole.strength, whole.held_out)
+    torch.testing.assert_close(blocks.layer.weight, whole.layer.weight, atol=2e-3, rtol=1e-2)
+    fresh = noise(50, columns, 8)
+    assert (blocks(fresh).argmax(1) == whole(fresh).argmax(1)).all()
+    expected = probe_scores(whole, features, labels, classes=3)
+    assert probe_scores(blocks, features, labels, classes=3) == pytest.approx(expected, abs=1e-3)
+    logits = whole(features)
+    assert expected[2] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert expected[0] == (logits.argmax(1) == labels).double().mean().item()
 
 
 def test_held_out_fifth() -> None:

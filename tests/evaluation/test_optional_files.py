@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import resource
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch import nn
 
 from sslfast import files
 from sslfast.cli.main import main
-from sslfast.evaluation.cache import Cached, FeatureCache
+from sslfast.evaluation.cache import MAGIC, Cached, FeatureCache
 from sslfast.evaluation.encoders import load_run
 from sslfast.evaluation.sgd import ResumeState
 from sslfast.optim import OptimConfig, build_optimizer
@@ -85,24 +88,59 @@ def test_a_changed_byte_is_not_used(tmp_path: Path) -> None:
     assert cache.load(key) is None
 
 
+def write_table(path: Path, values: torch.Tensor, table: dict[str, Any]) -> None:
+    text = json.dumps(table).encode()
+    path.write_bytes(values.numpy().tobytes() + text + struct.pack("<Q", len(text)) + MAGIC)
+
+
 @pytest.mark.parametrize(
-    "content",
+    "change",
     [
-        {"values": torch.ones(5, 3, dtype=torch.float64)}, {"values": torch.ones(4, 3)}, {"values": torch.ones(5)},
-        {"values": torch.full((5, 3), torch.nan)}, {"values": torch.full((5, 3), 1e30)}, {"values": "text"},
-        {"values": None}, {"rows": torch.arange(5.0)}, {"rows": [1, 2]}, {"bad_images": 3}, {"bad_images": [("a",)]},
-        {"identity": None}, [1, 2], None,
+        {"identity": "{}"}, {"identity": None}, {"rows": 4}, {"rows": -1}, {"rows": "5"},
+        {"columns": 2**40}, {"crc32": 0}, {"missing": [9]}, {"missing": 3}, {"missing": [-1]}, {"bad_images": 3},
+        {"bad_images": [["a"]]},
     ],
 )  # fmt: skip
-def test_a_foreign_file_is_not_used(tmp_path: Path, content: Any) -> None:
-    cache, key = FeatureCache(tmp_path), {"a": 1}
-    cache.save(key, Cached(values=torch.ones(5, 3), rows=torch.arange(5), bad_images=[]))
+def test_a_foreign_file_is_not_used(tmp_path: Path, change: dict[str, Any]) -> None:
+    cache, key, values = FeatureCache(tmp_path), {"a": 1}, torch.arange(15.0).reshape(5, 3)
+    cache.save(key, Cached(values=values, rows=torch.tensor([0, 1, 3, 4, 5])))
     (path,) = tmp_path.iterdir()
-    torch.save(torch.load(path) | content if isinstance(content, dict) else content, path)
+    table = {"identity": json.dumps(key), "missing": [2], "bad_images": [], "rows": 5, "columns": 3,
+             "crc32": zlib.crc32(values.numpy().tobytes())}  # fmt: skip
+    write_table(path, values, table)
+    found = cache.load(key)
+    assert found is not None
+    assert torch.equal(found.values, values)
+    assert found.rows.tolist() == [0, 1, 3, 4, 5]
+    write_table(path, values, {**table, **change})
+    found = cache.load(key)
+    assert found is None or ("missing" in change and len(found.rows) == 5), change
+    for content in (b"", b"x" * 40, path.read_bytes()[:-1]):
+        path.write_bytes(content)
+        assert cache.load(key) is None
+    torch.save({"values": values}, path)
     assert cache.load(key) is None
     path.unlink()
     os.mkfifo(path)
     assert cache.load(key) is None
+
+
+def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written so far is taken back into memory, and the rest follows it."""
+    cache, parts = FeatureCache(tmp_path), [torch.full((4, 8), float(i)) for i in range(6)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        writer = cache.writer({"a": 1})
+        for part in parts:
+            writer.append(part)
+        values = writer.values()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(values, torch.cat(parts))
+    assert writer.commit({}) is None
+    assert list(tmp_path.iterdir()) == []
+    assert "features are not kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["shape", "cut", "byte", "key", "count", "nothing"])

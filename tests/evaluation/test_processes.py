@@ -1,5 +1,7 @@
 """Evaluations by two processes over gloo: the numbers of one process."""
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ from sslfast.config import load_json
 from sslfast.data.manifest import Manifest
 from sslfast.distributed.collectives import gather_objects, gather_uneven, own_rows, raise_together
 from sslfast.distributed.process_group import distributed_device, rank
-from sslfast.evaluation.encoders import RawPixels, extract_all
+from sslfast.evaluation.embed import EmbedConfig, embed, embed_all, read_embeddings
+from sslfast.evaluation.encoders import TRAINED, RawPixels, extract_all, load_run, trunk_encoders
 from sslfast.evaluation.knn import KnnConfig, evaluate_knn
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
+from sslfast.evaluation.linear_sgd import FrozenMaps, train_heads
 from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
+from sslfast.evaluation.sgd import GOYAL as LINEAR
+from sslfast.evaluation.sgd import ResumeState, TrainingImages
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 from tests.distributed.test_training import enter
 from tests.distributed.test_training import run as run_ranks
@@ -31,6 +37,28 @@ def evaluate_all(run: Path, data: Path, voc: Path, output: Path) -> None:
     evaluate_svm(run, voc, SHOTS, output=output / "lowshot.json")
 
 
+def trained_heads(run: Path, data: Path) -> dict[str, torch.Tensor]:
+    """State of goyal's classifiers, with and without BatchNorm, after two epochs of two batches of six."""
+    cpu, protocol = torch.device("cpu"), replace(LINEAR, lr_per_256_images=2.0)
+    manifest, encoders = Manifest.scan(data / "train"), trunk_encoders(load_run(run), (TRAINED,))
+    layers = ("res2", "res5avg", "res5avg-plain")
+    images = TrainingImages(
+        manifest, size=24, batch_size=6, seed=0, workers=0, on_bad_image="error", device=cpu, loader="pillow"
+    )
+    with closing(images):
+        return train_heads(
+            FrozenMaps(encoders, layers, device=cpu, precision=torch.float32),
+            images,
+            protocol,
+            size=24,
+            classes=3,
+            epochs=2,
+            batch_size=6,
+            seed=0,
+            resume=ResumeState(None, {}),
+        ).state_dict()
+
+
 def rank_evaluates(number: int, ranks: int, port: int, folder: Path) -> None:
     enter(number, ranks, port)
     with distributed_device("cpu"):
@@ -41,6 +69,12 @@ def rank_evaluates(number: int, ranks: int, port: int, folder: Path) -> None:
         with pytest.raises(ValueError, match="of the second rank"):
             raise_together("of the second rank" if number == 1 else None)
         evaluate_all(folder / "run", folder / "data", folder / "voc", folder / "two")
+        heads = trained_heads(folder / "run", folder / "data")
+        if number == 0:
+            torch.save(heads, folder / "two" / "heads.pt")
+        embed(folder / "run", folder / "data", EmbedConfig(device="cpu", batch_size=3), output=folder / "two" / "e.npy")
+        values = embed_all(folder / "run", folder / "data", device="cpu").values
+        torch.testing.assert_close(values, read_embeddings(folder / "two" / "e.npy").values)
         semisup = SemisupConfig(fraction=0.5, epochs=1, batch_size=6, device="cpu")
         evaluate_semisup(folder / "run", folder / "data", semisup, output=folder / "two" / "semi.json")
         victim = folder / "data" / "val" / "red" / "1.png"
@@ -71,6 +105,16 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     for name in ("knn", "goyal", "lowshot"):
         two, one = (load_json(tmp_path / folder / f"{name}.json") for folder in ("two", "one"))
         assert near(two, one), f"{name}: {two['results']} {one['results']}"
+    heads, alone = torch.load(tmp_path / "two" / "heads.pt"), trained_heads(run, data)
+    assert heads.keys() == alone.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(heads[name], value, rtol=1e-4, atol=1e-5)
+    embed(run, data, EmbedConfig(device="cpu"), output=tmp_path / "one" / "e.npy")
+    ours, theirs = (read_embeddings(tmp_path / folder / "e.npy") for folder in ("one", "two"))
+    torch.testing.assert_close(ours.values, theirs.values)
+    assert (ours.paths, ours.classes, ours.rows.tolist()) == (theirs.paths, theirs.classes, theirs.rows.tolist())
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.part1"))
     semi = load_json(tmp_path / "two" / "semi.json")
     assert semi["protocol"] == "semisup-1ep-50%"
     assert 0 <= semi["results"][0]["top1"] <= 1

@@ -157,3 +157,37 @@ def test_voc07_against_the_devkit_rule() -> None:
     theirs = [devkit(detections, images, at) for at in OVERLAPS]
     assert 0.1 < ours["ap"] < 0.9
     assert ours == pytest.approx({"ap": np.mean(theirs), "ap50": theirs[0], "ap75": theirs[5]})
+    again = voc07_scores(detections, images, ["x"], detectron2=True)
+    written = [detectron2_rule(detections, images, at) for at in OVERLAPS]
+    assert again == pytest.approx({"ap": np.mean(written), "ap50": written[0], "ap75": written[5]})
+
+
+def detectron2_rule(detections: list[Detections], images: list[BoxedImage], at: float) -> float:
+    """Box by box from the lines of detectron2's file; widths count both end pixels."""
+    lines = []
+    for number, some in enumerate(detections):
+        for score, (left, top, right, bottom) in zip(some.scores.tolist(), some.boxes.tolist(), strict=True):
+            lines.append(f"{number} {score:.3f} {left + 1:.1f} {top + 1:.1f} {right:.1f} {bottom:.1f}".split())
+    confidence = np.array([float(line[1]) for line in lines])
+    taken: set[tuple[int, int]] = set()
+    right_, wrong = [], []
+    for position in np.argsort(-confidence, kind="stable"):
+        number, box = int(lines[position][0]), [float(word) for word in lines[position][2:]]
+        best, match = -np.inf, -1
+        for index, (left, top, right, bottom) in enumerate(images[number].boxes.astype(float)):
+            truth = [left + 1, top + 1, right, bottom]
+            width = max(0.0, min(box[2], truth[2]) - max(box[0], truth[0]) + 1)
+            height = max(0.0, min(box[3], truth[3]) - max(box[1], truth[1]) + 1)
+            areas = [(b[2] - b[0] + 1) * (b[3] - b[1] + 1) for b in (box, truth)]
+            overlap = width * height / (sum(areas) - width * height)
+            if overlap > best:
+                best, match = overlap, index
+        is_hit = best > at and not images[number].difficult[match] and (number, match) not in taken
+        right_.append(float(is_hit))
+        wrong.append(float(not is_hit and not (best > at and images[number].difficult[match])))
+        if is_hit:
+            taken.add((number, match))
+    tp, fp = np.cumsum(right_), np.cumsum(wrong)
+    recall = tp / sum(int((~one.difficult).sum()) for one in images)
+    precision = tp / np.maximum(tp + fp, np.finfo(np.float64).eps)
+    return float(sum(precision[recall >= t].max(initial=0.0) / 11 for t in np.arange(0.0, 1.1, 0.1)))
