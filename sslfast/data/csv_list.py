@@ -1,7 +1,9 @@
 """The CSV source: a list of image files, one ``path,label`` per line."""
 
+import codecs
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +11,8 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, TextIO
 
 from sslfast.data.folder import changed_files, list_images
-from sslfast.data.images import OnBadImage, read_bytes
-from sslfast.data.left_out import listed_system_keys
+from sslfast.data.images import SUFFIXES, OnBadImage, read_bytes
+from sslfast.data.left_out import listed_system_keys, suffix_of
 from sslfast.data.manifest import Manifest
 from sslfast.data.members import LABEL_NAMES
 from sslfast.data.source import Changes, ImageSource, SourceError, is_file
@@ -35,9 +37,10 @@ class Entry(NamedTuple):
 class CsvListSource(ImageSource):
     """Image files that a ``.csv`` file names: ``root`` is that file, and paths are relative to its folder.
 
-    A line is ``path,label``, quoted as CSV; the label may be empty or missing. A first line with a name of
-    ``PATH_NAMES`` is a header; one with further columns must have it, and one of ``LABEL_NAMES`` for labels. Rows are
-    ordered by path, whatever the order of the lines; the content of a file says whether it is an image, not its suffix.
+    A line is ``path,label``, quoted as CSV; the label may be empty or missing; semicolons or tabs may stand for the
+    commas. A first line with a name of ``PATH_NAMES`` is a header; one with further columns must have it, and one of
+    ``LABEL_NAMES`` for labels. Rows are ordered by path, whatever the order of the lines; the content of a file says
+    whether it is an image, not its suffix. Lists are UTF-8, or UTF-16 with a byte order mark.
     Files in folders of a system, below the folder that is common to all, are left out.
     """
 
@@ -55,6 +58,7 @@ class CsvListSource(ImageSource):
     @classmethod
     def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
         entries, ignored = read_entries(path, cls.lines(path))
+        _refuse_same_files(path, entries)
         images, bad = list_images(cls(root=path, paths=sorted(entries)), progress=progress)
         last = cut_line(path, entries)
         return Manifest.from_images(
@@ -104,14 +108,49 @@ def _remark(path: Path, entry: Entry, reason: str, last: int | None, looked: boo
         return ""
     if entry.line == last:
         return ", where the list ends without a line end: is it still being written?"
-    return similar_file(path.parent / entry.path) if looked else ""
+    return (similar_file(path.parent / entry.path) or _misread(path.parent, entry)) if looked else ""
+
+
+def _misread(folder: Path, entry: Entry) -> str:
+    """What else a line may mean whose path is no file."""
+    if "://" in entry.path:
+        return "; a URL: download the images and list their files"
+    if any("\udc80" <= character <= "\udcff" for character in entry.path):
+        return "; its name is not UTF-8: save the list as UTF-8"
+    if "\\" in entry.path:
+        return "; write / in place of \\"
+    words = [*re.split(r"[\t,; ]+", entry.path), entry.label or ""]
+    if (found := next((word for word in words if word and os.path.isfile(folder / word)), None)) is not None:
+        return f"; {found!r} is a file: write the path, then the label"
+    if entry.line == 1 and not suffix_of(entry.path):
+        return "; if this is a header, name its columns path and label"
+    return ""
+
+
+def _refuse_same_files(path: Path, entries: Mapping[str, Entry]) -> None:
+    """SourceError: one file under two names, such as its relative and its absolute path."""
+    places: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        other = places.setdefault(os.path.normpath(os.path.join(path.parent, name)), entry)
+        if other is not entry and _is_same_file(path.parent / name, path.parent / other.path):
+            raise SourceError(
+                f"{path} lists one file twice, as {other.path!r} in line {other.line} and as {name!r} in line "
+                f"{entry.line}: files are identities, so remove one of them"
+            )
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def cut_line(path: Path, entries: Mapping[str, Entry]) -> int | None:
     """Number of the last line if it has no end."""
     with path.open("rb") as file:
-        file.seek(-min(1, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        end = file.read(1)
+        file.seek(-min(2, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        end = file.read(2).replace(b"\0", b"")[-1:]
     return max((entry.line for entry in entries.values()), default=None) if end != b"\n" else None
 
 
@@ -142,8 +181,18 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
 
 
 def open_list(path: Path) -> TextIO:
-    """Undecodable bytes are kept; utf-8-sig: spreadsheet programs begin the file with a byte order mark."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    """Undecodable bytes are kept; programs of Windows begin a file with a byte order mark, which says UTF-8 or UTF-16.
+
+    SourceError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            mark = file.read(2)
+        if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return path.open(encoding="utf-16", errors="replace", newline="")
+        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error}): name a folder or a list") from None
 
 
 def find_columns(names: Sequence[str]) -> tuple[int, int | None] | None:
@@ -157,10 +206,16 @@ def find_columns(names: Sequence[str]) -> tuple[int, int | None] | None:
 
 
 def table_lines(path: Path, delimiter: str) -> Iterator[Entry]:
-    """The lines of a table with or without a header."""
+    """The lines of a table with or without a header; in place of commas there may be semicolons or tabs."""
     columns: tuple[int, int | None] | None = None
     is_first = True
     with open_list(path) as file:
+        first = file.readline()
+        file.seek(0)
+        for other in ";\t":
+            fields = first.split(other)
+            if delimiter not in first and len(fields) > 1 and _begins_table(fields):
+                delimiter = other
         reader = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             for fields in reader:
@@ -181,3 +236,7 @@ def table_lines(path: Path, delimiter: str) -> Iterator[Entry]:
                 yield Entry(line, fields[at] if at < len(fields) else "", label or None)
         except csv.Error as error:
             raise SourceError(f"{path} line {reader.line_num} is not CSV ({error}): correct its quotes") from None
+
+
+def _begins_table(fields: Sequence[str]) -> bool:
+    return suffix_of(fields[0].strip('" ')) in SUFFIXES or find_columns(fields) is not None

@@ -9,6 +9,7 @@ key                             what is counted
 ``.*``                          other hidden folders and pictures: their name begins with a dot
 ``.heic``                       files by the suffix that their name ends with; empty: without one
 ``.jpg_large holding JPEG``     files that are pictures by their first bytes and not by their suffix
+``.json holding no label``      members of archives beside an image, without a label of it
 =============================== ======================================================================================
 """
 
@@ -23,11 +24,23 @@ from sslfast.data.images import FORMATS, SUFFIXES
 SYSTEM_FOLDERS = (
     # network storage: thumbnails, recycle bins, snapshots
     *("@eaDir", "@tmp", "@Recycle", "@Recently-Snapshot", "@Transcode", "@sharebin", "#recycle", "#snapshot"),
-    *("~snapshot", ".snapshot", ".snapshots", ".zfs", ".@__thumb", ".@upload_cache"),
+    *(
+        "@appstore",
+        "@database",
+        "@sharesnap",
+        "@SynoResource",
+        "Network Recycle Bin",
+        "~snapshot",
+        ".snapshot",
+        ".snapshots",
+        ".zfs",
+        ".@__thumb",
+        ".@upload_cache",
+    ),
     # Windows, macOS, Linux, Android
     *("$RECYCLE.BIN", "RECYCLER", "RECYCLED", "System Volume Information", "__MACOSX", ".AppleDouble", ".Trashes"),
     *(".Trash", ".Spotlight-V100", ".fseventsd", ".DocumentRevisions-V100", ".TemporaryItems", "Network Trash Folder"),
-    *("Temporary Items", "lost+found", "LOST.DIR", ".thumbnails", ".thumbcache"),
+    *("Temporary Items", "lost+found", "FOUND.000", "LOST.DIR", ".thumbnails", ".thumbcache"),
     # programs
     *(".ipynb_checkpoints", "__pycache__", ".git", ".svn", ".hg"),
 )
@@ -38,13 +51,16 @@ _SYSTEM = re.compile(
 )
 _SPELLED = {name.lower(): name for name in SYSTEM_FOLDERS}
 APPLE_DOUBLE, HIDDEN = "._*", ".*"
+NO_LABEL = ".json holding no label"
 
 _NOT_READ = frozenset(
     f".{name}"
     for names in (
         "heic heif heics heifs hif avci avcs avifs jxl jxr wdp hdp jpx jpf jpm jpc j2c jph jhc jls qoi bpg flif",
         "dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw 3fr fff iiq mos mrw x3f erf kdc dcr gpr raw",
+        "mef rwl rwz bay cap dcs drf eip k25 ptx pxn r3d",
         "tga icb vda vst psd psb xcf kra exr hdr pfm sgi rgb rgba bw pcx ras sun dds ico icns cur svg svgz eps wmf emf",
+        "pam fits fit fts wbmp xbm xpm pict pct jp2k jpg2",
         "dcm dicom svs ndpi mrxs scn vms czi apng mng jng jpeg-xl",
     )
     for name in names.split()
@@ -164,11 +180,13 @@ def named_counts(ignored: Mapping[str, int]) -> str:
 
 def left_out(ignored: Mapping[str, int]) -> list[str]:
     """What looks like pictures, or is a system's, and is not used: a line for each reason, with the remedy."""
-    system, unread, renamed, packed, stores, tables = {}, {}, {}, {}, {}, {}
+    system, unread, renamed, packed, stores, tables, silent = {}, {}, {}, {}, {}, {}, {}
     for key, count in ignored.items():
         suffix, holds, kind = key.partition(" holding ")
         if key.endswith("/") or key in (APPLE_DOUBLE, HIDDEN):
             system[key] = count
+        elif key == NO_LABEL:
+            silent[key] = count
         elif suffix in _NOT_READ or (holds and kind not in _READ):
             unread[key] = count
         elif holds:
@@ -190,7 +208,8 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
             ),
             (stores, "not read; write the images in them into a folder of class folders, or into .tar shards"),
             (tables, "not read beside images or .tar shards; give them a folder of their own"),
-            (packed, f"archives, which are not read inside a folder; {_unpack(packed)}"),
+            (packed, f"archives, which are not read inside a folder or an archive; {_unpack(packed)}"),
+            (silent, "beside images, without a key label, cls, class, ... that holds one number or name"),
             (system, "folders and files of the system, and hidden ones; move out what belongs to the data"),
         )
         if found

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from types import MappingProxyType
@@ -12,9 +12,11 @@ from typing import Any
 
 from sslfast.data.images import SUFFIXES, BadImageError, open_header
 from sslfast.data.left_out import (
+    NO_LABEL,
     SNIFFED,
     hidden_key,
     image_suffixes,
+    left_out,
     may_be_picture,
     named_counts,
     other_key,
@@ -27,11 +29,12 @@ LABELS = (".cls", ".cls.txt")
 """Suffixes of members that hold the label of the image with the same stem."""
 LABEL_NAMES = (
     *("label", "class", "class_name", "classname", "class_id", "label_name", "category", "target", "gt_label", "wnid"),
-    *("synset", "y", "fine_label"),
+    *("synset", "y", "fine_label", "cls", "labels", "category_id", "class_index", "class_idx"),
 )
 """Names of a table's column of labels, in any letter case; the first that there is counts."""
-JSON_KEYS = ("label", "cls", "class", "class_id", "class_name", "label_name", "category", "target", "wnid", "synset")
-"""Keys of a ``.json`` member that hold the label; the first one that is there."""
+JSON_KEYS = tuple(sorted(set(LABEL_NAMES) - {"y"}, key=("label", "cls", *LABEL_NAMES).index))
+"""Keys of a ``.json`` member that hold the label, in any letter case; the first one that is there. ``y`` may be a
+coordinate."""
 _LONGEST_LABEL = 1024
 _LONGEST_JSON = 1 << 20
 _WORDNET = re.compile(r"n[0-9]{8}")
@@ -86,7 +89,7 @@ def list_members(
         suffix = suffix_of(name)
         if suffix not in SUFFIXES:
             continue
-        label = _label_of(file, name, sizes, read, used)
+        label = _label_of(file, name, sizes, read, used, found.ignored)
         found.has_labels |= label is not None
         if label is None:
             label = folders[name] if name in folders else first_folder(name)
@@ -102,10 +105,17 @@ def list_members(
             found.ignored[other_key(suffix, _head(name, size, read) if may_be_picture(suffix) else b"")] += 1
     if not found.images and not found.bad:
         others = f" (other members: {named_counts(found.ignored)})" if found.ignored else ""
-        raise SourceError(
-            f"{file} holds no image{others}: images are members named {image_suffixes()}; move the file away"
-        )
+        why = left_out(found.ignored) or [f"images are members named {image_suffixes()}"]
+        raise SourceError(f"{file} holds no image{others}: {'; '.join(why)}; leave this file out, or write it again")
     return found
+
+
+def folder_classes(names: Collection[str]) -> dict[str, str | None]:
+    """The class of each of an archive's images by its folder: the first one, or the one below where all images lie in
+    folders of one folder (``tar -cf train.tar train``)."""
+    first = {name: first_folder(name) for name in names}
+    below = {name: first_folder(name.partition("/")[2]) for name in names}
+    return below if len({*first.values()}) == 1 and None not in below.values() else first
 
 
 def is_class_archive(stems: Sequence[str]) -> bool:
@@ -120,16 +130,22 @@ def stem_of(path: str) -> str:
     return os.path.splitext(path.rpartition("/")[2])[0]
 
 
-def _label_of(file: str, image: str, sizes: Mapping[str, int], read: Read, used: set[str]) -> str | None:
+def _label_of(
+    file: str, image: str, sizes: Mapping[str, int], read: Read, used: set[str], ignored: Counter[str]
+) -> str | None:
     folder, slash, base = image.rpartition("/")
     stems = dict.fromkeys(f"{folder}{slash}{stem}" for stem in (base.rpartition(".")[0], base.partition(".")[0]))
     text = next((stem + suffix for stem in stems for suffix in LABELS if stem + suffix in sizes), None)
     label = None if text is None else _text_label(file, text, sizes, read)
     name = next((f"{stem}.json" for stem in stems if f"{stem}.json" in sizes), None)
     stated = [] if name is None else _json_labels(name, sizes, read)
-    if not stated or name is None:
+    if name is None:
         return label
+    if not stated and name not in used:
+        ignored[NO_LABEL if label is None else ".json"] += 1
     used.add(name)
+    if not stated:
+        return label
     if label is not None and all(label.isdecimal() == other.isdecimal() and label != other for other in stated):
         raise SourceError(
             f"{file}: member {text!r} says class {label!r} and member {name!r} says {stated[0]!r}: two labels of "
@@ -143,7 +159,7 @@ def _text_label(file: str, name: str, sizes: Mapping[str, int], read: Read) -> s
         text = read(name, min(sizes[name], _LONGEST_LABEL + 1))
     except BadImageError:
         text = b""
-    label = text.decode("utf-8", "surrogateescape").strip()
+    label = text.decode("utf-8-sig", "surrogateescape").strip()
     if not label or len(text) > _LONGEST_LABEL:
         raise SourceError(
             f"{file}: member {name!r} holds no label: it must be a number or the name of a class; write the archive "
@@ -162,7 +178,8 @@ def _json_labels(name: str, sizes: Mapping[str, int], read: Read) -> list[str]:
         return []
     if not isinstance(values, dict):
         return []
-    found = {str(key).lower(): label_text(value) for key, value in values.items()}
+    lists = {str(key).lower(): value if isinstance(value, list) else [value] for key, value in values.items()}
+    found = {key: label_text(value[0]) for key, value in lists.items() if len(value) == 1}
     labels = [found.get(key) for key in JSON_KEYS]
     return [label for label in labels if label is not None]
 

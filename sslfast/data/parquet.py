@@ -29,7 +29,6 @@ from sslfast.data.sharded import ShardedSource, ShardError, shard_index
 from sslfast.data.source import HASHED_BYTES, ListedImage, SourceError, content_hash, is_file
 
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
-_LABELS = (*LABEL_NAMES, "labels", "cls")
 _BATCH = 64  # rows decoded at a time by the scan
 _CACHE_BYTES = 256 << 20
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|eval)[-_.].*", re.IGNORECASE)
@@ -315,7 +314,7 @@ def _find_columns(file: str, opened: Any) -> _Columns:
         )
     lowered = {name.lower(): name for name in types if name not in images}
     classes = [name for name in types if _kind(features, name) == "ClassLabel"]
-    label = next((lowered[name] for name in _LABELS if name in lowered), "")
+    label = next((lowered[name] for name in LABEL_NAMES if name in lowered), "")
     if not label and len(classes) > 1:
         raise ShardError(
             f"{file} has several columns of classes ({', '.join(classes)}): write a table with one of them, or name "

@@ -14,7 +14,7 @@ from sslfast.data.images import SUFFIXES, BadImageError, OnBadImage
 from sslfast.data.left_out import suffix_of
 from sslfast.data.listing import TAR, Listing, first_folder, other_files
 from sslfast.data.manifest import Manifest
-from sslfast.data.members import is_class_archive, list_members, stem_of, visible
+from sslfast.data.members import folder_classes, is_class_archive, list_members, stem_of, visible
 from sslfast.data.pool import map_threads
 from sslfast.data.sharded import ShardedSource, ShardError, shard_index
 from sslfast.data.source import HASHED_BYTES, ListedImage, content_hash, is_file
@@ -23,8 +23,9 @@ from sslfast.data.tar_walk import Member, walk_tar
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TarSource(ShardedSource):
-    """Members of tar files. Of tar files without any label that are named by a class (``n01440764.tar``, ``dog.tar``;
-    numbered ones are not), that name is the class.
+    """Members of tar files. The first-level folder in a name is the class; if all images lie in folders of one folder
+    (``tar -cf train.tar train``), the one below it. Of tar files without any label that are named by a class
+    (``n01440764.tar``, ``dog.tar``; numbered ones are not), that name is the class.
     """
 
     name: ClassVar[str] = "tar"
@@ -71,6 +72,8 @@ class TarSource(ShardedSource):
             and is_class_archive([stem_of(name) for name in stems])
         ):
             found = [(image._replace(label=stem_of(image.path.rpartition("/")[0])), at) for image, at in found]
+        elif not any(shard.has_labels for shard in shards):
+            found = _labelled_below(found, listing.shards)
         found.sort(key=lambda item: item[0].path)
         paths = [image.path for image, _ in found]
         source = cls(
@@ -143,6 +146,16 @@ class TarSource(ShardedSource):
     @classmethod
     def wrote(cls, notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> bool:
         return "offset" in columns
+
+
+def _labelled_below(found: list[tuple[ListedImage, int]], shards: Sequence[str]) -> list[tuple[ListedImage, int]]:
+    """The images with the classes of :func:`~sslfast.data.members.folder_classes` where folders are their classes."""
+    ends = [len(shards[index]) + 1 if shards[index] else 0 for index in shard_index(shards, [i.path for i, _ in found])]
+    members = [image.path[end:] for (image, _), end in zip(found, ends, strict=True)]
+    if any(image.label != first_folder(member) for (image, _), member in zip(found, members, strict=True)):
+        return found
+    classes = folder_classes(members)
+    return [(image._replace(label=classes[name]), at) for (image, at), name in zip(found, members, strict=True)]
 
 
 @dataclass(kw_only=True)

@@ -57,7 +57,11 @@ def walk_tar(path: str, within: Member | None = None) -> Iterator[Member]:
 
 class _Walk:
     def __init__(self, descriptor: int, path: str, within: Member | None) -> None:
-        self.descriptor, self.path = descriptor, path if within is None else f"{path}/{within.name}"
+        self.descriptor, self.is_inner, self.path = (
+            descriptor,
+            within is not None,
+            path if within is None else f"{path}/{within.name}",
+        )
         self.first = 0 if within is None else within.offset
         self.size = os.fstat(descriptor).st_size if within is None else within.offset + within.size
         self.position = self.first
@@ -173,11 +177,11 @@ class _Walk:
         return records
 
     def _unpack(self) -> str:
-        """The commands that turn a compressed file of this name into a tar file."""
+        """What makes a tar file of a file of this name."""
         head = os.pread(self.descriptor, 6, self.first)
         packed = next((suffix for magic, suffix in _COMPRESSED.items() if head.startswith(magic)), None)
-        if packed is None:
-            return ""
+        if packed is None or self.is_inner:
+            return f"; {_REMEDY}"
         file = shlex.quote(self.path)
         return f"; run `mv {file} {file}{packed} && {UNPACK[packed].removesuffix(' -k')} {file}{packed}`"
 

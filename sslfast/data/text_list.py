@@ -16,15 +16,21 @@ from sslfast.data.source import SourceError, is_file
 _TEXT = (".txt", ".lst", ".list")
 _LISTS = (*_TEXT, ".tsv", ".json", ".jsonl", ".ndjson")
 _FORM = "write an array of objects with path and label, or one such object a line (.jsonl)"
-_SEVERAL = re.compile(r"\S+\.[A-Za-z]{2,5}(\s+[0-9]+){2,}")
+_SEVERAL = re.compile(r"\S+\.[A-Za-z]{2,5}(\s+[0-9]+){2,}|[0-9]+(\t[-+.0-9e]+){2,}\t.*")
+_INDEXED = re.compile(r"[0-9]+\t([-+.0-9e]+)\t(.*\S)\s*")
+"""A line of MXNet's ``im2rec``: number, label, path."""
+_SUFFIXES = "|".join(map(re.escape, sorted(SUFFIXES)))
+_NAMED = re.compile(rf"(.+?(?:{_SUFFIXES}))[\s,;]+(.*\S)\s*", re.IGNORECASE)
+"""The first words that end like an image's name, and the others."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TextListSource(CsvListSource):
     """Image files that a text file names, as :class:`CsvListSource` otherwise.
 
-    ``.txt``, ``.lst``, ``.list``: ``path`` or ``path label``, separated by a tab or spaces; the last word is a label if
-    it is a number, or if the text before it ends like an image's name. ``.tsv``: ``path<TAB>label``, or a header.
+    ``.txt``, ``.lst``, ``.list``: ``path`` or ``path label``, separated by a tab, spaces, a comma or a semicolon; the
+    last word is a label if it is a number, and what follows the name of an image is one. ``number<TAB>label<TAB>path``
+    is MXNet's form. ``.tsv``: ``path<TAB>label``, or a header.
     ``.json``, ``.jsonl``, ``.ndjson``: objects with a key of ``PATH_NAMES`` and one of ``LABEL_NAMES``, and perhaps a
     ``prefix`` (folder); also strings and ``[path, label]``.
     """
@@ -53,17 +59,29 @@ def _text_lines(path: Path) -> Iterator[Entry]:
                 continue
             if _SEVERAL.fullmatch(text.strip()):
                 raise SourceError(f"{path} line {line} has several labels: give one label, or the path alone")
+            if (indexed := _INDEXED.fullmatch(text)) and _is_image(indexed[2]):
+                yield Entry(line, indexed[2], _number(indexed[1]))
+                continue
             head, tab, tail = text.rpartition("\t")
             if not tab:
                 head, _, tail = text.rstrip().rpartition(" ")
             if head and (tab or tail.isdecimal() or _is_image(head) > _is_image(text)):
-                yield Entry(line, head.rstrip() if not tab else head, tail.strip() or None)
+                yield Entry(line, head.rstrip(" ,;") if not tab else head, tail.strip() or None)
+            elif not _is_image(text) and (named := _NAMED.fullmatch(text)):
+                yield Entry(line, named[1], named[2])
             else:
                 yield Entry(line, text, None)
 
 
 def _is_image(name: str) -> bool:
     return suffix_of(name.rstrip()) in SUFFIXES
+
+
+def _number(text: str) -> str:
+    try:
+        return label_text(float(text)) or text
+    except ValueError:
+        return text
 
 
 def _json_lines(path: Path, *, whole: bool) -> Iterator[Entry]:
@@ -83,6 +101,8 @@ def _json_lines(path: Path, *, whole: bool) -> Iterator[Entry]:
 
 
 def _parsed(path: Path, text: str, line: int) -> Any:
+    if "\0" in text:
+        raise SourceError(f"{path} line {line} holds a NUL byte: save the list as UTF-8 text")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

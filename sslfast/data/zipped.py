@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from sslfast.data.images import MAX_BYTES, SUFFIXES, BadImageError, OnBadImage
 from sslfast.data.left_out import suffix_of
-from sslfast.data.listing import first_folder
 from sslfast.data.manifest import Manifest
-from sslfast.data.members import list_members, visible
+from sslfast.data.members import folder_classes, list_members, visible
 from sslfast.data.pool import map_threads
 from sslfast.data.source import HASHED_BYTES, Changes, ImageSource, SourceError, content_hash, is_file
 
@@ -71,7 +70,12 @@ class ZipSource(ImageSource):
                 return _unpacked(packed, is_deflated, count, info.file_size, info.CRC)
 
             sizes = {name: info.file_size for name, info in members.items()}
-            found = list_members(str(path), sizes, read, folders=_classes(members))
+            found = list_members(
+                str(path),
+                sizes,
+                read,
+                folders=folder_classes([name for name in members if suffix_of(name) in SUFFIXES]),
+            )
         images = sorted(found.images, key=lambda image: image.path)
         infos = [members[image.path] for image in images]
         source = cls(
@@ -191,8 +195,9 @@ def _directory(path: Path, ignored: Counter[str]) -> tuple[dict[str, zipfile.Zip
     except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise SourceError(f"{path} is not a whole zip file ({error}; {size:,} bytes): {_REMEDY}") from None
     for info in infos:
-        name = "/".join(part for part in info.filename.split("/") if part not in ("", "."))
-        if info.is_dir() or not visible(name, ignored):
+        stated = info.filename if "/" in info.filename else info.filename.replace("\\", "/")  # of programs of Windows
+        name = "/".join(part for part in stated.split("/") if part not in ("", "."))
+        if stated.endswith("/") or not visible(name, ignored):
             continue
         if name in members:
             raise SourceError(
@@ -200,13 +205,6 @@ def _directory(path: Path, ignored: Counter[str]) -> tuple[dict[str, zipfile.Zip
             )
         members[name] = info
     return members, size
-
-
-def _classes(members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str | None]:
-    images = [name for name in members if suffix_of(name) in SUFFIXES]
-    top = {first_folder(name) for name in images}
-    below = {name: first_folder(name.partition("/")[2]) for name in images}
-    return below if len(top) == 1 and None not in below.values() else {name: first_folder(name) for name in images}
 
 
 def _stored(descriptor: int, offset: int, count: int) -> bytes:

@@ -25,6 +25,7 @@ from tests.pictures import write_folder
 FILES = ["imgs/a/my photo 1.jpg", "imgs/a/0", "imgs/b/1.jpg"]
 WANTED = {FILES[0]: "0", FILES[1]: "0", FILES[2]: "1"}
 PAIRS = [*WANTED.items()]
+SUFFIXED = {FILES[0]: "0", FILES[2]: "1"}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,13 @@ PAIRS = [*WANTED.items()]
         ("l.json", json.dumps({"labels": PAIRS}), WANTED),
         ("l.json", json.dumps(FILES), dict.fromkeys(FILES)),
         ("l.jsonl", "".join(json.dumps({"path": p, "category": c}) + "\n" for p, c in PAIRS), WANTED),
+        ("l.lst", "".join(f"{k}\t{label}.000000\t{path}\n" for k, (path, label) in enumerate(PAIRS[::2])), SUFFIXED),
+        ("l.txt", "imgs/a/my photo 1.jpg,0\nimgs/b/1.jpg; 1\n", SUFFIXED),
+        ("l.txt", "imgs/a/my photo 1.jpg  big cat\nimgs/b/1.jpg\tdog\n", {FILES[0]: "big cat", FILES[2]: "dog"}),
+        ("l.csv", "path;label\n" + "".join(f"{path};{label}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", "".join(f"{path};{label}\r\n" for path, label in PAIRS), WANTED),
+        ("l.csv", "".join(f'"{path}"\t{label}\n' for path, label in PAIRS), WANTED),
+        ("l.csv", "imgs/b/1.jpg,a;b\n", {FILES[2]: "a;b"}),
     ],
 )
 def test_lists(tmp_path: Path, name: str, text: str, wanted: dict[str, str | None]) -> None:
@@ -51,12 +59,31 @@ def test_lists(tmp_path: Path, name: str, text: str, wanted: dict[str, str | Non
     assert labels_of(reopen_data(tmp_path / name, tmp_path / "kept")) == wanted
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["l.txt", "l.csv", "l.tsv", "l.json"])
+def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: str) -> None:
+    write_folder(tmp_path, ["ü 1.jpg"])
+    text = {"l.txt": f"ü 1.jpg 7{end}", "l.csv": f"ü 1.jpg,7{end}", "l.tsv": f"ü 1.jpg\t7{end}"}
+    (tmp_path / name).write_bytes(text.get(name, f'[["ü 1.jpg", 7]]{end}').encode(encoding))
+    assert labels_of(open_data(tmp_path / name)) == {"ü 1.jpg": "7"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("l.txt", "imgs/b/1.jpg 1 2\n", r"l.txt line 1 has several labels"),
         ("l.txt", "imgs/b/1.jpg\0 1\n", r"l.txt line 1 holds a NUL byte"),
         ("l.txt", "imgs/b/1.jpg 1\nimgs/b/1", r"imgs/b/1 \(.*line 2, where the list ends.*still being written"),
+        ("l.lst", "0\t1\t2\timgs/b/1.jpg\n", r"l.lst line 1 has several labels"),
+        ("l.txt", "imgs\\b\\1.jpg 1\n", r"line 1; write / in place of \\"),
+        ("l.txt", "1 imgs/b/1.jpg\n", r"; 'imgs/b/1.jpg' is a file: write the path, then the label"),
+        ("l.csv", "0,imgs/b/1.jpg\n", r"; 'imgs/b/1.jpg' is a file: write the path, then the label"),
+        ("l.csv", "Bild;Art\nimgs/b/1.jpg;1\n", r"if this is a header, name its columns path and label"),
+        ("l.txt", "https://example.org/1.jpg\n", r"; a URL: download the images"),
+        ("l.json", '[["imgs/b/1.jpg", 1]]'.encode("utf-16-le").decode(), r"line 1 holds a NUL byte"),
+        ("l.txt", "imgs/b/1.jpg\nimgs//b/1.jpg\n", r"one file twice, as 'imgs/b/1.jpg' in line 1 .*line 2"),
+        ("l.txt", "imgs/b/../b/1.jpg\nimgs/b/1.jpg\n", r"one file twice"),
         ("l.txt", "imgs/B/1.jpg\n", r"no usable image|cannot be used"),
         ("l.json", '[{"path": "imgs/b/1.jpg"}, {"pa', r"l.json line 1 is cut short: is the list still being written"),
         ("l.json", '{"images": []}', r"l.json is no list of images: write an array"),
@@ -116,6 +143,17 @@ def test_zip_files(tmp_path: Path, method: int) -> None:
     path.write_bytes(data[:-30])
     with raises(r"d.zip is not a whole zip file .*write the file again, or get a good copy"):
         open_data(path)
+
+
+def test_zip_files_of_programs_that_write_backslashes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        archive.writestr("x\\", b"")
+        for k, name in enumerate(["x\\a\\0.jpg", "x\\b\\1.jpg"]):
+            archive.writestr(name, image(k))
+    manifest = open_data(tmp_path / "d.zip")
+    assert labels_of(manifest) == {"x/a/0.jpg": "a", "x/b/1.jpg": "b"}
+    manifest.save(tmp_path / "kept")
+    assert reopen_data(tmp_path / "d.zip", tmp_path / "kept").source.read(1) == image(1)
 
 
 def test_a_run_does_not_resume_with_another_kind_of_data(tmp_path: Path) -> None:
@@ -284,6 +322,16 @@ def test_names_that_look_the_same_are_told_apart(tmp_path: Path, one: str, other
     root = write_folder(tmp_path / "one", [f"{one}/1.jpg", f"{other}/2.jpg"])
     assert why in Manifest.scan(root).alike_classes()[0]
     assert alike(["a"], ["a"]) == alike_among(["a", "b"]) == ""
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["ü.jpg"])
+    (tmp_path / "l.txt").write_bytes("ü.jpg\n".encode("latin-1"))
+    with raises("its name is not UTF-8: save the list as UTF-8"):
+        open_data(tmp_path / "l.txt")
+    (tmp_path / "both.txt").write_text(f"ü.jpg\n{tmp_path}/ü.jpg\n")
+    with raises("one file twice"):
+        open_data(tmp_path / "both.txt")
 
 
 def test_a_listed_file_in_another_unicode_form_is_named(tmp_path: Path) -> None:

@@ -41,12 +41,15 @@ def labels_of(manifest: Manifest) -> dict[str, str | None]:
         ({"0.json": '{"Label": " 007 "}'}, "7"),
         ({"0.json": '{"cls": 3.0}'}, "3"),
         ({"0.json": '{"label": null, "category": "x"}'}, "x"),
+        ({"0.json": '{"labels": [4]}'}, "4"),
+        ({"0.json": '{"x": 1, "y": 2}'}, None),
         ({"0.json": '{"label": [1, 2]}'}, None),
         ({"0.json": '{"label": true}'}, None),
         ({"0.json": '{"caption": "a dog"}'}, None),
         ({"0.json": "[" * 100_000}, None),
         ({"0.json": "7"}, None),
         ({"0.cls.txt": "dog\n"}, "dog"),
+        ({"0.cls": "\ufeff7\r\n"}, "7"),
         ({"0.cls": "7", "0.json": '{"label": 7}'}, "7"),
         ({"0.cls": "7", "0.json": '{"label": "dog"}'}, "7"),
         ({"0.cls": "dog", "0.json": '{"label": 7, "class_name": "dog"}'}, "dog"),
@@ -57,6 +60,43 @@ def test_labels_of_other_members(tmp_path: Path, members: dict[str, str], label:
     files = {"0.jpg": image(0), "d/1.jpg": image(1), **{name: text.encode() for name, text in members.items()}}
     found = labels_of(Manifest.scan(write_tar(tmp_path / "s-000.tar", files)))
     assert found == {"0.jpg": label, "d/1.jpg": "d"}
+
+
+@pytest.mark.parametrize(
+    ("files", "ignored"),
+    [
+        ({"0.jpg": image(0), "0.json": b'{"caption": "a dog"}'}, {".json holding no label": 1}),
+        ({"0.jpg": image(0), "0.json": b"{}", "0.cls": b"1"}, {".json": 1}),
+        ({"0.a.jpg": image(0), "0.b.jpg": image(1), "0.json": b"{}"}, {".json holding no label": 1}),
+        ({"0.jpg": image(0), "stats.json": b"{}"}, {".json": 1}),
+    ],
+)
+def test_json_members_without_a_label_are_counted(tmp_path: Path, files: dict[str, bytes], ignored: dict) -> None:
+    manifest = Manifest.scan(write_tar(tmp_path / "s-000.tar", files))
+    assert manifest.ignored == ignored
+    assert bool(manifest.left_out()) == (".json holding no label" in ignored)
+    assert all("1 x .json (no label): beside images" in line for line in manifest.left_out())
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["./t/cat/0.jpg", "./t/dog/1.jpg"], ["cat", "dog"]),
+        (["t/cat/x/0.jpg", "t/cat/y/1.jpg"], ["cat"]),
+        (["t/cat/0.jpg", "t/1.jpg"], ["t"]),
+        (["cat/0.jpg", "dog/1.jpg"], ["cat", "dog"]),
+        (["cat/0.jpg"], ["cat"]),
+        (["0.jpg"], []),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_one_folder_around_all_others_is_no_class(tmp_path: Path, names, classes: list[str], shards: int) -> None:
+    files = {name: image(k) for k, name in enumerate(names)}
+    for k in range(shards):
+        write_tar(tmp_path / "d" / f"s-{k:03}.tar", dict([*files.items()][k::shards] or files))
+    manifest = Manifest.scan(tmp_path / "d")
+    assert manifest.classes == classes
+    Manifest.parse(manifest.dump(), "m").check()
 
 
 def test_json_labels_are_sorted_by_number(tmp_path: Path) -> None:
@@ -98,6 +138,17 @@ def test_inner_tars_that_are_damaged_are_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "o.tar", {"a.tar": data, "b.tar": data[:700]})
     with raises(r"o.tar/b.tar is truncated: member 'a.jpg' needs"):
         Manifest.scan(path)
+    path = write_tar(tmp_path / "o.tar", {"a.tar": data, "b.tar": gzip.compress(data)})
+    with raises(r"o.tar/b.tar is not a tar file, or is compressed: .*; write the shard again"):
+        Manifest.scan(path)
+    for name, why in (
+        ("a.tgz", "`gunzip -k` each .tgz"),
+        ("a.zip", "name one .zip"),
+        ("a/b", r"\(JPEG\): pictures by"),
+    ):
+        write_tar(tmp_path / "p.tar", {name: image(0)})
+        with raises(rf"p.tar holds no image .*{why}"):
+            Manifest.scan(tmp_path / "p.tar")
     path = write_tar(tmp_path / "o.tar", {"a.tar": data, "b.tar": b""})
     with raises(r"o.tar/b.tar is empty"):
         Manifest.scan(path)
