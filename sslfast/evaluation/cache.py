@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -224,7 +225,7 @@ def mapped(path: Path, rows: int, columns: int) -> Tensor:
     """``[rows, columns]`` float32 of a file, mapped: pages are read when they are used."""
     if not rows * columns:
         return torch.zeros(rows, columns)
-    return torch.from_file(str(path), shared=False, size=rows * columns, dtype=torch.float32).view(rows, columns)
+    return torch.from_numpy(np.memmap(path, np.float32, mode="c", shape=(rows, columns)))
 
 
 def _load(path: Path, identity: str) -> Cached | None:

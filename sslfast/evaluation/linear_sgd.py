@@ -91,8 +91,9 @@ def train_heads(
 ) -> Heads:
     """Train all classifiers at the same time, one pass over the images per epoch.
 
-    With several processes each rank works on its part of a batch, trunk and classifiers alike: BatchNorm normalises with
-    the statistics of the whole batch and gradients are averaged, so the result is that of one process but for rounding.
+    With several processes each rank works on its part of a batch, trunk and classifiers alike: BatchNorm normalises
+    with the statistics of the whole batch and gradients are averaged, so the result is that of one process but for
+    rounding.
 
     Raises:
         ValueError: a loss that is not finite, naming the classifier.

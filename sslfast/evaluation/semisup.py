@@ -2,8 +2,8 @@
 
 A linear classifier on the pooled features, 70 epochs of SGD with Nesterov momentum, learning rate 0.01 per 256 images,
 divided by 10 at epoch 30, no weight decay, random resized crops and flips; BatchNorm trains too, over 32 images at a
-time (``pirl``, VISSL's 8 GPUs). ``simclr``: rate 0.05 per 256 images along a cosine, 60 epochs (1 %) or 30 (10 %) of
-batches of 4096. The published numbers are top-5 on ImageNet with 1 % and 10 % of the labels: PIRL's on random images,
+time (``pirl``, on 8 GPUs). ``vissl``: the same with rate 0.05, which VISSL takes on SimCLR's lists. ``simclr``: rate
+0.05 per 256 images along a cosine, 60 epochs (1 %) or 30 (10 %) of batches of 4096. The published numbers are top-5 on ImageNet with 1 % and 10 % of the labels: PIRL's on random images,
 SimCLR's and VISSL's on SimCLR's class-balanced lists of 12,811 and 128,116 names, which ``subset`` reads.
 """
 
@@ -29,6 +29,7 @@ from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_fold
 from sslfast.evaluation.sgd import (
     SEMISUP,
     SEMISUP_SIMCLR,
+    SEMISUP_VISSL,
     ResumeState,
     SGDProtocol,
     TrainingImages,
@@ -48,8 +49,9 @@ LOWER = "lower --batch-size, and the learning rate with it, or name other weight
 class SemisupConfig(ImageConfig):
     """Settings of :func:`evaluate_semisup`."""
 
-    protocol: Literal["pirl", "simclr"] = "pirl"
-    """Whose hyper-parameters. pirl: PIRL's and VISSL's. simclr: SimCLR's, published with --batch-size 4096."""
+    protocol: Literal["pirl", "vissl", "simclr"] = "pirl"
+    """Whose hyper-parameters. pirl: PIRL's. vissl: the same with rate 0.05, VISSL's for SimCLR's lists. simclr:
+    SimCLR's, published with --batch-size 4096."""
     fraction: float = 0.01
     """Share of train that is used, the same of every class, drawn by seed; at least one image of each."""
     subset: Path | None = None
@@ -58,7 +60,7 @@ class SemisupConfig(ImageConfig):
     encoders: tuple[str, ...] = (TRAINED,)
     """trained, untrained (supervised learning from scratch on the same images) or both."""
     epochs: int | None = None
-    """Passes over the subset; default: as published, 70 (pirl), 60 or, above 5 % of the labels, 30 (simclr). The
+    """Passes over the subset; default: as published, 70 (pirl, vissl), 60 or, above 5 % of the labels, 30 (simclr). The
     learning rate's drop scales with it."""
     seeds: tuple[int, ...] = (0,)
     """Of the drawn subset, the initial classifier, order and crops. Several: mean and standard deviation."""
@@ -66,7 +68,7 @@ class SemisupConfig(ImageConfig):
     """Images per step; the learning rate scales with it."""
     norm_batch: int | None = None
     """Images that BatchNorm normalises together, a divisor of each process's part of the batch; default: as published
-    (pirl: 32; simclr: all of a process), and all of a process where that is no divisor."""
+    (pirl, vissl: 32; simclr: all of a process), and all of a process where that is no divisor."""
     loader: LoaderName = "auto"
     """Of augmented training images: pillow, dali, or ffcv for DATA/train.beton; auto: ffcv for such a file, or pillow.
     Another loader's pixels differ by rounding."""
@@ -271,8 +273,8 @@ def evaluate_semisup(
 
 def published_protocol(name: str, share: float) -> SGDProtocol:
     """The protocol of that name for a share of the labels."""
-    if name == "pirl":
-        return SEMISUP
+    if name != "simclr":
+        return SEMISUP if name == "pirl" else SEMISUP_VISSL
     return replace(SEMISUP_SIMCLR, epochs=30) if share > 0.05 else SEMISUP_SIMCLR
 
 

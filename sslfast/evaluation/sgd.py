@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +138,13 @@ SEMISUP = SGDProtocol(
     layers=("res5avg-plain",),
     norm_batch=32,
     source="PIRL (arXiv 1912.01991) section 4.3; VISSL's in1k semi_sup_fulltune, 32 images on each of 8 GPUs",
+)
+SEMISUP_VISSL = replace(
+    SEMISUP,
+    name="semisup-vissl",
+    lr_per_256_images=0.05,
+    source="VISSL's in1k semi_sup_fulltune on SimCLR's lists (dataset/simclr_in1k_per01, per10), 32 images on each of 8 "
+    "GPUs; its pirl_in1k_per01 and per10 set PIRL's 0.01 in place of 0.05",
 )
 SEMISUP_SIMCLR = SGDProtocol(
     name="semisup-simclr",

@@ -25,12 +25,12 @@ def watch():
         time.sleep(0.002)
 
 torch.set_num_threads(1)
-linear_probe.BLOCK_BYTES = 1 << 21
+linear_probe.BLOCK_BYTES = 1 << 22
 threading.Thread(target=watch, daemon=True).start()
 generator = torch.Generator().manual_seed(0)
 centres = torch.randn(4, 128, generator=generator)
 for kind in ("extraction and kNN", "probe"):
-    for count in (6_000, 60_000):
+    for count in (4_000, 4_000, 80_000):  # the first one also loads libraries and warms the allocator
         labels = torch.arange(count) % 4
         cache = FeatureCache(Path(sys.argv[1]) / kind)
         peak = 0
@@ -52,9 +52,9 @@ for kind in ("extraction and kNN", "probe"):
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """Ten times the images: 3 MB and 31 MB of features, in float64 6 MB and 61 MB."""
+    """Twenty times the images: 2 MB and 41 MB of features, in float64 4 MB and 82 MB."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peaks = [int(line) for line in done.stdout.splitlines()]
-    for kind, small, large in (("extraction and kNN", *peaks[:2]), ("probe", *peaks[2:])):
-        assert large < small + 15_000_000, kind
+    for kind, small, large in (("extraction and kNN", *peaks[1:3]), ("probe", *peaks[4:])):
+        assert large < small + 20_000_000, (kind, peaks)

@@ -129,6 +129,16 @@ def test_images_of_batchnorm(options: dict[str, Any], found: int | None) -> None
     assert norm_images(config, published_protocol(config.protocol, 0.01)) == found
 
 
+def test_vissl_s_rate() -> None:
+    """configs/config/benchmark/semi_supervised: 0.05 and 0.005 with SimCLR's lists, PIRL's lists set 0.01 and 0.001."""
+    rates = {
+        name: [published_protocol(name, 0.01).learning_rate(epoch, epochs=70, batch_size=256) for epoch in (29, 30)]
+        for name in ("pirl", "vissl")
+    }
+    assert rates == {"pirl": pytest.approx([0.01, 0.001]), "vissl": pytest.approx([0.05, 0.005])}
+    assert published_protocol("vissl", 0.1).full_name(70) == "semisup-vissl"
+
+
 def test_simclr_s_epochs() -> None:
     assert published_protocol("simclr", 0.01) == SEMISUP_SIMCLR
     assert published_protocol("simclr", 0.1).epochs == 30
