@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslfast.config import save_json, to_dict
 from sslfast.files import replacing, save_tensors
-from sslfast.models import ResNetConfig
+from sslfast.models import ResNetConfig, trunk_name
 from sslfast.weights.files import import_safetensors
 from sslfast.weights.load import Weights, read_weights
 
@@ -61,7 +61,7 @@ def export_trunk(
     if not isinstance(model, ResNetConfig):
         if format != "onnx":
             raise ValueError(
-                f"a {format} file holds a ResNet, got model.factory={model.factory}; export as onnx, "
+                f"a {format} file holds a ResNet, got {trunk_name(model)}; export as onnx, "
                 "or load the run with sslfast.load"
             )
     elif format in ("torchvision", "timm", "detectron2"):
