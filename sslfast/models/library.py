@@ -132,7 +132,7 @@ def _of_timm(config: LibraryTrunkConfig, timm: Any) -> "LibraryTrunk":
             if not extra:
                 raise
     features = getattr(net, "head_hidden_size", None) or net.num_features
-    return LibraryTrunk(config.name, net, features)
+    return LibraryTrunk(config.name, net, features, options)
 
 
 def _of_torchvision(config: LibraryTrunkConfig, torchvision: Any) -> "LibraryTrunk":
@@ -154,21 +154,22 @@ def _of_torchvision(config: LibraryTrunkConfig, torchvision: Any) -> "LibraryTru
             features //= side[0] * side[1]
             net.avgpool = nn.AdaptiveAvgPool2d(1) if side != (1, 1) else net.avgpool
     setattr(net, name, nn.Sequential(*kept))
-    return LibraryTrunk(config.name, net, features)
+    return LibraryTrunk(config.name, net, features, options)
 
 
 class LibraryTrunk(Trunk):
     """A network of torchvision or timm, called as it is: ``[B, 3, H, W]`` to its pooled features ``[B, out_features]``.
 
     Rates of dropout and stochastic depth are 0: the interface of a trunk has no random numbers. ``network`` has the
-    library's names of parameters.
+    library's names of parameters, ``arguments`` are those of its function.
 
     Raises:
         ValueError: at the first images of a size that the network does not take.
     """
 
-    def __init__(self, name: str, network: nn.Module, out_features: int) -> None:
+    def __init__(self, name: str, network: nn.Module, out_features: int, arguments: Options) -> None:
         super().__init__()
+        self.arguments = arguments
         self.name, self.network, self.out_features = name, network, out_features
         self._known: set[tuple[int, int]] = set()
         self.has_random_layers = False
