@@ -68,7 +68,8 @@ def pretrain(
         resume: ``auto`` (continue from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         overrides: fields of ``TrainConfig`` that differ from the recipe: ``epochs=2``, nested ones by dotted name
-            (``**{"model.width": 0.5}``) or as a mapping (``model={"width": 0.5}``).
+            (``**{"model.width": 0.5}``) or as a mapping (``model={"width": 0.5}``). ``init="runs/a"`` starts from
+            weights.
 
     Returns:
         Steps done, last metrics, checkpoint, speed.

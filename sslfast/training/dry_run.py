@@ -23,6 +23,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
     kept = trainer.store.list()
     start = f"resumes after step {kept[-1]}" if kept and trainer.resume == "auto" else "new run"
+    start += "" if trainer.initial is None else f" from {config.init}"
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)

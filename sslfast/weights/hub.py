@@ -74,7 +74,9 @@ def timm_config(weights: Weights) -> dict[str, Any]:
     if isinstance(weights.model, LibraryTrunkConfig):
         trunk = weights.build()
         assert isinstance(trunk, LibraryTrunk)
-        arguments, known = trunk.arguments, getattr(trunk.network, "pretrained_cfg", {})
+        arguments, known = {**trunk.arguments}, getattr(trunk.network, "pretrained_cfg", {})
+        if known.get("fixed_input_size"):  # the size that positions are learned for, which need not be that of images
+            arguments.setdefault("img_size", known["input_size"][-1])
         cfg |= {key: known.get(key) for key in ("first_conv", "classifier")}
         any_size = arguments.get("dynamic_img_size") or arguments.get("strict_img_size") is False
         cfg["fixed_input_size"] = bool(known.get("fixed_input_size")) and not any_size
