@@ -38,7 +38,7 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
         if isinstance(call, int):
             return call
         for name in ("output", "out"):
-            if isinstance(path := call.keywords.get(name), Path):
+            if isinstance(path := call.keywords.get(name), Path) and call.keywords.get("format") != "hub":
                 check_writable(path, remedy=OUTPUT if name == "output" else ANOTHER_PLACE)
         result = call()
     except ResultNotWritten as error:

@@ -8,7 +8,7 @@ import tyro
 
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.cli.usage import parse
-from sslfast.models import CustomTrunkConfig
+from sslfast.models import choose_trunk
 from sslfast.recipes import RECIPES, find_recipe
 from sslfast.training import TrainConfig
 
@@ -36,9 +36,8 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
         ValueError: no recipe is named, or it does not exist.
     """
     recipe = _recipe(arguments, command)
-    factory = _value(arguments, "--model.factory")
-    if factory is not None:  # a factory chooses a trunk with other options than a ResNet's
-        recipe.model = CustomTrunkConfig(factory=factory)
+    wanted = {name: _value(arguments, f"--model.{name}") for name in ("name", "factory")}
+    recipe.model = choose_trunk(recipe.model, wanted)  # a trunk that is no ResNet has other options
     # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
     chosen = [("method", type(recipe.method)), ("model", type(recipe.model))]
     train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)

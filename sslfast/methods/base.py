@@ -199,6 +199,11 @@ class BaseConfig:
         """The views that a step needs, in the order that numbers their random streams."""
         return {"image": self.image_view}
 
+    def trunk_sizes(self) -> dict[str, int]:
+        """Sides in pixels of what the trunk sees of each view."""
+        views = {**self.views(), **self.feature_views()}
+        return {name: v.crop.size if v.jigsaw is None else v.jigsaw.patch_size for name, v in views.items()}
+
     def feature_views(self) -> dict[str, ViewConfig]:
         """The views that :meth:`Method.store_features` gets; empty for a method without a feature pass."""
         return {}

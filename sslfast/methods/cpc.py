@@ -79,6 +79,10 @@ class CPC(Method):
             """The image."""
             return {IMAGE: self.image_view}
 
+        def trunk_sizes(self) -> dict[str, int]:
+            """The patches."""
+            return {"patches": self.patch_size}
+
         def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
             """What the contexts of the first grid rows see, and the patches that they predict."""
             pixels = views[IMAGE].pixels

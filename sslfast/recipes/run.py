@@ -8,6 +8,7 @@ from typing import Any
 from sslfast.config import from_dict, merge, to_dict
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group
+from sslfast.models import choose_trunk
 from sslfast.recipes.registry import find_recipe
 from sslfast.training import TrainConfig, Trainer, TrainResult
 
@@ -25,6 +26,9 @@ def configure(recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
         ValueError: unknown recipe or field, wrong type, or value out of range; names it with the remedy.
     """
     config = find_recipe(recipe)
+    wanted = merge({}, overrides).get("model")
+    if isinstance(wanted, Mapping) and not is_dataclass(overrides.get("model")):
+        config.model = choose_trunk(config.model, wanted)
     before = to_dict(config)
     values = merge(before, overrides)
     method, new = before["method"].get("name"), values["method"]
@@ -64,7 +68,8 @@ def pretrain(
         resume: ``auto`` (continue from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         overrides: fields of ``TrainConfig`` that differ from the recipe: ``epochs=2``, nested ones by dotted name
-            (``**{"model.width": 0.5}``) or as a mapping (``model={"width": 0.5}``).
+            (``**{"model.width": 0.5}``) or as a mapping (``model={"width": 0.5}``). ``init="runs/a"`` starts from
+            weights.
 
     Returns:
         Steps done, last metrics, checkpoint, speed.

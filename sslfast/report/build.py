@@ -161,7 +161,7 @@ def _summary(runs: Sequence[Run]) -> str:
                 run.name,
                 run.word("recipe"),
                 run.word("method", "name"),
-                f"{run.word('model', 'name')} ({run.word('model', 'stem')})",
+                f"{run.word('model', 'name')} ({run.word('model', 'stem')})".removesuffix(" ()"),
                 f"{last.get('epoch', 0):g} of {run.word('epochs') or '?'}",
                 f"{last.get('step', 0):,.0f}",
                 run.word("batch_size"),

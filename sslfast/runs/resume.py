@@ -80,7 +80,10 @@ def _check_keys(path: Path, state: Mapping[str, Any]) -> None:
     """Raises CorruptCheckpointError unless ``state`` has what a run's checkpoint has."""
     missing = [key for key in KEYS if key not in state]
     if missing:
-        raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing); use another")
+        raise CorruptCheckpointError(
+            f"{path} is no checkpoint of a run ({', '.join(missing)} missing); use another; --init {path} starts a new "
+            "run from its weights"
+        )
     tables = [key for key in ("method", "optimizer", "metrics", "config") if not isinstance(state[key], Mapping)]
     if tables:
         raise CorruptCheckpointError(f"{path} is no checkpoint of a run ({', '.join(tables)} no table); use another")
@@ -105,10 +108,12 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
     ]
     if changed:
         raise ValueError(
-            f"cannot resume {path}: {'; '.join(changed)}. Give the old values, or choose another output directory"
+            f"cannot resume {path}: {'; '.join(changed)}. Give the old values, or choose another output directory; "
+            f"--init {path} starts a new run from its weights"
         )
     if state["manifest_digest"] != manifest_digest:
         raise ValueError(
             f"cannot resume {path}: the images are not those it was trained on (files added, removed "
-            "or changed), so the bank would belong to other images. Put them back, or choose another output directory"
+            "or changed), so the bank would belong to other images. Put them back, or choose another output "
+            f"directory; --init {path} starts a new run from its weights"
         )

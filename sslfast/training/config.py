@@ -21,6 +21,9 @@ class TrainConfig:
     """The pretraining method."""
     model: TrunkConfig = field(default_factory=ResNetConfig)
     """The trunk."""
+    init: str | None = None
+    """Weights that a new run starts from, in place of random ones: a run directory, any file that sslfast.load reads,
+    or timm/NAME for timm's weights where they are on this machine. The schedule starts anew."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How samples are read."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -11,7 +11,7 @@ from sslfast.data import sample_contents
 from sslfast.distributed import world_size
 from sslfast.loaders import choose_loader
 from sslfast.methods import BatchSplit
-from sslfast.models import ResNetConfig, trunk_stride
+from sslfast.models import LibraryTrunk, ResNetConfig, size_words, trunk_name, trunk_stride
 from sslfast.training.config import TrainConfig
 from sslfast.training.trainer import Trainer
 from sslfast.views import View, ViewConfig
@@ -23,6 +23,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
     parameters = sum(p.numel() for p in trainer.method.parameters() if p.requires_grad)
     kept = trainer.store.list()
     start = f"resumes after step {kept[-1]}" if kept and trainer.resume == "auto" else "new run"
+    start += "" if trainer.initial is None else f" from {config.init}"
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "CPU"
     layout = "channels_last" if trainer.channels_last else "contiguous"
     source = "synthetic" if trainer.manifest is None else str(trainer.manifest.source)
@@ -62,17 +63,22 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
 
 def _res5(trainer: Trainer) -> str:
     """Spatial size of the trunk's last stage for each view."""
-    if not isinstance(trainer.config.model, ResNetConfig):
-        return f"unknown: {trainer.config.model.factory} is not a ResNet"
-    stride = trunk_stride(trainer.config.model)
+    trunk, method, model = trainer.method.trunk, trainer.config.method, trainer.config.model
+    if isinstance(trunk, LibraryTrunk):
+        shown = ", ".join(f"{size} px ({names})" for size, names in size_words(method.trunk_sizes()).items())
+        rates = "; its dropout and stochastic depth are off" if trunk.has_random_layers else ""
+        return f"not a ResNet: {trunk.out_features:,} features of images of {shown}{rates}"
+    if not isinstance(model, ResNetConfig):
+        return f"unknown: {trunk_name(model)} is not a ResNet"
+    stride = trunk_stride(model)
     sizes, smallest = [], stride
-    for name, view in trainer.config.method.views().items():
+    for name, view in method.views().items():
         size = view.crop.size if view.jigsaw is None else view.jigsaw.patch_size
         cells = -(-size // stride)
         smallest = min(smallest, cells)
         sizes.append(f"{cells} x {cells} of {name}{'' if view.jigsaw is None else ' patches'}, {size} px")
     hint = "; 3 x 3 convolutions see one cell there: --model.stem small keeps four times the resolution"
-    return "; ".join(sizes) + (hint if smallest == 1 and trainer.config.model.stem == "imagenet" else "")
+    return "; ".join(sizes) + (hint if smallest == 1 and model.stem == "imagenet" else "")
 
 
 def _schedule(trainer: Trainer) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sslfast.methods import BatchSplit
-from sslfast.models import ResNetConfig, ResNetTrunk, trunk_stride
+from sslfast.models import LibraryTrunk, ResNetConfig, ResNetTrunk, check_sizes, trunk_stride
 
 if TYPE_CHECKING:
     from sslfast.training.config import TrainConfig
@@ -161,12 +161,14 @@ def check_start(config: "TrainConfig", split: BatchSplit, *, rows: int, steps_pe
 
 
 def check_trunk(trunk: nn.Module, config: "TrainConfig", split: BatchSplit) -> None:
-    """Check that BatchNorm in res5 has values enough. A method may have another trunk than ``config.model``: of that
-    one nothing is known.
+    """Check that BatchNorm in res5 has values enough, and that a network of a library takes the sizes that it sees. A
+    method may have another trunk than ``config.model``: of that one nothing is known.
 
     Raises:
         ValueError: names the value and the remedy.
     """
+    if isinstance(trunk, LibraryTrunk):
+        check_sizes(trunk, config.method.trunk_sizes())
     if not isinstance(trunk, ResNetTrunk) or not isinstance(config.model, ResNetConfig) or config.model.norm != "batch":
         return
     stride = trunk_stride(config.model)

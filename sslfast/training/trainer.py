@@ -36,7 +36,8 @@ from sslfast.runs import (
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
-from sslfast.training.limits import check_start, check_trunk
+from sslfast.training.initial import build_method
+from sslfast.training.limits import check_start
 from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.measurements import Measurements
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
@@ -114,8 +115,7 @@ class Trainer:
             total_steps=self.total_steps,
         )
         self.config = config = replace(config, method=config.method.resolve(context))
-        method = config.method.build(context)
-        check_trunk(method.trunk, config, split)
+        method, self.initial = build_method(config, context, split, self.resume, self.store, self.report)
         if config.sync_batchnorm:
             distributed.convert_sync_batchnorm(method, self.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -240,7 +240,8 @@ class Trainer:
     def _record_start(self) -> None:
         facts = {"device": str(self.device), "precision": str(self.dtype), "processes": distributed.world_size()}
         save = None if self.manifest is None else self.manifest.save
-        self.outbox.write(self.run.records(to_dict(self.config), facts, save, report=self.report))
+        records = self.run.records(to_dict(self.config), facts, save, report=self.report)
+        self.outbox.write(records | ({} if self.initial is None else self.initial.record(self.run)))
 
     def _fit(self) -> TrainResult:
         first_step, started = self.step, time.perf_counter()

@@ -114,11 +114,85 @@ def find_trunk(where: str, content: Any, prefix: str | None = None) -> Found:
     """
     found = list(_search(content, ""))
     if not found:
-        shown = [f"{name} {list(value.shape)}" for name, value in _entries(content, "")][:_SHOWN]
         raise ValueError(
             f"{where} holds no ResNet: no prefix has {' and '.join(NAMES[0].first)} behind it; the first entries are "
-            f"{', '.join(shown) or 'no tensors'}: save its state dict with torchvision's names"
+            f"{_first_entries(content)}: save its state dict with torchvision's names; `sslfast export FILE OUT "
+            "--model timm/NAME` takes another network out of it"
         )
+    return _choose(found, where, "ResNets", prefix)
+
+
+def find_network(where: str, content: Any, name: str, wanted: Mapping[str, Tensor], prefix: str | None = None) -> Found:
+    """A network with known names of entries in a file's content, behind any prefix.
+
+    Args:
+        where: the file, for messages.
+        content: nested dictionaries with tensors.
+        name: of the network, for messages.
+        wanted: its state dict; entries of that shape are taken.
+        prefix: as of :func:`find_trunk`.
+
+    Raises:
+        ValueError: there is none, several and none is chosen, or entries are missing or have other shapes.
+    """
+    found = [one for one in _search_names(content, "", list(wanted)) if _share(one, wanted) > _LEAST_SHARE]
+    if not found:
+        raise ValueError(
+            f"{where} holds no {name}: no prefix has {next(iter(wanted))} and most of its other entries behind it; the "
+            f"first entries are {_first_entries(content)}: give the network that these weights are of"
+        )
+    chosen = _choose(found, where, f"networks like {name}", prefix)
+    wrong = [entry for entry in wanted if entry not in chosen.state and not entry.endswith("num_batches_tracked")]
+    if wrong:
+        raise ValueError(
+            f"{where} ({chosen}) lacks {_some(wrong)} of {name}: give the network that these weights are of"
+        )
+    odd = [
+        f"{entry} {list(chosen.state[entry].shape)} in place of {list(value.shape)}"
+        for entry, value in wanted.items()
+        if entry in chosen.state and chosen.state[entry].shape != value.shape
+    ]
+    if odd:
+        raise ValueError(
+            f"{where} ({chosen}) has {_some(odd)} of {name}: give the network and the options that these weights are of"
+        )
+    return chosen
+
+
+_LEAST_SHARE = 0.5  # of the names of a network, behind a prefix that is meant to hold it
+
+
+def _share(found: Found, wanted: Mapping[str, Tensor]) -> float:
+    return len(found.state.keys() & wanted.keys()) / len(wanted)
+
+
+def _some(words: list[str]) -> str:
+    rest = len(words) - _SHOWN
+    return ", ".join(words[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _first_entries(content: Any) -> str:
+    shown = [f"{name} {list(value.shape)}" for name, value in _entries(content, "")][:_SHOWN]
+    return ", ".join(shown) or "no tensors"
+
+
+def _search_names(content: Any, path: str, wanted: list[str], depth: int = 0) -> Iterator[Found]:
+    """Networks with the first of ``wanted`` behind some prefix: the entries that it has of them."""
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    for name in tensors:
+        prefix = name.removesuffix(wanted[0])
+        if name == prefix or (prefix and not prefix.endswith(".")):
+            continue
+        state = {key: tensors[prefix + key] for key in wanted if prefix + key in tensors}
+        yield Found(prefix=f"{path}{prefix}", names="its library's names", state=state, head={})
+    for key, value in content.items():
+        yield from _search_names(value, f"{path}{key}.", wanted, depth + 1)
+
+
+def _choose(found: list[Found], where: str, kind: str, prefix: str | None) -> Found:
+    """The one that ``prefix`` names, the only one, or the one of a pair that its project evaluates."""
     if prefix is not None:
         chosen = [one for one in found if one.prefix == prefix or one.prefix == f"{prefix}."]
         chosen = chosen or [one for one in found if one.prefix.startswith(prefix)]
@@ -130,10 +204,10 @@ def find_trunk(where: str, content: Any, prefix: str | None = None) -> Found:
     prefixes = ", ".join(repr(one.prefix) for one in found)
     if prefix is not None:
         raise ValueError(
-            f"{where} holds {len(chosen) or 'no'} ResNets whose prefix begins with {prefix!r}; --prefix must name one "
+            f"{where} holds {len(chosen) or 'no'} {kind} whose prefix begins with {prefix!r}; --prefix must name one "
             f"of {prefixes}"
         )
-    raise ValueError(f"{where} holds {len(found)} ResNets, with the prefixes {prefixes}; choose one with --prefix")
+    raise ValueError(f"{where} holds {len(found)} {kind}, with the prefixes {prefixes}; choose one with --prefix")
 
 
 def _twin(prefix: str, kept: str, dropped: str) -> tuple[str, ...] | None:

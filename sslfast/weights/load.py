@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.config import differences, load_json, to_dict
-from sslfast.models import ResNetConfig, Trunk, TrunkConfig, build_trunk, first_nonfinite, read_trunk_config
+from sslfast.models import (
+    LibraryTrunkConfig,
+    ResNetConfig,
+    Trunk,
+    TrunkConfig,
+    build_trunk,
+    first_nonfinite,
+    read_trunk_config,
+    trunk_name,
+)
 from sslfast.runs import (
     CorruptCheckpointError,
     RunDirectory,
@@ -24,12 +33,14 @@ from sslfast.runs import (
 )
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.weights.files import read_content
-from sslfast.weights.layouts import Found, find_trunk
+from sslfast.weights.layouts import Found, find_network, find_trunk
 
 _TRUNKS = ("teacher_trunk.", "trunk.")  # the first that a run has: a teacher's, where there is one (DINO)
 _HEADS = ("image_head.", "projection.")
 """Of the methods that embed whole images: PIRL and NPID; MoCo, SimCLR and BYOL."""
 HUB_FILE = "model.safetensors"
+NETWORK = "network."
+"""Before the names of a library's network in the state dict of its trunk."""
 _MAX_SIZE = 1 << 16
 _SMALLEST_STD, _LARGEST = 1e-4, 1e2  # of pixels in 0..1, with room
 _FACTS = {"method": (str, "a text"), "recipe": (str, "a text"), "seed": (int, "a whole number")}
@@ -42,7 +53,7 @@ class Weights:
     model: TrunkConfig
     """Configuration of the trunk."""
     state: dict[str, Tensor]
-    """Its state dict, torchvision's names without ``fc``."""
+    """Its state dict: torchvision's names without ``fc``, or a library's names behind ``network.``."""
     source: str
     """Description of the origin, for messages."""
     path: Path
@@ -111,7 +122,7 @@ def build_head(state: Mapping[str, Tensor], source: str) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def load_trunk(path: Path | str, *, prefix: str | None = None) -> Trunk:
+def load_trunk(path: Path | str, *, prefix: str | None = None, model: str | TrunkConfig | None = None) -> Trunk:
     """The pretrained trunk behind a path, in eval mode, on the CPU.
 
     ``load(path)(images)``: float ``[B, 3, S, S]``, normalised as :func:`read_weights` says, to ``[B, out_features]``.
@@ -121,34 +132,56 @@ def load_trunk(path: Path | str, *, prefix: str | None = None) -> Trunk:
             a hub folder (``config.json`` and ``model.safetensors``), or any file of weights with a ResNet in it: of
             torch.save, safetensors or detectron2. ``docs/weights.md`` lists what has been tried.
         prefix: which network of a file that holds several: the beginning of its entries' names.
+        model: network of a file that does not say, where it is no ResNet: ``timm/NAME``, ``torchvision/NAME``, or a
+            configuration.
 
     Raises:
         FileNotFoundError: there is nothing, or a run without a checkpoint.
-        ValueError: the file holds no ResNet, several, or one that is not there.
+        ValueError: the file holds no such network, several, or one that is not there.
     """
-    return read_weights(path, prefix=prefix).build()
+    return read_weights(path, prefix=prefix, model=model).build()
 
 
-def read_weights(path: Path | str, *, prefix: str | None = None) -> Weights:
-    """Weights with their model, normalisation and origin; paths and errors as :func:`load`."""
-    path = Path(path)
-    if path.is_dir():
-        return _of_hub(path, prefix) if (path / HUB_FILE).is_file() else _of_run(path)
-    if not path.is_file():
+def read_weights(path: Path | str, *, prefix: str | None = None, model: str | TrunkConfig | None = None) -> Weights:
+    """Weights with their model, normalisation and origin; paths and errors as :func:`load_trunk`."""
+    path, wanted = Path(path), LibraryTrunkConfig(name=model) if isinstance(model, str) else model
+    if path.is_dir() and (path / HUB_FILE).is_file():
+        weights = _of_hub(path, prefix, wanted)
+    elif path.is_dir():
+        weights = _of_run(path)
+    elif not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a run directory or a file of weights")
-    run = path.absolute().parent.parent
-    if path in list_checkpoints(path.parent) and RunDirectory(run).config.exists():
-        return _of_run(run, path)
+    elif path in list_checkpoints(path.parent) and RunDirectory(path.absolute().parent.parent).config.exists():
+        weights = _of_run(path.absolute().parent.parent, path)
+    else:
+        weights = _of_file(path, prefix, wanted)
+    if isinstance(wanted, LibraryTrunkConfig) and weights.model != wanted:
+        raise ValueError(
+            f"{weights.source} is of {trunk_name(weights.model)}{_options(weights.model)}, not of {trunk_name(wanted)}"
+            f"{_options(wanted)}; leave out the model, or name that one"
+        )
+    return weights
+
+
+def _options(config: TrunkConfig) -> str:
+    return f" with options {config.options}" if isinstance(config, LibraryTrunkConfig) and config.options else ""
+
+
+def _of_file(path: Path, prefix: str | None, model: TrunkConfig | None) -> Weights:
     card = path.with_name(path.name + ".json")
     known = load_json(card) if card.exists() else {}
-    found = find_trunk(str(path), read_content(path), prefix)
-    options = _checked_input(known, card)
-    if "facts" in known:
-        options["facts"] = _checked_facts(known["facts"], card)
-    weights = _of_state(path, found, options)
     stated = known.get("model", {})
     if not isinstance(stated, dict):
         raise ValueError(f"{card}: model must be a table, got {str(stated)[:100]}; restore the file")
+    if "/" in str(stated.get("name")):
+        try:
+            model = read_trunk_config(stated)
+        except ValueError as error:
+            raise ValueError(f"{card}: {error}; restore the file") from None
+    options = _checked_input(known, card)
+    if "facts" in known:
+        options["facts"] = _checked_facts(known["facts"], card)
+    weights = _of_content(path, read_content(path), prefix, model, options)
     for name, value in to_dict(weights.model).items():
         if name != "zero_init_residual" and stated.get(name, value) != value:  # it leaves no trace in trained weights
             raise ValueError(
@@ -156,6 +189,19 @@ def read_weights(path: Path | str, *, prefix: str | None = None) -> Weights:
                 "restore the file that was exported with them, or delete it"
             )
     return weights
+
+
+def _of_content(
+    path: Path, content: Any, prefix: str | None, model: TrunkConfig | None, options: dict[str, Any]
+) -> Weights:
+    """Of a file's content, by the names of a library's network or of a ResNet."""
+    if not isinstance(model, LibraryTrunkConfig):
+        return _of_state(path, find_trunk(str(path), content, prefix), options)
+    fresh = build_trunk(model, seed=0).state_dict()
+    wanted = {name.removeprefix(NETWORK): value for name, value in fresh.items()}
+    found = find_network(str(path), content, model.name, wanted, prefix)
+    state = {f"{NETWORK}{name}": found.state.get(name, torch.zeros_like(value)) for name, value in wanted.items()}
+    return Weights(model=model, state=state, source=f"{path} ({found})", path=path, **options)
 
 
 def _of_state(path: Path, found: Found, options: dict[str, Any]) -> Weights:
@@ -167,13 +213,15 @@ def _of_state(path: Path, found: Found, options: dict[str, Any]) -> Weights:
     return Weights(model=model, state=state, head=found.head, source=f"{path} ({found})", path=path, **options)
 
 
-def _of_hub(folder: Path, prefix: str | None) -> Weights:
-    """Of a folder as the Hugging Face hub has it; timm's and transformers' configurations state the normalisation."""
+def _of_hub(folder: Path, prefix: str | None, model: TrunkConfig | None) -> Weights:
+    """Of a folder as the Hugging Face hub has it; timm's and transformers' configurations state the normalisation, and
+    timm's the network."""
     path = folder / HUB_FILE
     known: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json"):
         where = folder / name
         content = load_json(where) if where.is_file() else {}
+        model = model or _timm_network(content, where)
         own = content.get("pretrained_cfg", content) if isinstance(content, dict) else {}
         if not isinstance(own, dict):
             raise ValueError(f"{where}: pretrained_cfg must be a table, got {str(own)[:100]}; restore the file")
@@ -184,7 +232,23 @@ def _of_hub(folder: Path, prefix: str | None) -> Weights:
         if type(own.get("size")) is int:
             values["size"] = own["size"]
         known |= _checked_input({key: value for key, value in values.items() if value is not None}, where)
-    return _of_state(path, find_trunk(str(path), read_content(path), prefix), known)
+    return _of_content(path, read_content(path), prefix, model, known)
+
+
+def _timm_network(content: dict[str, Any], where: Path) -> TrunkConfig | None:
+    """The network of a configuration of timm; None for one of another library, and for the ResNets of sslfast."""
+    name, options = content.get("architecture"), content.get("model_args", {})
+    if not isinstance(name, str) or (name in ("resnet18", "resnet34", "resnet50") and not options):
+        return None
+    if isinstance(options, dict):  # sides of a square
+        options = {
+            key: value[0] if isinstance(value, list) and len({*map(str, value)}) == 1 else value
+            for key, value in options.items()
+        }
+    try:
+        return read_trunk_config({"name": f"timm/{name}", "options": options})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; restore the file") from None
 
 
 def _of_run(path: Path, chosen: Path | None = None) -> Weights:
@@ -218,13 +282,19 @@ def _of_run(path: Path, chosen: Path | None = None) -> Weights:
     except ValueError as error:
         raise ValueError(f"{where}: {error}; restore the file") from None
     facts = {name: used[name] for name in ("method", "recipe", "seed")}
+    recorded = {name: (own or {}).get(name) for name in ("epochs", "batch_size")}
+    recorded["data_digest"] = state.get("manifest_digest")
     return Weights(
         model=model,
         state=_trunk_of(weights),
         head=next((head for name in _HEADS if (head := _part_of(weights, name))), {}),
         source=str(checkpoint),
         path=checkpoint,
-        facts={**_checked_facts(facts, where), "step": int(state["step"])},
+        facts={
+            **_checked_facts(facts, where),
+            "step": int(state["step"]),
+            **{name: value for name, value in recorded.items() if isinstance(value, int | str)},
+        },
         **_checked_input(used, where),
     )
 
