@@ -1,29 +1,34 @@
-"""Builds sslfast/_C with CMake and ninja. Metadata lives in pyproject.toml.
+"""Builds sslfast/_C.so with CMake and ninja. Metadata lives in pyproject.toml.
 
 Environment:
+    SSLFAST_CORE=1|0            0: install without the compiled core; ops then run as their references in torch
     SSLFAST_CUDA=auto|0|1       auto (default): compile csrc/cuda when nvcc is found and torch is a CUDA build;
                                 0: CPU only; 1: CUDA or fail (also with a CPU build of torch)
     TORCH_CUDA_ARCH_LIST        for example "8.0;9.0a;10.0+PTX", the default
-    SSLFAST_BUILD_DIR           CMake's folder, kept for incremental builds (default build/<python>-<cpu|cuda>)
+    SSLFAST_BUILD_DIR           CMake's folder, kept for incremental builds (default build/<processor>-<cpu|cuda>)
     SSLFAST_TORCH_DIR           the torch package to build against, where it is not the installed one
+    SSLFAST_CROSS               compile for another processor: aarch64, with aarch64-linux-gnu-g++ (CPU alone)
     MAX_JOBS                    parallel compile jobs
 """
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 MINIMUM_TORCH = (2, 10)
+CROSS = os.environ.get("SSLFAST_CROSS", "")
+PROCESSOR = CROSS or platform.machine()
 
 
 def stop(message: str) -> None:
@@ -82,7 +87,7 @@ def cmake_archs(arch_list: str) -> str:
 
 def plan_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
     """(nvcc or None, the reason as text)."""
-    choice = os.environ.get("SSLFAST_CUDA", "auto")
+    choice = os.environ.get("SSLFAST_CUDA", "0" if CROSS else "auto")
     if choice not in ("auto", "0", "1"):
         stop(f"SSLFAST_CUDA must be auto, 0 or 1, got {choice!r}")
     nvcc = find_nvcc()
@@ -97,42 +102,52 @@ def plan_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
     return nvcc, f"CUDA build: nvcc found, torch has CUDA {torch_cuda or 'no runtime'}"
 
 
-def check_headers() -> None:
-    include = Path(sysconfig.get_path("include"))
-    if not (include / "Python.h").is_file():
-        stop(f"Python's headers are not in {include}; install them (Debian and Ubuntu: python3-dev) and try again")
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        stop("no C++ compiler found; install g++ (Debian and Ubuntu: g++) or set CXX")
+def find_compiler() -> str:
+    if CROSS not in ("", "aarch64"):
+        stop(f"SSLFAST_CROSS must be aarch64, got {CROSS!r}")
+    compiler = f"{CROSS}-linux-gnu-g++" if CROSS else os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        package = f"g++-{CROSS}-linux-gnu" if CROSS else "g++"
+        stop(
+            f"no C++ compiler {compiler} found; install it (Debian and Ubuntu: {package}), install a wheel, or install "
+            "without the compiled core, with slower ops: SSLFAST_CORE=0"
+        )
+    return compiler
 
 
 class CMakeBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        """No tag of a Python version: the library uses none of its symbols."""
+        return f"{fullname.replace('.', os.sep)}.so"
+
     def build_extension(self, ext: Extension) -> None:
-        check_headers()
+        compiler = find_compiler()
         torch_dir = find_torch()
         torch_version, torch_cuda = torch_facts(torch_dir)
         if tuple(int(x) for x in torch_version.split(".")[:2]) < MINIMUM_TORCH:
             stop(f"torch {torch_version} is too old, sslfast needs >= 2.10; run `pip install torch==2.11.0`")
         nvcc, note = plan_cuda(torch_cuda)
         arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if nvcc else ""
-        tag = f"{sys.implementation.cache_tag}-{'cuda' if nvcc else 'cpu'}"
+        tag = f"{PROCESSOR}-{'cuda' if nvcc else 'cpu'}"
         build_dir = Path(os.environ.get("SSLFAST_BUILD_DIR", ROOT / "build" / tag)).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
 
-        import pybind11
-
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "Python_EXECUTABLE": sys.executable,
             # Set each time: an isolated build has its own ninja at another path than the cached one.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-            "PYBIND11_FINDPYTHON": "ON",
             "SSLFAST_TORCH_DIR": torch_dir,
             "SSLFAST_VERSION": self.distribution.get_version(),
             "SSLFAST_BUILD_NOTE": note,  # no semicolon: CMake would take it for a list
             "SSLFAST_WITH_CUDA": "ON" if nvcc else "OFF",
         }
+        if CROSS:
+            options |= {
+                "CMAKE_SYSTEM_NAME": "Linux",
+                "CMAKE_SYSTEM_PROCESSOR": CROSS,
+                "CMAKE_CXX_COMPILER": compiler,
+            }
         if nvcc:
             options |= {
                 "CMAKE_CUDA_COMPILER": nvcc,
@@ -148,11 +163,25 @@ class CMakeBuild(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run([cmake, "--build", str(build_dir), *jobs], check=True)
 
-        built = next(build_dir.glob("_C*.so"))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
-        shutil.copyfile(built, partial)
+        shutil.copyfile(build_dir / "_C.so", partial)
         os.replace(partial, target)
 
 
-setup(ext_modules=[Extension("sslfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    def finalize_options(self) -> None:
+        if CROSS:
+            self.plat_name = f"linux_{CROSS}"
+        super().finalize_options()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Any Python 3, this processor."""
+        return "py3", "none", super().get_tag()[2]
+
+
+WITH_CORE = os.environ.get("SSLFAST_CORE", "1") != "0"
+setup(
+    ext_modules=[Extension("sslfast._C", sources=[])] if WITH_CORE else [],
+    cmdclass={"build_ext": CMakeBuild} | ({"bdist_wheel": Wheel} if WITH_CORE else {}),
+)

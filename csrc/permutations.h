@@ -1,4 +1,4 @@
-// Sets of permutations with a large Hamming distance, for sslfast/methods/shared/permutations.py.
+// Sets of permutations with a large Hamming distance, for sslfast/ops/permutations.py.
 #pragma once
 
 #include <cstdint>

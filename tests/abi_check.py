@@ -1,14 +1,17 @@
-"""Runs the binary of this checkout beside the torch of the interpreter at hand: `python tests/abi_check.py`.
+"""Runs the binary of this checkout, or of an installed wheel, beside the Python and torch of the interpreter at hand:
+`python tests/abi_check.py`.
 
-The core is built once, against one torch; the stable ABI promises that it runs on every torch from 2.10 on. This file
-needs torch alone (no pytest), so that an environment with another torch stays small.
+The core is built once, against one torch; the stable ABI promises that it runs on every torch from 2.10 on, and it uses
+nothing of Python. This file needs torch alone (no pytest), so that an environment with another torch stays small.
 """
 
+import importlib.util
 import itertools
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if importlib.util.find_spec("sslfast") is None:  # not installed: this checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.nn.functional import normalize
@@ -72,7 +75,10 @@ def main() -> None:
     torch.testing.assert_close(rendered, ops.render_views_reference(images, numbers, **views), rtol=0, atol=1e-4)
     lab = ops.rgb_to_lab(images / 255)
     torch.testing.assert_close(lab, ops.rgb_to_lab_reference(images / 255), rtol=0, atol=1e-3)
-    passed += 8
+    arguments = (30, 5, 11)
+    orders = ops.permutations.max_hamming_permutations(*arguments)
+    assert torch.equal(orders, ops.permutations.max_hamming_permutations_reference(*arguments))
+    passed += 9
 
     torch.library.opcheck(torch.ops.sslfast.negative_rows.default, (index, None, 2, 19, 90, 1, True, False))
     torch.library.opcheck(torch.ops.sslfast.bank_update_.default, (bank, index, query[0].detach(), 0.5))
@@ -81,8 +87,10 @@ def main() -> None:
     torch.library.opcheck(torch.ops.sslfast.ema_update_.default, (*lists, None, 0.9))
     passed += 4
 
-    built = ops.build_info()["note"]
-    print(f"binary ABI beside torch {torch.__version__} ({built})")
+    version, built = sys.version.split()[0], ops.build_info()["note"]
+    print(
+        f"binary ABI beside Python {version} and torch {torch.__version__} ({built}), {Path(ops.__file__).parents[1]}"
+    )
     print(f"{passed} passed, 0 failed")
 
 

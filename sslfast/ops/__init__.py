@@ -1,10 +1,11 @@
 """Ops: the C++ and CUDA kernels as functions on tensors (losses against a memory bank, updates of banks and momentum
 encoders, the view stage), each with a reference in torch that specifies it; counter-based random numbers (``philox``);
-and the pixel operations of the view stage in torch (``pixels``). Imports torch and the compiled core, nothing else.
+the pixel operations of the view stage in torch (``pixels``); sets of permutations (``permutations``). Imports torch and
+the compiled core, nothing else. Without the core the ops run as their references, and importing them warns.
 """
 
-from sslfast.ops import philox, pixels
-from sslfast.ops._library import build_info
+from sslfast.ops import permutations, philox, pixels
+from sslfast.ops._core import build_info, is_compiled
 from sslfast.ops.bank_enqueue_ import bank_enqueue_, bank_enqueue_reference
 from sslfast.ops.bank_nce import bank_nce, bank_nce_reference, estimate_z
 from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference
@@ -16,6 +17,9 @@ from sslfast.ops.render_views import render_views, render_views_reference
 from sslfast.ops.rgb_to_lab import rgb_to_lab, rgb_to_lab_reference
 from sslfast.ops.rotate90 import rotate90, rotate90_reference
 from sslfast.ops.view_parameters import ViewParameter, neutral_parameters
+
+if not is_compiled():
+    from sslfast.ops import _fallback  # noqa: F401, registers the references
 
 __all__ = [
     "ViewParameter",
@@ -31,11 +35,13 @@ __all__ = [
     "ema_update_",
     "ema_update_reference",
     "estimate_z",
+    "is_compiled",
     "jigsaw_patches",
     "jigsaw_patches_reference",
     "negative_rows",
     "negative_rows_reference",
     "neutral_parameters",
+    "permutations",
     "philox",
     "pixels",
     "render_views",

@@ -1,4 +1,4 @@
-"""Loads the compiled core ``sslfast._C``, which registers ``torch.ops.sslfast.*``, and checks shared by the ops."""
+"""Checks shared by the ops."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -6,22 +6,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-try:
-    import sslfast._C as _C
-except ImportError as error:
-    raise ImportError(
-        f"sslfast's compiled core does not load with torch {torch.__version__}: {error}. "
-        "Build it in this environment: `pip install --no-build-isolation -e .` in a checkout, "
-        "or `pip install --force-reinstall --no-deps sslfast`"
-    ) from error
-
+from sslfast.ops import _core  # noqa: F401, defines the ops that the modules of the ops take at import
 
 _OPTIONAL = {"negatives", "step", "z"}  # arguments of ops that may be None
-
-
-def build_info() -> dict[str, Any]:
-    """Facts about the compiled core: version, note, cuda_architectures, compiler."""
-    return dict(_C.build_info())
 
 
 def step_arguments(step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:

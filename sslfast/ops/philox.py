@@ -104,13 +104,21 @@ def random_integers(ids: Tensor, count: int, bound: int, *, seed: int, stream: i
     Uses 64 random bits per number, so the bias is below ``bound / 2**64``.
     """
     bits = random_uint32(ids, 2 * count, seed=seed, stream=stream, step=step)
-    low, high = bits[:, 0::2], bits[:, 1::2]
+    return _scale_to_bound(bits[:, 0::2], bits[:, 1::2], bound)
+
+
+def integers_below(words: Tensor, bounds: Tensor) -> Tensor:
+    """``[B]`` int64, each uniform on ``0 .. bounds[b]-1`` (at most ``2**32``) from uint32 ``words`` ``[B, 2]``."""
+    return _scale_to_bound(words[:, 0], words[:, 1], bounds)
+
+
+def _scale_to_bound(low: Tensor, high: Tensor, bound: int | Tensor) -> Tensor:
     # floor((high * 2**32 + low) * bound / 2**64) without a 128-bit product.
     carry = ((low * bound) >> 32) & _MASK
     return _high_word(high, bound, carry)
 
 
-def _high_word(high: Tensor, bound: int, carry: Tensor) -> Tensor:
+def _high_word(high: Tensor, bound: int | Tensor, carry: Tensor) -> Tensor:
     """``(high * bound + carry) >> 32`` where the 64-bit sum may set the sign bit."""
     return ((high * bound + carry) >> 32) & _MASK
 

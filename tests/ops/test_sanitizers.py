@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +41,6 @@ def compile_core(folder: Path) -> None:
         "CMAKE_CXX_FLAGS_RELEASE": "-O1",
         "CMAKE_MODULE_LINKER_FLAGS": SANITIZE,
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "sslfast",
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "PYBIND11_FINDPYTHON": "ON",
         "SSLFAST_TORCH_DIR": Path(torch.__file__).parent,
     }
     build = str(folder / "build")
