@@ -159,7 +159,7 @@ PROBES = [
         name="render_views, pixels",
         **_RENDERED,
         needs={r"LDG\.E\.CONSTANT": 3, r"STG\.E\.64": 3},
-        avoids=rf"LDG\.E\.U8|ST\S*\.U(8|16)|{_LUMINANCE}",
+        avoids=r"LDG\.E\.U8|ST\S*\.U(8|16)",
         floor_bytes=BATCH * VIEWS * SIDE**2 * 3 * 3.0,
     ),
 ]
@@ -237,23 +237,28 @@ def _with_parts(
 ) -> dict[str, float] | None:
     """Counts of one round; None where a part is not in the loop."""
     inside = [other for other in loops if _holds(loop, other)]
-    if any(part.inner for part in parts):
-        skipped = {i.address for other in inside for i in other.code(blocks)}
-        way = [i for i in way if i.address not in skipped]
-    values: dict[str, float] = dict(Cost.of(way).counts())
+    followed = inside if any(part.inner for part in parts) else []
+    skipped = {i.address for other in followed for i in other.code(blocks)}
+
+    def counts(some: list[Instruction]) -> dict[str, int]:
+        return Cost.of([i for i in some if i.address not in skipped]).counts()
+
+    plain = counts(way)
+    values: dict[str, float] = dict(plain)
     for part in parts:
+        found: dict[str, int] | None = None
         if part.inner:
             ways = [way_through(blocks, other, loops, needs=part.needs, avoids=part.avoids) for other in inside]
             found = next((Cost.of(other).counts() for other in ways if _does(other, part.needs)), None)
-            less: dict[str, int] = {}
         else:
             needs = {**probe.needs, **part.needs}
             whole = way_through(blocks, loop, loops, needs=needs, avoids=part.avoids or probe.avoids)
-            found, less = Cost.of(whole).counts() if _does(whole, needs) else None, Cost.of(way).counts()
+            if _does(whole, needs):
+                found = {key: value - plain[key] for key, value in counts(whole).items()}
         if found is None:
             return None
         for key, value in found.items():
-            values[key] += part.rounds * (value - less.get(key, 0))
+            values[key] += part.rounds * value
     return values
 
 

@@ -240,7 +240,9 @@ def check_memory(op: str, **tensors: torch.Tensor | None) -> None:
             steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         needed = (tensor.storage_offset() + steps + 1) * tensor.itemsize
         if tensor.untyped_storage().nbytes() < needed and tensor.numel():
-            raise ValueError(f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor")
+            raise ValueError(
+                f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor"
+            )
 
 
 def resolved(op: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
