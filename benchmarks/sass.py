@@ -222,7 +222,12 @@ def _components(blocks: dict[int, Block], members: set[int], cut: set[tuple[int,
 
 
 def way_through(
-    blocks: dict[int, Block], loop: Loop, loops: list[Loop], *, needs: Mapping[str, int] | None = None
+    blocks: dict[int, Block],
+    loop: Loop,
+    loops: list[Loop],
+    *,
+    needs: Mapping[str, int] | None = None,
+    avoids: str | None = None,
 ) -> list[Instruction]:
     """The instructions of one round of a loop: of the ways from its head back to it that do most of what is needed, and
     among these access global memory and matrix units most, the one with the fewest instructions. Inner loops run once.
@@ -231,7 +236,16 @@ def way_through(
 
     Args:
         needs: regular expression of an instruction's text -> how many a round needs; more count for nothing.
+        avoids: regular expression of instructions that are on no such way: those of another case of the kernel.
+
+    Returns:
+        The instructions, none where every way has one to avoid.
     """
+    refused = {
+        address
+        for address in loop.members
+        if avoids is not None and any(re.search(avoids, i.text) for i in blocks[address].instructions)
+    }
     patterns = [(re.compile(pattern), most) for pattern, most in (needs or {}).items()]
     cut = {
         (a, inner.head)
@@ -270,12 +284,12 @@ def way_through(
                     continue
                 if b == loop.head:
                     ends.append(way)
-                elif b in loop.members and (a, b) not in cut:
+                elif b in loop.members and b not in refused and (a, b) not in cut:
                     longer = add(way, b, known)
                     rival = ways.setdefault(b, {}).get((longer.done, longer.known))
                     if rival is None or longer.rank() > rival.rank():
                         ways[b][longer.done, longer.known] = longer
-    best: _Way | None = max(ends, key=_Way.rank)
+    best: _Way | None = max(ends, key=_Way.rank, default=None)
     addresses = []
     while best is not None and best.last >= 0:
         addresses.append(best.last)

@@ -6,10 +6,10 @@ Run it again after a change of csrc/cuda and commit both files: the test tests/b
 code against the counts in OUT.json. Needs nvcc and cuobjdump (benchmarks/compile_kernels.py).
 
 Compiles csrc/cuda, reads the SASS with its stall counts (benchmarks/sass.py), finds the hot loop of each kernel by its
-structure, and writes OUT.json and OUT.md:
+structure, and writes OUT.json and OUT.md (with ``--op``, the rows of other ops stay as OUT.json has them):
 
-- *hot loops*: per tile or rows of a warp, what one round of the loop issues on its cheapest full way (rare work
-  left out), beside the goals of ``GOALS``;
+- *hot loops*: per tile, rows or pixels of a warp, what one round of the loop issues on its cheapest full way (rare
+  work left out), with its inner loops as often as ``PARTS`` says, beside the goals;
 - *computed times*: each resource alone for B = 256, V = 2, K = 32,000, N = 1,281,167, D = 128 and a bf16 bank. The
   first number assumes that everything overlaps and is a lower bound; the second that a warp's arithmetic overlaps with
   nothing else. Launches, partial waves and merging of parts are left out;
@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.compile_kernels import ARCHITECTURES, ROOT, Kernel, Tools, compile_kernels, ops
-from benchmarks.sass import MATRIX, Cost, Instruction, Loop, blocks_of, loops_of, way_through
+from benchmarks.compile_kernels import ARCHITECTURES, ROOT, Kernel, Tools, compile_kernels, compile_named, ops
+from benchmarks.sass import MATRIX, Block, Cost, Instruction, Loop, blocks_of, loops_of, way_through
 
 OUTPUT = ROOT / "benchmarks" / "results" / "kernels_cuda_202611"
-BATCH, VIEWS, NEGATIVES, ROWS, COLUMNS = 256, 2, 32_000, 1_281_167, 128
+BATCH, VIEWS, NEGATIVES, ROWS, COLUMNS, SIDE = 256, 2, 32_000, 1_281_167, 128, 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +68,50 @@ class Probe:
     """Units of a warp in the whole problem."""
     has: tuple[str, ...] = ()
     """Families of instructions in the loop; of several loops the one with the cheapest unit is meant."""
-    lacks: tuple[str, ...] = ()
     needs: dict[str, int] = field(default_factory=dict)
-    """As of :func:`benchmarks.sass.way_through`."""
-    around: float = 0.0
-    """Rounds of the loop in one round of the loop around it, whose own work is shared among them; 0: not counted."""
-    around_needs: dict[str, int] = field(default_factory=dict)
+    """As of :func:`benchmarks.sass.way_through`; a loop without a way that does all of it is another one."""
+    avoids: str | None = None
+    """As of the same."""
     floor_bytes: float = 0.0
     flops: float = 0.0
     warps: int | None = None
     """Warps of a block that run the loop; None: all."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Work that a round of a loop does more or less often than once."""
+
+    name: str
+    rounds: float
+    """For each round of the loop."""
+    needs: dict[str, int] = field(default_factory=dict)
+    """Of the way that does the work, as of :func:`benchmarks.sass.way_through`."""
+    avoids: str | None = None
+    inner: bool = False
+    """A way through the loop inside; else one through the loop itself, of which the plain way is subtracted."""
+
+
+_LUMINANCE = r"0\.29890"  # a constant of the saturation, and of the mean for contrast
+_HUE: dict[str, Any] = {"name": "hue", "inner": True, "needs": {r"MUFU\.RCP": 4}}
+_SATURATION: dict[str, Any] = {
+    "name": "saturation", "inner": True, "needs": {_LUMINANCE: 4, "FFMA": 20}, "avoids": "MUFU",
+}  # fmt: skip
+_SCALE: dict[str, Any] = {
+    "name": "brightness or contrast", "inner": True, "needs": {"FFMA": 12}, "avoids": f"MUFU|{_LUMINANCE}",
+}  # fmt: skip
+PARTS: dict[str, list[Part]] = {
+    # A warp draws kDraw = 64 rows at once and scores kTileRows = 8 in a round.
+    "sampled InfoNCE": [Part(name="drawing", rounds=8 / 64, needs={r"IMAD\.(WIDE|HI)": 20})],
+    "sampled NCE": [Part(name="drawing", rounds=8 / 64, needs={r"IMAD\.(WIDE|HI)": 20})],
+    # All four jitters apply. Before contrast, which needs the mean, come each of the others in half of the orders.
+    "render_views, mean": [Part(**kind, rounds=0.5) for kind in (_HUE, _SATURATION, _SCALE)],
+    "render_views, pixels": [
+        Part(**_HUE, rounds=1), Part(**_SATURATION, rounds=1), Part(**_SCALE, rounds=2),
+    ],
+}  # fmt: skip
+"""Name of a probe -> what its loop does not do exactly once a round, by the constants of the kernels and, of
+``render_views``, a picture with all four jitters, in words of four pixels, without the photometric set and blur."""
 
 TILES = VIEWS * BATCH / 64 * ROWS / 128 * 4  # a tile of 64 x 128 scores is the work of four warps
 DRAWN = BATCH * NEGATIVES / 8
@@ -94,28 +127,40 @@ _DENSE: dict[str, Any] = {
 }
 _SAMPLED: dict[str, Any] = {
     "op": "bank_nce",
+    "kernel": r"^score_kernel<bf16, 1, 2, Loads\(2\), false>",
     "unit": "8-row tile",
-    "units": lambda cost: cost.families.get("LDG", 0) and cost.global_bytes * 32 / (8 * COLUMNS * 2),
+    "units": lambda cost: cost.families.get("LDG", 0) / 4,  # of 16 bytes
     "total": DRAWN,
     "has": ("LDG", "SHFL"),
-    "around": 8.0,  # 64 rows are drawn at once
-    "around_needs": {r"IMAD\.(WIDE|HI)\.U32": 20},  # Philox
+    "avoids": r"LDG\.E\.64",  # rows that are given
     "floor_bytes": BATCH * (NEGATIVES + 1) * COLUMNS * 2.0,
+}
+_RENDERED: dict[str, Any] = {
+    "op": "render_views",
+    "kernel": r"^render_kernel<bf16, false>",
+    "unit": "pixel a lane",
+    "units": lambda cost: 4.0,  # a lane's pixels
+    "total": BATCH * VIEWS * SIDE**2 / 32,
+    "has": ("LDG",),
 }
 PROBES = [
     Probe(name="dense InfoNCE", kernel=r"^wgmma::kernel<bf16, 128, false>", **_DENSE, needs={r"MUFU\.EX2": 64}),
     Probe(name="dense NCE", kernel=r"^wgmma::kernel<bf16, 128, true>", **_DENSE, needs={r"MUFU\.EX2": 64}),
+    Probe(name="sampled InfoNCE", **_SAMPLED, needs={r"LDG\.E\.128": 4, r"MUFU\.EX2": 1}),
+    Probe(name="sampled NCE", **_SAMPLED, needs={r"LDG\.E\.128": 4, r"MUFU\.EX2": 2, r"MUFU\.RCP": 1}),
     Probe(
-        name="sampled InfoNCE",
-        kernel=r"^score_kernel<bf16, 1, 2, Loads\(2\), false>",
-        **_SAMPLED,
-        needs={r"MUFU\.EX2": 1},
+        name="render_views, mean",
+        **_RENDERED,
+        needs={r"LDG\.E\.CONSTANT": 3, _LUMINANCE: 4},
+        avoids=r"LDG\.E\.U8|ST\S*\.",
+        floor_bytes=BATCH * VIEWS * SIDE**2 * 3.0,
     ),
     Probe(
-        name="sampled NCE",
-        kernel=r"^score_kernel<bf16, 1, 2, Loads\(2\), false>",
-        **_SAMPLED,
-        needs={r"MUFU\.EX2": 2, r"MUFU\.(RCP|LG2)": 1},
+        name="render_views, pixels",
+        **_RENDERED,
+        needs={r"LDG\.E\.CONSTANT": 3, r"STG\.E\.64": 3},
+        avoids=r"LDG\.E\.U8|ST\S*\.U(8|16)",
+        floor_bytes=BATCH * VIEWS * SIDE**2 * 3 * 3.0,
     ),
 ]
 
@@ -127,6 +172,13 @@ class Goal:
     name: str
     instructions: float
     stall_cycles: float | None = None
+    of: tuple[str, ...] = ()
+    """Probes whose sum it limits; none: the one of the same name."""
+
+    def counted(self, units: "dict[str, dict[str, float]]", key: str) -> float | None:
+        """The sum of what was measured; None where a probe is missing."""
+        names = self.of or (self.name,)
+        return sum(units[name][key] for name in names) if all(name in units for name in names) else None
 
 
 def goals(dense: "dict[str, float] | None") -> list[Goal]:
@@ -136,6 +188,7 @@ def goals(dense: "dict[str, float] | None") -> list[Goal]:
         Goal(name="dense InfoNCE", instructions=560, stall_cycles=1300),
         *nce,
         Goal(name="sampled InfoNCE", instructions=330),
+        Goal(name="render_views", instructions=200, of=("render_views, mean", "render_views, pixels")),
     ]
 
 
@@ -151,40 +204,66 @@ def hot_loop(code: list[Instruction]) -> tuple[str, Cost]:
 
 
 def measure(probe: Probe, kernel: Kernel) -> dict[str, float] | None:
-    """What a unit of a probe's loop costs a warp; None where the kernel has no such loop."""
+    """What a unit of a probe's loop costs a warp, with its ``PARTS``; None where the kernel has no such loop."""
     blocks = blocks_of(kernel.code)
     loops = loops_of(blocks)
     found = []
     for loop in loops:
-        families = {i.family for i in loop.code(blocks)}
-        if not set(probe.has) <= families or set(probe.lacks) & families:
+        if not set(probe.has) <= {i.family for i in loop.code(blocks)}:
             continue
-        around = next(
-            (other for other in reversed(loops) if other.depth == loop.depth - 1 and _holds(other, loop)), None
-        )
-        if any(_holds(loop, inner) and set(probe.has) <= {i.family for i in inner.code(blocks)} for inner in loops):
+        way = way_through(blocks, loop, loops, needs=probe.needs, avoids=probe.avoids)
+        if not _does(way, probe.needs):
             continue
-        cost = Cost.of(way_through(blocks, loop, loops, needs=probe.needs))
-        units = probe.units(cost)
-        if not units:
-            continue
-        values = _per_unit(cost, units)
-        if probe.around and around is not None:
-            plain = Cost.of(way_through(blocks, loop, loops))
-            outer = Cost.of(way_through(blocks, around, loops, needs=probe.around_needs))
-            extra = {key: outer.counts()[key] - plain.counts()[key] for key in plain.counts()}
-            for key, value in extra.items():
-                values[key] += max(value, 0) / (probe.around * units)
-        found.append(values)
+        units = probe.units(Cost.of(way))
+        values = _with_parts(PARTS.get(probe.name, []), probe, way, blocks, loop, loops)
+        if units and values is not None:
+            found.append({key: value / units for key, value in values.items()})
     return min(found, key=lambda values: values["instructions"], default=None)
+
+
+def _does(way: list[Instruction], needs: dict[str, int]) -> bool:
+    return bool(way) and all(
+        sum(bool(re.search(pattern, i.text)) for i in way) >= most for pattern, most in needs.items()
+    )
+
+
+def _with_parts(
+    parts: list[Part],
+    probe: Probe,
+    way: list[Instruction],
+    blocks: dict[int, Block],
+    loop: Loop,
+    loops: list[Loop],
+) -> dict[str, float] | None:
+    """Counts of one round; None where a part is not in the loop."""
+    inside = [other for other in loops if _holds(loop, other)]
+    followed = inside if any(part.inner for part in parts) else []
+    skipped = {i.address for other in followed for i in other.code(blocks)}
+
+    def counts(some: list[Instruction]) -> dict[str, int]:
+        return Cost.of([i for i in some if i.address not in skipped]).counts()
+
+    plain = counts(way)
+    values: dict[str, float] = dict(plain)
+    for part in parts:
+        found: dict[str, int] | None = None
+        if part.inner:
+            ways = [way_through(blocks, other, loops, needs=part.needs, avoids=part.avoids) for other in inside]
+            found = next((Cost.of(other).counts() for other in ways if _does(other, part.needs)), None)
+        else:
+            needs = {**probe.needs, **part.needs}
+            whole = way_through(blocks, loop, loops, needs=needs, avoids=part.avoids or probe.avoids)
+            if _does(whole, needs):
+                found = {key: value - plain[key] for key, value in counts(whole).items()}
+        if found is None:
+            return None
+        for key, value in found.items():
+            values[key] += part.rounds * value
+    return values
 
 
 def _holds(outer: Loop, inner: Loop) -> bool:
     return inner.members < outer.members
-
-
-def _per_unit(cost: Cost, units: float) -> dict[str, float]:
-    return {key: value / units for key, value in cost.counts().items()}
 
 
 def blocks_a_multiprocessor(kernel: Kernel) -> int | None:
@@ -254,14 +333,16 @@ def analyse(kernels: list[Kernel], machine: Machine) -> dict[str, Any]:
             {
                 **asdict(goal),
                 "instructions": round(goal.instructions, 1),
-                "counted": round(totals[goal.name]["instructions"], 1),
-                "counted_stalls": round(totals[goal.name]["stall_cycles"], 1),
-                "met": totals[goal.name]["instructions"] <= goal.instructions
-                and (goal.stall_cycles is None or totals[goal.name]["stall_cycles"] <= goal.stall_cycles),
+                "counted": round(counted, 1),
+                "counted_stalls": round(stalls, 1),
+                "met": counted <= goal.instructions and (goal.stall_cycles is None or stalls <= goal.stall_cycles),
             }
             for goal in goals(totals.get("dense InfoNCE"))
-            if goal.name in totals
+            for counted in [goal.counted(totals, "instructions")]
+            for stalls in [goal.counted(totals, "stall_cycles")]
+            if counted is not None and stalls is not None
         ],
+        "parts": {name: [asdict(part) for part in parts] for name, parts in PARTS.items()},
         "missing": missing,
     }
 
@@ -293,10 +374,16 @@ def markdown(report: dict[str, Any]) -> str:
             "## Hot loops, 9.0a",
             "",
             "What a warp issues for a unit of work on the cheapest full way through the loop: a tile of 64 x 128 "
-            "scores (shared by four warps), 8 bank rows scored for two views (the drawing of rows included). Stall "
-            "cycles: least time of a lone warp. Of the sampled loop the exponentials are not counted (MUFU 0): they "
-            "lie in blocks beside the cheapest way; read by hand, a tile takes about 310. `render_views` is not here: "
-            "how often its inner loop over the jitters runs depends on the picture.",
+            "scores (shared by four warps), 8 bank rows scored for two views, a pixel in every lane (four pixels in a "
+            "round). Stall cycles: least time of a lone warp. Included is, for each round:",
+            "",
+            *(
+                f"- {name}: " + ", ".join(f"{part['name']} {part['rounds']:g} times" for part in parts) + ";"
+                for name, parts in report["parts"].items()
+            ),
+            "",
+            "`render_views` with all four jitters and without the photometric set and blur: a pass for the mean that "
+            "contrast needs (the jitters before contrast, averaged over all orders), then the pass that writes.",
             "",
             *_table(
                 ["loop", "unit", "instructions", "stall cycles", "MUFU", "matrix", "shared", "global", "registers",
@@ -317,7 +404,8 @@ def markdown(report: dict[str, Any]) -> str:
             )
         lines += [
             "",
-            f"## Computed times: B = {BATCH}, V = {VIEWS}, K = {NEGATIVES:,}, N = {ROWS:,}, D = {COLUMNS}, bf16",
+            f"## Computed times: B = {BATCH}, V = {VIEWS}, K = {NEGATIVES:,}, N = {ROWS:,}, D = {COLUMNS}, bf16; "
+            f"B V pictures of {SIDE} x {SIDE}",
             "",
             f"For {machine['multiprocessors']} multiprocessors at {machine['clock'] / 1e9:.3f} GHz, a copy of "
             f"{machine['copy'] / 1e12:.1f} TB/s and bf16 products at {machine['matrix'] / 1e12:.0f} TFLOP/s (H100 "
@@ -371,27 +459,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", default=ops(), choices=ops())
     chosen = parser.parse_args(argv)
     tools, machine = Tools.find(), Machine()
+    every, file = set(chosen.op) == set(ops()), chosen.output.with_suffix(".json")
+    before = {} if every else json.loads(file.read_text()) if file.exists() else {}
+    kept = [row for row in before.get("kernels", []) if row["op"] not in chosen.op]
     kernels: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as folder:
+    probed: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for op in chosen.op:
             for arch in chosen.arch:
-                kernels += compile_kernels(tools, op, arch, Path(folder))
+                kernels += compile_kernels(tools, op, arch, folder)
                 print(f"{op} {arch}: {len(kernels)} kernels so far", flush=True)
+        for op in {row["op"] for row in kept}:
+            names = {loop["kernel"] for loop in before["loops"] if _op_of(loop["name"]) == op}
+            probed += compile_named(tools, op, "90a", sorted(names), folder) if names else []
+    rows = sorted([*kept, *map(describe, kernels)], key=lambda row: (row["op"], ARCHITECTURES.index(row["arch"])))
     report = {
         "nvcc": tools.version(),
         "torch": torch.__version__,
         "machine": asdict(machine),
-        **analyse(kernels, machine),
-        "kernels": [describe(kernel) for kernel in kernels],
+        **analyse([*kernels, *probed], machine),
+        "kernels": rows,
     }
     if "90a" not in chosen.arch:
         report["missing"] = []
-    report["missing"] = [name for name in report["missing"] if _op_of(name) in chosen.op]
-    chosen.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    report["missing"] = [name for name in report["missing"] if _op_of(name) in {row["op"] for row in rows}]
+    file.write_text(json.dumps(report, indent=1) + "\n")
     chosen.output.with_suffix(".md").write_text(markdown(report))
     for goal in report["goals"]:
         print(f"{goal['name']}: {goal['counted']:g} instructions, {'met' if goal['met'] else 'not met'}")
-    spilled = sorted({f"{k.name} ({k.arch})" for k in kernels if k.spill_bytes})
+    spilled = sorted({f"{row['kernel']} ({row['arch']})" for row in rows if row["spill_bytes"]})
     if spilled:
         print("sslfast: registers spill in " + ", ".join(spilled), file=sys.stderr)
     if report["missing"]:

@@ -125,7 +125,8 @@ inline void check_allocation(const char* op, double bytes, bool on_cpu) {
   SSLFAST_CHECK(fits, out_of_memory(op, bytes));
 }
 
-// A new tensor on the device of `like`, and of its dtype unless given.
+// A new contiguous tensor on the device of `like`, and of its dtype unless given. By the C function where there are
+// elements: the stable ABI's new_empty looks its operator up by name in every call, which takes longer than to allocate.
 inline Tensor allocate(const char* op, const Tensor& like, const std::vector<int64_t>& sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
   const int32_t type =
@@ -134,7 +135,15 @@ inline Tensor allocate(const char* op, const Tensor& like, const std::vector<int
   for (const int64_t size : sizes) bytes *= static_cast<double>(size);
   check_allocation(op, bytes, like.is_cpu());
   try {
-    return torch::stable::new_empty(like, sizes, dtype);
+    if (bytes == 0) return torch::stable::new_empty(like, sizes, dtype);  // the other sizes may be of any magnitude
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+    int32_t device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    type, device_type, like.get_device_index(), &handle));
+    return Tensor(handle);
   } catch (const std::exception&) {
     throw std::runtime_error(out_of_memory(op, bytes));
   }

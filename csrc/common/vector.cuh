@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace sslfast {
 
@@ -39,6 +41,17 @@ template <typename T>
 struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
   T x[4];
 };
+
+// In whole vectors also where the compiler would merge the first elements of stores on both sides of a branch.
+template <typename T>
+__device__ __forceinline__ void store_quad(T* p, const Quad<T>& quad) {
+  using Vector = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  constexpr int kVectors = static_cast<int>(sizeof(Quad<T>) / sizeof(Vector));
+  Vector values[kVectors];
+  memcpy(values, &quad, sizeof(quad));
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(p)[v] = values[v];
+}
 
 template <typename T>
 __device__ __forceinline__ bool is_quad_aligned(const T* p) {

@@ -142,11 +142,11 @@ __device__ __forceinline__ void write_pixels(const Problem<Out>& p, const Rgb (&
     if (p.channels_last) {
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) quad.x[i] = values[(kPixels * c + i) / 3][(kPixels * c + i) % 3];
-      *reinterpret_cast<Quad<Out>*>(out + kPixels * c) = quad;
+      store_quad(out + kPixels * c, quad);
     } else {
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) quad.x[i] = values[i][c];
-      *reinterpret_cast<Quad<Out>*>(out + c * pixels) = quad;
+      store_quad(out + c * pixels, quad);
     }
   }
 }

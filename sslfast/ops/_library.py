@@ -39,8 +39,37 @@ def check_arguments(
         gradient: those whose gradient the op computes, or is documented to stop.
         written: those that the op writes.
     """
-    check_same_device(op, **tensors)
-    check_each(op, tensors, gradient=gradient, written=written)
+    if not _are_ordinary(tensors, gradient, written):
+        check_same_device(op, **tensors)
+        check_each(op, tensors, gradient=gradient, written=written)
+
+
+def _are_ordinary(
+    tensors: Mapping[str, torch.Tensor | None], gradient: Collection[str], written: Collection[str]
+) -> bool:
+    """True only where no check of :func:`check_arguments` can fail; the quick answer of nearly every call."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    with_gradients, device = torch.is_grad_enabled(), None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            if name not in _OPTIONAL:
+                return False
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            return False
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            return False
+        if name in written:
+            if tensor.is_neg() or tensor._is_zerotensor() or (with_gradients and tensor.requires_grad):
+                return False
+        elif with_gradients and tensor.requires_grad and name not in gradient:
+            return False
+    return True
 
 
 def check_each(
@@ -122,30 +151,34 @@ def first_derivative(op: str, derivative: torch.Tensor, argument: torch.Tensor) 
 
 
 class _Loss(torch.autograd.Function):
-    """Loss and log-sum-exp of an op that computes the derivative by its first argument in the forward pass.
+    """The loss of an op that computes the derivative by its first argument in the forward pass.
 
     What ``torch.library.register_autograd`` does for the op in general, without what the general form costs: it takes
     several times as long as the kernels of a small batch.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, name: str, op: Callable[..., Any], arguments: tuple[Any, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            losses, lse, derivative = op(query, *arguments)
+    def forward(ctx: Any, query: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], name: str) -> torch.Tensor:
+        losses, derivative = found
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(derivative)
-        ctx.query, ctx.name = query, name  # of the query's values nothing is needed: it may change before the backward
-        return losses, lse
+        ctx.given = query, name  # of the query's values nothing is needed: it may change before the backward
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor | None, _grad_lse: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, grad_loss: torch.Tensor | None) -> Any:
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None
         (derivative,) = ctx.saved_tensors
-        return grad_loss.unsqueeze(-1) * first_derivative(ctx.name, derivative, ctx.query), None, None, None
+        if torch.is_grad_enabled():
+            query, name = ctx.given
+            derivative = first_derivative(name, derivative, query)
+        return grad_loss.unsqueeze(-1) * derivative, None, None
+
+
+# Of the class in C: torch.autograd.Function.apply prepares for torch.func before it, which scored() has left to the
+# registered op by then.
+_apply_loss = super(torch.autograd.Function, _Loss).apply
 
 
 def scored(
@@ -155,10 +188,10 @@ def scored(
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         losses, lse, _ = op(query, *arguments)
         return losses, lse.detach()
-    if query.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(query, name, op, arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        losses, lse, _ = op(query, *arguments)
+        losses, lse, derivative = op(query, *arguments)
+    if query.requires_grad and torch.is_grad_enabled():
+        losses = _apply_loss(query, (losses, derivative), name)
     return losses, lse
 
 
@@ -178,30 +211,39 @@ def check_runs_once(op: str) -> None:
         )
 
 
-def check_memory(op: str, name: str, tensor: torch.Tensor | None) -> None:
+def check_memory(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise ValueError for a tensor whose storage was resized to less than its sizes say.
 
     The ops do this for everything that they read; this is for tensors that torch reads before.
     """
-    if tensor is None or tensor.device.type == "meta" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    if torch._C._are_functorch_transforms_active():
-        return
-    if tensor.is_contiguous():
-        steps = tensor.numel() - 1
-    else:
-        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + steps + 1) * tensor.itemsize
-    if tensor.untyped_storage().nbytes() < needed and tensor.numel():
-        raise ValueError(f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor")
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_meta:
+            continue
+        if tensor.is_contiguous():
+            steps = tensor.numel() - 1
+        else:
+            steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + steps + 1) * tensor.itemsize
+        if tensor.untyped_storage().nbytes() < needed and tensor.numel():
+            raise ValueError(
+                f"{op}: {name} needs {needed} bytes of its storage, which was resized; pass another tensor"
+            )
 
 
 def resolved(op: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, written out where it is lazily negated."""
     if torch.compiler.is_compiling() or not tensor.is_neg():
         return tensor
-    check_memory(op, name, tensor)
+    check_memory(op, **{name: tensor})
     return tensor.resolve_neg()
+
+
+def detached(op: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """:func:`resolved` and without history."""
+    tensor = resolved(op, name, tensor)
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def mark_updated(*tensors: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ def bank_enqueue_(bank: Tensor, head: Tensor, keys: Tensor) -> None:
     tensors = {"bank": bank, "head": head, "keys": keys}
     _library.check_arguments("bank_enqueue_", tensors, gradient=("keys",), written=("bank", "head"))
     _library.check_runs_once("bank_enqueue_")
-    _op(bank, head, _library.resolved("bank_enqueue_", "keys", keys).detach())
+    _op(bank, head, _library.detached("bank_enqueue_", "keys", keys))
     _library.mark_updated(bank, head)
 
 

@@ -12,6 +12,8 @@ from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference
 from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 
 _Loss = Literal["infonce", "nce"]
+_Number = float | Tensor
+_Pair = tuple[Tensor, Tensor]
 _op = torch.ops.sslfast.bank_nce.default
 
 
@@ -78,12 +80,19 @@ def bank_nce(
         ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
-    options = {"negatives": _tensor_or_none(negatives), "step": _tensor_or_none(step), "z": _tensor_or_none(z)}
-    tensors = {"query": query, "bank": bank, "index": index, **options}
+    negatives_tensor, z_tensor = _tensor_or_none(negatives), _tensor_or_none(z)
+    tensors = {
+        "query": query,
+        "bank": bank,
+        "index": index,
+        "negatives": negatives_tensor,
+        "step": _tensor_or_none(step),
+        "z": z_tensor,
+    }
     _library.check_arguments("bank_nce", tensors, gradient=("query",))
-    for name in ("query", "index", "negatives", "z"):  # which torch reads before the op does
-        _library.check_memory("bank_nce", name, tensors[name])
-    if not query.is_floating_point() or (options["z"] is not None and options["z"].is_complex()):
+    # Torch reads these before the op does.
+    _library.check_memory("bank_nce", query=query, index=index, negatives=negatives_tensor, z=z_tensor)
+    if not query.is_floating_point() or (z_tensor is not None and z_tensor.is_complex()):
         raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:
         raise ValueError(f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
@@ -117,7 +126,7 @@ def bank_nce(
             else (z.detach().double() if isinstance(z, Tensor) else z) * (num_negatives / num_rows / own_share)
         )
 
-    def run(query: Tensor, loss: _Loss, z: float | Tensor) -> tuple[Tensor, Tensor]:
+    def run(query: Tensor, loss: _Loss, z: _Number) -> _Pair:  # names: annotations are evaluated in every call
         if dense:
             return bank_nce_dense(
                 query,

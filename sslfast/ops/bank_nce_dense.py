@@ -64,8 +64,7 @@ def bank_nce_dense(
     tensors = {"query": query, "bank": bank, "index": index, "negatives": negatives}
     tensors["z"] = z if isinstance(z, Tensor) else None
     _library.check_arguments("bank_nce_dense", tensors, gradient=("query",))
-    for name in ("query", "z"):
-        _library.check_memory("bank_nce_dense", name, tensors[name])
+    _library.check_memory("bank_nce_dense", query=query, z=tensors["z"])
     if isinstance(z, Tensor) and z.is_complex():
         raise ValueError(f"bank_nce_dense: z must be floating, got {z.dtype}")
     z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)

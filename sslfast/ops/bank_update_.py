@@ -34,7 +34,7 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
     tensors = {"bank": bank, "index": index, "features": features}
     _library.check_arguments("bank_update_", tensors, gradient=("features",), written=("bank",))
     _library.check_runs_once("bank_update_")
-    _op(bank, index, _library.resolved("bank_update_", "features", features).detach(), momentum)
+    _op(bank, index, _library.detached("bank_update_", "features", features), momentum)
     _library.mark_updated(bank)
 
 

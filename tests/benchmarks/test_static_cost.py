@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from benchmarks.compile_kernels import Tools
+from benchmarks.compile_kernels import Kernel, Tools
 from benchmarks.sass import Cost, blocks_of, loops_of, parse, predicates_written, way_through
-from benchmarks.static_cost import OUTPUT, PROBES, markdown
+from benchmarks.static_cost import OUTPUT, PARTS, PROBES, Part, Probe, markdown, measure
 
 
 def sass(lines: str) -> str:
@@ -64,6 +64,51 @@ def test_the_way_through_a_loop(needs: dict[str, int], instructions: int, mufu: 
     assert (cost.instructions, cost.mufu, cost.matrix, cost.loaded_bytes) == (instructions, mufu, 1, 16)
 
 
+def test_a_way_avoids_what_another_case_of_the_kernel_does() -> None:
+    blocks = blocks_of(parse(LOOP))
+    loops = loops_of(blocks)
+    assert Cost.of(way_through(blocks, loops[0], loops, needs={"FMUL": 2}, avoids="FMUL")).mufu == 1
+    assert way_through(blocks, loops[0], loops, avoids="HMMA") == []
+
+
+# Loads, then an inner loop that does A (three instructions) or B (two), then rare work, then stores.
+NESTED = sass("""
+0010 2 LDG.E.128 R4, desc[UR4][R2.64]
+0020 5 @P0 BRA 0x60
+0030 1 FMUL R5, R5, R6
+0040 1 FMUL R5, R5, R6
+0050 5 BRA 0x70
+0060 9 MUFU.EX2 R5, R5
+0070 5 @P1 BRA 0x20
+0080 5 @P2 BRA 0xb0
+0090 4 IMAD.HI R7, R7, R8, R9
+00a0 4 IMAD.HI R7, R7, R8, R9
+00b0 1 STG.E.128 desc[UR4][R2.64], R4
+00c0 5 @P3 BRA 0x10
+00d0 5 EXIT
+""")  # fmt: skip
+
+
+def test_inner_loops_count_as_often_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Probe(name="nested", op="x", kernel="x", unit="row", units=lambda _: 2.0, total=1.0, needs={"STG": 1})
+    kernel = Kernel(
+        op="x", arch="90a", name="x", registers=8, shared_bytes=0, spill_bytes=0, threads=32, code=parse(NESTED)
+    )
+    parts = [
+        Part(name="A", rounds=3, inner=True, needs={"FMUL": 2}),
+        Part(name="B", rounds=0.5, inner=True, needs={"MUFU": 1}),
+        Part(name="rare", rounds=0.25, needs={r"IMAD\.HI": 2}),
+    ]
+    monkeypatch.setitem(PARTS, "nested", parts)
+    found = measure(probe, kernel)
+    # Per round 4 around the inner loop, 3 times 5 for A, half of 3 for B, a quarter of 2; two units a round.
+    assert found is not None
+    assert found["instructions"] == (4 + 3 * 5 + 0.5 * 3 + 0.25 * 2) / 2
+    assert (found["mufu"], found["global"]) == (0.25, 1.0)
+    monkeypatch.setitem(PARTS, "nested", [Part(name="none", rounds=1, inner=True, needs={"HMMA": 1})])
+    assert measure(probe, kernel) is None
+
+
 @pytest.mark.parametrize(
     ("text", "written"),
     [
@@ -83,6 +128,12 @@ def test_report_lists_every_probe() -> None:
     report = json.loads(OUTPUT.with_suffix(".json").read_text())
     assert {loop["name"] for loop in report["loops"]} | set(report["missing"]) == {probe.name for probe in PROBES}
     assert not any(kernel["spill_bytes"] for kernel in report["kernels"])
+    assert report["missing"] == []
+    assert {goal["name"] for goal in report["goals"]} == {
+        "dense InfoNCE", "dense NCE", "sampled InfoNCE", "render_views",
+    }  # fmt: skip
+    assert all(goal["met"] for goal in report["goals"])
+    assert all(loop["mufu"] > 0 for loop in report["loops"])
     assert markdown(report) == OUTPUT.with_suffix(".md").read_text()
     assert report["times"]["sampled InfoNCE"]["copy"] == pytest.approx(1e3 * 256 * 32001 * 256 / 3e12, rel=1e-3)
 
