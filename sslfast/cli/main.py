@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sslfast {__version__}")
         return 0
     try:
+        _check_empty(arguments)
         if any(argument.partition("=")[0] == "--plugin" for argument in arguments):
             from sslfast.cli.plugins import import_plugins
 
@@ -91,6 +92,14 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     module, _, function = command.function.partition(":")
     code: int = getattr(importlib.import_module(module), function)(arguments[1:])
     return code
+
+
+def _check_empty(arguments: Sequence[str]) -> None:
+    """ValueError for an argument without a value, which as a path would be the current directory."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            option = argument[:-1] or (before if before.startswith("-") else "an argument")
+            raise ValueError(f"{option} is empty: give it a value (a variable of the shell that is not set?)")
 
 
 def _check_data(command: Command, arguments: list[str]) -> None:

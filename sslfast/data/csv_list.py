@@ -181,18 +181,12 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
 
 
 def open_list(path: Path) -> TextIO:
-    """Undecodable bytes are kept; programs of Windows begin a file with a byte order mark, which says UTF-8 or UTF-16.
-
-    SourceError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            mark = file.read(2)
-        if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return path.open(encoding="utf-16", errors="replace", newline="")
-        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror or error}): name a folder or a list") from None
+    """Undecodable bytes are kept; programs of Windows begin a file with a byte order mark, which says UTF-8 or UTF-16."""
+    with path.open("rb") as file:
+        mark = file.read(2)
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return path.open(encoding="utf-16", errors="replace", newline="")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def find_columns(names: Sequence[str]) -> tuple[int, int | None] | None:

@@ -300,7 +300,7 @@ def _find_columns(file: str, opened: Any) -> _Columns:
     features = _features(schema.metadata or {})
     images = {name: inner for name, kind in types.items() if (inner := _bytes_field(kind)) is not None}
     typed = [name for name in images if _kind(features, name) == "Image"]
-    candidates = typed or [*images]
+    candidates = typed or [name for name in images if name.lower() not in LABEL_NAMES] or [*images]
     named = [name for name in _IMAGE_NAMES for column in candidates if column.lower() == name]
     if not candidates:
         raise ShardError(
@@ -312,7 +312,8 @@ def _find_columns(file: str, opened: Any) -> _Columns:
             f"{file} has several columns of images ({', '.join(candidates)}): write a table with one of them, or name "
             "one image"
         )
-    lowered = {name.lower(): name for name in types if name not in images}
+    image = next((column for column in candidates if named and column.lower() == named[0]), candidates[0])
+    lowered = {name.lower(): name for name in types if name != image}
     classes = [name for name in types if _kind(features, name) == "ClassLabel"]
     label = next((lowered[name] for name in LABEL_NAMES if name in lowered), "")
     if not label and len(classes) > 1:
@@ -322,7 +323,6 @@ def _find_columns(file: str, opened: Any) -> _Columns:
         )
     label = label or (classes[0] if classes else "")
     names = features.get(label, {}).get("names") if _kind(features, label) == "ClassLabel" else None
-    image = next((column for column in candidates if named and column.lower() == named[0]), candidates[0])
     return _Columns(image, images[image] or "", label, tuple(map(str, names)) if isinstance(names, list) else ())
 
 
@@ -343,7 +343,8 @@ def _kind(features: Mapping[str, Any], name: str) -> str:
 def _bytes_field(kind: Any) -> str | None:
     """Of a column's type: the field that holds bytes, empty for the values themselves; None: it holds none."""
     types = import_module("pyarrow.types")
-    if any(check(kind) for check in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)):
+    names = ("is_binary", "is_large_binary", "is_fixed_size_binary", "is_binary_view")  # the last since pyarrow 16
+    if any(getattr(types, name)(kind) for name in names if hasattr(types, name)):
         return ""
     if not types.is_struct(kind):
         return None
@@ -397,6 +398,8 @@ def _label(file: str, value: Any, columns: _Columns) -> str | None:
                 "the table again"
             )
         return columns.names[value]
+    if isinstance(value, bytes):  # a column of text whose writer did not say so
+        value = value.decode("utf-8", "surrogateescape")
     text = label_text(int(value) if isinstance(value, bool) else value)
     if text is None:
         raise ShardError(

@@ -88,6 +88,7 @@ def test_rows_are_those_of_the_tables_in_order(tmp_path: Path, compression: str)
     ("labels", "type", "wanted"),
     [
         (["cat", "dog", None], pa.string(), ["cat", "dog", None]),
+        ([b"cat", b"dog", None], pa.binary(), ["cat", "dog", None]),
         (["cat", "dog", "cat"], pa.dictionary(pa.int8(), pa.string()), ["cat", "dog", "cat"]),
         ([10, 9, 10], pa.uint8(), ["10", "9", "10"]),
         ([1.0, 0.0, None], pa.float64(), ["1", "0", None]),
@@ -111,7 +112,7 @@ def test_class_names_come_from_the_schema_and_minus_one_is_no_class(tmp_path: Pa
         open_data(path)
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 @pytest.mark.parametrize("name", ["jpg", "img.jpg", "anything"])
 def test_plain_binary_columns(tmp_path: Path, kind: Any, name: str) -> None:
     values = [image(0), image(1, "PNG"), None]
