@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
+from sslfast.models import STAGE_NAMES, LibraryTrunk
+
 
 class Pool(NamedTuple):
     """Average pooling of the map of one stage."""
@@ -33,6 +35,7 @@ POOLS = {
     "res5": Pool(4, 7, 6, 1, 0, 2),
     "res5avg": Pool(4, 7, 7, 1, 0, 1),
 }
+OUTPUT = "res5avg"
 LAYERS = tuple(POOLS)
 """Layers that a classifier can be trained on, shallow to deep; ``res5avg`` is the trunk's output."""
 
@@ -64,5 +67,20 @@ def pooled_layers(trunk: nn.Module, pixels: Tensor, layers: Sequence[str]) -> di
     stages = getattr(trunk, "stages", None)
     if stages is None:
         raise ValueError(f"{type(trunk).__name__} has no stages to take layers from; evaluate it with another protocol")
+    if isinstance(trunk, LibraryTrunk):
+        return _library_layers(trunk, pixels, layers)
     maps = stages(pixels)
     return {layer: pool(maps[POOLS[layer].stage], layer) for layer in layers}
+
+
+def _library_layers(trunk: LibraryTrunk, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The same of a network with fewer maps, the deepest of which is res5; ``res5avg`` is the trunk's own output."""
+    found = {OUTPUT: trunk(pixels)[..., None, None]} if OUTPUT in layers else {}
+    deep = [layer for layer in layers if layer != OUTPUT]
+    maps = trunk.stages(pixels) if deep else []
+    first = len(STAGE_NAMES) - len(maps)
+    missing = [layer for layer in deep if POOLS[layer].stage < first]
+    if missing:
+        known = [layer for layer in LAYERS if POOLS[layer].stage >= first]
+        raise ValueError(f"{trunk.name} has the layers {', '.join(known)}, got {', '.join(missing)}; choose among them")
+    return {**found, **{layer: pool(maps[POOLS[layer].stage - first], layer) for layer in deep}}

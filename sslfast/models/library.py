@@ -273,7 +273,7 @@ def check_sizes(trunk: LibraryTrunk, sizes: Mapping[str, int]) -> None:
             if "divisible" in str(error):
                 remedy = "choose another crop.size or patch_size"
             elif len(set(sizes.values())) > 1:
-                remedy = "give all views one crop.size, or choose a network that takes several"
+                remedy = "give all views one size (crop.size, patch_size), or choose a network that takes these"
             raise ValueError(f"{error}, the size of {size_words(sizes)[size]}: {remedy}") from None
         finally:
             trunk.train(was_training)

@@ -62,7 +62,10 @@ def find_checkpoint(
             raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
         found = newest
     else:
-        found = path, load_checkpoint(path)
+        try:
+            found = path, load_checkpoint(path)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{error}; --init {path} starts a new run from weights") from None
     checked(*found)
     if holds_checkpoints and found[0].resolve().parent != run.checkpoints.resolve():
         raise ValueError(f"{run.path} already holds another run; choose a new output directory to resume {path} in")

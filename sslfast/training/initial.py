@@ -146,7 +146,7 @@ def _fitting(weights: Weights, config: "TrainConfig") -> dict[str, Tensor]:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(
             f"init={config.init} is of another network than {trunk_name(config.model)}: "
-            f"{', '.join(wrong[:_SHOWN])}{more}; start with {_options(weights.model)}"
+            f"{', '.join(wrong[:_SHOWN])}{more}; start with {_options(weights.model, config.model)}"
         )
     return state
 
@@ -163,13 +163,18 @@ def _shape(value: Tensor | None) -> str:
     return "missing" if value is None else str(list(value.shape))
 
 
-def _options(model: TrunkConfig) -> str:
-    """The options of ``sslfast pretrain`` that choose a trunk."""
-    words = []
+def _options(model: TrunkConfig, given: TrunkConfig) -> str:
+    """The options of ``sslfast pretrain`` that choose a trunk in place of the one that is given."""
+    words, same = [], to_dict(given) if type(given) is type(model) else {}
     for name, value in to_dict(model).items():
         if isinstance(value, dict):
             value = " ".join(f"{key} {one}" for key, one in value.items())
-        if name == "zero_init_residual" or value == "" or (name == "name" and value == "custom"):
+        if (
+            name == "zero_init_residual"
+            or (name != "name" and same.get(name) == value)
+            or value == ""
+            or (name == "name" and value == "custom")
+        ):
             continue
         words.append(f"--model.{name.replace('_', '-')} {value}")
     return " ".join(words)

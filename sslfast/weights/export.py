@@ -4,7 +4,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +160,10 @@ class _FromPixels(nn.Module):
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.trunk = weights.build()
+        network: Any = getattr(self.trunk, "network", None)
+        if hasattr(network, "pos_embed") and hasattr(network, "set_input_size"):
+            # Runtimes of ONNX resample positions otherwise: they are of the size of the images beforehand.
+            network.set_input_size(img_size=(weights.size, weights.size))
         self.register_buffer("mean", torch.tensor(weights.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(weights.std)[:, None, None])
 

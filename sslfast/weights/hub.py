@@ -174,7 +174,7 @@ def _table(rows: list[tuple[str, str, str, str]]) -> str:
 def _cell(value: Any) -> str:
     """One line of plain text: nothing of a foreign name ends a cell of a table or starts a tag."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[\s|<>]+", " ", text)[:200]
+    return re.sub(r"[\s|<>]+", " ", text).strip()[:200]
 
 
 def find_hub(name: str) -> Callable[[Path], None]:
