@@ -54,8 +54,9 @@ def sela() -> TrainConfig:
     are of augmented images by their batch's statistics, jitter 0.4, gray 0.2.
 
     Departures: torchvision's ResNet-50, where the authors' number is of one with pre-activation, which
-    ``--model.factory sslfast.models.preactivation:preactivation_resnet50`` takes; labellings at the start of epochs, of the crops that the epoch trains on; Sinkhorn stops at cluster masses within 1 %, the authors' at
-    a sum of changes below 0.1; bf16 features (5.2 GB for ImageNet), theirs are float64; jitter, then grayscale.
+    ``--model.factory sslfast.models.preactivation:preactivation_resnet50`` takes; labellings at the start of epochs, of
+    the crops that the epoch trains on; Sinkhorn stops at cluster masses within 1 %, the authors' at a sum of changes
+    below 0.1; bf16 features (5.2 GB for ImageNet), theirs are float64; jitter, then grayscale.
     """
     return TrainConfig(
         recipe="sela",
