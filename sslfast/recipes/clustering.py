@@ -53,9 +53,10 @@ def sela() -> TrainConfig:
     tenfold less after epochs 150, 300 and 350, weight decay 1e-5 on every parameter, the times of the labellings, which
     are of augmented images by their batch's statistics, jitter 0.4, gray 0.2.
 
-    Departures: torchvision's ResNet-50, where the authors' number is of one with pre-activation; labellings at the
-    start of epochs, of the crops that the epoch trains on; Sinkhorn stops at cluster masses within 1 %, the authors' at
-    a sum of changes below 0.1; bf16 features (5.2 GB for ImageNet), theirs are float64; jitter, then grayscale.
+    Departures: torchvision's ResNet-50, where the authors' number is of one with pre-activation, which
+    ``--model.factory sslfast.models.preactivation:preactivation_resnet50`` takes; labellings at the start of epochs, of
+    the crops that the epoch trains on; Sinkhorn stops at cluster masses within 1 %, the authors' at a sum of changes
+    below 0.1; bf16 features (5.2 GB for ImageNet), theirs are float64; jitter, then grayscale.
     """
     return TrainConfig(
         recipe="sela",

@@ -49,7 +49,7 @@ def _lars(lr: float, weight_decay: float, *, final: float = 0.0, **options: Any)
 
 def byol() -> TrainConfig:
     """BYOL: ResNet-50, batch 4096, LARS with learning rate 3.2 (0.2 per 256), 10 epochs of warm-up, then a cosine,
-    weight decay 1.5e-6, momentum 0.996 rising to 1, BatchNorm over all ranks; 1000 epochs (74.3 %; 300: 72.5 %).
+    weight decay 1.5e-6, momentum 0.996 rising to 1, BatchNorm over all ranks; 1000 epochs (74.3 %).
 
     From the authors' code: everything, with the presets of 1000 epochs; 300 epochs take rate 0.3, weight decay 1e-6 and
     momentum 0.99. Numbers: paper, table 1 and appendix; the code's README has 74.4 % for its checkpoint.
