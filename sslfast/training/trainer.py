@@ -1,5 +1,4 @@
-"""The pretraining loop: views of the next batch, loss, backward, optimizer step, ``after_step``; logs, checkpoints and
-resume around it."""
+"""The pretraining loop: views, loss, backward, optimizer step, ``after_step``; logs, checkpoints and resume around it."""
 
 import math
 import time
