@@ -1,4 +1,4 @@
-"""The pretraining loop: views, loss, backward, optimizer step, ``after_step``; logs, checkpoints and resume around it."""
+"""The pretraining loop: views, loss, backward, optimizer step, ``after_step``; logs, checkpoints and resume."""
 
 import math
 import time
