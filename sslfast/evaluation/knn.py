@@ -154,6 +154,24 @@ def knn_accuracy(
     return _vote(similarity, bank_labels[rows], query_labels, bank_labels, k=k, temperature=temperature)
 
 
+def shared_knn_accuracy(
+    queries: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    k: Sequence[int],
+    device: torch.device,
+    temperature: float = TEMPERATURE,
+) -> dict[int, Accuracy]:
+    """:func:`knn_accuracy` on ``device``, of features that may be mapped files; the ranks share the queries."""
+    query_labels, bank_labels = query_labels.to(device), bank_labels.to(device)
+    own = own_rows(len(query_labels))
+    found = nearest_neighbours(queries[own.start : own.stop].to(device), bank, max(k))
+    similarity, rows = map(gather_uneven, found)
+    return _vote(similarity, bank_labels[rows], query_labels, bank_labels, k=k, temperature=temperature)
+
+
 def _vote(
     similarity: Tensor, votes: Tensor, labels: Tensor, bank_labels: Tensor, *, k: Sequence[int], temperature: float
 ) -> dict[int, Accuracy]:
@@ -261,13 +279,12 @@ def knn_result(
     if k == K:
         k = tuple(some for some in k if some <= len(evaluation.train_labels))
     check_k(k, len(evaluation.train_labels))
-    train_labels, val_labels = evaluation.train_labels.to(device), evaluation.val_labels.to(device)
+    train_labels, val_labels = evaluation.train_labels, evaluation.val_labels
     rows = []
-    for name in evaluation.train:
-        own = own_rows(len(val_labels))
-        bank, queries = evaluation.train[name], evaluation.val[name][own.start : own.stop].to(device)
-        similarity, neighbours = map(gather_uneven, nearest_neighbours(queries, bank, max(k)))
-        found = _vote(similarity, train_labels[neighbours], val_labels, train_labels, k=k, temperature=temperature)
+    for name, bank in evaluation.train.items():
+        found = shared_knn_accuracy(
+            evaluation.val[name], val_labels, bank, train_labels, k=k, device=device, temperature=temperature
+        )
         for some, value in found.items():
             rows.append(
                 {

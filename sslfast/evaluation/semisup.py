@@ -3,8 +3,9 @@
 A linear classifier on the pooled features, 70 epochs of SGD with Nesterov momentum, learning rate 0.01 per 256 images,
 divided by 10 at epoch 30, no weight decay, random resized crops and flips; BatchNorm trains too, over 32 images at a
 time (``pirl``, on 8 GPUs). ``vissl``: the same with rate 0.05, which VISSL takes on SimCLR's lists. ``simclr``: rate
-0.05 per 256 images along a cosine, 60 epochs (1 %) or 30 (10 %) of batches of 4096. The published numbers are top-5 on ImageNet with 1 % and 10 % of the labels: PIRL's on random images,
-SimCLR's and VISSL's on SimCLR's class-balanced lists of 12,811 and 128,116 names, which ``subset`` reads.
+0.05 per 256 images along a cosine, 60 epochs (1 %) or 30 (10 %) of batches of 4096. The published numbers are top-5 on
+ImageNet with 1 % and 10 % of the labels: PIRL's on random images, SimCLR's and VISSL's on SimCLR's class-balanced lists
+of 12,811 and 128,116 names, which ``subset`` reads.
 """
 
 import copy

@@ -143,8 +143,8 @@ SEMISUP_VISSL = replace(
     SEMISUP,
     name="semisup-vissl",
     lr_per_256_images=0.05,
-    source="VISSL's in1k semi_sup_fulltune on SimCLR's lists (dataset/simclr_in1k_per01, per10), 32 images on each of 8 "
-    "GPUs; its pirl_in1k_per01 and per10 set PIRL's 0.01 in place of 0.05",
+    source="VISSL's in1k semi_sup_fulltune on SimCLR's lists (dataset/simclr_in1k_per01, per10), 32 images on each of "
+    "8 GPUs; its pirl_in1k_per01 and per10 set PIRL's 0.01 in place of 0.05",
 )
 SEMISUP_SIMCLR = SGDProtocol(
     name="semisup-simclr",
