@@ -71,7 +71,8 @@ def nearest_neighbours(
         bank: ``[N, D]`` float, any norm, on any device; read once, a part at a time, so it may be a mapped file.
         k: ``1 <= k <= N``, without ``own``; else ``k < N``.
         own: ``[Q]`` int64: a bank row that each query must not find (itself).
-        max_entries: maximum number of similarities in memory at once; both sides are split to stay below it.
+        max_entries: maximum number of similarities in memory at once, and of numbers in a part of the bank; both sides
+            are split to stay below it.
 
     Returns:
         Similarities ``[Q, k]`` float32 and bank rows ``[Q, k]`` int64, on the device of ``queries``.
@@ -82,7 +83,8 @@ def nearest_neighbours(
     queries = normalize(queries.float(), dim=1)
     if not len(queries):
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
-    bank_step = max(1, min(len(bank), max_entries // max(1, min(len(queries), QUERIES_AT_ONCE))))
+    wide = max(queries.shape[1], min(len(queries), QUERIES_AT_ONCE))  # few queries: a part of the bank is bounded too
+    bank_step = max(1, min(len(bank), max_entries // wide))
     query_step = max(1, max_entries // bank_step)
     values: list[Tensor] = []
     rows: list[Tensor] = []
