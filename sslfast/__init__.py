@@ -6,6 +6,8 @@
     The trunk of a run, an exported file or another project's checkpoint, in eval mode.
 ``embed(run, data, **options)``
     Features of any images, with their paths and classes; returns a :class:`sslfast.evaluation.Embeddings`.
+``transform(path)``
+    From an image to the input of ``load(path)``, as evaluations see it: size, resize rule, mean and deviation.
 ``RECIPES``
     Recipe name -> function that returns a :class:`sslfast.training.TrainConfig`; add your own.
 
@@ -16,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sslfast.evaluation import embed_all as embed
+    from sslfast.evaluation import load_transform as transform
     from sslfast.recipes import RECIPES, pretrain
     from sslfast.weights import load_trunk as load
 
-__all__ = ["RECIPES", "embed", "load", "pretrain"]
+__all__ = ["RECIPES", "embed", "load", "pretrain", "transform"]
 __version__ = "0.1.0"
 
 
@@ -29,6 +32,7 @@ def __getattr__(name: str) -> Any:
         "embed": ("sslfast.evaluation", "embed_all"),
         "load": ("sslfast.weights", "load_trunk"),
         "pretrain": ("sslfast.recipes", "pretrain"),
+        "transform": ("sslfast.evaluation", "load_transform"),
     }
     if name not in homes:
         raise AttributeError(f"module 'sslfast' has no attribute {name!r}")

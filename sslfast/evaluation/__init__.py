@@ -5,6 +5,7 @@ is in the package ``detection``, which needs torchvision's detection models. Imp
 lies below.
 """
 
+from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
 from sslfast.evaluation.embed import SUFFIXES as EMBEDDING_SUFFIXES
 from sslfast.evaluation.embed import Embeddings, embed_all, read_embeddings, write_embeddings
@@ -19,14 +20,23 @@ from sslfast.evaluation.encoders import (
     load_run,
 )
 from sslfast.evaluation.folders import UnsuitableError, load_manifests
-from sslfast.evaluation.knn import KnnConfig, bank_knn, evaluate_knn, knn_accuracy, knn_result, nearest_neighbours
+from sslfast.evaluation.knn import (
+    KnnConfig,
+    bank_knn,
+    evaluate_knn,
+    knn_accuracy,
+    knn_result,
+    nearest_neighbours,
+    shared_knn_accuracy,
+)
 from sslfast.evaluation.lettering import Lettering, load_font
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
-from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, train_probe
+from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, probe_scores, train_probe
 from sslfast.evaluation.preprocessing import resolve_preprocessing
 from sslfast.evaluation.results import ResultNotWritten
 from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
+from sslfast.evaluation.transform import EvaluationTransform, load_transform
 
 __all__ = [
     "EMBEDDING_SUFFIXES",
@@ -38,6 +48,8 @@ __all__ = [
     "Embeddings",
     "Encoder",
     "EvaluationSet",
+    "EvaluationTransform",
+    "FeatureCache",
     "FeatureConfig",
     "KnnConfig",
     "Lettering",
@@ -62,9 +74,13 @@ __all__ = [
     "load_font",
     "load_manifests",
     "load_run",
+    "load_transform",
     "nearest_neighbours",
+    "probe_scores",
     "read_embeddings",
     "resolve_preprocessing",
+    "scratch_folder",
+    "shared_knn_accuracy",
     "train_probe",
     "write_embeddings",
 ]

@@ -12,10 +12,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import zipfile
 import zlib
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslfast.distributed import barrier, broadcast_object, is_main
 from sslfast.files import OUTPUT, WriteError, open_regular, reason_of, replacing, save_tensors
 from sslfast.runs import print_error
 from sslfast.text import printable
@@ -205,6 +208,21 @@ class FeatureCache:
         if not self._has_failed:
             print_error(f"cannot write {printable(str(path))} ({reason_of(error)}): {_LOST}")
         self._has_failed = True
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """The folder ``path`` of rank 0 for features that are needed once: empty, made when they are written, and deleted
+    in the end, also one that a stopped process left."""
+    if is_main():
+        shutil.rmtree(path, ignore_errors=True)
+    path = broadcast_object(path)
+    try:
+        yield path
+        barrier()  # no rank reads any more
+    finally:
+        if is_main():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def part_path(path: Path, part: int) -> Path:

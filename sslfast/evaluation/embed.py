@@ -7,9 +7,7 @@ memory does not grow with the number of images. Under torchrun the processes sha
 import csv
 import io
 import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sslfast.data import open_data
-from sslfast.distributed import broadcast_object, distributed_device, is_main, together
-from sslfast.evaluation.cache import FeatureCache
+from sslfast.distributed import distributed_device, together
+from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.config import ImageConfig
 from sslfast.evaluation.encoders import TRAINED, extract_all, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
@@ -88,7 +86,8 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         WriteError: a file cannot be written.
     """
     check_suffix(output)
-    with distributed_device(config.device) as device, _scratch_folder(output) as folder:
+    scratch = output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp")
+    with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
         found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
         together(lambda: write_embeddings(found, output), only_main=True)
     left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
@@ -148,17 +147,6 @@ def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, c
         left_out=[*manifest.excluded, *features.bad_images],
         preprocessing=describe(seen, size),
     )
-
-
-@contextmanager
-def _scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output for the features until they are in it; of all ranks, made when it is written to."""
-    folder = broadcast_object(output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"))
-    try:
-        yield folder
-    finally:
-        if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_suffix(path: Path) -> None:

@@ -71,7 +71,8 @@ def nearest_neighbours(
         bank: ``[N, D]`` float, any norm, on any device; read once, a part at a time, so it may be a mapped file.
         k: ``1 <= k <= N``, without ``own``; else ``k < N``.
         own: ``[Q]`` int64: a bank row that each query must not find (itself).
-        max_entries: maximum number of similarities in memory at once; both sides are split to stay below it.
+        max_entries: maximum number of similarities in memory at once, and of numbers in a part of the bank; both sides
+            are split to stay below it.
 
     Returns:
         Similarities ``[Q, k]`` float32 and bank rows ``[Q, k]`` int64, on the device of ``queries``.
@@ -82,7 +83,8 @@ def nearest_neighbours(
     queries = normalize(queries.float(), dim=1)
     if not len(queries):
         return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
-    bank_step = max(1, min(len(bank), max_entries // max(1, min(len(queries), QUERIES_AT_ONCE))))
+    wide = max(queries.shape[1], min(len(queries), QUERIES_AT_ONCE))  # few queries: a part of the bank is bounded too
+    bank_step = max(1, min(len(bank), max_entries // wide))
     query_step = max(1, max_entries // bank_step)
     values: list[Tensor] = []
     rows: list[Tensor] = []
@@ -151,6 +153,24 @@ def knn_accuracy(
     """
     check_k(k, len(bank))
     similarity, rows = nearest_neighbours(queries, bank, max(k), max_entries=max_entries)
+    return _vote(similarity, bank_labels[rows], query_labels, bank_labels, k=k, temperature=temperature)
+
+
+def shared_knn_accuracy(
+    queries: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    k: Sequence[int],
+    device: torch.device,
+    temperature: float = TEMPERATURE,
+) -> dict[int, Accuracy]:
+    """:func:`knn_accuracy` on ``device``, of features that may be mapped files; the ranks share the queries."""
+    query_labels, bank_labels = query_labels.to(device), bank_labels.to(device)
+    own = own_rows(len(query_labels))
+    found = nearest_neighbours(queries[own.start : own.stop].to(device), bank, max(k))
+    similarity, rows = map(gather_uneven, found)
     return _vote(similarity, bank_labels[rows], query_labels, bank_labels, k=k, temperature=temperature)
 
 
@@ -261,13 +281,12 @@ def knn_result(
     if k == K:
         k = tuple(some for some in k if some <= len(evaluation.train_labels))
     check_k(k, len(evaluation.train_labels))
-    train_labels, val_labels = evaluation.train_labels.to(device), evaluation.val_labels.to(device)
+    train_labels, val_labels = evaluation.train_labels, evaluation.val_labels
     rows = []
-    for name in evaluation.train:
-        own = own_rows(len(val_labels))
-        bank, queries = evaluation.train[name], evaluation.val[name][own.start : own.stop].to(device)
-        similarity, neighbours = map(gather_uneven, nearest_neighbours(queries, bank, max(k)))
-        found = _vote(similarity, train_labels[neighbours], val_labels, train_labels, k=k, temperature=temperature)
+    for name, bank in evaluation.train.items():
+        found = shared_knn_accuracy(
+            evaluation.val[name], val_labels, bank, train_labels, k=k, device=device, temperature=temperature
+        )
         for some, value in found.items():
             rows.append(
                 {

@@ -7,6 +7,7 @@ import torch
 
 from sslfast.data import Manifest
 from sslfast.methods import Method
+from sslfast.runs import RunDirectory
 from sslfast.training.features import FeatureWatch
 from sslfast.training.online import OnlineKnn
 from sslfast.training.probe import OnlineProbe
@@ -22,6 +23,7 @@ class Measurements:
         config: of the run.
         method: whose trunk and embeddings are measured.
         manifest: of the run; None for synthetic images.
+        run: its directory.
         per_epoch: steps of an epoch.
         device: of the method.
         report: takes one line for the user.
@@ -35,14 +37,17 @@ class Measurements:
         config: "TrainConfig",
         method: Method,
         manifest: Manifest | None,
-        *,
+        run: RunDirectory,
         per_epoch: int,
+        *,
         device: torch.device,
         report: Callable[[str], None],
     ) -> None:
         self.features = FeatureWatch(method, stop=config.on_collapse == "error", report=report)
         self._knn = OnlineKnn(method, manifest, every_epochs=config.knn_every_epochs, steps_per_epoch=per_epoch)
-        self._probe = OnlineProbe(config, method, steps_per_epoch=per_epoch, device=device, report=report)
+        self._probe = OnlineProbe(
+            config, method, steps_per_epoch=per_epoch, device=device, folder=lambda: run.path, report=report
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether an accuracy belongs to the record of ``step`` (steps done), which there must then be."""

@@ -2,17 +2,21 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from sslfast.evaluation import (
     TRAINED,
+    FeatureCache,
     TrunkEncoder,
     extract_all,
-    knn_accuracy,
     load_manifests,
+    probe_scores,
     resolve_preprocessing,
+    scratch_folder,
+    shared_knn_accuracy,
     train_probe,
 )
 from sslfast.loaders import default_workers
@@ -31,13 +35,14 @@ class OnlineProbe:
 
     Both are those of ``sslfast evaluate knn`` (k = 20, τ = 0.07) and ``sslfast evaluate linear --protocol probe``
     (λ = 0.001 alone) on centre crops of ``probe_data``. The trunk is copied for it, so that training is the same to the
-    bit with and without.
+    bit with and without. Features are files in the run's folder while it measures, as in the evaluations.
 
     Args:
         config: of the run.
         method: holds the trunk.
         steps_per_epoch: of the run.
         device: of the trunk.
+        folder: gives the folder of the run, which may be renamed while it trains.
         report: takes one line for the user.
 
     Raises:
@@ -51,9 +56,11 @@ class OnlineProbe:
         *,
         steps_per_epoch: int,
         device: torch.device,
+        folder: Callable[[], Path],
         report: Callable[[str], None],
     ) -> None:
         self._config, self._method, self._device, self._report = config, method, device, report
+        self._folder = folder
         self._every_steps = config.probe_every_epochs * steps_per_epoch
         if not self._every_steps or config.probe_data is None:
             return
@@ -73,12 +80,13 @@ class OnlineProbe:
         if not self.is_due(step):
             return {}
         try:
-            return self._measure()
+            with scratch_folder(self._folder() / ".probe_features") as folder:
+                return self._measure(FeatureCache(folder))
         except ValueError as error:  # a file of the probe's data, or features that are not finite: training goes on
             self._report(f"step {step}: not measured on probe_data: {error}")
             return {}
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self, cache: FeatureCache) -> dict[str, float]:
         view, workers = self._config.method.image_view, self._config.loader.workers
         encoder = TrunkEncoder(
             copy.deepcopy(getattr(self._method, "teacher_trunk", self._method.trunk)),  # DINO's is the better one
@@ -96,15 +104,17 @@ class OnlineProbe:
                 device=self._device,
                 workers=default_workers() if workers is None else workers,
                 on_bad_image="skip",
+                cache=cache,
             )
             for manifest in (self._train, self._val)
         ]
-        train, val = (part.values[TRAINED].to(self._device) for part in found)
+        train, val = (part.values[TRAINED] for part in found)
         train_labels, val_labels = (
-            torch.from_numpy(manifest.labels)[part.rows].to(self._device)
+            torch.from_numpy(manifest.labels)[part.rows]
             for manifest, part in zip((self._train, self._val), found, strict=True)
         )
-        layer = train_probe(train, train_labels, classes=len(self._train.classes), strengths=(STRENGTH,))
-        linear = (layer(val).argmax(1) == val_labels).double().mean().item()
-        knn = knn_accuracy(val, val_labels, train, train_labels, k=(K,))[K].top1
-        return {"val_knn_top1": knn, "val_linear_top1": linear}
+        classes, device = len(self._train.classes), self._device
+        probe = train_probe(train, train_labels, classes=classes, strengths=(STRENGTH,), device=device)
+        linear, _, _ = probe_scores(probe, val, val_labels, classes=classes)
+        knn = shared_knn_accuracy(val, val_labels, train, train_labels, k=(K,), device=device)[K]
+        return {"val_knn_top1": knn.top1, "val_linear_top1": linear}

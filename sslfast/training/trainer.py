@@ -137,7 +137,7 @@ class Trainer:
         )
         self.weight_decay = config.optim.decay(self.total_steps)
         self.measurements = Measurements(
-            config, self.method, self.manifest, per_epoch=self.steps_per_epoch, device=self.device, report=self.report
+            config, self.method, self.manifest, self.run, self.steps_per_epoch, device=self.device, report=self.report
         )
         self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
         skip = config.on_nonfinite == "skip"

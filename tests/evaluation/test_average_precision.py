@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from sklearn.metrics import precision_recall_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from sslfast.evaluation.average_precision import average_precision, precision_recall
 
@@ -61,6 +61,21 @@ def test_points_are_those_of_scikit_learn() -> None:
     expected_precision, expected_recall, _ = precision_recall_curve(targets, scores, drop_intermediate=False)
     np.testing.assert_allclose(precision[::-1], expected_precision[:-1])
     np.testing.assert_allclose(recall[::-1], expected_recall[:-1])
+
+
+def test_area_beside_scikit_learn() -> None:
+    """scikit-learn sums the same points without interpolation: never more, and as much where precision only falls."""
+    rng = np.random.default_rng(3)
+    for count in (5, 60, 400):
+        targets, scores = rng.random(count) < 0.4, rng.integers(0, count, count).astype(float)
+        targets[0] = True
+        theirs, ours = average_precision_score(targets, scores), average_precision(targets, scores)
+        precision, recall = precision_recall(targets, scores)
+        assert theirs == pytest.approx(float((np.diff(recall, prepend=0.0) * precision).sum()))
+        assert theirs - 1e-12 <= ours <= theirs + 0.12
+    falling = np.array([1, 1, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0], dtype=bool)
+    scores = -np.arange(18.0)
+    assert average_precision(falling, scores) == pytest.approx(average_precision_score(falling, scores))
 
 
 def test_order_of_the_entries_does_not_matter() -> None:

@@ -142,6 +142,32 @@ def test_lars_matches_the_paper() -> None:
         torch.testing.assert_close(p.detach(), names[name], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-6, 0.02])
+def test_lars_beside_google_s(decay: float) -> None:
+    """The TPU benchmarks' LARS has this paper's trust ratio; SimCLR's takes the norm of ``g + βw`` in place of the sum
+    of norms: the same without decay, larger by at most the share of β|w| (triangle inequality), 1e-6 in SimCLR."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    weights = [nn.Parameter(start.clone())] + [start.clone() for _ in range(2)]
+    momenta = [torch.zeros_like(start) for _ in range(2)]
+    groups = [{"params": weights[:1], "adapt": True, "weight_decay": decay}]
+    optimizer = LARS(groups, lr=0.5, trust_coefficient=0.001)
+    for _ in range(4):
+        gradient = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+        for number, together in enumerate((False, True)):
+            w = weights[number + 1]
+            moved = gradient + decay * w
+            norm = moved.norm() if together else gradient.norm() + decay * w.norm()
+            momenta[number] = 0.9 * momenta[number] + 0.5 * (0.001 * w.norm() / norm) * moved
+            weights[number + 1] = w - momenta[number]
+        weights[0].grad = gradient
+        optimizer.step()
+    ours, tpu, simclr = (weight.detach() for weight in weights)
+    torch.testing.assert_close(ours, tpu, rtol=1e-13, atol=1e-15)
+    share = decay * start.norm() / gradient.norm()
+    assert (ours - simclr).norm() <= 1e-13 + 3 * share * (ours - start).norm()
+
+
 def test_lars_where_norms_are_zero() -> None:
     """Neither a weight nor a gradient of zeros divides by zero: trust is 1."""
     weight = nn.Parameter(torch.zeros(2, 3))

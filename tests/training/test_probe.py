@@ -43,6 +43,7 @@ def test_values_are_those_of_the_evaluations_and_training_is_unchanged(
     assert same(states[0]["optimizer"], states[1]["optimizer"])
     records = {record["step"]: record for record in log_values(tmp_path / "probed")}
     assert [step for step in records if "val_knn_top1" in records[step]] == [4, 8]
+    assert not list((tmp_path / "probed").glob(".probe*"))
     method = probing.method
     for step in (4, 8):
         state = load_checkpoint(checkpoint_path(tmp_path / "probed" / "checkpoints", step))["method"]
