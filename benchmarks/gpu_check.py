@@ -109,7 +109,13 @@ def _fork(module: str, arguments: list[str], log: Path, environment: dict[str, s
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run_module, args=(module, arguments, log, environment))
-    process.start()
+    before = dict(os.environ)
+    os.environ.update(environment)  # of the server too: OpenMP reads its variables when it is loaded
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     process.join(limit)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)  # the module's own session, workers included
