@@ -3,11 +3,14 @@
     python -m benchmarks.host_overhead [-o build/overhead] [--device cpu] [--turns 300] [--before OTHER/CHECKOUT]
 
 Tensors are as small as the ops take them, so that a call's time is what surrounds the kernel: on CUDA the time until
-the call returns, on a CPU with the tiny kernel in it (one thread). Ops take turns, ten calls at a time; reported
-are the median of all turns and their 10 % quantile, which other processes disturb less. ``--before`` times another
+the call returns, on a CPU the processor time of the calling thread with the tiny kernel in it (one thread), which
+leaves out waiting for other processes. Ops take turns, ten calls at a time; reported are the median of all turns and
+their 10 % quantile, which other processes disturb less. Floors are timed in the same turns: what torch.autograd.grad
+takes for a clone and for an empty torch.autograd.Function, and the registered op alone. ``--before`` times another
 checkout in alternation with this one (each in processes of its own), for numbers that can be compared.
 
-Goals: bank_nce forward and backward 60 microseconds, bank_update_ 10.
+Goals: bank_nce forward and backward 60 microseconds, bank_update_ 10. The floors for autograd and for the registered op
+take nearly all of the first by themselves.
 """
 
 import argparse
@@ -32,6 +35,18 @@ CALLS = 10
 """In a turn."""
 
 
+class Identity(torch.autograd.Function):
+    """Autograd's own cost for a function in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
 def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
     """Name -> one call."""
     bank = torch.nn.functional.normalize(torch.randn(8, 4), dim=1).to(device)
@@ -42,6 +57,18 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
     head = torch.zeros((), dtype=torch.int64, device=device)
     targets, sources = [torch.zeros(3, device=device)], [torch.ones(3, device=device)]
     weight = torch.ones(1, 2, device=device)
+
+    def clone() -> Any:
+        return torch.autograd.grad(query.clone(), query, plain)
+
+    def function() -> Any:
+        return torch.autograd.grad(Identity.apply(query), query, plain)
+
+    def registered() -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.sslfast.bank_nce.default(
+                plain, bank, index, None, None, 0, None, 1.0, 2, 0.07, False, True, 0, 0, 8
+            )
 
     def both(**options: Any) -> Callable[[], Any]:
         def call() -> Any:
@@ -61,6 +88,9 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
         "bank_enqueue_": lambda: ops.bank_enqueue_(bank, head, features),
         "ema_update_": lambda: ops.ema_update_(targets, sources, momentum=0.9),
         "negative_rows": lambda: ops.negative_rows(index, num_negatives=2, num_rows=8, seed=0, step=0),
+        "floor: clone forward and backward": clone,
+        "floor: empty autograd.Function forward and backward": function,
+        "floor: registered op of bank_nce alone": registered,
         "torch add forward and backward": lambda: torch.autograd.grad(query + plain, query, plain),
     }
 
@@ -68,14 +98,15 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
 def measure(device: torch.device, turns: int) -> dict[str, list[float]]:
     """[median, 10 % quantile] of the microseconds of each case over ``turns`` turns."""
     torch.set_num_threads(1)
+    clock = time.perf_counter_ns if device.type == "cuda" else time.thread_time_ns
     every = cases(device)
     times: dict[str, list[float]] = {name: [] for name in every}
     for number in range(turns + 10):
         for name, call in every.items():
-            start = time.perf_counter_ns()
+            start = clock()
             for _ in range(CALLS):
                 call()
-            took = time.perf_counter_ns() - start
+            took = clock() - start
             if number >= 10:
                 times[name].append(took / CALLS / 1e3)
             if device.type == "cuda":
@@ -130,7 +161,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     lines = [
         f"Host time of a call in microseconds, {chosen.device}, torch {torch.__version__}: median and 10 % quantile of "
-        f"{chosen.turns} turns of {CALLS} calls.",
+        f"{chosen.turns} turns of {CALLS} calls"
+        + ("" if chosen.device == "cuda" else "; processor time of the calling thread")
+        + (", medians of five processes of each checkout in turn." if before else "."),
         "",
         "| call | " + ("before | 10 % | " if before else "") + "now | 10 % | goal |",
         "|---|" + ("---|---|" if before else "") + "---|---|---|",

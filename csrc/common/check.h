@@ -126,7 +126,8 @@ inline void check_allocation(const char* op, double bytes, bool on_cpu) {
 }
 
 // A new contiguous tensor on the device of `like`, and of its dtype unless given. By the C function where there are
-// elements: the stable ABI's new_empty looks its operator up by name in every call, which takes longer than to allocate.
+// elements: the stable ABI's new_empty looks its operator up by name in every call, which takes longer than to
+// allocate.
 inline Tensor allocate(const char* op, const Tensor& like, const std::vector<int64_t>& sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
   const int32_t type =

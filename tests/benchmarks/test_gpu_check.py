@@ -17,9 +17,8 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     for split in ("train", "val"):
         write_images(data / split, 32 if split == "train" else 8)
-    for part in ("1", "2", "3"):
-        code = main([str(out), "--rehearse", "--part", part, "--data", str(data), "--tar", str(tmp_path / "r.tar")])
-        assert code == 0, (capsys.readouterr().out, (out / "summary.md").read_text())
+    code = main([str(out), "--rehearse", "--data", str(data), "--tar", str(tmp_path / "r.tar")])
+    assert code == 0, (capsys.readouterr().out, (out / "summary.md").read_text())
     state = json.loads((out / "state.json").read_text())
     assert {name: step["end"] for name, step in state["steps"].items()} == {step.name: "ok" for step in STEPS}
     with tarfile.open(tmp_path / "r.tar") as tar:
@@ -30,6 +29,14 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(members.values()) < 16 * 2**20
     assert results["goals"]["launches"] == {"bank_update_": 1, "bank_enqueue_": 1, "ema_update_": 1}
     assert {"state", "goals", "crossover", "step", "learn", "overhead", "loaders"} <= set(results)
+
+
+def test_a_part_alone_adds_to_what_is_there(tmp_path: Path) -> None:
+    for part, step in (("2", "loaders"), ("3", "racecheck"), ("1", "loaders")):  # none of them starts a process
+        assert main([str(tmp_path), "--rehearse", "--part", part, "--step", step]) == 0
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert set(state["steps"]) == {"loaders", "racecheck"}
+    assert "| goals | not run yet |" in (tmp_path / "summary.md").read_text()
 
 
 def test_parts_fit_their_time() -> None:
@@ -47,6 +54,13 @@ def check(out: Path, *, seconds: float = 100) -> Check:
 def test_slow_and_failing_commands(tmp_path: Path) -> None:
     assert check(tmp_path).python("a", "-c", "import time; time.sleep(60)", seconds=6) == "longer than 6 s"
     assert check(tmp_path).python("a", "-c", "raise SystemExit(3)", seconds=20) == "exit code 3"
+    # As a rehearsal runs modules.
+    assert (
+        check(tmp_path)
+        .python("a", "-m", "timeit", "-n1", "-r1", "import time; time.sleep(99)", seconds=40)
+        .startswith("longer than")
+    )
+    assert check(tmp_path).python("a", "-m", "json.tool", "/nothing", seconds=90) == "exit code 2"
     assert check(tmp_path, seconds=1).python("a", "-c", "", seconds=20) == "not run: the part's time was over"
 
 
