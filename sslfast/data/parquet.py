@@ -1,8 +1,8 @@
 """The Parquet source: images are values of a binary column, read a page at a time (needs pyarrow).
 
-Written for the tables of the Hugging Face Hub. A page holds several images (of 1 MiB by default), and what
-:mod:`sslfast.data.parquet_pages` does not read is decoded by the row group, so a random order of all rows reads more
-than it uses: ``--loader.shuffle shards`` mixes the rows of few row groups at a time.
+Written for the tables of the Hugging Face Hub. What :mod:`sslfast.data.parquet_pages` does not read by the page or its
+parts is decoded by the row group, so that a random order of all rows reads many times more than it uses:
+``--loader.shuffle shards`` mixes the rows of few row groups at a time.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
@@ -167,7 +168,9 @@ class ParquetSource(ShardedSource):
             page = int(np.searchsorted(chunk.starts, position, side="right")) - 1
             values = _CACHE.get((*key, page), lambda: self._read_page(shard, chunk, page))
             if values:
-                return values[0].value(position - int(chunk.starts[page]))
+                self._check_shard(shard)
+                with suppress(OSError, ValueError):  # damaged: pyarrow says how
+                    return values[0].value(position - int(chunk.starts[page]))
         return _value_at(_CACHE.get(key, lambda: self._read_group(shard, group)), position)
 
     def _check_shard(self, shard: int) -> str:

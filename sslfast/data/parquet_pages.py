@@ -1,8 +1,12 @@
 """One page of a Parquet column of bytes: what a value costs that is read alone, in place of its row group.
 
 pyarrow reads whole row groups. Here the page headers of a column chunk are read once, and then the page that holds a
-row. Flat columns of BYTE_ARRAY are read, plain and dictionary encoded, data pages of both versions, with every codec
-that pyarrow has; for anything else the functions return None, and the row group is read. The format: Apache Parquet,
+row. Writers put a whole row group of images into one page (the dictionary of 100 rows, which is what ``datasets``
+writes, has no limit below 1,024 rows), so of a large page only the places of the values are kept, and a value costs
+the parts of 64 KiB that it lies in: Snappy compresses each of them alone.
+
+Flat columns of BYTE_ARRAY are read, plain and dictionary encoded, data pages of both versions, with every codec that
+pyarrow has; for anything else the functions return None, and the row group is read. The format: Apache Parquet,
 https://github.com/apache/parquet-format (Encodings.md, parquet.thrift).
 """
 
@@ -21,6 +25,9 @@ _HEADER = 1 << 14
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3
 _PLAIN, _DICTIONARY_ENCODINGS = 0, (2, 8)
 _MOST_PAGE = 1 << 30
+_PART = 1 << 16
+_LARGE = 1 << 18
+"""Pages of more bytes are not kept in memory, where their parts can be read alone."""
 _CACHE_BYTES = 256 << 20
 _CACHE_CHUNKS = 16_384
 """Row groups of which the places of pages are known."""
@@ -55,23 +62,46 @@ class Page(NamedTuple):
     is_packed: bool
 
 
-class Values:
-    """The values of a page, in memory."""
+class Parts:
+    """A page in its file, whose parts of 64 KiB are read alone."""
 
-    def __init__(self, data: bytes, places: NDArray[np.int64]) -> None:
-        self.data = memoryview(data)
+    def __init__(self, file: str, offset: int, size: int, codec: Any, starts: NDArray[np.int64]) -> None:
+        self.file, self.offset, self.size, self.codec, self.starts = file, offset, size, codec, starts
+
+    def read(self, start: int, end: int) -> memoryview:
+        """A range of the uncompressed page; OSError, ValueError where it is damaged or gone."""
+        first, last = start // _PART, -(-end // _PART)
+        count = int(self.starts[last] - self.starts[first])
+        with open(self.file, "rb", buffering=0) as opened:
+            data = os.pread(opened.fileno(), count, self.offset + int(self.starts[first]))
+        if len(data) < count:
+            raise ValueError("cut off")
+        if self.codec is not None and count:
+            size = min(last * _PART, self.size) - first * _PART
+            data = self.codec.decompress(_as_varint(size) + data, decompressed_size=size, asbytes=True)
+        return memoryview(data)[start - first * _PART : end - first * _PART]
+
+
+class Values:
+    """The values of a page: of a small one in memory, of a large one in the file."""
+
+    def __init__(self, data: bytes | Parts, places: NDArray[np.int64]) -> None:
+        self.data = data
         self.places = places
         """``[rows, 2]`` start and end of each value, -1 for null."""
 
     @property
     def nbytes(self) -> int:
         """Memory."""
-        return len(self.data) + self.places.nbytes
+        held = self.data.starts.nbytes if isinstance(self.data, Parts) else len(self.data)
+        return held + self.places.nbytes
 
     def value(self, position: int) -> memoryview | None:
-        """One value, without a copy."""
-        start, end = self.places[position]
-        return None if start < 0 else self.data[start:end]
+        """One value; OSError, ValueError where it is read from the file, and that is damaged."""
+        start, end = map(int, self.places[position])
+        if start < 0:
+            return None
+        return self.data.read(start, end) if isinstance(self.data, Parts) else memoryview(self.data)[start:end]
 
 
 def chunk_pages(file: str, opened: Any, group: int, name: str) -> Chunk | None:
@@ -155,13 +185,63 @@ def read_page(file: str, chunk: Chunk, at: int) -> Values | None:
             else:
                 width = data[start] if count else 0
                 chosen = _numbers(memoryview(data)[start + 1 :], width, count)
-                data, _, start = _unpacked(opened.fileno(), chunk, chunk.dictionary)
-                found = _plain(data, start, chunk.dictionary.values)[chosen]
+                page = chunk.dictionary
+                data, _, start = _unpacked(opened.fileno(), chunk, page)
+                found = _plain(data, start, page.values)[chosen]
+            parts = _parts(file, opened.fileno(), chunk, page) if len(data) > _LARGE else None
     except (OSError, ValueError, IndexError, struct.error):
         return None
-    places = np.full((page.values, 2), -1, dtype=np.int64)
+    places = np.full((len(present), 2), -1, dtype=np.int64)
     places[present] = found
-    return Values(data, places)
+    return Values(parts or data, places)
+
+
+def _parts(file: str, descriptor: int, chunk: Chunk, page: Page) -> Parts | None:
+    """The parts of a page; None where they depend on each other."""
+    ahead = page.level_bytes or 0
+    offset, count, size = page.offset + ahead, page.packed - ahead, page.size - ahead
+    if chunk.codec is None or not page.is_packed:
+        starts = np.minimum(np.arange(-(-size // _PART) + 1, dtype=np.int64) * _PART, size)
+        return Parts(file, offset, size, None, starts)
+    if chunk.codec.name != "snappy":
+        return None
+    found = _snappy_parts(os.pread(descriptor, count, offset), size)
+    return None if found is None else Parts(file, offset, size, chunk.codec, found)
+
+
+def _snappy_parts(data: bytes, size: int) -> NDArray[np.int64] | None:
+    """Where each part of 64 KiB of the uncompressed bytes begins in compressed ones, and their end; None where an
+    element crosses the border of a part (https://github.com/google/snappy, format_description.txt)."""
+    total, at = _varint(data, 0)
+    starts, done, border = [at], 0, _PART
+    while done < size:
+        tag = data[at]
+        kind, length, back, at = tag & 3, (tag >> 2) + 1, 0, at + 1
+        if kind == 0:
+            if length > 60:
+                extra = length - 60
+                length, at = int.from_bytes(data[at : at + extra], "little") + 1, at + extra
+            at += length
+        elif kind == 1:
+            length, back, at = (tag >> 2 & 7) + 4, (tag >> 5) << 8 | data[at], at + 1
+        else:
+            extra = 2 if kind == 2 else 4
+            back, at = int.from_bytes(data[at : at + extra], "little"), at + extra
+        if back > done - (border - _PART) or done + length > border:
+            return None
+        done += length
+        if done in (border, size):
+            starts.append(at)
+            border += _PART
+    return np.array(starts, dtype=np.int64) if total == size and at == len(data) else None
+
+
+def _as_varint(value: int) -> bytes:
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
 
 
 def _unpacked(descriptor: int, chunk: Chunk, page: Page) -> tuple[bytes, memoryview, int]:

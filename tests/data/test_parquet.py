@@ -289,7 +289,11 @@ WRITTEN = {
 
 @pytest.mark.parametrize("written", WRITTEN)
 @pytest.mark.parametrize("name", COLUMNS)
-def test_pages_hold_what_pyarrow_reads(tmp_path: Path, name: str, written: str) -> None:
+@pytest.mark.parametrize("is_large", [False, True])
+def test_pages_hold_what_pyarrow_reads(
+    tmp_path: Path, name: str, written: str, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_pages, "_LARGE", 0 if is_large else 1 << 18)
     array, options = COLUMNS[name], dict(WRITTEN[written])
     inner = ".bytes" if name == "structs" else ""
     if "column_encoding" in options:
@@ -310,6 +314,23 @@ def test_pages_hold_what_pyarrow_reads(tmp_path: Path, name: str, written: str) 
             pages = [parquet_pages.read_page(file, chunk, at) for at in range(len(chunk.pages))]
             found = [page.value(at) for page in pages if page is not None for at in range(len(page.places))]
             assert [None if value is None else bytes(value) for value in found] == rows
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none", "zstd"])
+def test_a_value_of_a_large_page_costs_its_parts(tmp_path: Path, compression: str) -> None:
+    """Values that compress and values that do not, over several borders of 64 KiB."""
+    rng = np.random.default_rng(0)
+    values = [rng.bytes(int(count)) + b"abcd" * int(count // 9) for count in rng.integers(0, 90_000, 25)]
+    file = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": pa.array(values)}), file, compression=compression)
+    with pq.ParquetFile(file) as opened:
+        chunk = parquet_pages.chunk_pages(file, opened, 0, "image")
+    assert chunk is not None
+    (page,) = [parquet_pages.read_page(file, chunk, at) for at in range(len(chunk.pages))]
+    assert page is not None
+    assert isinstance(page.data, parquet_pages.Parts) == (compression != "zstd")
+    assert (page.nbytes < 2000) == (compression != "zstd")
+    assert [page.value(at) for at in range(25)] == values
 
 
 def test_damaged_pages_are_left_to_pyarrow(tmp_path: Path) -> None:
