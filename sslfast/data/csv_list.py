@@ -181,7 +181,7 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
 
 
 def open_list(path: Path) -> TextIO:
-    """Undecodable bytes are kept; programs of Windows begin a file with a byte order mark: UTF-8 or UTF-16."""
+    """Undecodable bytes are kept; programs of Windows write a byte order mark, which says UTF-8 or UTF-16."""
     with path.open("rb") as file:
         mark = file.read(2)
     if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):

@@ -1,16 +1,16 @@
-"""The Parquet source: images are values of a binary column, read a row group at a time (needs pyarrow).
+"""The Parquet source: images are values of a binary column, read a page at a time (needs pyarrow).
 
-Written for the tables of the Hugging Face Hub. A row group is decoded whole, so a random order of all rows reads many
-times more than it uses: ``--loader.shuffle shards`` mixes the rows of few row groups at a time.
+Written for the tables of the Hugging Face Hub. What :mod:`sslfast.data.parquet_pages` does not read by the page or its
+parts is decoded by the row group, so that a random order of all rows reads many times more than it uses:
+``--loader.shuffle shards`` mixes the rows of few row groups at a time.
 """
 
 import json
 import os
 import re
 import shlex
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
@@ -24,13 +24,13 @@ from sslfast.data.images import MAX_BYTES, BadImageError, OnBadImage, open_heade
 from sslfast.data.listing import PARQUET, Listing, other_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.members import LABEL_NAMES, label_text
+from sslfast.data.parquet_pages import Cache, Chunk, Values, chunk_pages, read_page
 from sslfast.data.pool import map_threads
 from sslfast.data.sharded import ShardedSource, ShardError, shard_index
 from sslfast.data.source import HASHED_BYTES, ListedImage, SourceError, content_hash, is_file
 
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
 _BATCH = 64  # rows decoded at a time by the scan
-_CACHE_BYTES = 256 << 20
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|eval)[-_.].*", re.IGNORECASE)
 _REMEDY = "get a good copy"
 
@@ -154,8 +154,8 @@ class ParquetSource(ShardedSource):
         )
 
     def read(self, row: int) -> bytes:
-        """ShardError: the file is gone, damaged, or its size is not what was indexed. The row groups read last stay in
-        memory (256 MiB a process); no file stays open."""
+        """ShardError: the file is gone, damaged, or its size is not what was indexed. Pages read last stay in memory
+        (256 MiB a process); no file stays open."""
         value = self._value(int(self.shard_of[row]), int(self.groups[row]), int(self.positions[row]))
         if value is None:
             raise BadImageError("no image in this row of the table")
@@ -163,9 +163,18 @@ class ParquetSource(ShardedSource):
 
     def _value(self, shard: int, group: int, position: int) -> memoryview | None:
         key = (self.shard_file(shard), int(self.shard_times[shard]), self.column, group)
+        chunk = _CACHE.pages(key, lambda: self._find_pages(shard, group))
+        if chunk is not None:
+            page = int(np.searchsorted(chunk.starts, position, side="right")) - 1
+            values = _CACHE.get((*key, page), lambda: self._read_page(shard, chunk, page))
+            if values:
+                self._check_shard(shard)
+                with suppress(OSError, ValueError):  # damaged: pyarrow says how
+                    return values[0].value(position - int(chunk.starts[page]))
         return _value_at(_CACHE.get(key, lambda: self._read_group(shard, group)), position)
 
-    def _read_group(self, shard: int, group: int) -> list[Any]:
+    def _check_shard(self, shard: int) -> str:
+        """Path of a shard that is there as it was indexed."""
         file = self.shard_file(shard)
         try:
             now = os.stat(file).st_size
@@ -173,6 +182,19 @@ class ParquetSource(ShardedSource):
             raise self.unreadable(shard, error) from None
         if now != self.shard_sizes[shard]:
             raise self.replaced(shard, now)
+        return file
+
+    def _find_pages(self, shard: int, group: int) -> Chunk | None:
+        file = self._check_shard(shard)
+        with _opened(file) as opened:
+            return chunk_pages(file, opened, group, f"{self.column}.{self.inner}" if self.inner else self.column)
+
+    def _read_page(self, shard: int, chunk: Chunk, page: int) -> list[Values]:
+        found = read_page(self._check_shard(shard), chunk, page)
+        return [] if found is None else [found]
+
+    def _read_group(self, shard: int, group: int) -> list[Any]:
+        file = self._check_shard(shard)
         column = f"{self.column}.{self.inner}" if self.inner else self.column
         try:
             with _opened(file) as opened:
@@ -226,32 +248,7 @@ class ParquetSource(ShardedSource):
         return cls(root=root, paths=paths, column=column, inner=inner, **cls.parsed(paths, notes, columns))
 
 
-class _Cache:
-    """The decoded row groups that were used last, of one process."""
-
-    def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        self._process, self._lock = os.getpid(), threading.Lock()
-        self._groups: OrderedDict[Any, list[Any]] = OrderedDict()
-
-    def get(self, key: Any, read: Any) -> list[Any]:
-        if self._process != os.getpid():  # forked, perhaps while another thread held the lock
-            self._start()
-        with self._lock:
-            if key not in self._groups:
-                self._groups[key] = read()
-            self._groups.move_to_end(key)
-            while len(self._groups) > 1 and self._bytes() > _CACHE_BYTES:
-                self._groups.popitem(last=False)
-            return self._groups[key]
-
-    def _bytes(self) -> int:
-        return sum(chunk.nbytes for chunks in self._groups.values() for chunk in chunks)
-
-
-_CACHE = _Cache()
+_CACHE = Cache()
 
 
 def _pyarrow() -> Any:

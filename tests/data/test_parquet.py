@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sslfast.cli import main as cli
-from sslfast.data import parquet
+from sslfast.data import parquet, parquet_pages
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data, reopen_data
 from sslfast.data.parquet import ParquetSource
@@ -231,28 +232,121 @@ def test_a_table_lost_at_run_time_ends_the_run(tmp_path: Path, workers: int, har
     loader.close()
 
 
-def test_the_memory_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_page", [True, False])
+def test_the_memory_of_pages_and_row_groups_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_page: bool
+) -> None:
     source = open_data(write_shards(tmp_path / "data")).source
     assert isinstance(source, ParquetSource)
-    cache = parquet._Cache()
+    cache = parquet_pages.Cache()
     monkeypatch.setattr(parquet, "_CACHE", cache)
-    monkeypatch.setattr(parquet, "_CACHE_BYTES", 12_000)  # two row groups of four images of 1.1 kB
-    reads: list[tuple[int, int]] = []
-    read_group = source._read_group
+    monkeypatch.setattr(parquet_pages, "_CACHE_BYTES", 12_000)  # two row groups of four images of 1.1 kB
+    if not by_page:
+        monkeypatch.setattr(source, "_find_pages", lambda _shard, _group: None)
+    name = "_read_page" if by_page else "_read_group"
+    reads: list[Any] = []
+    read = getattr(source, name)
 
-    def counted(shard: int, group: int) -> list[Any]:
-        reads.append((shard, group))
-        return read_group(shard, group)
+    def counted(*place: Any) -> list[Any]:
+        reads.append(place)
+        return read(*place)
 
-    monkeypatch.setattr(source, "_read_group", counted)
+    monkeypatch.setattr(source, name, counted)
     for row in range(30):
-        source.read(row)
+        assert source.read(row) == image(row)
     assert len(reads) == 9  # each once, in order
-    assert 1 <= len(cache._groups) < 9
-    assert cache._bytes() <= 12_000
+    assert 1 <= len(cache._parts) < 9
+    assert cache._bytes <= 12_000
     source.read(29)
     source.read(28)
     assert len(reads) == 9
+
+
+VALUES = [image(k) if k % 5 else None for k in range(37)]
+STRUCTS = [None if k % 7 == 3 else {"bytes": value, "path": "x"} for k, value in enumerate(VALUES)]
+COLUMNS = {
+    "plain values": pa.array(VALUES, pa.binary()),
+    "large values": pa.array(VALUES, pa.large_binary()),
+    "structs": pa.array(STRUCTS, IMAGE),
+    "few different values": pa.array([image(k % 3) for k in range(37)], pa.binary()),
+    "no null allowed": pa.array([image(k) for k in range(37)], pa.binary()),
+    "nulls alone": pa.array([None] * 37, pa.binary()),
+    "empty values": pa.array([b""] * 20 + [b"x"] * 17, pa.binary()),
+}
+WRITTEN = {
+    "as datasets does": {},
+    "uncompressed": {"compression": "none"},
+    "small pages": {"data_page_size": 1, "write_batch_size": 3},
+    "pages of version 2": {"data_page_version": "2.0", "data_page_size": 1, "write_batch_size": 3},
+    "version 2, gzip": {"data_page_version": "2.0", "compression": "gzip"},
+    "no dictionary": {"use_dictionary": False, "compression": "zstd"},
+    "dictionary, then plain": {"dictionary_pagesize_limit": 3000, "data_page_size": 2000, "write_batch_size": 2},
+    "lz4": {"compression": "lz4"},
+    "page index and checksums": {"write_page_index": True, "write_page_checksum": True},
+    "delta lengths": {"use_dictionary": False, "column_encoding": {"image": "DELTA_LENGTH_BYTE_ARRAY"}},
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_pages_hold_what_pyarrow_reads(
+    tmp_path: Path, name: str, written: str, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_pages, "_LARGE", 0 if is_large else 1 << 18)
+    array, options = COLUMNS[name], dict(WRITTEN[written])
+    inner = ".bytes" if name == "structs" else ""
+    if "column_encoding" in options:
+        options["column_encoding"] = {f"image{inner}": "DELTA_LENGTH_BYTE_ARRAY"}
+    field = pa.field("image", array.type, nullable=name != "no null allowed")
+    file = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table([array], schema=pa.schema([field])), file, row_group_size=20, **options)
+    wanted = [value and value["bytes"] if inner else value for value in array.to_pylist()]
+    with pq.ParquetFile(file) as opened:
+        for group, rows in enumerate((wanted[:20], wanted[20:])):
+            chunk = parquet_pages.chunk_pages(file, opened, group, f"image{inner}")
+            if "column_encoding" in options:
+                assert chunk is None
+                continue
+            assert chunk is not None
+            assert chunk.starts[-1] == len(rows)
+            assert len(chunk.pages) > 1 or options.get("data_page_size") != 1
+            pages = [parquet_pages.read_page(file, chunk, at) for at in range(len(chunk.pages))]
+            found = [page.value(at) for page in pages if page is not None for at in range(len(page.places))]
+            assert [None if value is None else bytes(value) for value in found] == rows
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none", "zstd"])
+def test_a_value_of_a_large_page_costs_its_parts(tmp_path: Path, compression: str) -> None:
+    """Values that compress and values that do not, over several borders of 64 KiB."""
+    rng = np.random.default_rng(0)
+    values = [rng.bytes(int(count)) + b"abcd" * int(count // 9) for count in rng.integers(0, 90_000, 25)]
+    file = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": pa.array(values)}), file, compression=compression)
+    with pq.ParquetFile(file) as opened:
+        chunk = parquet_pages.chunk_pages(file, opened, 0, "image")
+    assert chunk is not None
+    (page,) = [parquet_pages.read_page(file, chunk, at) for at in range(len(chunk.pages))]
+    assert page is not None
+    assert isinstance(page.data, parquet_pages.Parts) == (compression != "zstd")
+    assert (page.nbytes < 2000) == (compression != "zstd")
+    assert [page.value(at) for at in range(25)] == values
+
+
+def test_damaged_pages_are_left_to_pyarrow(tmp_path: Path) -> None:
+    """A flipped byte anywhere in the file ends in the right bytes, other bytes of the image, or a refusal."""
+    path = write(tmp_path / "x.parquet", hub_table(range(6)), compression="snappy", row_group_size=6)
+    source, data = open_data(path).source, bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for at in [*range(4, 120), *rng.integers(120, len(data), 60)]:
+        changed = bytearray(data)
+        changed[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        parquet._CACHE._start()
+        for row in (0, 5):
+            with suppress(ValueError):
+                source.read(row)
+    path.write_bytes(data)
 
 
 def test_a_run_resumes_and_mixes_row_groups(tmp_path: Path) -> None:
