@@ -37,7 +37,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(PIP) install -q "setuptools>=77,<81" "setuptools-scm>=8" wheel "cmake>=3.24" ninja
+	$(PIP) install -q "setuptools>=70.1,<81" "setuptools-scm>=8" wheel "cmake>=3.24" ninja
 	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,parquet,demo,bench,dev]"
 	$(INSTALL_FFCV)
 	@$(BIN)/sslfast info
