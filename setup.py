@@ -8,6 +8,7 @@ Environment:
     SSLFAST_BUILD_DIR           CMake's folder, kept for incremental builds (default build/<processor>-<cpu|cuda>)
     SSLFAST_TORCH_DIR           the torch package to build against, where it is not the installed one
     SSLFAST_CROSS               compile for another processor: aarch64, with aarch64-linux-gnu-g++ (CPU alone)
+    SSLFAST_LOCAL_VERSION       ends the version of a wheel, as +cu130 ends torch's
     MAX_JOBS                    parallel compile jobs
 """
 
@@ -22,7 +23,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from wheel.bdist_wheel import bdist_wheel
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ModuleNotFoundError:  # setuptools before 70.1, which `setup.py build_ext --inplace` is content with
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
@@ -181,6 +186,13 @@ class Wheel(bdist_wheel):
 
 
 WITH_CORE = os.environ.get("SSLFAST_CORE", "1") != "0"
+if LOCAL_VERSION := os.environ.get("SSLFAST_LOCAL_VERSION"):
+    from setuptools_scm import get_version
+
+    version = get_version(str(ROOT), fallback_version="0.1.0")
+    os.environ["SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SSLFAST"] = (
+        f"{version}{'.' if '+' in version else '+'}{LOCAL_VERSION}"
+    )
 setup(
     ext_modules=[Extension("sslfast._C", sources=[])] if WITH_CORE else [],
     cmdclass={"build_ext": CMakeBuild} | ({"bdist_wheel": Wheel} if WITH_CORE else {}),

@@ -21,11 +21,13 @@ std::vector<uint8_t> drawn_candidates(int64_t total, int64_t cells, int64_t seed
     const PhiloxBlock bits = philox_row(0, i, 0, kStreamPermutations, seed);
     std::swap(order[i], order[scale_to_bound(bits.x0, bits.x1, static_cast<uint64_t>(i) + 1)]);
   }
-  std::vector<uint8_t> columns(static_cast<size_t>(total * cells)), permutation(static_cast<size_t>(cells));
-  std::iota(permutation.begin(), permutation.end(), uint8_t{0});
+  std::vector<uint8_t> columns(static_cast<size_t>(total * cells));
+  // int64_t: of uint8_t g++ 12 for aarch64 takes next_permutation's swaps for writes out of range.
+  std::vector<int64_t> permutation(static_cast<size_t>(cells));
+  std::iota(permutation.begin(), permutation.end(), int64_t{0});
   for (int64_t rank = 0; rank < total; ++rank) {
     for (int64_t position = 0; position < cells; ++position)
-      columns[position * total + order[rank]] = permutation[position];
+      columns[position * total + order[rank]] = static_cast<uint8_t>(permutation[position]);
     std::next_permutation(permutation.begin(), permutation.end());
   }
   return columns;

@@ -22,11 +22,19 @@ if TYPE_CHECKING:
     from sslfast.recipes import RECIPES, pretrain
     from sslfast.weights import load_trunk as load
 
+    __version__: str
+
 __all__ = ["RECIPES", "embed", "load", "pretrain", "transform"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of the installation; the tag is its only source
+        from importlib import metadata
+
+        try:
+            return globals().setdefault(name, metadata.version("sslfast"))
+        except metadata.PackageNotFoundError:
+            return globals().setdefault(name, "0+unknown")
     homes = {
         "RECIPES": ("sslfast.recipes", "RECIPES"),
         "embed": ("sslfast.evaluation", "embed_all"),

@@ -1,13 +1,16 @@
-"""Runs the binary of this checkout, or of an installed wheel, beside the Python and torch of the interpreter at hand:
-`python tests/abi_check.py`.
+"""Runs the core beside the Python and torch of the interpreter at hand: `python tests/abi_check.py`.
 
-The core is built once, against one torch; the stable ABI promises that it runs on every torch from 2.10 on, and it uses
-nothing of Python. This file needs torch alone (no pytest), so that an environment with another torch stays small.
+The package is the installed one, or that of this checkout where none is. The core is built once, against one torch; the
+stable ABI promises that it runs on every torch from 2.10 on, and it uses nothing of Python. This file needs torch alone
+(no pytest), so that an environment with another torch stays small; `--pretrain` (of images, by worker processes that
+forkserver starts, as Python 3.14 does) needs the `train` extra.
 """
 
 import importlib.util
 import itertools
+import multiprocessing
 import sys
+import tempfile
 from pathlib import Path
 
 if importlib.util.find_spec("sslfast") is None:  # not installed: this checkout
@@ -94,5 +97,24 @@ def main() -> None:
     print(f"{passed} passed, 0 failed")
 
 
+def pretrain() -> None:
+    """A run of two steps on images in files."""
+    from PIL import Image
+
+    import sslfast
+
+    multiprocessing.set_start_method("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "data").mkdir()
+        for number, pixels in enumerate(torch.randint(256, (16, 40, 48, 3), dtype=torch.uint8)):
+            Image.fromarray(pixels.numpy()).save(f"{folder}/data/{number}.png")
+        small = {"model.name": "resnet18", "model.width": 0.125, "method.num_negatives": 8}
+        small |= {"method.image_view.crop.size": 32, "loader.workers": 2}
+        result = sslfast.pretrain(f"{folder}/data", "npid-small", f"{folder}/run", epochs=1, batch_size=8, **small)
+    print(f"pretrained: {result}")
+
+
 if __name__ == "__main__":
     main()
+    if "--pretrain" in sys.argv[1:]:
+        pretrain()

@@ -72,7 +72,7 @@ def build_info() -> dict[str, str]:
     if core is None:
         return {
             "version": "none",
-            "note": "no compiled core: ops run as their references in torch",
+            "note": f"no compiled core: ops run as their references in torch; {REMEDY}",
             "cuda_architectures": "",
             "compiler": "none",
         }

@@ -160,7 +160,11 @@ def test_without_processes_a_read_that_hangs_is_one_line(manifest: Manifest, mon
     data.close()
 
 
-def test_processes_that_cannot_start_are_one_line(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_cannot_start_are_one_line(
+    manifest: Manifest, start_method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_method("fork")
+
     def refuse() -> int:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
