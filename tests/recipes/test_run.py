@@ -85,7 +85,7 @@ def test_nested_fields_by_dotted_name_mapping_or_dataclass() -> None:
         ("pirl-small", {"epochs": "2"}, "config field epochs: expected a whole number, got '2'"),
         ("pirl-small", {"epochs": torch.ones(1)}, "config field epochs: Tensor cannot be stored as JSON"),
         ("pirl-small", {"epochs.x": 2}, r"config field epochs: expected a whole number, got {'x': 2}"),
-        (
+        ("pirl-small", {"model.name": "resnet19"}, "model.name must be one of resnet18, .*; did you mean torchvision"),
             "pirl-small",
             {"model.name": "resnet19"},
             "model.name must be one of resnet18, .*got 'resnet19'; did you mean torchvision/resnet18",
