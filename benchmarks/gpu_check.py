@@ -24,6 +24,7 @@ Exit code 0 if every step that was due ended well, else 1; 2 for wrong arguments
 """
 
 import argparse
+import contextlib
 import io
 import json
 import multiprocessing
@@ -118,7 +119,9 @@ def _fork(module: str, arguments: list[str], log: Path, environment: dict[str, s
         os.environ.update(before)
     process.join(limit)
     if process.exitcode is None:
-        os.killpg(process.pid or 0, signal.SIGKILL)  # the module's own session, workers included
+        with contextlib.suppress(ProcessLookupError):  # before it has a session
+            os.killpg(process.pid or 0, signal.SIGKILL)  # the module's own session, workers included
+        process.kill()
         process.join()
         return f"longer than {limit:.0f} s"
     return "ok" if process.exitcode == 0 else f"exit code {process.exitcode}"
