@@ -26,10 +26,8 @@ Exit code 0 if every step that was due ended well, else 1; 2 for wrong arguments
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import platform
-import runpy
 import shutil
 import signal
 import subprocess
@@ -42,6 +40,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
+
+from benchmarks.rehearsal import run_in_fork
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 535.0
@@ -81,7 +83,7 @@ class Check:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
             if self.rehearse and command[:2] == [sys.executable, "-m"]:
-                return _fork(
+                return run_in_fork(
                     command[2], command[3:], Path(log.name), {**self.environment, **(environment or {})}, limit
                 )
             process = subprocess.Popen(
@@ -98,43 +100,6 @@ class Check:
 
     def python(self, name: str, *arguments: str, seconds: float, **environment: str) -> str:
         return self.run(name, [sys.executable, *arguments], seconds=seconds, environment=environment)
-
-
-PRELOADED = ["torch", "pytest", "matplotlib.pyplot", "sslfast.training", "sslfast.evaluation", "sslfast.recipes",
-             "sslfast.loaders", "sslfast.bench", "tensorboard"]  # fmt: skip
-
-
-def _fork(module: str, arguments: list[str], log: Path, environment: dict[str, str], limit: float) -> str:
-    """``python -m module arguments`` in a fork of a server that has imported ``PRELOADED``; as :meth:`Check.run`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run_module, args=(module, arguments, log, environment))
-    before = dict(os.environ)
-    os.environ.update(environment)  # of the server too: OpenMP reads its variables when it is loaded
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    process.join(limit)
-    if process.exitcode is None:
-        os.killpg(process.pid or 0, signal.SIGKILL)  # the module's own session, workers included
-        process.join()
-        return f"longer than {limit:.0f} s"
-    return "ok" if process.exitcode == 0 else f"exit code {process.exitcode}"
-
-
-def _run_module(module: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    os.setsid()
-    os.chdir(ROOT)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.path[:] = [*(path for path in environment["PYTHONPATH"].split(os.pathsep) if path not in sys.path), *sys.path]
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @dataclass(frozen=True, kw_only=True)

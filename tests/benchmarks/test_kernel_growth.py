@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compile_kernels import Tools, compile_named
-from benchmarks.static_cost import OUTPUT, PROBES, Machine, analyse
+from benchmarks.probes import PROBES
+from benchmarks.static_cost import OUTPUT, Machine, analyse
 
 GROWTH = 1.05
 """Counts may grow by this without a new report: compilers of other versions differ by a few percent."""

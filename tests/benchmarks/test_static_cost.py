@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from benchmarks.compile_kernels import Kernel, Tools
+from benchmarks.probes import PARTS, PROBES, Part, Probe
 from benchmarks.sass import Cost, blocks_of, loops_of, parse, predicates_written, way_through
-from benchmarks.static_cost import OUTPUT, PARTS, PROBES, Part, Probe, markdown, measure
+from benchmarks.static_cost import OUTPUT, markdown, measure
 
 
 def sass(lines: str) -> str:
