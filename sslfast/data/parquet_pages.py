@@ -116,13 +116,17 @@ def chunk_pages(file: str, opened: Any, group: int, name: str) -> Chunk | None:
     try:
         codec = None if column.compression == "UNCOMPRESSED" else _codec(column.compression)
         return _find_pages(file, column, schema.column(index).max_definition_level, codec)
-    except (ValueError, OSError, NotImplementedError):  # of codecs that this pyarrow lacks
+    except (ValueError, OSError):  # of codecs that this pyarrow lacks
         return None
 
 
 def _codec(compression: str) -> Any:
     name = compression.lower()
-    return import_module("pyarrow").Codec("lz4_raw" if name == "lz4" else name)
+    name = "lz4_raw" if name == "lz4" else name
+    codec = import_module("pyarrow").Codec
+    if not codec.is_available(name):
+        raise ValueError(f"no codec {name}")
+    return codec(name)
 
 
 def _find_pages(file: str, column: Any, levels: int, codec: Any) -> Chunk | None:
