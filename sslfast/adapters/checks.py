@@ -1,6 +1,7 @@
 """Checks of arguments that the adapters share."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -8,8 +9,14 @@ from torch import Tensor
 
 
 def check_temperature(module: str, temperature: Any) -> None:
-    """Raise ValueError unless the temperature is a number from 1e-8 on, finite."""
-    if not 1e-8 <= temperature < math.inf:  # also catches NaN
+    """Raise ValueError unless the temperature is a number from 1e-8 on, finite; RuntimeError for a 0-d tensor."""
+    if isinstance(temperature, Tensor) and temperature.dim() == 0:
+        in_range = (temperature >= 1e-8) & (temperature < math.inf)
+        torch._assert_async(in_range, f"{module}: temperature must be at least 1e-8 and finite")  # no host sync
+        return
+    if not isinstance(temperature, float | numbers.Real):
+        raise TypeError(f"{module}: temperature must be a number, got {temperature!r}")
+    if not 1e-8 <= float(temperature) < math.inf:  # also catches NaN
         raise ValueError(
             f"{module}: temperature must be at least 1e-8 and finite, got {temperature!r}; papers use 0.05 to 0.5"
         )
@@ -34,6 +41,7 @@ def check_features(module: str, columns: int | None, device: torch.device | None
     Raises:
         TypeError: not a tensor, not floating.
         ValueError: a shape or a device.
+        RuntimeError: a state on the meta device.
     """
     shape = None
     for name, x in features.items():
@@ -47,6 +55,11 @@ def check_features(module: str, columns: int | None, device: torch.device | None
         if shape is not None and x.shape != shape:
             raise ValueError(f"{module}: {name} must be {list(shape)} like {next(iter(features))}, got {list(x.shape)}")
         shape, device = x.shape, x.device if device is None else device
+        if device.type == "meta" and not x.is_meta:
+            raise RuntimeError(
+                f"{module}: its state is on the meta device and has no values; build the module again outside of "
+                'torch.device("meta"), then load its state'
+            )
         if x.device != device:
             raise ValueError(f"{module}: {name} is on {x.device} and not on {device}; move one with .to(device)")
 

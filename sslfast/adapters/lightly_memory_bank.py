@@ -67,7 +67,10 @@ class MemoryBankModule(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
+        try:
+            self.size = (size,) if isinstance(size, int) else tuple(size)
+        except TypeError:
+            self.size = ()
         if not self.size:
             raise ValueError(f"MemoryBankModule: size must be rows or (rows, columns), got {size=}")
         check_counts("MemoryBankModule", 0, **{f"rows of {size=}": self.size[0]})
@@ -151,6 +154,11 @@ class MemoryBankModule(nn.Module):
         if output.shape[1:] != shape or len(output) == 0:
             wanted = str([*shape] if shape != (0,) else ["columns"])[1:-1].replace("'", "")
             raise ValueError(f"{name}: output must be [B, {wanted}], none of them 0, got {list(output.shape)}")
+        if self.bank.is_meta and not output.is_meta:
+            raise RuntimeError(
+                f"{name}: its bank is on the meta device and has no values; build the module again outside of "
+                'torch.device("meta"), then load its state'
+            )
         if self.bank.device != output.device:
             self.bank, self.bank_ptr = self.bank.to(output.device), self.bank_ptr.to(output.device)
 
@@ -187,7 +195,8 @@ class NTXentLoss(nn.Module):
     lightly's loss was itself a bank.
 
     Args:
-        temperature: τ, at least 1e-8 and finite.
+        temperature: τ, at least 1e-8 and finite. A learned one may be given, or set as ``loss.temperature``, as a 0-d
+            ``nn.Parameter``: its gradient is computed.
         memory_bank_size: ``(rows, columns)`` or rows, see :class:`MemoryBankModule`; 0 rows: no bank.
         gather_distributed: see above; with a bank, its keys are those of all ranks.
         seed: of the queue's initial rows.
@@ -198,7 +207,7 @@ class NTXentLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float | Tensor = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         *,
@@ -241,6 +250,7 @@ class NTXentLoss(nn.Module):
             RuntimeError: with a bank, inside a recomputation.
         """
         check_features("NTXentLoss", None, out0=out0, out1=out1)
+        check_temperature("NTXentLoss", self.temperature)
         dtype = torch.promote_types(torch.promote_types(out0.dtype, out1.dtype), torch.float32)
         if self.memory_bank.size[0] == 0:
             return self._contrast_views(*(normalize(x.to(dtype), dim=1) for x in (out0, out1)))
@@ -248,15 +258,16 @@ class NTXentLoss(nn.Module):
         bank = self.memory_bank.bank
         check_precision("NTXentLoss", bank, out0, out1)
         query, key = (normalize(x.to(torch.promote_types(dtype, bank.dtype)), dim=1) for x in (out0, out1))
+        scaled = query * (1 / self.temperature)  # here, so that the gradient of a learned temperature is computed
         no_row = torch.full(
             (len(query),), -1, dtype=torch.int64, device=query.device
         )  # the positive is not in the bank
         index = snapshot(no_row, "NTXentLoss", once=query.requires_grad)
-        scored = first_derivative_only(query[None], "NTXentLoss")
-        negatives, _ = bank_nce_dense(scored, bank, index, temperature=self.temperature)
+        scored = first_derivative_only(scaled[None], "NTXentLoss")
+        negatives, _ = bank_nce_dense(scored, bank, index, temperature=1.0)
         if query.requires_grad:
             self.memory_bank.enqueue(key)
-        positive = (query * (1 / self.temperature) * key).sum(dim=1)  # rounded as in the op
+        positive = (scaled * key).sum(dim=1)
         return -logsigmoid(positive - negatives[0]).mean()
 
     def extra_repr(self) -> str:

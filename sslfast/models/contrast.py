@@ -18,7 +18,7 @@ _BLOCK = 1 << 21
 
 
 def info_nce(
-    queries: Tensor, keys: Tensor, positives: Tensor, *, temperature: float, excluded: Tensor | None = None
+    queries: Tensor, keys: Tensor, positives: Tensor, *, temperature: float | Tensor, excluded: Tensor | None = None
 ) -> Tensor:
     """``loss_i = log sum_j exp(q_i . k_j / τ) - q_i . k_p(i) / τ``, sums in fp32 (van den Oord et al. 2018, eq. 4).
 
@@ -28,7 +28,7 @@ def info_nce(
         queries: ``[N, D]`` floating.
         keys: ``[M, D]`` floating.
         positives: ``[N]`` int64, the positive key of each query.
-        temperature: τ > 0, finite.
+        temperature: τ > 0, finite; or a 0-d floating tensor, through which a gradient flows.
         excluded: ``[N]`` int64, key that is left out for a query, for example itself. None: no key is.
 
     Returns:
@@ -41,6 +41,8 @@ def info_nce(
     _check(queries, keys, positives, excluded, temperature)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     queries, keys = queries.to(dtype), keys.to(dtype)
+    if isinstance(temperature, Tensor):  # a learned one: its gradient is that of the scaled queries
+        queries, temperature = queries / temperature, 1.0
     if _is_transformed(queries, keys):
         lse = _log_sum_exp(queries, keys, excluded, 1 / temperature)
     else:
@@ -48,8 +50,13 @@ def info_nce(
     return lse - (queries * keys[positives]).sum(dim=1) / temperature
 
 
-def _check(queries: Tensor, keys: Tensor, positives: Tensor, excluded: Tensor | None, temperature: float) -> None:
-    if not 0 < temperature < math.inf:
+def _check(
+    queries: Tensor, keys: Tensor, positives: Tensor, excluded: Tensor | None, temperature: float | Tensor
+) -> None:
+    if isinstance(temperature, Tensor):  # without a host sync
+        in_range = (temperature > 0) & (temperature < math.inf)
+        torch._assert_async(in_range, "info_nce: temperature must be positive and finite")
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"info_nce: temperature must be positive and finite, got {temperature=}")
     if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1] or 0 in (*queries.shape, *keys.shape):
         raise ValueError(

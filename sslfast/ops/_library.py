@@ -1,5 +1,7 @@
 """Checks shared by the ops."""
 
+import math
+import numbers
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -9,17 +11,76 @@ from torch.autograd import forward_ad
 from sslfast.ops import _core  # noqa: F401, defines the ops that the modules of the ops take at import
 
 _OPTIONAL = {"negatives", "step", "z"}  # arguments of ops that may be None
+_INTEGRAL = (numbers.Integral, torch.SymInt)
+_REAL = (numbers.Real, torch.SymInt, torch.SymFloat)
 
 
-def step_arguments(step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
+def step_arguments(op: str, step: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
     """Split a public ``step`` into the schema's ``(step_tensor, step)``; draws use a step modulo 2**32."""
     if isinstance(step, torch.Tensor):
         return step, 0
-    return None, step % 2**32 if type(step) is int or isinstance(step, int | torch.SymInt) else step
+    check_integers(op, step=step)
+    return None, step % 2**32
+
+
+def check_numbers(op: str, **given: Any) -> None:
+    """Raise TypeError unless each is a number, ValueError for a 0-d tensor by which a derivative is asked for.
+
+    The registered ops take the value of such a tensor; its derivative would be left out.
+    """
+    for name, value in given.items():
+        if type(value) is float or type(value) is int:
+            continue
+        if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
+            check_each(op, {name: value})
+        elif not isinstance(value, _REAL):
+            raise TypeError(f"{op}: {name} must be a number, got {_shown(value)}")
+
+
+def check_integers(op: str, **given: Any) -> None:
+    """Raise TypeError unless each is an integer, or a 0-d tensor of one."""
+    for name, value in given.items():
+        if type(value) is int:
+            continue
+        if isinstance(value, torch.Tensor):
+            is_integer = value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+        else:
+            is_integer = isinstance(value, _INTEGRAL)
+        if not is_integer:
+            raise TypeError(f"{op}: {name} must be an integer, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {value.dtype} {list(value.shape)}"
+    return f"{value!r}"
+
+
+def check_temperature(op: str, temperature: Any) -> None:
+    """Raise unless the temperature is a positive finite number; at infinity the loss is constant."""
+    check_numbers(op, temperature=temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature=}")
+
+
+def check_z(op: str, z: Any) -> None:
+    """Raise unless the normaliser, where it is no tensor, is a positive finite number."""
+    if not isinstance(z, torch.Tensor):
+        check_numbers(op, z=z)
+        if not 0 < z < math.inf:
+            raise ValueError(f"{op}: z must be positive, got {z=}")
+
+
+def check_momentum(op: str, momentum: Any) -> None:
+    """Raise unless the weight of the old values is a number in [0, 1]."""
+    check_numbers(op, momentum=momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum must be in [0, 1], got {momentum=}")
 
 
 def check_seed(op: str, seed: int) -> None:
-    """Raise ValueError unless ``0 <= seed < 2**63``."""
+    """Raise unless the seed is an integer, ``0 <= seed < 2**63``."""
+    check_integers(op, seed=seed)
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed must be in [0, 2**63), got {seed=}")
 

@@ -1,6 +1,7 @@
 """bank_nce: noise-contrastive loss and its gradient against a memory bank, in one pass over the rows."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,7 @@ def bank_nce(
             computed in fp32; fp64 needs an fp64 bank.
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64; sums are fp32 (fp64 for fp64).
         index: ``[B]`` int64, bank row of the positive.
-        temperature: τ > 0.
+        temperature: τ > 0, finite. For a learned one divide the query by it and pass 1.0.
         negatives: the bank rows that a sample is contrasted with.
             "sampled": K rows drawn for each sample, exactly ``negative_rows(index, ...)`` (the papers' form).
             "shared": K rows drawn once for the batch, exactly ``negative_rows(index, ..., shared=True)``: matrix
@@ -77,7 +78,8 @@ def bank_nce(
         ``[..., B]`` fp32 loss per query in nats (fp64 for fp64), or ``(loss, lse)``.
 
     Raises:
-        ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
+        ValueError: an option out of range, tensors on different devices, a bank, ``z`` or
+            ``temperature`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
     negatives_tensor, z_tensor = _tensor_or_none(negatives), _tensor_or_none(z)
@@ -96,12 +98,16 @@ def bank_nce(
         raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:
         raise ValueError(f"bank_nce: bank must have shape [N, D], got {list(bank.shape)}")
+    if shard is not None:
+        if not isinstance(shard, Sequence) or len(shard) != 2:
+            raise TypeError(f"bank_nce: shard must be (first row, rows of the whole bank), got {shard!r}")
+        _library.check_integers("bank_nce", **{"the first row of shard": shard[0], "the rows of shard": shard[1]})
     first_row, num_rows = (0, bank.shape[0]) if shard is None else shard
     mode, rows, num_negatives = _negatives(negatives, num_negatives, num_rows)
     _check(num_rows, temperature, mode, num_negatives, loss, z, exclude_self, seed)
     if shard is not None:
         _check_shard(bank, shard, loss, z)
-    step_tensor, step_number = _library.step_arguments(step)
+    step_tensor, step_number = _library.step_arguments("bank_nce", step)
     if query.dim() < 2:
         raise ValueError(f"bank_nce: query must have shape [..., B, D], got {list(query.shape)}")
     flat = query if query.dim() == 3 else query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
@@ -311,17 +317,17 @@ def _check(
     exclude_self: bool,
     seed: int,
 ) -> None:
-    if not temperature > 0:
-        raise ValueError(f"bank_nce: temperature must be positive, got {temperature=}")
+    _library.check_temperature("bank_nce", temperature)
     if loss not in ("infonce", "nce"):
         raise ValueError(f'bank_nce: loss must be "infonce" or "nce", got {loss!r}')
-    if z is not None and not isinstance(z, Tensor) and not z > 0:
-        raise ValueError(f"bank_nce: z must be positive, got {z=}")
+    if z is not None:
+        _library.check_z("bank_nce", z)
     _library.check_seed("bank_nce", seed)
     if mode == "full":
         if loss == "nce" and num_rows < 2:
             raise ValueError(f"bank_nce: nce against the full bank needs at least 2 rows, got {num_rows}")
         return
+    _library.check_integers("bank_nce", num_negatives=num_negatives)
     if num_negatives < 1:
         raise ValueError(f"bank_nce: needs at least one negative per sample, got {num_negatives=}")
     if mode != "rows" and num_rows < (2 if exclude_self else 1):

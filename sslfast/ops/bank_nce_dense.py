@@ -42,7 +42,7 @@ def bank_nce_dense(
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64.
         index: ``[B]`` int64, bank row of the positive, or -1.
         negatives: ``[K]`` int64 bank rows that every query is contrasted with; None: the whole bank.
-        temperature: τ > 0.
+        temperature: τ > 0, finite. For a learned one divide the query by it and pass 1.0.
         loss: "infonce" or "nce".
         z: normaliser of nce, float or 0-d floating tensor.
         exclude_self: leave out, for each sample, the entries of ``negatives`` that are its own row.
@@ -52,15 +52,14 @@ def bank_nce_dense(
         scores (detached).
 
     Raises:
-        ValueError: an option out of range, tensors on different devices, a bank or ``z`` that requires a gradient.
+        ValueError: an option out of range, tensors on different devices, a bank, ``z`` or
+            ``temperature`` that requires a gradient.
         RuntimeError: wrong dtype or shape; on CPU also a row outside the bank (CUDA: a device trap).
     """
-    if not temperature > 0:
-        raise ValueError(f"bank_nce_dense: temperature must be positive, got {temperature=}")
+    _library.check_temperature("bank_nce_dense", temperature)
     if loss not in ("infonce", "nce"):
         raise ValueError(f'bank_nce_dense: loss must be "infonce" or "nce", got {loss!r}')
-    if not isinstance(z, Tensor) and not z > 0:
-        raise ValueError(f"bank_nce_dense: z must be positive, got {z=}")
+    _library.check_z("bank_nce_dense", z)
     tensors = {"query": query, "bank": bank, "index": index, "negatives": negatives}
     tensors["z"] = z if isinstance(z, Tensor) else None
     _library.check_arguments("bank_nce_dense", tensors, gradient=("query",))

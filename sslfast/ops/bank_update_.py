@@ -29,8 +29,7 @@ def bank_update_(bank: Tensor, index: Tensor, features: Tensor, *, momentum: flo
         RuntimeError: wrong dtype or shape, shared memory; on CPU also an index outside the bank (CUDA: a device trap);
             called under activation checkpointing, which would run the update twice.
     """
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"bank_update_: momentum must be in [0, 1], got {momentum=}")
+    _library.check_momentum("bank_update_", momentum)
     tensors = {"bank": bank, "index": index, "features": features}
     _library.check_arguments("bank_update_", tensors, gradient=("features",), written=("bank",))
     _library.check_runs_once("bank_update_")

@@ -34,8 +34,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     """
     targets, sources = list(targets), list(sources)
     momentum_tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
-    if not 0 <= number <= 1:
-        raise ValueError(f"ema_update_: momentum must be in [0, 1], got {momentum=}")
+    _library.check_momentum("ema_update_", number)
     if len(targets) != len(sources):
         raise ValueError(f"ema_update_: as many sources as targets are needed, got {len(targets)=}, {len(sources)=}")
     if not targets:

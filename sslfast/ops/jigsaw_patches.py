@@ -53,6 +53,7 @@ def jigsaw_patches_reference(
 
 
 def _check(images: Tensor, grid: int, patch_size: int) -> None:
+    _library.check_integers("jigsaw_patches", grid=grid, patch_size=patch_size)
     if not 1 <= grid <= 1024:
         raise ValueError(f"jigsaw_patches: grid must be in [1, 1024], got {grid=}")
     if images.dim() == 4:

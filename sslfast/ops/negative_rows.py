@@ -42,7 +42,7 @@ def negative_rows(
     """
     exclude_self = exclude_self and not shared
     _check(num_negatives, num_rows, seed, exclude_self)
-    step_tensor, step_number = _library.step_arguments(step)
+    step_tensor, step_number = _library.step_arguments("negative_rows", step)
     _library.check_arguments("negative_rows", {"index": index, "step": step_tensor})
     index = index.new_zeros(1) if shared else index
     rows: Tensor = torch.ops.sslfast.negative_rows(
@@ -71,6 +71,7 @@ def negative_rows_reference(
 
 
 def _check(num_negatives: int, num_rows: int, seed: int, exclude_self: bool) -> None:
+    _library.check_integers("negative_rows", num_negatives=num_negatives, num_rows=num_rows)
     if not 1 <= num_negatives < 2**33:
         raise ValueError(f"negative_rows: num_negatives must be at least 1 and below 2**33, got {num_negatives=}")
     needed = 2 if exclude_self else 1

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sslfast.ops import _core
+from sslfast.ops import _core, _library
 from sslfast.ops.philox import Stream, integers_below, random_uint32
 
 MAX_CELLS = 9
@@ -37,7 +37,7 @@ def max_hamming_permutations(count: int, cells: int = 9, seed: int = 0) -> Tenso
     _check(count, cells, seed)
     if _core.core is None:
         return max_hamming_permutations_reference(count, cells, seed)
-    rows = torch.empty(count, cells, dtype=torch.uint8)
+    rows = torch.empty(count, cells, dtype=torch.uint8, device="cpu")  # whatever the default device
     arguments = (ctypes.c_int64(count), ctypes.c_int64(cells), ctypes.c_int64(seed), ctypes.c_void_p(rows.data_ptr()))
     if _core.core.sslfast_max_hamming_permutations(*arguments) != 0:
         raise MemoryError(f"max_hamming_permutations: no memory for {count} permutations of {cells} cells")
@@ -47,6 +47,11 @@ def max_hamming_permutations(count: int, cells: int = 9, seed: int = 0) -> Tenso
 def max_hamming_permutations_reference(count: int, cells: int = 9, seed: int = 0) -> Tensor:
     """The same in torch: the specification of :func:`max_hamming_permutations`, equal to the last number."""
     _check(count, cells, seed)
+    with torch.device("cpu"):  # whatever the default device
+        return _reference(count, cells, seed)
+
+
+def _reference(count: int, cells: int, seed: int) -> Tensor:
     candidates = torch.tensor(list(itertools.permutations(range(cells))), dtype=torch.uint8)
     total = len(candidates)
     ids = torch.arange(1, total)
@@ -68,6 +73,7 @@ def max_hamming_permutations_reference(count: int, cells: int = 9, seed: int = 0
 
 
 def _check(count: int, cells: int, seed: int) -> None:
+    _library.check_integers("max_hamming_permutations", count=count, cells=cells, seed=seed)
     if not 1 <= cells <= MAX_CELLS:
         raise ValueError(f"cells must be in [1, {MAX_CELLS}], since all cells! permutations are tried, got {cells=}")
     if not 1 <= count <= math.factorial(cells):

@@ -170,7 +170,7 @@ def jitter_(pixels: Tensor, parameters: Tensor) -> Tensor:
     order = torch.tensor(ORDERS, device=pixels.device)[parameters[:, ViewParameter.JITTER_ORDER].long()]  # [N, 4]
     gate = parameters[:, ViewParameter.JITTER] != 0
     four = slice(ViewParameter.BRIGHTNESS, ViewParameter.HUE + 1)
-    neutral = torch.tensor(neutral_parameters()[four], device=pixels.device)
+    neutral = torch.tensor(neutral_parameters()[four], dtype=torch.float32, device=pixels.device)
     values = torch.where(gate[:, None], parameters[:, four], neutral)
     for step in range(4):
         kind = order[:, step]
@@ -214,5 +214,5 @@ def augment(
     if blur:
         pixels = gaussian_blur(pixels, parameters[:, ViewParameter.BLUR_SIGMA])
     pixels = solarize_(pixels, parameters[:, ViewParameter.LAST_SOLARIZE_THRESHOLD])
-    center, spread = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std))
+    center, spread = (torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (mean, std))
     return (pixels - center * 255.0) / (spread * 255.0)

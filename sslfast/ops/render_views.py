@@ -63,6 +63,7 @@ def render_views(
     options = {"quarter_turns": quarter_turns, "permutation": permutation, "offsets": offsets}
     given = {name: tensor for name, tensor in options.items() if tensor is not None}
     _library.check_arguments("render_views", {"crops": crops, "parameters": parameters, **given})
+    _library.check_integers("render_views", patch_size=patch_size)
     _check(permutation, offsets, grid, mean, std, dtype)
     out: Tensor = torch.ops.sslfast.render_views(
         crops,
@@ -135,10 +136,15 @@ def _check(
         raise ValueError(
             "render_views: a jigsaw needs permutation and offsets, a whole crop neither; give both or none"
         )
+    _library.check_integers("render_views", grid=grid)
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, Sequence | Tensor) or isinstance(values, str) or len(values) != 3:
+            raise ValueError(f"render_views: {name} must have 3 values, got {values!r}")
+        _library.check_numbers("render_views", **{f"{name}[{i}]": value for i, value in enumerate(values)})
     if permutation is not None and grid < 1:
         raise ValueError(f"render_views: grid must be at least 1, got {grid=}")
-    if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
-        raise ValueError(f"render_views: mean and std must have 3 values, std above 0, got {mean=} and {std=}")
+    if not all(x > 0 for x in std):
+        raise ValueError(f"render_views: std must be above 0, got {std=}")
     if dtype not in DTYPES:
         raise ValueError(f"render_views: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from sslfast.adapters import MemoryBankModule, NCEAverage, NTXentLoss
@@ -250,3 +250,49 @@ def test_outputs_of_another_shape_than_the_bank() -> None:
         NTXentLoss(memory_bank_size=(8, 16))(torch.ones(4, 16).double(), torch.ones(4, 16).double())
     with pytest.raises(ValueError, match=r"memory_bank_size must be rows or \(rows, columns\), got \(8, 4, 4\)"):
         NTXentLoss(memory_bank_size=(8, 4, 4))
+
+
+@pytest.mark.parametrize("size", [0, (8, 16)])
+def test_a_learned_temperature_has_its_gradient(size: Any) -> None:
+    """As in lightly, where the temperature divides the scores: against the formula in float64."""
+    loss = NTXentLoss(nn.Parameter(torch.tensor(0.3)), size)
+    expected = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    q, k = (normalize(x.double(), dim=1) for x in (a, b))
+    if size:
+        scores = torch.cat(((q * k).sum(1, keepdim=True), q @ loss.bank.double().T), 1) / expected
+        value = cross_entropy(scores, torch.zeros(5, dtype=torch.int64))
+    else:
+        z = torch.cat((q, k))
+        scores = (z @ z.T / expected).masked_fill(torch.eye(10, dtype=torch.bool), -torch.inf)
+        value = cross_entropy(scores, torch.arange(10).roll(5))
+    value.backward()
+    found = loss(a, b)
+    found.backward()
+    assert isinstance(loss.temperature, Tensor)
+    torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.temperature.grad, expected.grad.float(), rtol=1e-5, atol=1e-5)
+    loss.temperature.data.neg_()
+    with pytest.raises(RuntimeError, match="NTXentLoss: temperature must be at least 1e-8"):
+        loss(a, b)
+
+
+@pytest.mark.parametrize("size", [None, 16.0, torch.tensor(16)], ids=str)
+def test_sizes_of_another_type(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"MemoryBankModule: size must be rows or \(rows, columns\), got"):
+        NTXentLoss(0.1, size)
+
+
+@pytest.mark.parametrize("temperature", [None, "0.1"])
+def test_temperatures_of_another_type(temperature: Any) -> None:
+    with pytest.raises(TypeError, match=f"NTXentLoss: temperature must be a number, got {temperature!r}"):
+        NTXentLoss(temperature)
+
+
+@pytest.mark.parametrize("make", [lambda: NTXentLoss(0.1, (8, 4)), lambda: MemoryBankModule((8, 4))])
+def test_a_bank_without_values_is_an_error(make: Any) -> None:
+    with torch.device("meta"):
+        module = make()
+    views = [torch.zeros(2, 4, device="cpu")] * (2 if isinstance(module, NTXentLoss) else 1)
+    with pytest.raises(RuntimeError, match="MemoryBankModule: its bank is on the meta device and has no values"):
+        module(*views)

@@ -61,6 +61,22 @@ for call in (
     lambda: ops.jigsaw_patches(images, order + 1, offsets, patch_size=2),
     lambda: ops.jigsaw_patches(images, order, offsets + 1, patch_size=2),
     lambda: ops.bank_nce(query, bank, index.int(), num_negatives=4),
+    lambda: ops.bank_nce(query[:, :1], bank, index, num_negatives=4),  # would be broadcast
+    lambda: ops.bank_nce(query, bank.float(), index, num_negatives=4),
+    lambda: ops.bank_nce(query, bank.int(), index, num_negatives=4),
+    lambda: ops.bank_nce(query, bank, index, num_negatives=4, step=torch.tensor(1.5)),
+    lambda: ops.bank_nce(query, bank, index, num_negatives=4, loss="nce", z=torch.ones(1)),
+    lambda: ops.bank_update_(bank, index, query.detach()[:, :1]),
+    lambda: ops.bank_update_(bank.T, index, query.detach()),
+    lambda: ops.bank_update_(bank, index, bank[:3]),
+    lambda: ops.bank_enqueue_(bank, torch.tensor(0), query.detach()[:, :1]),
+    lambda: ops.ema_update_([bank, bank], [bank, bank], momentum=0.5),
+    lambda: ops.ema_update_([bank], [bank], momentum=torch.tensor(2.0)),
+    lambda: ops.rgb_to_lab(images[:, :1].detach()),
+    lambda: ops.rgb_to_lab(images.detach().byte()),
+    lambda: ops.render_views(images.detach(), torch.zeros(2, 1, 14)),
+    lambda: ops.render_views(images.detach().byte(), torch.zeros(2, 1, 14, dtype=torch.float64)),
+    lambda: ops.render_views(images.detach().byte(), torch.full((2, 1, 14), 9.0)),
     lambda: torch.ops.sslfast.bank_update_(torch._neg_view(bank), index, query.detach(), 0.5),
 ):
     try:
@@ -88,7 +104,7 @@ def test_without_the_core(tmp_path: Path) -> None:
     assert "no compiled core" in lines[0]
     assert lines[1] == "19 passed, 0 failed"
     errors = [line.removeprefix("error: ") for line in lines[2:]]
-    assert len(errors) == 10
+    assert len(errors) == 26
     assert errors[1:] == [
         "bank_nce: index must be in [0, 40)",
         "bank_nce: index must have shape [3], got [1]",
@@ -98,6 +114,22 @@ def test_without_the_core(tmp_path: Path) -> None:
         "jigsaw_patches: permutation must be in [0, 9)",
         "jigsaw_patches: offsets must be in [0, 1)",
         "bank_nce: index must be int64; convert it with .long()",
+        "bank_nce: query must have D=8 columns like bank, got 1",
+        "bank_nce: query must be fp32; convert it with .float()",
+        "bank_nce: bank must be fp32, fp64, bf16 or fp16",
+        "bank_nce: step must be an int or a 0-d int64 tensor, got (torch.float32, [])",
+        "bank_nce: z must be a float or a 0-d fp64 tensor, got (torch.float64, [1])",
+        "bank_update_: features must have shape [B, D] = [3, 8], got [3, 1]",
+        "bank_update_: bank must be contiguous, it is updated in place",
+        "bank_update_: features must not share memory with bank",
+        "bank_enqueue_: keys must have shape [B, D] = [B, 8], got [3, 1]",
+        "ema_update_: two targets share memory; pass tied weights once",
+        "ema_update_: momentum must be in [0, 1]",
+        "rgb_to_lab: pixels must have shape [N, 3, H, W], got [2, 1, 6, 6]",
+        "rgb_to_lab: pixels must be fp32, fp64, bf16 or fp16",
+        "render_views: crops must be uint8",
+        "render_views: parameters must be fp32 [B, M, 14] = [2, 1, 14], got torch.float64 [2, 1, 14]",
+        "render_views: hue must be in [-1, 1]",
         "bank_update_: a tensor is lazily negated; pass a copy, tensor.resolve_neg()",
     ]
     assert "modified by an inplace operation" in errors[0]

@@ -256,7 +256,7 @@ def test_opcheck_and_compile(device: torch.device) -> None:
     ("options", "message"),
     [
         ({"permutation": torch.zeros(3, 4, dtype=torch.int64)}, "needs permutation and offsets, a whole crop neither"),
-        ({"std": (0.1, 0.0, 0.1)}, "std above 0"),
+        ({"std": (0.1, 0.0, 0.1)}, "std must be above 0"),
         ({"mean": (0.1, 0.1)}, "must have 3 values"),
         ({"dtype": torch.float64}, "dtype must be one of"),
         ({"grid": 0, "permutation": torch.zeros(3, 4), "offsets": torch.zeros(3)}, "grid must be at least 1"),
