@@ -16,8 +16,12 @@ def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def test_a_freed_tensor_costs_no_pages_again() -> None:
+def test_memory_is_kept_inside_and_given_back_behind() -> None:
+    outside = _faults()
     with keep_freed_memory(torch.device("cpu")):
         inside = _faults()
     if platform.libc_ver()[0] == "glibc":
-        assert inside < (1 << 26) / resource.getpagesize() / 8
+        assert inside < outside / 8
+    assert _faults() > outside / 2
+    with keep_freed_memory(torch.device("cuda")):
+        assert _faults() > outside / 2
