@@ -1,7 +1,6 @@
 # sslfast: `make help` lists the targets. Needs Python 3.11 or later, g++ and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
-TEST_PROCESSES ?= 2
 TORCH ?= 2.11.0
 TORCHVISION ?= 0.26.0
 # A second torch, in an environment of its own: the binary built against TORCH must also run there.
@@ -75,7 +74,7 @@ demo: install ## pretrain PIRL on real photographs, evaluate beside untrained an
 test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch and the newest Python
 	$(ABI_VENV)/bin/python tests/abi_check.py
 	@$(MAKE) --no-print-directory test-newest-python
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest
 
 ifeq ($(NEWEST_PYTHON),)
 test-newest-python:

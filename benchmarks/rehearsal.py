@@ -40,7 +40,8 @@ def _run_module(module: str, arguments: list[str], log: Path, environment: dict[
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:] = [*(path for path in environment["PYTHONPATH"].split(os.pathsep) if path not in sys.path), *sys.path]
+    named = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [*(path for path in named if path not in ("", *sys.path)), *sys.path]
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
