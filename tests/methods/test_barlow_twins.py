@@ -74,9 +74,8 @@ def test_overfits() -> None:
 def test_two_processes_train_as_one_with_batchnorm_over_both(tmp_path: Path) -> None:
     """Also at a rate of SGD that shows a gradient of another size, which LARS would hide."""
     whole = config()
-    optim = replace(whole.optim, name="sgd", lr_per_256_images=0.05, final_lr_per_256_images=0.0)
-    whole = replace(whole, optim=optim, sync_batchnorm=True)
-    harness.assert_two_processes_train_as_one(whole, tmp_path, normalised=True)
+    whole = replace(whole, optim=replace(whole.optim, name="sgd"), sync_batchnorm=True)
+    harness.assert_two_processes_train_as_one(whole, tmp_path, normalised=True, lr=0.05)
 
 
 def test_recipe_is_the_published_numbers() -> None:
