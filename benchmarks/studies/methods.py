@@ -119,6 +119,7 @@ def budget(name: str, arguments: argparse.Namespace, *, seed: int, classes: int)
         optim=optimizer(config.optim, arguments, batch_size=arguments.batch_size or config.batch_size),
         loader=replace(config.loader, workers=arguments.workers),
         seed=seed,
+        channels_last=True,  # the same function; faster on GPUs and, with narrow trunks, on CPUs
         tensorboard=False,
         checkpoint_every_steps=200,
         keep_checkpoints=1,
