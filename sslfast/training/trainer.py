@@ -87,7 +87,7 @@ class Trainer:
         self.device = resolve_device(config.device, local_rank=group.local_rank if group.world_size > 1 else None)
         distributed.init_process_group(group, self.device, patience=config.loader.timeout)
         self.dtype = resolve_precision(config.precision, self.device)
-        self.channels_last = self.device.type == "cuda" if config.channels_last is None else config.channels_last
+        self.channels_last = config.is_channels_last(self.device, self.dtype)
         find_loggers(config)  # a missing package is an error before the run starts
         self.run = RunDirectory(output)
         self.place = self.run.path

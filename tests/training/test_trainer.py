@@ -434,8 +434,10 @@ def test_bf16_and_layout_options(tmp_path: Path) -> None:
     state = trainer.method.state_dict()
     assert {v.dtype for k, v in state.items() if "num_batches" not in k} == {torch.float32}
     assert trainer.stage is not None
-    for choice, chosen in ((None, False), (True, True), (False, False)):  # None: NHWC on CUDA devices alone
-        other = Trainer(TinyConfig(channels_last=choice, device="cpu"), ROWS, tmp_path / str(choice))
+    cases = ((None, "fp32", True), (None, "bf16", False), (True, "bf16", True), (False, "fp32", False))
+    for choice, precision, chosen in cases:
+        config = TinyConfig(channels_last=choice, precision=precision, device="cpu")
+        other = Trainer(config, ROWS, tmp_path / f"{choice}-{precision}")
         weight = other.method.trunk[0].weight  # type: ignore[index, union-attr]
         assert weight.is_contiguous(memory_format=torch.channels_last) == chosen
 
