@@ -17,9 +17,17 @@ from torch.nn.functional import normalize
 
 from sslfast.config import resumable
 from sslfast.distributed import ignore_in_ddp, mean_over_ranks
-from sslfast.methods.base import BaseConfig, Method, MethodContext
+from sslfast.methods.base import Method, MethodContext
 from sslfast.methods.registry import register_method
-from sslfast.methods.shared.patches import jigsaw_view
+from sslfast.methods.shared.patches import (
+    PatchConfig,
+    augment_crop,
+    gather_patches,
+    jigsaw_view,
+    mosaic,
+    slots_of_cells,
+)
+from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models import MemoryBank, MLPHead, PatchHead, build_trunk, seeded
 from sslfast.ops import estimate_z
 from sslfast.views import View, ViewConfig
@@ -35,7 +43,7 @@ class PIRL(Method):
     """
 
     @dataclass(kw_only=True)
-    class Config(BaseConfig):
+    class Config(PatchConfig):
         """PIRL and, with ``pretext_weight=0``, NPID."""
 
         name: ClassVar[str] = "pirl"
@@ -108,6 +116,21 @@ class PIRL(Method):
                 views["rotation, unused"] = self.rotation_view
             return views
 
+        @property
+        def changes_crops(self) -> bool:
+            """Crops of the jigsaw view are mirrored or turned gray before they are cut."""
+            return self.crop_flip_probability > 0 or self.crop_grayscale_probability > 0
+
+        def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
+            """The patches by their cells, after the changes of the whole crop."""
+            jigsaw = self.views()[PRETEXT].jigsaw if self.changes_crops else None
+            if jigsaw is None:
+                return {}
+            space = PixelSpace(self.jigsaw_view.augment)
+            view = augment_crop(views[PRETEXT], sample_ids, self, space, seed=seed, step=0)
+            patches = gather_patches(view.pixels, slots_of_cells(view))
+            return {"the patches in their cells": mosaic(space.to_rgb(patches), jigsaw.grid)}
+
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             if not 0 <= self.pretext_weight <= 1:
@@ -123,6 +146,11 @@ class PIRL(Method):
             if "jigsaw" in self.pretext and jigsaw is not None and jigsaw.grid < 2:
                 raise ValueError(
                     f"method.jigsaw_view.jigsaw.grid must be at least 2: one patch has one order, got {jigsaw.grid}"
+                )
+            if self.changes_crops and ("jigsaw" not in self.pretext or self.pretext_weight == 0):
+                raise ValueError(
+                    "method.crop_flip_probability and method.crop_grayscale_probability change crops that are cut into "
+                    f"patches, of which there are none with {self.pretext=} and {self.pretext_weight=}; set both to 0"
                 )
             if self.z_from == PRETEXT and self.pretext_weight == 0:
                 raise ValueError("method.z_from=pretext needs pretext_weight > 0; NPID has only the image view")
@@ -142,6 +170,7 @@ class PIRL(Method):
             raise ValueError(f"PIRL contrasts images with one another and needs at least 2, got {context.num_rows}")
         self.config = config
         self.seed = context.seed
+        self.pixel_space = PixelSpace(config.jigsaw_view.augment)
         self.trunk = build_trunk(context.model, seed=context.seed)
         features, dimensions = self.trunk.out_features, config.dimensions
         with seeded(context.seed + 1):
@@ -206,6 +235,9 @@ class PIRL(Method):
             ``loss`` (0-d, differentiable) and detached 0-d ``loss_image``, ``loss_pretext``, ``z``.
         """
         config = self.config
+        if config.changes_crops:
+            changed = augment_crop(views[PRETEXT], sample_ids, config, self.pixel_space, seed=self.seed, step=step)
+            views = {**views, PRETEXT: changed}
         queries = self.embed(views)  # [V, B, D]
         self._pending.append((sample_ids, queries[-1].detach()))
         if config.loss == "nce" and config.z == "exact":

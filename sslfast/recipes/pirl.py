@@ -36,7 +36,8 @@ def pirl_paper() -> TrainConfig:
     them (VISSL: hue 0.2).
 
     Departures: neither the crop that is cut into patches nor a patch is mirrored, of which the paper says nothing
-    (VISSL mirrors each patch, PyContrast the crop); only image views enter BatchNorm's running statistics.
+    (VISSL mirrors each patch, PyContrast the crop: ``method.crop_flip_probability=0.5``); only image views enter
+    BatchNorm's running statistics.
     """
     return TrainConfig(recipe="pirl-paper", method=paper_method())
 

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.methods.pirl import PIRL
+from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models.build import build_trunk
 from sslfast.models.heads import MLPHead, PatchHead
 from sslfast.models.init import seeded
@@ -353,3 +355,36 @@ def test_gradients_of_strided_convolutions_on_single_pixels() -> None:
 def test_small_stem_keeps_resolution() -> None:
     trunk = build_trunk(ResNetConfig(name="resnet18", stem="small"), seed=0)
     assert [m.shape[-1] for m in trunk.stages(torch.randn(1, 3, 32, 32))] == [32, 32, 16, 8, 4]
+
+
+def test_a_crop_is_mirrored_before_it_is_cut() -> None:
+    images, rows = batch(build())
+    order = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i)) for i in range(len(rows))])
+    views = {**images, "pretext": replace(images["pretext"], permutation=order)}
+    mirrored = {**views, "pretext": replace(images["pretext"], pixels=images["pretext"].pixels.flip(-1))}
+    expected = build(loss="infonce")(mirrored, rows, step=2)
+    found = build(loss="infonce", crop_flip_probability=1.0)(views, rows, step=2)
+    assert torch.equal(found["loss"], expected["loss"])
+    assert not torch.equal(found["loss"], build(loss="infonce")(views, rows, step=2)["loss"])
+    gray = build(loss="infonce", crop_grayscale_probability=1.0)(views, rows, step=2)
+    assert not torch.equal(gray["loss_pretext"], found["loss_pretext"])
+    assert torch.equal(gray["loss_image"], found["loss_image"])
+
+
+@pytest.mark.parametrize("changes", [{"pretext": "rotation"}, {"pretext_weight": 0.0}])
+def test_changes_of_crops_need_patches(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"crop_flip_probability .* change crops that are cut into patches, .* set both"
+    ):
+        build(crop_flip_probability=0.5, **changes)
+
+
+def test_the_preview_shows_changed_crops_by_their_cells() -> None:
+    views, rows = batch(build())
+    views["pretext"] = replace(views["pretext"], permutation=torch.arange(9).repeat(len(rows), 1))
+    config = replace(build().config, crop_flip_probability=1.0)
+    shown = config.preview_panels(views, rows, seed=0)["the patches in their cells"]
+    space = PixelSpace(JIGSAW.augment)
+    first = space.to_rgb(views["pretext"].pixels[:, 2]).flip(-1)  # of the top row the last cell comes first
+    torch.testing.assert_close(shown[:, :, :16, :16], first)
+    assert not build().config.preview_panels(views, rows, seed=0)

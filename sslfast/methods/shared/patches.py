@@ -18,8 +18,8 @@ CROP_WORDS = 2
 
 @dataclass(kw_only=True)
 class PatchConfig(BaseConfig):
-    """Options of every method that classifies patches. The augmentation of a view is of each patch by itself; these
-    are of the whole crop, before it is cut."""
+    """Options of every method that cuts crops into patches. A view's augmentation is of each patch by itself; these are
+    of the whole crop, before it is cut."""
 
     crop_flip_probability: float = 0.0
     """Mirror the whole crop."""
