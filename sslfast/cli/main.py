@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         _check_empty(arguments)
-        if any(argument.partition("=")[0] == "--plugin" for argument in arguments):
+        # The job that launch submits imports them.
+        if arguments[:1] != ["launch"] and any(word.partition("=")[0] == "--plugin" for word in arguments):
             from sslfast.cli.plugins import import_plugins
 
             arguments = import_plugins(arguments)
@@ -114,6 +115,13 @@ def _check_data(command: Command, arguments: list[str]) -> None:
     raise ValueError(f"{path} does not exist{where}: correct the path of DATA")
 
 
+LAUNCHERS = {
+    "slurm": Command(
+        usage="slurm ... -- DATA --recipe NAME",
+        help="submit sslfast pretrain as a Slurm job that saves and requeues itself before its time limit",
+        function="sslfast.cli.launch:slurm",
+    ),
+}
 EVALUATIONS = {
     "knn": Command(
         usage="knn RUN DATA",
@@ -223,6 +231,9 @@ COMMANDS = {
     ),
     "demo": Command(
         usage="demo", help="pretrain and evaluate on real photographs in minutes", function="sslfast.cli.demo:demo"
+    ),
+    "launch": Command(
+        usage="launch slurm ... -- DATA --recipe NAME", help="pretrain as a job of a cluster", commands=LAUNCHERS
     ),
     "bench": Command(
         usage="bench ops|loader|step ...",

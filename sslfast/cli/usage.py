@@ -33,6 +33,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "quality": (1, 100),
     "white_level": (255, 65535),
     "max_pixels": (1, 1 << 32),
+    "nodes": (1, 10**5),
+    "gpus_per_node": (0, 64),
+    "processes_per_node": (1, 1024),
+    "cpus_per_process": (1, 1024),
+    "memory_gb": (1, 10**5),
+    "hours": (0.01, 24 * 366),
+    "save_seconds": (1, 10**5),
+    "requeues": (0, 10**4),
 }
 """Smallest and largest value of every number among the options of commands that have a dataclass of their own."""
 
