@@ -32,6 +32,7 @@ from sslfast.runs import (
     stored_bytes,
     surviving,
 )
+from sslfast.training.allocator import keep_freed_memory
 from sslfast.training.config import TrainConfig
 from sslfast.training.data import RunData
 from sslfast.training.feature_pass import FeaturePass
@@ -255,7 +256,7 @@ class Trainer:
         )
         self.method.train()
         try:
-            with GracefulShutdown() as shutdown:
+            with keep_freed_memory(self.device), GracefulShutdown() as shutdown:
                 for loader in self._loaders():
                     loader.patience.is_stopped = shutdown.is_requested
                 stop = self._train(self.recorder, shutdown)

@@ -51,6 +51,11 @@ def momentum_of(trainer: Trainer) -> Tensor:
     return trainer.optimizer.state[trainer.method.head.weight]["momentum_buffer"]  # type: ignore[index, union-attr]
 
 
+def spoil_one(values: Tensor, value: float) -> None:
+    """One number, in whatever memory format."""
+    values[(-1,) * values.dim()] = value
+
+
 STATE: dict[str, Callable[[Trainer], Tensor]] = {
     "the gradient of head.weight": lambda t: t.method.head.weight.grad,  # type: ignore[union-attr, return-value]
     "head.bias": lambda t: t.method.head.bias.data,  # type: ignore[union-attr, return-value]
@@ -65,7 +70,7 @@ STATE: dict[str, Callable[[Trainer], Tensor]] = {
 def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(tmp_path: Path, name: str, value: float) -> None:
     trainer = make(tmp_path)
     # The last step before a checkpoint, so that no loss shows it.
-    spoil_after(trainer, 10, lambda: STATE[name](trainer).view(-1)[-1:].fill_(value))
+    spoil_after(trainer, 10, lambda: spoil_one(STATE[name](trainer), value))
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.fit()
     assert str(caught.value).startswith(f"after step 10 values of {name} are NaN or infinite; the last good checkpoint")
@@ -85,7 +90,7 @@ def test_the_final_checkpoint_is_checked_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", STATE)
 def test_skip_rolls_back_a_step_that_leaves_such_a_state(tmp_path: Path, name: str) -> None:
     trainer = make(tmp_path, on_nonfinite="skip")
-    spoil_after(trainer, 10, lambda: STATE[name](trainer).view(-1)[-1:].fill_(torch.inf))
+    spoil_after(trainer, 10, lambda: spoil_one(STATE[name](trainer), torch.inf))
     trainer.fit()
     assert read_log(tmp_path / "log.jsonl")[-1]["skipped_steps"] == 1
     assert all(value.isfinite().all() for value in trainer.method.state_dict().values())
@@ -97,7 +102,7 @@ def test_a_saved_value_that_is_not_finite_is_passed_over_at_resume(tmp_path: Pat
     whole = load_checkpoint(checkpoint_path(tmp_path / "checkpoints", 24))
     saved = load_checkpoint(checkpoint_path(tmp_path / "checkpoints", 24))
     entry = saved[place[0]][place[1]]
-    (entry if isinstance(entry, Tensor) else entry[0]["momentum_buffer"]).view(-1)[0] = torch.nan
+    spoil_one(entry if isinstance(entry, Tensor) else entry[0]["momentum_buffer"], torch.nan)
     save_checkpoint(tmp_path / "checkpoints", saved, 24)
     lines: list[str] = []
     make(tmp_path, lines).fit()
