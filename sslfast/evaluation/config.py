@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslfast.config import check_numbers
-from sslfast.data import DEFAULT_DECODING, Decoding, OnBadImage, recorded_decoding
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, recorded_decoding
+from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.limits import LIMITS
 from sslfast.evaluation.preprocessing import Preprocessing, PreprocessingChoice, resolve_preprocessing
 from sslfast.files import check_regular, reason_of
+from sslfast.loaders import ReaderName
 from sslfast.runs import RunDirectory
 
 
@@ -62,6 +64,9 @@ class ImageConfig(DecodingConfig):
     """Images per forward pass."""
     workers: int = 0
     """Decoding threads; 0: decode in the main thread."""
+    loader: ReaderName = "auto"
+    """What decodes and resizes: pillow, dali (JPEGs; on a GPU there) or ffcv (.beton files); auto: ffcv for a .beton
+    file, else pillow, whose pixels are the published ones. The result says how the others differ."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     on_bad_image: OnBadImage = "error"
@@ -75,6 +80,16 @@ class ImageConfig(DecodingConfig):
     def seen(self, size: int, *, default: Preprocessing = "centre-crop") -> Preprocessing:
         """The preprocessing of images of this size; ``default``: the protocol's own."""
         return resolve_preprocessing(self.preprocessing, size, default)
+
+    def readers(self, manifests: Sequence[Manifest], size: int, seen: Preprocessing) -> list[ImageReader]:
+        """Of the images of each split. With ``ffcv`` one of them is a .beton file, and image files are read by
+        Pillow."""
+        is_packed = any(manifest.source.loader == "ffcv" for manifest in manifests)
+        loader = "auto" if self.loader == "ffcv" and is_packed else self.loader
+        return [
+            ImageReader(manifest, size, self.batch_size, self.workers, self.on_bad_image, seen, loader)
+            for manifest in manifests
+        ]
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

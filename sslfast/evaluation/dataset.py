@@ -12,7 +12,7 @@ from sslfast.data import ImageLocation, Manifest
 from sslfast.device import resolve_device
 from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import Encoder, RunEncoders, chosen_encoders, extract_all, load_run
+from sslfast.evaluation.encoders import Encoder, RunEncoders, chosen_encoders, extract_images, load_run
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.results import cache_folder, data_facts, run_facts
 from sslfast.runs import versions
@@ -83,24 +83,17 @@ def load_evaluation_set(
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
     cache = FeatureCache(cache_folder(run) if config.cache else None)
-    found = [
-        extract_all(
-            wanted,
-            manifest,
-            size=size,
-            batch_size=config.batch_size,
-            device=device,
-            workers=config.workers,
-            on_bad_image=config.on_bad_image,
-            preprocessing=seen,
-            cache=cache,
-        )
-        for manifest in manifests
-    ]
+    readers = config.readers(manifests, size, seen)
+    found = [extract_images(wanted, reader, device=device, cache=cache) for reader in readers]
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]
     locations = [[m.location(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
     counts = [len(part.rows) for part in found]
-    facts = {**run_facts(run, loaded, size, seen), "data": data_facts(data, manifests, counts), "versions": versions()}
+    chosen = [reader.chosen for reader in readers]
+    facts = {
+        **run_facts(run, loaded, size, seen, chosen),
+        "data": data_facts(data, manifests, counts),
+        "versions": versions(),
+    }
     return EvaluationSet(
         train=found[0].values,
         train_labels=labels[0],

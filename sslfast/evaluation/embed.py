@@ -21,10 +21,8 @@ from sslfast.data import open_data
 from sslfast.distributed import distributed_device, together
 from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import TRAINED, extract_all, extract_layers, load_run, trunk_encoders
-from sslfast.evaluation.extract import ImageReader
+from sslfast.evaluation.encoders import TRAINED, extract_images, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.layers import check_layers
-from sslfast.evaluation.preprocessing import describe
 from sslfast.files import OUTPUT, open_regular, replacing
 
 SUFFIXES = (".npy", ".parquet")
@@ -121,20 +119,10 @@ def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, c
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
+    (reader,) = config.readers([manifest], size, seen)
     if config.layer is None:
-        features = extract_all(
-            {TRAINED: loaded.encoders[TRAINED]},
-            manifest,
-            size=size,
-            batch_size=config.batch_size,
-            device=device,
-            workers=config.workers,
-            on_bad_image=config.on_bad_image,
-            preprocessing=seen,
-            cache=cache,
-        )
+        features = extract_images({TRAINED: loaded.encoders[TRAINED]}, reader, device=device, cache=cache)
     else:
-        reader = ImageReader(manifest, size, config.batch_size, config.workers, config.on_bad_image, seen)
         trunk = trunk_encoders(loaded, (TRAINED,))
         features = extract_layers(trunk, (config.layer,), reader, device=device, cache=cache)
     (values,) = features.values.values()
@@ -145,7 +133,7 @@ def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, c
         paths=[manifest.paths[row] for row in features.rows.tolist()],
         classes=[manifest.classes[label] if label >= 0 else None for label in labels],
         left_out=[*manifest.excluded, *features.bad_images],
-        preprocessing=describe(seen, size),
+        preprocessing=reader.describe(),
     )
 
 

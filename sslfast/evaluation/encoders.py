@@ -19,6 +19,7 @@ from sslfast.evaluation.cache import FeatureCache, weights_digest
 from sslfast.evaluation.extract import Features, ImageReader, extract
 from sslfast.evaluation.layers import check_layers, pooled_layers
 from sslfast.evaluation.preprocessing import Preprocessing
+from sslfast.loaders import ReaderName
 from sslfast.methods import METHODS, lightness, read_head
 from sslfast.models import build_trunk
 from sslfast.runs import RunDirectory, load_checkpoint
@@ -221,6 +222,7 @@ def extract_all(
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
     preprocessing: Preprocessing = "centre-crop",
+    loader: ReaderName = "auto",
     cache: FeatureCache | None = None,
 ) -> Features:
     """Features of several encoders; every image is read once.
@@ -234,10 +236,17 @@ def extract_all(
         workers: decoding threads; 0: decode in the caller's thread.
         on_bad_image: ``error``: ValueError naming the file. ``skip``: leave it out of ``rows``.
         preprocessing: what is seen of an image.
+        loader: what decodes and resizes.
         cache: of the features; None: none.
     """
-    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image, preprocessing)
-    device = torch.device(device)
+    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image, preprocessing, loader)
+    return extract_images(encoders, reader, device=torch.device(device), cache=cache)
+
+
+def extract_images(
+    encoders: Mapping[str, Encoder], reader: ImageReader, *, device: torch.device, cache: FeatureCache | None = None
+) -> Features:
+    """:func:`extract_all` of a reader."""
     moved = {name: encoder.to(device) for name, encoder in encoders.items()}
     return extract(
         lambda names, images: {name: moved[name](images) for name in names},

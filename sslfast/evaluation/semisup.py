@@ -24,7 +24,6 @@ from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, mean_over_ranks, no_sync, replicate, world_size
 from sslfast.evaluation.config import ImageConfig, check_at_least, check_seeds
 from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, trunk_encoders
-from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import drawn_rows, listed_rows, load_manifests
 from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_folder, run_facts, write_result
 from sslfast.evaluation.sgd import (
@@ -38,7 +37,6 @@ from sslfast.evaluation.sgd import (
     count_hits,
 )
 from sslfast.evaluation.table import layer_table
-from sslfast.loaders import LoaderName
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
 from sslfast.runs import versions
@@ -70,9 +68,6 @@ class SemisupConfig(ImageConfig):
     norm_batch: int | None = None
     """Images that BatchNorm normalises together, a divisor of each process's part of the batch; default: as published
     (pirl, vissl: 32; simclr: all of a process), and all of a process where that is no divisor."""
-    loader: LoaderName = "auto"
-    """Of augmented training images: pillow, dali, or ffcv for DATA/train.beton; auto: ffcv for such a file, or pillow.
-    Another loader's pixels differ by rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Of the network."""
     workers: int = 0
@@ -189,10 +184,10 @@ def evaluate_semisup(
         encoders = trunk_encoders(loaded, config.encoders)
         size = loaded.size if config.size is None else config.size
         seen = config.seen(size)
-        reader = ImageReader(val, size, config.batch_size, config.workers, config.on_bad_image, seen)
+        _, reader = config.readers((train, val), size, seen)
         precision = resolve_precision(config.precision, device)
         facts = {
-            **run_facts(run, loaded, size, seen),
+            **run_facts(run, loaded, size, seen, [reader.chosen]),
             **protocol.facts(epochs, config.batch_size),
             "norm_batch": norm_batch or config.batch_size // world_size(),
             "loader": config.loader,

@@ -271,17 +271,9 @@ def evaluate_svm(
     results: list[dict[str, Any]] = []
     with distributed_device(config.device) as device, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
-        readers = [
-            ImageReader(
-                voc_manifest(split.root, split.ids).decoded(config.decoding(run)),
-                size,
-                config.batch_size,
-                config.workers,
-                config.on_bad_image,
-                seen,
-            )
-            for split in splits
-        ]
+        decoding = config.decoding(run)
+        manifests = [voc_manifest(split.root, split.ids).decoded(decoding) for split in splits]
+        readers = config.readers(manifests, size, seen)
         layers = list(dict.fromkeys((*config.layers, *(config.shot_layers if config.shots else ()))))
         cache = FeatureCache(cache_folder(run) if config.cache else None)
         found = [extract_layers(encoders, layers, reader, device=device, cache=cache) for reader in readers]
@@ -295,7 +287,7 @@ def evaluate_svm(
             "protocol": SVM_PROTOCOL,
             "config": to_dict(config),
             "results": results,
-            **run_facts(run, loaded, size, seen),
+            **run_facts(run, loaded, size, seen, [reader.chosen for reader in readers]),
             "costs": list(config.costs),
             "folds": FOLDS,
             "difficult": config.difficult,
