@@ -27,7 +27,17 @@ class FeatureConfig(ImageConfig):
     time and memory."""
     cache: bool = True
     """Keep features in RUN/evaluation/features and read them from there; the folder may be deleted. Without it they
-    must fit into memory."""
+    must fit into memory, or go to ``features_dir``."""
+    features_dir: Path | None = None
+    """Folder of the features in place of RUN/evaluation/features, for example on a disk of each machine: ranks that
+    share no files exchange them, and each machine has its own copy. With --no-cache they are deleted in the end."""
+
+
+def feature_cache(run: Path | str, config: FeatureConfig) -> FeatureCache:
+    """Where the configuration keeps features."""
+    if config.features_dir is not None:
+        return FeatureCache(config.features_dir, keep=config.cache)
+    return FeatureCache(cache_folder(run) if config.cache else None)
 
 
 @dataclass(kw_only=True)
@@ -82,7 +92,7 @@ def load_evaluation_set(
     wanted = encoders(chosen_encoders(loaded, config.encoders))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
-    cache = FeatureCache(cache_folder(run) if config.cache else None)
+    cache = feature_cache(run, config)
     readers = config.readers(manifests, size, seen)
     found = [extract_images(wanted, reader, device=device, cache=cache) for reader in readers]
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]

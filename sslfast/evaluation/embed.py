@@ -8,7 +8,7 @@ import csv
 import io
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ class EmbedConfig(ImageConfig):
     head: bool = False
     """The output of the projection head, whose vectors the loss compares (DINO: of the teacher's, before its last
     layer), in place of the trunk's features. RUN must hold one: a run, or a file such as MoCo's."""
+
+    features_dir: Path | None = None
+    """Folder for the features until they are written, in place of that of the output: on a disk of each machine, where
+    the processes of torchrun share no files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,25 +88,36 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         WriteError: a file cannot be written.
     """
     check_suffix(output)
-    scratch = output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp")
-    with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
-        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
-        together(lambda: write_embeddings(found, output), only_main=True)
+    found = _embed(run, data, config, output)
     left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
     return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
 
 
-def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
-    """Embeddings of every image, labelled or not, in memory.
+def _embed(run: Path, data: Path, config: EmbedConfig, output: Path) -> Embeddings:
+    """The values are mapped from a file that is gone, until they are let go."""
+    check_suffix(output)
+    scratch = (config.features_dir or output.parent) / f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"
+    with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
+        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
+        together(lambda: write_embeddings(found, output), only_main=True)
+    return found
+
+
+def embed_all(run: Path | str, data: Path | str, *, output: Path | str | None = None, **options: Any) -> Embeddings:
+    """Embeddings of every image, labelled or not, in memory or in a file.
 
     Args:
         run: run directory, or a file of weights.
         data: images: a folder with or without class folders, .tar files, a list, ...: whatever pretraining takes.
+        output: .npy or .parquet file to write, as ``sslfast embed`` does; memory then does not grow with the images
+            beyond their paths, and the values of a .npy file are mapped from it. None: in memory. Under torchrun every
+            process must see the file.
         options: fields of :class:`EmbedConfig`: ``layer``, ``head``, ``size``, ``batch_size``, ``workers``,
-            ``device``, ``on_bad_image``.
+            ``loader``, ``device``, ``on_bad_image``, ...
 
     Raises:
         ValueError, FileNotFoundError: the weights, the data or the settings cannot be used.
+        WriteError: the file cannot be written.
     """
     unknown = options.keys() - EmbedConfig.__dataclass_fields__.keys()
     if unknown:
@@ -110,8 +125,11 @@ def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
             f"unknown option {', '.join(sorted(unknown))}; embed takes {', '.join(EmbedConfig.__dataclass_fields__)}"
         )
     config = EmbedConfig(**options)
+    if output is not None:
+        found = _embed(Path(run), Path(data), config, Path(output))
+        return replace(read_embeddings(output), left_out=found.left_out, preprocessing=found.preprocessing)
     with distributed_device(config.device) as device:
-        return _extract(Path(run), Path(data), config, device, FeatureCache(None))
+        return _extract(Path(run), Path(data), config, device, FeatureCache(config.features_dir, keep=False))
 
 
 def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:

@@ -22,8 +22,8 @@ from sslfast.data import (
     quiet_pillow,
     require_strict_pillow,
 )
-from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, rank, together
-from sslfast.evaluation.cache import Cached, FeatureCache, FeatureWriter, mapped, part_path, table_of
+from sslfast.distributed import broadcast_tensor, gather_objects, gather_uneven, is_main, own_rows, rank, together
+from sslfast.evaluation.cache import Cached, FeatureCache, FeatureWriter, mapped, table_of
 from sslfast.evaluation.folders import UnsuitableError
 from sslfast.evaluation.preprocessing import LONG, Preprocessing, centre_crop, describe, eval_image, preprocess
 from sslfast.loaders import BetonImages, DaliImages, ReaderName, choose_reader
@@ -31,6 +31,8 @@ from sslfast.text import printable
 
 _AHEAD = 2
 """Batches that threads decode while the network works on one."""
+_CHUNK_BYTES = 1 << 26
+"""Of features that ranks send at once."""
 
 
 @dataclass(kw_only=True)
@@ -250,7 +252,7 @@ def _read(
 
     def read() -> None:
         for name in names:
-            writers[name] = cache.writer(keys[name], part=rank())
+            writers[name] = cache.writer(keys[name])
         for some, images in reader(own_rows(len(reader.manifest)), device):
             rows.extend(some)
             for name, value in compute(names, images).items():
@@ -286,33 +288,61 @@ def _joined(
     rows: Tensor,
     bad_images: list[tuple[str, str]],
 ) -> Tensor:
-    """The features of all ranks: one file, which every rank maps; in memory where there is none, or where ranks do not
-    see each other's files."""
+    """The features of all ranks: one file for the ranks that see each other's files, which they map; in memory where
+    there is no folder or it cannot be written."""
     writer.width = max(gather_objects(writer.width))  # 0 on a rank without a usable image
-    counts = gather_objects(writer.count)
     own = writer.values()  # mapped before the file has its name
+    counts = gather_objects(writer.count)
     path = None if key is None else cache.path(key)
-    all_written = path is not None and all(gather_objects(writer.is_on_disk))
-    if all_written and key is not None and path is not None:
-        together(lambda: None if is_main() else writer.commit())
-        together(lambda: _join(cache, writer, path, counts, table_of(key, rows, bad_images)), only_main=True)
-        if not is_main():
-            part_path(path, rank()).unlink(missing_ok=True)
-        found = _mapped_file(path, len(rows), writer.width)
-        if all(gather_objects(found is not None)) and found is not None:
-            return found
-    return gather_uneven(own)
-
-
-def _join(cache: FeatureCache, writer: FeatureWriter, path: Path, counts: list[int], table: dict[str, Any]) -> None:
-    """The first rank's file, with the rows that the other ranks wrote behind its own."""
+    if key is None or path is None or not all(gather_objects(writer.is_on_disk)):
+        return gather_uneven(own)
+    leader = _leader(writer)
+    whole = None if leader != rank() else writer if is_main() else cache.writer(key)
     try:
-        for other, count in enumerate(counts[1:], 1):
-            writer.append_file(part_path(path, other), count)
-        writer.commit(table)
-    except OSError as error:
-        writer.discard()
-        cache.note_failure(path, error)
+        failed = _collect(own, counts, whole, is_shared=not any(gather_objects(leader)))
+
+        def finish() -> None:
+            if failed is not None:
+                raise failed
+            if whole is not None:
+                whole.commit(table_of(key, rows, bad_images))
+
+        together(finish)
+    finally:
+        if whole is not None:
+            whole.discard()
+    found = _mapped_file(gather_objects(path.absolute())[leader], len(rows), writer.width)
+    is_whole = all(gather_objects(found is not None))
+    if whole is not None and not cache.keep:
+        path.unlink(missing_ok=True)  # what is mapped stays
+    return found if is_whole and found is not None else gather_uneven(own)
+
+
+def _leader(writer: FeatureWriter) -> int:
+    """The first rank whose file this rank sees: 0 on every rank of a common file system."""
+    names = gather_objects(str(writer.temporary.absolute()))
+    return next(number for number, name in enumerate(names) if number == rank() or Path(name).exists())
+
+
+def _collect(own: Tensor, counts: list[int], whole: FeatureWriter | None, *, is_shared: bool) -> Exception | None:
+    """Append the rows of all ranks, in the order of ranks, to the files ``whole``, of which the first rank's holds its
+    own rows already. At most :data:`_CHUNK_BYTES` are on the way. Returns what went wrong, so that no rank waits."""
+    failed = None
+    for owner, count in enumerate(counts):
+        if not owner and is_shared:
+            continue
+        step = max(1, _CHUNK_BYTES // (4 * own.shape[1]))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            chunk = broadcast_tensor(
+                own[first:last] if owner == rank() else own.new_empty(last - first, own.shape[1]), owner
+            )
+            if whole is not None and whole.is_on_disk and failed is None and (owner or not is_main()):
+                try:
+                    whole.append(chunk)
+                except OSError as error:
+                    failed = error
+    return failed
 
 
 def _mapped_file(path: Path, count: int, width: int) -> Tensor | None:

@@ -25,15 +25,13 @@ from numpy.typing import NDArray
 from sslfast.config import to_dict
 from sslfast.distributed import distributed_device, gather_objects, own_rows
 from sslfast.evaluation.average_precision import average_precision
-from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import check_at_least, check_positive
-from sslfast.evaluation.dataset import FeatureConfig
+from sslfast.evaluation.dataset import FeatureConfig, feature_cache
 from sslfast.evaluation.encoders import TRAINED, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import random_order
 from sslfast.evaluation.layers import check_layers
 from sslfast.evaluation.results import (
-    cache_folder,
     departures,
     evaluation_folder,
     mean_and_spread,
@@ -275,7 +273,7 @@ def evaluate_svm(
         manifests = [voc_manifest(split.root, split.ids).decoded(decoding) for split in splits]
         readers = config.readers(manifests, size, seen)
         layers = list(dict.fromkeys((*config.layers, *(config.shot_layers if config.shots else ()))))
-        cache = FeatureCache(cache_folder(run) if config.cache else None)
+        cache = feature_cache(run, config)
         found = [extract_layers(encoders, layers, reader, device=device, cache=cache) for reader in readers]
         labels = [split.labels[features.rows.numpy()] for split, features in zip(splits, found, strict=True)]
         for encoder in encoders:
