@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sslfast.config import check_numbers
 from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, recorded_decoding
@@ -60,6 +61,10 @@ class ImageConfig(DecodingConfig):
     """What is seen of an image. centre-crop: Resize(256) and CenterCrop(224), for other sizes in proportion. whole:
     all of it, squeezed to a square. centre-square: the largest square. auto: as published (centre-crop, lowshot: whole;
     below 96 pixels centre-square)."""
+    patches: Literal["auto", "on", "off"] = "auto"
+    """Of methods that train on patches (cpc, jigsaw, relative-position). on: an image's features are the mean over
+    those of its patches; off: those of the whole image. auto: as the number that the recipe quotes was measured: cpc
+    on, the others off."""
     batch_size: int = 256
     """Images per forward pass."""
     workers: int = 0

@@ -87,7 +87,7 @@ def load_evaluation_set(
     """
     device = resolve_device(config.device)
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
-    loaded = load_run(run, prefix=config.prefix) if loaded is None else loaded
+    loaded = load_run(run, prefix=config.prefix, patches=config.patches) if loaded is None else loaded
     check(manifests[0])
     wanted = encoders(chosen_encoders(loaded, config.encoders))
     size = loaded.size if config.size is None else config.size

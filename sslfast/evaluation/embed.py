@@ -133,7 +133,7 @@ def embed_all(run: Path | str, data: Path | str, *, output: Path | str | None = 
 
 
 def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
-    loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix)
+    loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix, patches=config.patches)
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)

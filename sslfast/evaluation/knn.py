@@ -267,7 +267,7 @@ def evaluate_knn(
             run,
             data,
             config,
-            loaded=load_run(run, head=config.features == "head", prefix=config.prefix),
+            loaded=load_run(run, head=config.features == "head", prefix=config.prefix, patches=config.patches),
             check=lambda train: check_k(config.k if config.k != K else K[:1], len(train)),  # those that fit
         )
         return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")

@@ -109,7 +109,7 @@ def _evaluate_sgd(
     if unknown:
         raise ValueError(f"layers of {protocol.name} must be some of {', '.join(protocol.layers)}, got {unknown[0]!r}")
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
-    loaded = load_run(run, prefix=config.prefix)
+    loaded = load_run(run, prefix=config.prefix, patches=config.patches)
     encoders = trunk_encoders(loaded, config.encoders or (TRAINED,))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)

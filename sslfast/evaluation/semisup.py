@@ -92,7 +92,7 @@ class FineTuned(nn.Module):
 
     def __init__(self, encoder: TrunkEncoder, *, classes: int, seed: int) -> None:
         super().__init__()
-        self.prepare = encoder.prepare
+        self.features = encoder.features
         self.trunk = copy.deepcopy(encoder.trunk)
         width = self.trunk.out_features
         assert isinstance(width, int)
@@ -103,7 +103,7 @@ class FineTuned(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of uint8 images."""
-        return self.classifier(self.trunk(self.prepare(images)))
+        return self.classifier(self.features(self.trunk, images))
 
 
 def fine_tune(
@@ -180,7 +180,7 @@ def evaluate_semisup(
         protocol = published_protocol(config.protocol, len(subsets[config.seeds[0]]) / len(train))
         epochs = protocol.epochs if config.epochs is None else config.epochs
         norm_batch = norm_images(config, protocol)
-        loaded = load_run(run, prefix=config.prefix)
+        loaded = load_run(run, prefix=config.prefix, patches=config.patches)
         encoders = trunk_encoders(loaded, config.encoders)
         size = loaded.size if config.size is None else config.size
         seen = config.seen(size)

@@ -262,7 +262,7 @@ def evaluate_svm(
     linear_svm(1.0)  # before any work: is scikit-learn installed?
     splits = [read_split(data, name) for name in (config.train_split, config.test_split)]
     check_splits(splits, config.shots)
-    loaded = load_run(run, prefix=config.prefix)
+    loaded = load_run(run, prefix=config.prefix, patches=config.patches)
     encoders = trunk_encoders(loaded, config.encoders)
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size, default="whole")

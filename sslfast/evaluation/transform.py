@@ -88,7 +88,7 @@ def load_transform(
     Raises:
         ValueError, FileNotFoundError: the weights cannot be read.
     """
-    loaded = load_run(path, prefix=prefix)
+    loaded = load_run(path, prefix=prefix, patches="off")
     config = ImageConfig(size=size, preprocessing=preprocessing, prefix=prefix)
     size = loaded.size if size is None else size
     encoder = loaded.encoders[TRAINED]
