@@ -58,9 +58,9 @@ class ImageConfig(DecodingConfig):
     size: int | None = None
     """Side of the images in pixels; default: that of the run."""
     preprocessing: PreprocessingChoice = "auto"
-    """What is seen of an image. centre-crop: Resize(256) and CenterCrop(224), for other sizes in proportion. whole:
-    all of it, squeezed to a square. centre-square: the largest square. auto: as published (centre-crop, lowshot: whole;
-    below 96 pixels centre-square)."""
+    """What is seen of an image. centre-crop: Resize(256) and CenterCrop(224), for other sizes in proportion;
+    centre-crop-bicubic: resized as DINO's kNN. whole: all of it, squeezed to a square. centre-square: the largest
+    square. auto: centre-crop, as published but for DINO's (lowshot: whole; below 96 pixels centre-square)."""
     patches: Literal["auto", "on", "off"] = "auto"
     """Of methods that train on patches (cpc, jigsaw, relative-position). on: an image's features are the mean over
     those of its patches; off: those of the whole image. auto: as the number that the recipe quotes was measured: cpc

@@ -27,7 +27,7 @@ class FeatureConfig(ImageConfig):
     time and memory."""
     cache: bool = True
     """Keep features in RUN/evaluation/features and read them from there; the folder may be deleted. Without it they
-    must fit into memory, or go to ``features_dir``."""
+    must fit into memory, or go to --features-dir."""
     features_dir: Path | None = None
     """Folder of the features in place of RUN/evaluation/features, for example on a disk of each machine: ranks that
     share no files exchange them, and each machine has its own copy. With --no-cache they are deleted in the end."""

@@ -73,6 +73,8 @@ class ImageReader:
             raise ValueError(f"workers must be at least 0, got workers={self.workers}")
         self.chosen = choose_reader(self.loader, self.manifest)
         """The loader that reads the images."""
+        if self.chosen == "dali" and self.preprocessing == "centre-crop-bicubic":
+            raise ValueError("loader dali resizes by the triangular filter alone: bicubic takes --loader pillow")
         require_strict_pillow()
 
     def describe(self) -> str:

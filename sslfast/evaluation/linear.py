@@ -79,7 +79,7 @@ def evaluate_linear(
     Args:
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
-        data: folder with train/<class>/ and val/<class>/.
+        data: folder with train/<class>/ and val/<class>/, or lists, archives or .beton files of these names.
         config: settings.
         output: JSON file to write; default: RUN/evaluation/linear.json, linear-goyal.json or linear-moco.json.
 

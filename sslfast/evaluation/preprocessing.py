@@ -2,7 +2,8 @@
 decoded image, in 8 bits.
 
 ``centre-crop``: the shorter side to 256 (of 224), the longer to ``int(256 * longer / shorter)``, then the centre 224 x
-224: torchvision's ``Resize(256)`` and ``CenterCrop(224)``, pixel for pixel, whatever the image's size. ``whole``: the
+224: torchvision's ``Resize(256)`` and ``CenterCrop(224)``, pixel for pixel, whatever the image's size.
+``centre-crop-bicubic``: the same by the bicubic filter, as DINO's evaluations resize. ``whole``: the
 shorter side to 256, then both to 224, so that the whole image is seen, squeezed: VISSL's VOC07 SVM benchmark.
 ``centre-square``: the shorter side to the network's size, then the centre square: images of that size stay as they are
 (CIFAR, Tiny ImageNet).
@@ -24,8 +25,8 @@ from torch import Tensor
 from sslfast.data import Decoding, decode_full
 from sslfast.views import CentreCrop
 
-Preprocessing = Literal["centre-crop", "centre-square", "whole"]
-PreprocessingChoice = Literal["auto", "centre-crop", "centre-square", "whole"]
+Preprocessing = Literal["centre-crop", "centre-crop-bicubic", "centre-square", "whole"]
+PreprocessingChoice = Literal["auto", "centre-crop", "centre-crop-bicubic", "centre-square", "whole"]
 VERSION = 1
 """Of the pixels: changed whenever they change, which invalidates cached features."""
 SMALL = 96
@@ -66,6 +67,8 @@ def describe(how: Preprocessing, size: int, readers: Sequence[str] = ("pillow",)
     side = resized_side(size, how)
     then = f"whole image to {size} x {size}" if how == "whole" else f"centre crop {size}"
     filters = list(dict.fromkeys(FILTERS[reader] for reader in readers))
+    if how == "centre-crop-bicubic":
+        filters = [words.replace("bilinear", "bicubic") for words in filters]
     words = filters[0] if len(filters) == 1 else f"train: {filters[0]}, val: {filters[1]}"
     return f"{how}: shorter side to {side}, {then}; {words}, version {VERSION}"
 
@@ -80,15 +83,16 @@ def preprocess(pixels: NDArray[np.uint8], size: int, how: Preprocessing) -> NDAr
     image = Image.fromarray(pixels)
     width, height = image.size
     shape, box = centre_crop(size, how).plan(width, height)
+    kernel = Image.Resampling.BICUBIC if how == "centre-crop-bicubic" else Image.Resampling.BILINEAR
     is_long = max(width, height) > LONG * min(width, height)
     if how == "whole":
         if not is_long:
-            image = image.resize(shape, Image.Resampling.BILINEAR)
-        return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+            image = image.resize(shape, kernel)
+        return np.array(image.resize((size, size), kernel))
     if not is_long:
         if image.size != shape:
-            image = image.resize(shape, Image.Resampling.BILINEAR)
+            image = image.resize(shape, kernel)
         return np.array(image.crop(box))
     across, down = width / shape[0], height / shape[1]
     part = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=part))
+    return np.array(image.resize((size, size), kernel, box=part))

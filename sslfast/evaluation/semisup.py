@@ -166,7 +166,7 @@ def evaluate_semisup(
     Args:
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
-        data: folder with train/<class>/ and val/<class>/.
+        data: folder with train/<class>/ and val/<class>/, or lists, archives or .beton files of these names.
         config: settings.
         output: JSON file to write; default: RUN/evaluation/semisup-1%.json (or the list's name).
 
