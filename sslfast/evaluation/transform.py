@@ -76,7 +76,7 @@ def load_transform(
     prefix: str | None = None,
 ) -> EvaluationTransform:
     """The transform that belongs to weights, so that ``load(path)(transform(path)(image)[None])`` are the features that
-    ``sslfast evaluate`` and ``sslfast embed`` compute.
+    ``sslfast evaluate`` and ``sslfast embed`` compute (``--patches off``, where the method trains on patches).
 
     Args:
         path: run directory, or a file of weights, as for ``sslfast.load``.

@@ -85,12 +85,12 @@ class CPC(Method):
             return {"patches": self.patch_size}
 
         def evaluation_patches(self) -> PatchGrid:
-            """Those of the training, whose features both papers average."""
+            """Those of the training, whose vectors are averaged."""
             return PatchGrid(
                 patch_size=self.patch_size,
                 stride=self.patch_stride,
                 size=self.image_view.crop.size,
-                source="van den Oord et al. 2018, section 3.2",
+                source="van den Oord et al. 2018",
                 by_default=True,
             )
 
