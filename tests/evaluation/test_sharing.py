@@ -1,5 +1,7 @@
 """Features of ranks that share no files: each machine has a copy in its own folder, and none holds all in memory."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,8 +20,10 @@ from sslfast.evaluation.knn import KnnConfig, evaluate_knn
 from tests.distributed.test_training import enter
 from tests.distributed.test_training import run as run_ranks
 from tests.evaluation.runs import write_data, write_run
+from tests.pictures import encoded, picture
 
 COLUMNS = 512
+ONE = ("trained",)
 
 
 def anonymous() -> int:
@@ -34,15 +38,15 @@ def rank_shares(number: int, ranks: int, port: int, folder: Path) -> None:
         extraction._leader = lambda _writer: rank()  # as if on machines without a common file system
         extraction._CHUNK_BYTES = 1 << 10
         own = folder / f"machine{number}"
-        config = KnnConfig(k=(1, 3), device="cpu", batch_size=4, features_dir=own)
+        config = KnnConfig(k=(1, 3), device="cpu", batch_size=4, features_dir=own, encoders=ONE)
         evaluate_knn(folder / "run", folder / "data", config, output=folder / "kept.json")
         kept = sorted(path.name for path in own.iterdir())
-        assert len(kept) == 6
+        assert len(kept) == 2
         assert set(map(tuple, gather_objects(kept))) == {tuple(kept)}
         before = {path.name: path.stat().st_mtime_ns for path in own.iterdir()}
         evaluate_knn(folder / "run", folder / "data", config, output=folder / "again.json")
         assert before == {path.name: path.stat().st_mtime_ns for path in own.iterdir()}
-        config = KnnConfig(k=(1, 3), device="cpu", batch_size=4, features_dir=own / "once", cache=False)
+        config = KnnConfig(k=(1, 3), device="cpu", batch_size=4, features_dir=own / "once", cache=False, encoders=ONE)
         evaluate_knn(folder / "run", folder / "data", config, output=folder / "once.json")
         assert not list((own / "once").iterdir())
         found = embed_all(folder / "run", folder / "data", device="cpu", output=folder / "e.npy", features_dir=own)
@@ -78,7 +82,7 @@ def rank_shares(number: int, ranks: int, port: int, folder: Path) -> None:
 def test_ranks_that_share_no_files(tmp_path: Path) -> None:
     run, data = write_run(tmp_path / "run"), write_data(tmp_path / "data", train=4, val=2)
     run_ranks(rank_shares, 2, tmp_path)
-    alone = evaluate_knn(run, data, KnnConfig(k=(1, 3), device="cpu"), output=tmp_path / "alone.json")
+    alone = evaluate_knn(run, data, KnnConfig(k=(1, 3), device="cpu", encoders=ONE), output=tmp_path / "alone.json")
     for name in ("kept", "again", "once"):
         found = load_json(tmp_path / f"{name}.json")["results"]
         for row, expected in zip(found, alone["results"], strict=True):
@@ -120,6 +124,50 @@ def rank_joins(number: int, ranks: int, port: int, folder: Path) -> None:
 def test_memory_of_the_exchange_does_not_grow_with_the_images(tmp_path: Path) -> None:
     """30 times the images: 4 MB and 123 MB of features."""
     run_ranks(rank_joins, 2, tmp_path)
+
+
+EMBED = """
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import sslfast
+from tests.evaluation.test_sharing import anonymous
+
+peak = 0
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+torch.set_num_threads(1)
+threading.Thread(target=watch, daemon=True).start()
+root = Path(sys.argv[1])
+for name in ("few", "few", "many"):
+    peak = 0
+    options = {"device": "cpu", "layer": "conv1", "batch_size": 32, "output": root / f"{name}.npy"}
+    found = sslfast.embed(root / "run", root / name, **options)
+    assert found.values.shape == (len(list((root / name).iterdir())), 9216)
+    print(peak)
+"""
+
+
+def test_memory_of_embeddings_in_a_file_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """2 MB and 17 MB of features."""
+    write_run(tmp_path / "run")
+    for name, count in (("few", 64), ("many", 448)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}.png").write_bytes(encoded(picture(24, 24), "PNG"))
+    done = subprocess.run([sys.executable, "-c", EMBED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, few, many = (int(line) for line in done.stdout.splitlines())
+    assert many < few + 8_000_000, (few, many)
 
 
 def test_embeddings_in_python_are_mapped_from_a_file(tmp_path: Path) -> None:
