@@ -16,6 +16,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -23,9 +24,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.images import OnBadImage
+from sslfast.data.images import BadImageError, OnBadImage
 from sslfast.data.manifest import Manifest
-from sslfast.data.source import Changes, ImageSource, is_file
+from sslfast.data.source import Changes, ImageSource, SourceError, is_file
 
 VERSION = 2
 HEADER = np.dtype(
@@ -73,6 +74,8 @@ class BetonSource(ImageSource):
     """The file; None in the manifest of a run, which knows it by ``archive_id`` only."""
     archive_id: str = ""
     """Identity of the stored bytes."""
+    samples: NDArray[np.int64] | None = None
+    """``[N]`` sample in the file of each row; None: all samples, in order."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -83,6 +86,20 @@ class BetonSource(ImageSource):
         """The manifest inside. What ``sslfast data prepare`` left out is not in the file, so it is no error."""
         with Beton(path) as beton:
             return beton.manifest
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        return replace(super().take(rows), samples=self.sample(rows))
+
+    def sample(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` samples in the file of some rows."""
+        return rows if self.samples is None else self.samples[rows]
+
+    def read(self, row: int) -> bytes:
+        """The image as a file: the stored JPEG, or the stored pixels as a PPM. For thumbnails; the file is opened anew
+        by the first call, and its checksum is verified."""
+        if self.archive is None:
+            raise SourceError(f"this manifest belongs to a .beton file made of {self.root}: give that file")
+        return _opened(self.archive, self.archive_id).image_file(int(self.sample(np.array([row]))[0]))
 
     def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
         if self.archive is None:
@@ -205,6 +222,17 @@ class Beton:
             raise ValueError(problem)
         return np.frombuffer(data, dtype=kind)
 
+    def image_file(self, sample: int) -> bytes:
+        """A sample as the bytes of a JPEG or PPM file; BadImageError where they are damaged."""
+        size = int(self.sizes[sample])
+        data = os.pread(self.descriptor, size, int(self.offsets[sample]))
+        if len(data) != size or zlib.crc32(data) != self.sums[sample]:
+            raise BadImageError("damaged: wrong checksum")
+        if self.modes[sample] == JPG:
+            return data
+        width, height = self.shapes[sample].tolist()
+        return f"P6\n{width} {height}\n255\n".encode() + data
+
     def __enter__(self) -> "Beton":
         return self
 
@@ -216,6 +244,19 @@ class Beton:
         descriptor, self.descriptor = getattr(self, "descriptor", -1), -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+@lru_cache(maxsize=2)
+def _opened(path: Path, identity: str) -> Beton:
+    """A file that stays open; SourceError where it is no longer the one of that identity."""
+    try:
+        beton = Beton(path)
+    except ValueError as error:
+        raise SourceError(str(error)) from None
+    if beton.manifest.source.identity() != identity:
+        beton.close()
+        raise SourceError(f"{path} is no longer the file that was opened before: start again")
+    return beton
 
 
 class BetonWriter:

@@ -6,6 +6,7 @@ Imports ``sslfast.device``. Everything works in a single process too, where it e
 from sslfast.distributed.collectives import (
     barrier,
     broadcast_object,
+    broadcast_tensor,
     gather_objects,
     gather_rows,
     gather_rows_with_gradient,
@@ -41,6 +42,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "broadcast_statistics",
+    "broadcast_tensor",
     "check_replicas",
     "convert_sync_batchnorm",
     "destroy_process_group",

@@ -129,6 +129,15 @@ def max_over_ranks(x: Tensor) -> Tensor:
     return largest
 
 
+def broadcast_tensor(x: Tensor, source: int) -> Tensor:
+    """The tensor of rank ``source``; the others pass one of its shape and type, which is overwritten."""
+    if world_size() == 1:
+        return x
+    x = x.contiguous()
+    dist.broadcast(x, source)
+    return x
+
+
 def broadcast_object(value: T) -> T:
     """Rank 0's value on every rank; what other ranks pass is ignored. Host objects only."""
     if world_size() == 1:

@@ -16,6 +16,7 @@ from sslfast.evaluation.encoders import (
     Encoder,
     RunEncoders,
     TrunkEncoder,
+    encoder_of,
     extract_all,
     load_run,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "UnsuitableError",
     "bank_knn",
     "embed_all",
+    "encoder_of",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_semisup",

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed import barrier, broadcast_object, is_main
+from sslfast.distributed import barrier, broadcast_object
 from sslfast.files import OUTPUT, WriteError, open_regular, reason_of, replacing, save_tensors
 from sslfast.runs import print_error
 from sslfast.text import printable
@@ -61,8 +61,8 @@ class FeatureWriter:
         if path is not None:
             try:
                 self._context = replacing(path)
-                self._temporary = self._context.__enter__()
-                self._file = self._temporary.open("wb", buffering=0)  # an error comes with the batch that it is of
+                self.temporary = self._context.__enter__()
+                self._file = self.temporary.open("wb", buffering=0)  # an error comes with the batch that it is of
             except OSError as error:
                 self._give_up(error)
 
@@ -86,23 +86,11 @@ class FeatureWriter:
             self.crc = zlib.crc32(data, self.crc)
         self.count += len(values)
 
-    def append_file(self, path: Path, rows: int) -> None:
-        """Add the rows that another process wrote to ``path``; OSError where they are not all there."""
-        size = rows * self.width * 4
-        with open_regular(path) as file:
-            while size and (data := file.read(min(size, _BLOCK))):
-                self._write(data)
-                self.crc = zlib.crc32(data, self.crc)
-                size -= len(data)
-        if size:
-            raise OSError(f"{path} is not whole")
-        self.count += rows
-
     def values(self) -> Tensor:
         """The rows ``[count, D]`` so far."""
         if self._file is None:
             return torch.cat(self._kept) if self._kept else torch.zeros(0, self.width)
-        return mapped(self._temporary, self.count, self.width)
+        return mapped(self.temporary, self.count, self.width)
 
     def commit(self, table: dict[str, Any] | None = None) -> Path | None:
         """Give the file its name, with the JSON table behind the rows, if any; returns the path, None without one."""
@@ -146,7 +134,7 @@ class FeatureWriter:
         self._cache.note_failure(self.path, error)
         if self._file is not None:
             if self.count:
-                self._kept = [mapped(self._temporary, self.count, self.width).clone()]
+                self._kept = [mapped(self.temporary, self.count, self.width).clone()]
             if values is not None:
                 self._kept.append(values)
         self.discard()
@@ -159,11 +147,12 @@ class _StopWritingError(Exception):
 class FeatureCache:
     """A folder of feature files; without a folder nothing is stored.
 
-    With ``needed_for``, a file that is made of them, features that cannot be written are a WriteError about it.
+    With ``needed_for``, a file that is made of them, features that cannot be written are a WriteError about it. Unless
+    ``keep``, a file loses its name, and its place on the disk goes with the process that maps it.
     """
 
-    def __init__(self, folder: Path | None, *, needed_for: Path | None = None) -> None:
-        self.folder, self.needed_for = folder, needed_for
+    def __init__(self, folder: Path | None, *, needed_for: Path | None = None, keep: bool = True) -> None:
+        self.folder, self.needed_for, self.keep = folder, needed_for, keep
         self._has_failed = False
 
     def path(self, identity: dict[str, Any]) -> Path | None:
@@ -188,11 +177,9 @@ class FeatureCache:
         ):  # another file than ours
             return None
 
-    def writer(self, identity: dict[str, Any] | None, *, part: int = 0) -> FeatureWriter:
-        """Of the file of ``identity`` (None: in memory); ``part``: of the rows of another process, in a file of its own
-        beside it."""
-        path = None if identity is None or self._has_failed else self.path(identity)
-        return FeatureWriter(path if path is None or not part else part_path(path, part), self)
+    def writer(self, identity: dict[str, Any] | None) -> FeatureWriter:
+        """Of the file of ``identity``; None: in memory."""
+        return FeatureWriter(None if identity is None or self._has_failed else self.path(identity), self)
 
     def save(self, identity: dict[str, Any], found: Cached) -> None:
         """Write features that are in memory. Where that fails one line says so, and no further file is tried."""
@@ -212,22 +199,16 @@ class FeatureCache:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """The folder ``path`` of rank 0 for features that are needed once: empty, made when they are written, and deleted
-    in the end, also one that a stopped process left."""
-    if is_main():
-        shutil.rmtree(path, ignore_errors=True)
+    """The folder ``path`` of rank 0, on every machine, for features that are needed once: empty, made when they are
+    written, and deleted in the end, also one that a stopped process left."""
     path = broadcast_object(path)
+    shutil.rmtree(path, ignore_errors=True)
+    barrier()
     try:
         yield path
         barrier()  # no rank reads any more
     finally:
-        if is_main():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def part_path(path: Path, part: int) -> Path:
-    """File of the rows of the process ``part``."""
-    return path.with_name(f"{path.name}.part{part}")
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def table_of(identity: dict[str, Any], rows: Tensor, bad_images: list[tuple[str, str]]) -> dict[str, Any]:

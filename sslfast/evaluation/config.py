@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sslfast.config import check_numbers
-from sslfast.data import DEFAULT_DECODING, Decoding, OnBadImage, recorded_decoding
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, recorded_decoding
+from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.limits import LIMITS
 from sslfast.evaluation.preprocessing import Preprocessing, PreprocessingChoice, resolve_preprocessing
 from sslfast.files import check_regular, reason_of
+from sslfast.loaders import ReaderName
 from sslfast.runs import RunDirectory
 
 
@@ -55,13 +58,20 @@ class ImageConfig(DecodingConfig):
     size: int | None = None
     """Side of the images in pixels; default: that of the run."""
     preprocessing: PreprocessingChoice = "auto"
-    """What is seen of an image. centre-crop: Resize(256) and CenterCrop(224), for other sizes in proportion. whole:
-    all of it, squeezed to a square. centre-square: the largest square. auto: as published (centre-crop, lowshot: whole;
-    below 96 pixels centre-square)."""
+    """What is seen of an image. centre-crop: Resize(256) and CenterCrop(224), for other sizes in proportion;
+    centre-crop-bicubic: resized as DINO's kNN. whole: all of it, squeezed to a square. centre-square: the largest
+    square. auto: centre-crop, as published but for DINO's (lowshot: whole; below 96 pixels centre-square)."""
+    patches: Literal["auto", "on", "off"] = "auto"
+    """Of methods that train on patches (cpc, jigsaw, relative-position). on: an image's features are the mean over
+    those of its patches; off: those of the whole image. auto: as the number that the recipe quotes was measured: cpc
+    on, the others off."""
     batch_size: int = 256
     """Images per forward pass."""
     workers: int = 0
     """Decoding threads; 0: decode in the main thread."""
+    loader: ReaderName = "auto"
+    """What decodes and resizes: pillow, dali (JPEGs; on a GPU there) or ffcv (.beton files); auto: ffcv for a .beton
+    file, else pillow, whose pixels are the published ones. The result says how the others differ."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     on_bad_image: OnBadImage = "error"
@@ -75,6 +85,16 @@ class ImageConfig(DecodingConfig):
     def seen(self, size: int, *, default: Preprocessing = "centre-crop") -> Preprocessing:
         """The preprocessing of images of this size; ``default``: the protocol's own."""
         return resolve_preprocessing(self.preprocessing, size, default)
+
+    def readers(self, manifests: Sequence[Manifest], size: int, seen: Preprocessing) -> list[ImageReader]:
+        """Of the images of each split. With ``ffcv`` one of them is a .beton file, and image files are read by
+        Pillow."""
+        is_packed = any(manifest.source.loader == "ffcv" for manifest in manifests)
+        loader = "auto" if self.loader == "ffcv" and is_packed else self.loader
+        return [
+            ImageReader(manifest, size, self.batch_size, self.workers, self.on_bad_image, seen, loader)
+            for manifest in manifests
+        ]
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

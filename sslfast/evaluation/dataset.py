@@ -12,7 +12,7 @@ from sslfast.data import ImageLocation, Manifest
 from sslfast.device import resolve_device
 from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import Encoder, RunEncoders, chosen_encoders, extract_all, load_run
+from sslfast.evaluation.encoders import Encoder, RunEncoders, chosen_encoders, extract_images, load_run
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.results import cache_folder, data_facts, run_facts
 from sslfast.runs import versions
@@ -27,7 +27,17 @@ class FeatureConfig(ImageConfig):
     time and memory."""
     cache: bool = True
     """Keep features in RUN/evaluation/features and read them from there; the folder may be deleted. Without it they
-    must fit into memory."""
+    must fit into memory, or go to --features-dir."""
+    features_dir: Path | None = None
+    """Folder of the features in place of RUN/evaluation/features, for example on a disk of each machine: ranks that
+    share no files exchange them, and each machine has its own copy. With --no-cache they are deleted in the end."""
+
+
+def feature_cache(run: Path | str, config: FeatureConfig) -> FeatureCache:
+    """Where the configuration keeps features."""
+    if config.features_dir is not None:
+        return FeatureCache(config.features_dir, keep=config.cache)
+    return FeatureCache(cache_folder(run) if config.cache else None)
 
 
 @dataclass(kw_only=True)
@@ -77,30 +87,23 @@ def load_evaluation_set(
     """
     device = resolve_device(config.device)
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
-    loaded = load_run(run, prefix=config.prefix) if loaded is None else loaded
+    loaded = load_run(run, prefix=config.prefix, patches=config.patches) if loaded is None else loaded
     check(manifests[0])
     wanted = encoders(chosen_encoders(loaded, config.encoders))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
-    cache = FeatureCache(cache_folder(run) if config.cache else None)
-    found = [
-        extract_all(
-            wanted,
-            manifest,
-            size=size,
-            batch_size=config.batch_size,
-            device=device,
-            workers=config.workers,
-            on_bad_image=config.on_bad_image,
-            preprocessing=seen,
-            cache=cache,
-        )
-        for manifest in manifests
-    ]
+    cache = feature_cache(run, config)
+    readers = config.readers(manifests, size, seen)
+    found = [extract_images(wanted, reader, device=device, cache=cache) for reader in readers]
     labels = [torch.from_numpy(m.labels)[f.rows] for m, f in zip(manifests, found, strict=True)]
     locations = [[m.location(row) for row in f.rows.tolist()] for m, f in zip(manifests, found, strict=True)]
     counts = [len(part.rows) for part in found]
-    facts = {**run_facts(run, loaded, size, seen), "data": data_facts(data, manifests, counts), "versions": versions()}
+    chosen = [reader.chosen for reader in readers]
+    facts = {
+        **run_facts(run, loaded, size, seen, chosen),
+        "data": data_facts(data, manifests, counts),
+        "versions": versions(),
+    }
     return EvaluationSet(
         train=found[0].values,
         train_labels=labels[0],

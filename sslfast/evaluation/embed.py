@@ -8,7 +8,7 @@ import csv
 import io
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ from sslfast.data import open_data
 from sslfast.distributed import distributed_device, together
 from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.config import ImageConfig
-from sslfast.evaluation.encoders import TRAINED, extract_all, extract_layers, load_run, trunk_encoders
-from sslfast.evaluation.extract import ImageReader
+from sslfast.evaluation.encoders import TRAINED, extract_images, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.layers import check_layers
-from sslfast.evaluation.preprocessing import describe
 from sslfast.files import OUTPUT, open_regular, replacing
 
 SUFFIXES = (".npy", ".parquet")
@@ -42,6 +40,10 @@ class EmbedConfig(ImageConfig):
     head: bool = False
     """The output of the projection head, whose vectors the loss compares (DINO: of the teacher's, before its last
     layer), in place of the trunk's features. RUN must hold one: a run, or a file such as MoCo's."""
+
+    features_dir: Path | None = None
+    """Folder for the features until they are written, in place of that of the output: on a disk of each machine, where
+    the processes of torchrun share no files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,25 +88,36 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         WriteError: a file cannot be written.
     """
     check_suffix(output)
-    scratch = output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp")
-    with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
-        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
-        together(lambda: write_embeddings(found, output), only_main=True)
+    found = _embed(run, data, config, output)
     left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
     return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
 
 
-def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
-    """Embeddings of every image, labelled or not, in memory.
+def _embed(run: Path, data: Path, config: EmbedConfig, output: Path) -> Embeddings:
+    """The values are mapped from a file that is gone, until they are let go."""
+    check_suffix(output)
+    scratch = (config.features_dir or output.parent) / f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"
+    with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
+        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
+        together(lambda: write_embeddings(found, output), only_main=True)
+    return found
+
+
+def embed_all(run: Path | str, data: Path | str, *, output: Path | str | None = None, **options: Any) -> Embeddings:
+    """Embeddings of every image, labelled or not, in memory or in a file.
 
     Args:
         run: run directory, or a file of weights.
         data: images: a folder with or without class folders, .tar files, a list, ...: whatever pretraining takes.
+        output: .npy or .parquet file to write, as ``sslfast embed`` does; memory then does not grow with the images
+            beyond their paths, and the values of a .npy file are mapped from it. None: in memory. Under torchrun every
+            process must see the file.
         options: fields of :class:`EmbedConfig`: ``layer``, ``head``, ``size``, ``batch_size``, ``workers``,
-            ``device``, ``on_bad_image``.
+            ``loader``, ``device``, ``on_bad_image``, ...
 
     Raises:
         ValueError, FileNotFoundError: the weights, the data or the settings cannot be used.
+        WriteError: the file cannot be written.
     """
     unknown = options.keys() - EmbedConfig.__dataclass_fields__.keys()
     if unknown:
@@ -112,29 +125,22 @@ def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
             f"unknown option {', '.join(sorted(unknown))}; embed takes {', '.join(EmbedConfig.__dataclass_fields__)}"
         )
     config = EmbedConfig(**options)
+    if output is not None:
+        found = _embed(Path(run), Path(data), config, Path(output))
+        return replace(read_embeddings(output), left_out=found.left_out, preprocessing=found.preprocessing)
     with distributed_device(config.device) as device:
-        return _extract(Path(run), Path(data), config, device, FeatureCache(None))
+        return _extract(Path(run), Path(data), config, device, FeatureCache(config.features_dir, keep=False))
 
 
 def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
-    loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix)
+    loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix, patches=config.patches)
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
+    (reader,) = config.readers([manifest], size, seen)
     if config.layer is None:
-        features = extract_all(
-            {TRAINED: loaded.encoders[TRAINED]},
-            manifest,
-            size=size,
-            batch_size=config.batch_size,
-            device=device,
-            workers=config.workers,
-            on_bad_image=config.on_bad_image,
-            preprocessing=seen,
-            cache=cache,
-        )
+        features = extract_images({TRAINED: loaded.encoders[TRAINED]}, reader, device=device, cache=cache)
     else:
-        reader = ImageReader(manifest, size, config.batch_size, config.workers, config.on_bad_image, seen)
         trunk = trunk_encoders(loaded, (TRAINED,))
         features = extract_layers(trunk, (config.layer,), reader, device=device, cache=cache)
     (values,) = features.values.values()
@@ -145,7 +151,7 @@ def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, c
         paths=[manifest.paths[row] for row in features.rows.tolist()],
         classes=[manifest.classes[label] if label >= 0 else None for label in labels],
         left_out=[*manifest.excluded, *features.bad_images],
-        preprocessing=describe(seen, size),
+        preprocessing=reader.describe(),
     )
 
 

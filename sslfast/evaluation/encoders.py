@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from sslfast.config import to_dict
+from sslfast.config import decode, load_json, to_dict
 from sslfast.data import Manifest, OnBadImage
 from sslfast.evaluation.cache import FeatureCache, weights_digest
 from sslfast.evaluation.extract import Features, ImageReader, extract
 from sslfast.evaluation.layers import check_layers, pooled_layers
 from sslfast.evaluation.preprocessing import Preprocessing
-from sslfast.methods import METHODS, lightness, read_head
+from sslfast.loaders import ReaderName
+from sslfast.methods import METHODS, BaseConfig, MethodConfig, PatchGrid, lightness, read_head
 from sslfast.models import build_trunk
 from sslfast.runs import RunDirectory, load_checkpoint
 from sslfast.views import IMAGENET_MEAN, IMAGENET_STD
 from sslfast.weights import read_weights
 
 TRAINED, UNTRAINED, RAW_PIXELS = "trained", "untrained", "raw pixels"
+PatchChoice = Literal["auto", "on", "off"]
 
 
 class Encoder(Protocol):
@@ -73,11 +75,47 @@ class TrunkEncoder:
         return pixels.contiguous(memory_format=self.layout)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return cast(Tensor, self.trunk(self.prepare(images))).float()
+        return self.features(self.trunk, images).float()
+
+    def features(self, trunk: nn.Module, images: Tensor) -> Tensor:
+        """``[B, D]`` of uint8 images, by this trunk or a copy of it."""
+        return cast(Tensor, trunk(self.prepare(images)))
+
+    def layers(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Pooled maps ``[B, C, g, g]`` of uint8 images, by layer."""
+        return pooled_layers(self.trunk, self.prepare(images), layers)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`Encoder`."""
         return {"encoder": type(self.trunk).__name__, "weights": weights_digest(self.trunk), **self.statistics}
+
+
+class PatchEncoder(TrunkEncoder):
+    """A trunk that sees the patches of an image, each by itself; features and pooled maps are the mean over patches."""
+
+    def __init__(self, trunk: nn.Module, patches: PatchGrid, **preprocessing: Any) -> None:
+        super().__init__(trunk, **preprocessing)
+        self.patches = patches
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Network input ``[B * P, 3, p, p]`` of uint8 images."""
+        return self.patches.cut(self.prepare(images)).flatten(0, 1).contiguous(memory_format=self.layout)
+
+    def features(self, trunk: nn.Module, images: Tensor) -> Tensor:
+        return cast(Tensor, trunk(self.cut(images))).unflatten(0, (len(images), -1)).mean(1)
+
+    def layers(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        maps = pooled_layers(self.trunk, self.cut(images), layers)
+        return {name: value.unflatten(0, (len(images), -1)).mean(1) for name, value in maps.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`Encoder`."""
+        return {**super().identity(), "patches": self.patches.identity()}
+
+
+def encoder_of(trunk: nn.Module, patches: PatchGrid | None, **preprocessing: Any) -> TrunkEncoder:
+    """Of whole images, or of patches."""
+    return TrunkEncoder(trunk, **preprocessing) if patches is None else PatchEncoder(trunk, patches, **preprocessing)
 
 
 class HeadEncoder(TrunkEncoder):
@@ -154,11 +192,38 @@ def run_head(checkpoint: Path) -> nn.Module | None:
     return read_head(state["config"], state["method"]).eval() if "config" in state and "method" in state else None
 
 
-def load_run(run: Path | str, *, head: bool = False, unit_head: bool = True, prefix: str | None = None) -> RunEncoders:
+def chosen_patches(name: str, checkpoint: Path, patches: PatchChoice) -> PatchGrid | None:
+    """The patches of a method that are evaluated; None: whole images.
+
+    Args:
+        name: of the method.
+        checkpoint: the weights; of a run, its configuration counts, else the method's default one.
+        patches: see :class:`~sslfast.evaluation.config.ImageConfig`.
+    """
+    if patches == "off" or METHODS[name].evaluation_patches is BaseConfig.evaluation_patches:
+        return None
+    card = RunDirectory(checkpoint.parent.parent).config
+    stated = (
+        (load_checkpoint(checkpoint).get("config") or load_json(card))["method"] if card.exists() else {"name": name}
+    )
+    settings: BaseConfig = decode(MethodConfig, stated, where="method")
+    found = settings.evaluation_patches()
+    return found if found is not None and (patches == "on" or found.by_default) else None
+
+
+def load_run(
+    run: Path | str,
+    *,
+    head: bool = False,
+    unit_head: bool = True,
+    prefix: str | None = None,
+    patches: PatchChoice = "auto",
+) -> RunEncoders:
     """The encoder of a run directory's newest intact checkpoint, or of any file that ``read_weights`` reads.
 
     With ``head`` the trained encoder ends with the method's projection head, whose output it divides by its norm
-    (``unit_head``). ``prefix``: see :func:`sslfast.weights.load_trunk`.
+    (``unit_head``). ``prefix``: see :func:`sslfast.weights.load_trunk`. ``patches``: whether the trunk sees whole
+    images or the method's patches, whose features are averaged.
 
     The untrained encoder is the same trunk as initialised by the same run (same seed; 0 if the file states none), in
     eval mode: its BatchNorm layers hold mean 0 and variance 1, so they are the identity.
@@ -181,17 +246,30 @@ def load_run(run: Path | str, *, head: bool = False, unit_head: bool = True, pre
         "std": weights.std,
         "colours": "rgb" if method is None else method.trunk_input,
     }
+    grid = None if name is None or head else chosen_patches(name, weights.path, patches)
+    if patches == "on" and grid is None:
+        raise ValueError(
+            f"patches on: {run} has no patches to average: its "
+            + (f"method {name} trains on whole images" if name and not head else "head, or its origin, knows none")
+            + "; leave --patches out"
+        )
     trunk = weights.build()
     encoders: dict[str, Encoder] = {
         TRAINED: HeadEncoder(trunk, run_head(weights.path) or weights.build_head(), unit=unit_head, **preprocessing)
         if head
-        else TrunkEncoder(trunk, **preprocessing),
-        UNTRAINED: TrunkEncoder(build_trunk(weights.model, seed=seed or 0), **preprocessing),
+        else encoder_of(trunk, grid, **preprocessing),
+        UNTRAINED: encoder_of(build_trunk(weights.model, seed=seed or 0), grid, **preprocessing),
         RAW_PIXELS: RawPixels(),
     }
     facts = {"recipe": known.get("recipe"), "model": to_dict(weights.model), "seed": seed}
+    if grid is not None:
+        facts["patches"] = str(grid)
     return RunEncoders(
-        encoders=encoders, size=weights.size, checkpoint=weights.path, step=known.get("step"), facts=facts
+        encoders=encoders,
+        size=weights.size if grid is None else grid.size,
+        checkpoint=weights.path,
+        step=known.get("step"),
+        facts=facts,
     )
 
 
@@ -221,6 +299,7 @@ def extract_all(
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
     preprocessing: Preprocessing = "centre-crop",
+    loader: ReaderName = "auto",
     cache: FeatureCache | None = None,
 ) -> Features:
     """Features of several encoders; every image is read once.
@@ -234,10 +313,17 @@ def extract_all(
         workers: decoding threads; 0: decode in the caller's thread.
         on_bad_image: ``error``: ValueError naming the file. ``skip``: leave it out of ``rows``.
         preprocessing: what is seen of an image.
+        loader: what decodes and resizes.
         cache: of the features; None: none.
     """
-    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image, preprocessing)
-    device = torch.device(device)
+    reader = ImageReader(manifest, size, batch_size, workers, on_bad_image, preprocessing, loader)
+    return extract_images(encoders, reader, device=torch.device(device), cache=cache)
+
+
+def extract_images(
+    encoders: Mapping[str, Encoder], reader: ImageReader, *, device: torch.device, cache: FeatureCache | None = None
+) -> Features:
+    """:func:`extract_all` of a reader."""
     moved = {name: encoder.to(device) for name, encoder in encoders.items()}
     return extract(
         lambda names, images: {name: moved[name](images) for name in names},
@@ -265,7 +351,7 @@ def extract_layers(
         for name, encoder in moved.items():
             wanted = [layer for layer in layers if f"{name}/{layer}" in names]
             if wanted:
-                pooled = pooled_layers(encoder.trunk, encoder.prepare(images), wanted)
+                pooled = encoder.layers(images, wanted)
                 found.update({f"{name}/{layer}": value for layer, value in pooled.items()})
         return found
 

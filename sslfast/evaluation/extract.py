@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,14 +22,17 @@ from sslfast.data import (
     quiet_pillow,
     require_strict_pillow,
 )
-from sslfast.distributed import gather_objects, gather_uneven, is_main, own_rows, rank, together
-from sslfast.evaluation.cache import Cached, FeatureCache, FeatureWriter, mapped, part_path, table_of
+from sslfast.distributed import broadcast_tensor, gather_objects, gather_uneven, is_main, own_rows, rank, together
+from sslfast.evaluation.cache import Cached, FeatureCache, FeatureWriter, mapped, table_of
 from sslfast.evaluation.folders import UnsuitableError
-from sslfast.evaluation.preprocessing import Preprocessing, describe, eval_image
+from sslfast.evaluation.preprocessing import LONG, Preprocessing, centre_crop, describe, eval_image, preprocess
+from sslfast.loaders import BetonImages, DaliImages, ReaderName, choose_reader
 from sslfast.text import printable
 
 _AHEAD = 2
 """Batches that threads decode while the network works on one."""
+_CHUNK_BYTES = 1 << 26
+"""Of features that ranks send at once."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +60,7 @@ class ImageReader:
     workers: int = 0
     on_bad_image: OnBadImage = "error"
     preprocessing: Preprocessing = "centre-crop"
+    loader: ReaderName = "auto"
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     patience: Patience = field(default_factory=Patience)
     """With every image."""
@@ -64,52 +69,102 @@ class ImageReader:
         for name in ("size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.manifest.source.loader is not None:
-            raise ValueError(
-                f"{self.manifest.source} is a .{self.manifest.source.name} file, which only the training of linear "
-                "classifiers by SGD and of semisup reads; give a folder or an archive of image files"
-            )
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got workers={self.workers}")
+        self.chosen = choose_reader(self.loader, self.manifest)
+        """The loader that reads the images."""
+        if self.chosen == "dali" and self.preprocessing == "centre-crop-bicubic":
+            raise ValueError("loader dali resizes by the triangular filter alone: bicubic takes --loader pillow")
         require_strict_pillow()
 
-    def __call__(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """``(rows, uint8 [B, 3, S, S])`` of the usable images among ``rows``."""
-        remaining = iter(rows)
-        reading = Reading()
+    def describe(self) -> str:
+        """What is seen of an image, and how it is decoded: see :func:`describe`."""
+        return describe(self.preprocessing, self.size, (self.chosen,))
 
-        def decode(row: int) -> Tensor | str:
-            reading(row)
-            return self._decode(row)
+    def __call__(self, rows: Sequence[int], device: torch.device | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """``(rows, uint8 [B, 3, S, S] on the device)`` (None: the CPU) of the usable images among ``rows``.
+
+        Threads decode the next batches while the caller works on one, unless ``workers`` is 0.
+        """
+        device = device or torch.device("cpu")
+        reading = Reading()
 
         def why() -> str:
             row = reading.oldest()
             last = "" if row is None else f" (last file {self.manifest.source.where(row)})"
             return f"images{last}: the storage does not answer; see that the data can be read, and evaluate again"
 
-        with quiet_pillow(), DaemonPool(max(1, self.workers), "sslfast-images") as pool:
+        def result(future: "Future[Any]") -> Any:
+            return self.patience.result(future, why)
+
+        batches = (
+            self._dali(rows, device, result, reading) if self.chosen == "dali" else self._own(rows, result, reading)
+        )
+        for some, found in batches:
+            good = [(row, image) for row, image in zip(some, found, strict=True) if isinstance(image, Tensor)]
+            self._note_bad(some, found)
+            if good:
+                yield [row for row, _ in good], torch.stack([image for _, image in good]).to(device)
+
+    def _dali(
+        self, rows: Sequence[int], device: torch.device, result: Any, reading: Reading
+    ) -> Iterator[tuple[list[int], list[Tensor | str]]]:
+        source = self.manifest.source
+        images = DaliImages(
+            source,
+            centre_crop(self.size, self.preprocessing),
+            decode=lambda data: eval_image(data, self.size, self.preprocessing, source.decoding),
+            longest=LONG,
+            batch_size=self.batch_size,
+            threads=max(1, self.workers),
+            device=device,
+            result=result,
+            reading=reading,
+        )
+        yield from images(rows)
+
+    def _own(
+        self, rows: Sequence[int], result: Any, reading: Reading
+    ) -> Iterator[tuple[list[int], list[Tensor | str]]]:
+        """Decoded in threads here, by Pillow or by FFCV's decoder, and resized by Pillow."""
+        remaining = iter(rows)
+        with ExitStack() as stack:
+            stack.enter_context(quiet_pillow())
+            decode = self._decoder(stack)
+            pool = stack.enter_context(DaemonPool(max(1, self.workers), "sslfast-images"))
+
+            def read(row: int) -> Tensor | str:
+                reading(row)
+                try:
+                    return decode(row)
+                except BadImageError as error:
+                    return error.reason
+
             ahead: deque[tuple[list[int], list[Future[Tensor | str]]]] = deque()
             while True:
                 while len(ahead) <= (_AHEAD if self.workers else 0):
                     some = list(islice(remaining, self.batch_size))
                     if not some:
                         break
-                    ahead.append((some, [pool.submit(decode, row) for row in some]))
+                    ahead.append((some, [pool.submit(read, row) for row in some]))
                 if not ahead:
                     return
                 some, futures = ahead.popleft()
-                found = [self.patience.result(future, why) for future in futures]
-                good = [(row, image) for row, image in zip(some, found, strict=True) if isinstance(image, Tensor)]
-                self._note_bad(some, found)
-                if good:
-                    yield [row for row, _ in good], torch.stack([image for _, image in good])
+                yield some, [result(future) for future in futures]
 
-    def _decode(self, row: int) -> Tensor | str:
-        try:
-            source = self.manifest.source
-            return eval_image(source.read(row), self.size, self.preprocessing, source.decoding)
-        except BadImageError as error:
-            return error.reason
+    def _decoder(self, stack: ExitStack) -> Callable[[int], Tensor]:
+        """Row -> pixels; raises BadImageError."""
+        source, size, how = self.manifest.source, self.size, self.preprocessing
+        if self.chosen == "pillow":
+            return lambda row: eval_image(source.read(row), size, how, source.decoding)
+        images = BetonImages(source)
+        stack.callback(images.beton.close)
+
+        def decode(row: int) -> Tensor:
+            pixels, _ = images.pixels(row, 1)
+            return torch.from_numpy(preprocess(pixels, size, how)).permute(2, 0, 1).contiguous()
+
+        return decode
 
     def _note_bad(self, rows: list[int], found: Sequence[Tensor | str]) -> None:
         for row, reason in zip(rows, found, strict=True):
@@ -165,7 +220,7 @@ def extract(
     images = {
         "manifest": manifest.digest(),
         "size": reader.size,
-        "preprocessing": describe(reader.preprocessing, reader.size),
+        "preprocessing": reader.describe(),
         "device": device.type,
         "decoding": asdict(manifest.source.decoding),
     }
@@ -199,10 +254,10 @@ def _read(
 
     def read() -> None:
         for name in names:
-            writers[name] = cache.writer(keys[name], part=rank())
-        for some, images in reader(own_rows(len(reader.manifest))):
+            writers[name] = cache.writer(keys[name])
+        for some, images in reader(own_rows(len(reader.manifest)), device):
             rows.extend(some)
-            for name, value in compute(names, images.to(device)).items():
+            for name, value in compute(names, images).items():
                 features = value.flatten(1).float().cpu()
                 bad = (~features.norm(dim=1).isfinite()).nonzero()[:, 0]
                 broken[name] += [some[position] for position in bad.tolist()]
@@ -235,33 +290,61 @@ def _joined(
     rows: Tensor,
     bad_images: list[tuple[str, str]],
 ) -> Tensor:
-    """The features of all ranks: one file, which every rank maps; in memory where there is none, or where ranks do not
-    see each other's files."""
+    """The features of all ranks: one file for the ranks that see each other's files, which they map; in memory where
+    there is no folder or it cannot be written."""
     writer.width = max(gather_objects(writer.width))  # 0 on a rank without a usable image
-    counts = gather_objects(writer.count)
     own = writer.values()  # mapped before the file has its name
+    counts = gather_objects(writer.count)
     path = None if key is None else cache.path(key)
-    all_written = path is not None and all(gather_objects(writer.is_on_disk))
-    if all_written and key is not None and path is not None:
-        together(lambda: None if is_main() else writer.commit())
-        together(lambda: _join(cache, writer, path, counts, table_of(key, rows, bad_images)), only_main=True)
-        if not is_main():
-            part_path(path, rank()).unlink(missing_ok=True)
-        found = _mapped_file(path, len(rows), writer.width)
-        if all(gather_objects(found is not None)) and found is not None:
-            return found
-    return gather_uneven(own)
-
-
-def _join(cache: FeatureCache, writer: FeatureWriter, path: Path, counts: list[int], table: dict[str, Any]) -> None:
-    """The first rank's file, with the rows that the other ranks wrote behind its own."""
+    if key is None or path is None or not all(gather_objects(writer.is_on_disk)):
+        return gather_uneven(own)
+    leader = _leader(writer)
+    whole = None if leader != rank() else writer if is_main() else cache.writer(key)
     try:
-        for other, count in enumerate(counts[1:], 1):
-            writer.append_file(part_path(path, other), count)
-        writer.commit(table)
-    except OSError as error:
-        writer.discard()
-        cache.note_failure(path, error)
+        failed = _collect(own, counts, whole, is_shared=not any(gather_objects(leader)))
+
+        def finish() -> None:
+            if failed is not None:
+                raise failed
+            if whole is not None:
+                whole.commit(table_of(key, rows, bad_images))
+
+        together(finish)
+    finally:
+        if whole is not None:
+            whole.discard()
+    found = _mapped_file(gather_objects(path.absolute())[leader], len(rows), writer.width)
+    is_whole = all(gather_objects(found is not None))
+    if whole is not None and not cache.keep:
+        path.unlink(missing_ok=True)  # what is mapped stays
+    return found if is_whole and found is not None else gather_uneven(own)
+
+
+def _leader(writer: FeatureWriter) -> int:
+    """The first rank whose file this rank sees: 0 on every rank of a common file system."""
+    names = gather_objects(str(writer.temporary.absolute()))
+    return next(number for number, name in enumerate(names) if number == rank() or Path(name).exists())
+
+
+def _collect(own: Tensor, counts: list[int], whole: FeatureWriter | None, *, is_shared: bool) -> Exception | None:
+    """Append the rows of all ranks, in the order of ranks, to the files ``whole``, of which the first rank's holds its
+    own rows already. At most :data:`_CHUNK_BYTES` are on the way. Returns what went wrong, so that no rank waits."""
+    failed = None
+    for owner, count in enumerate(counts):
+        if not owner and is_shared:
+            continue
+        step = max(1, _CHUNK_BYTES // (4 * own.shape[1]))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            chunk = broadcast_tensor(
+                own[first:last] if owner == rank() else own.new_empty(last - first, own.shape[1]), owner
+            )
+            if whole is not None and whole.is_on_disk and failed is None and (owner or not is_main()):
+                try:
+                    whole.append(chunk)
+                except OSError as error:
+                    failed = error
+    return failed
 
 
 def _mapped_file(path: Path, count: int, width: int) -> Tensor | None:

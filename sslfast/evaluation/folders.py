@@ -36,7 +36,9 @@ def load_manifests(
             "of images, or with .tar shards in train/ and val/"
         )
     places = {split: _place(data, split) for split in ("train", "val")}
-    train, val = (_scan(place, on_bad_image=on_bad_image).decoded(decoding) for place in places.values())
+    found = [_scan(place, on_bad_image=on_bad_image) for place in places.values()]
+    # The pixels of a .beton file are decoded already.
+    train, val = (one.decoded(decoding) if one.source.loader is None else one for one in found)
     for manifest in (train, val):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
@@ -80,19 +82,18 @@ def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:
 def _place(data: Path, split: str) -> Path:
     """Where the images of a split are: its .csv list or .tsv manifest, else its folder, another list or an archive."""
     folder = data / split
-    packed = [data / "train.beton"] if split == "train" else []  # for training: only the ffcv loader reads it
     for place in (
         data / f"{split}.csv",
         data / f"{split}.tsv",
         folder,
-        *packed,
+        data / f"{split}.beton",
         *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS),
     ):
         if place.is_file() or (place == folder and place.is_dir()):
             return place
     raise ValueError(
         f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/, or a list "
-        f"{split}.csv or an archive {split}.tar or {split}.zip in place of a folder"
+        f"{split}.csv or a file {split}.beton, {split}.tar or {split}.zip in place of a folder"
     )
 
 

@@ -255,7 +255,8 @@ def evaluate_knn(
     Args:
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
-        data: folder with train/<class>/ (the bank) and val/<class>/ (the queries).
+        data: folder with train/<class>/ (the bank) and val/<class>/ (the queries), or lists, archives or .beton files
+            of these names.
         config: settings.
         output: JSON file to write; default: RUN/evaluation/knn.json.
 
@@ -267,7 +268,7 @@ def evaluate_knn(
             run,
             data,
             config,
-            loaded=load_run(run, head=config.features == "head", prefix=config.prefix),
+            loaded=load_run(run, head=config.features == "head", prefix=config.prefix, patches=config.patches),
             check=lambda train: check_k(config.k if config.k != K else K[:1], len(train)),  # those that fit
         )
         return knn_result(evaluation, config, output=output or evaluation_folder(run) / "knn.json")
@@ -307,7 +308,11 @@ def knn_result(
         "k": list(k),
         "temperature": temperature,
         "departures": departures(
-            {"temperature": TEMPERATURE, "size": 224, "preprocessing": "centre-crop"},
+            {
+                "temperature": TEMPERATURE,
+                "size": 224,
+                "preprocessing": "centre-crop" if config.features == "head" else "centre-crop-bicubic",
+            },
             {
                 "temperature": temperature,
                 "size": evaluation.facts["size"],

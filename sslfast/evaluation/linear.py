@@ -17,14 +17,12 @@ from sslfast.distributed import distributed_device
 from sslfast.evaluation.config import check_at_least, check_positive, check_seeds
 from sslfast.evaluation.dataset import FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import TRAINED, load_run, trunk_encoders
-from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import load_manifests
 from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result
 from sslfast.evaluation.linear_sgd import FrozenMaps, judge, train_heads
 from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_folder, run_facts, write_result
 from sslfast.evaluation.sgd import GOYAL, MOCO, ResumeState, SGDProtocol, TrainingImages
 from sslfast.evaluation.table import accuracy_table, layer_table
-from sslfast.loaders import LoaderName
 from sslfast.runs import versions
 
 PROTOCOLS = {"goyal": GOYAL, "moco": MOCO}
@@ -51,9 +49,6 @@ class LinearConfig(FeatureConfig):
     """probe: of the held-out draw; else of initial weights, order and crops. Several: mean and standard deviation."""
     batch_size: int = 256
     """Images per forward pass; goyal, moco: also per step, and the learning rate scales with it."""
-    loader: LoaderName = "auto"
-    """Of augmented training images: pillow, dali, or ffcv for DATA/train.beton; auto: ffcv for such a file, or pillow.
-    Another loader's pixels differ by rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """goyal, moco: of the frozen trunk; classifiers are float32."""
     workers: int = 0
@@ -68,8 +63,6 @@ class LinearConfig(FeatureConfig):
         check_at_least(1, epochs=self.epochs)
         if self.protocol == "probe" and (self.layers or self.epochs is not None):
             raise ValueError("layers and epochs belong to --protocol goyal or moco; the probe has neither")
-        if self.protocol == "probe" and self.loader != "auto":
-            raise ValueError("loader belongs to --protocol goyal or moco; the probe sees no augmented images")
 
 
 def evaluate_linear(
@@ -86,7 +79,7 @@ def evaluate_linear(
     Args:
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
-        data: folder with train/<class>/ and val/<class>/.
+        data: folder with train/<class>/ and val/<class>/, or lists, archives or .beton files of these names.
         config: settings.
         output: JSON file to write; default: RUN/evaluation/linear.json, linear-goyal.json or linear-moco.json.
 
@@ -116,14 +109,14 @@ def _evaluate_sgd(
     if unknown:
         raise ValueError(f"layers of {protocol.name} must be some of {', '.join(protocol.layers)}, got {unknown[0]!r}")
     manifests = load_manifests(data, on_bad_image=config.on_bad_image, decoding=config.decoding(run))
-    loaded = load_run(run, prefix=config.prefix)
+    loaded = load_run(run, prefix=config.prefix, patches=config.patches)
     encoders = trunk_encoders(loaded, config.encoders or (TRAINED,))
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size)
-    reader = ImageReader(manifests[1], size, config.batch_size, config.workers, config.on_bad_image, seen)
+    _, reader = config.readers(manifests, size, seen)
     maps = FrozenMaps(encoders, layers, device=device, precision=resolve_precision(config.precision, device))
     facts = {
-        **run_facts(run, loaded, size, seen),
+        **run_facts(run, loaded, size, seen, [reader.chosen]),
         **protocol.facts(epochs, config.batch_size),
         "loader": config.loader,
         "precision": str(maps.precision).removeprefix("torch."),

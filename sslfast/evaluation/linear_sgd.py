@@ -14,7 +14,6 @@ from sslfast.data import Manifest
 from sslfast.distributed import convert_sync_batchnorm, mean_over_ranks, replicate, world_size
 from sslfast.evaluation.encoders import TrunkEncoder
 from sslfast.evaluation.extract import ImageReader
-from sslfast.evaluation.layers import pooled_layers
 from sslfast.evaluation.sgd import ResumeState, SGDProtocol, TrainingImages, check_finite, count_hits
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
@@ -72,7 +71,7 @@ class FrozenMaps:
         found = {}
         for name, encoder in self.encoders.items():
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                pooled = pooled_layers(encoder.trunk, encoder.prepare(images), self.pools)
+                pooled = encoder.layers(images, self.pools)
             found.update({f"{name}/{layer}": pooled[layer.removesuffix(PLAIN)].float() for layer in self.layers})
         return found
 

@@ -25,8 +25,15 @@ def cache_folder(run: Path | str) -> Path:
     return evaluation_folder(run) / "features"
 
 
-def run_facts(run: Path | str, loaded: RunEncoders, size: int, seen: Preprocessing | None = None) -> dict[str, Any]:
-    """The weights that a result is about (run, checkpoint, model, hash), and what was seen of an image."""
+def run_facts(
+    run: Path | str,
+    loaded: RunEncoders,
+    size: int,
+    seen: Preprocessing | None = None,
+    readers: Sequence[str] = ("pillow",),
+) -> dict[str, Any]:
+    """The weights that a result is about (run, checkpoint, model, hash), and what was seen of an image, of which
+    ``readers`` are the loaders."""
     return {
         "run": str(Path(run)),
         "checkpoint": loaded.checkpoint.name,
@@ -34,7 +41,7 @@ def run_facts(run: Path | str, loaded: RunEncoders, size: int, seen: Preprocessi
         **loaded.facts,
         "weights": loaded.encoders[TRAINED].identity()["weights"],
         "size": size,
-        **({} if seen is None else {"preprocessing": describe(seen, size)}),
+        **({} if seen is None else {"preprocessing": describe(seen, size, readers)}),
     }
 
 

@@ -24,7 +24,6 @@ from sslfast.device import resolve_precision
 from sslfast.distributed import distributed_device, mean_over_ranks, no_sync, replicate, world_size
 from sslfast.evaluation.config import ImageConfig, check_at_least, check_seeds
 from sslfast.evaluation.encoders import TRAINED, TrunkEncoder, load_run, trunk_encoders
-from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import drawn_rows, listed_rows, load_manifests
 from sslfast.evaluation.results import accuracy_row, data_facts, evaluation_folder, run_facts, write_result
 from sslfast.evaluation.sgd import (
@@ -38,7 +37,6 @@ from sslfast.evaluation.sgd import (
     count_hits,
 )
 from sslfast.evaluation.table import layer_table
-from sslfast.loaders import LoaderName
 from sslfast.models import seeded
 from sslfast.optim import set_learning_rate
 from sslfast.runs import versions
@@ -70,9 +68,6 @@ class SemisupConfig(ImageConfig):
     norm_batch: int | None = None
     """Images that BatchNorm normalises together, a divisor of each process's part of the batch; default: as published
     (pirl, vissl: 32; simclr: all of a process), and all of a process where that is no divisor."""
-    loader: LoaderName = "auto"
-    """Of augmented training images: pillow, dali, or ffcv for DATA/train.beton; auto: ffcv for such a file, or pillow.
-    Another loader's pixels differ by rounding."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Of the network."""
     workers: int = 0
@@ -97,7 +92,7 @@ class FineTuned(nn.Module):
 
     def __init__(self, encoder: TrunkEncoder, *, classes: int, seed: int) -> None:
         super().__init__()
-        self.prepare = encoder.prepare
+        self.features = encoder.features
         self.trunk = copy.deepcopy(encoder.trunk)
         width = self.trunk.out_features
         assert isinstance(width, int)
@@ -108,7 +103,7 @@ class FineTuned(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of uint8 images."""
-        return self.classifier(self.trunk(self.prepare(images)))
+        return self.classifier(self.features(self.trunk, images))
 
 
 def fine_tune(
@@ -171,7 +166,7 @@ def evaluate_semisup(
     Args:
         run: run directory, or a file of weights (a checkpoint, sslfast export, VISSL, PyContrast, MoCo), whose
             results go to FILE.evaluation in place of RUN/evaluation.
-        data: folder with train/<class>/ and val/<class>/.
+        data: folder with train/<class>/ and val/<class>/, or lists, archives or .beton files of these names.
         config: settings.
         output: JSON file to write; default: RUN/evaluation/semisup-1%.json (or the list's name).
 
@@ -185,14 +180,14 @@ def evaluate_semisup(
         protocol = published_protocol(config.protocol, len(subsets[config.seeds[0]]) / len(train))
         epochs = protocol.epochs if config.epochs is None else config.epochs
         norm_batch = norm_images(config, protocol)
-        loaded = load_run(run, prefix=config.prefix)
+        loaded = load_run(run, prefix=config.prefix, patches=config.patches)
         encoders = trunk_encoders(loaded, config.encoders)
         size = loaded.size if config.size is None else config.size
         seen = config.seen(size)
-        reader = ImageReader(val, size, config.batch_size, config.workers, config.on_bad_image, seen)
+        _, reader = config.readers((train, val), size, seen)
         precision = resolve_precision(config.precision, device)
         facts = {
-            **run_facts(run, loaded, size, seen),
+            **run_facts(run, loaded, size, seen, [reader.chosen]),
             **protocol.facts(epochs, config.batch_size),
             "norm_batch": norm_batch or config.batch_size // world_size(),
             "loader": config.loader,

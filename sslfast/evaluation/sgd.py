@@ -25,7 +25,7 @@ from sslfast.distributed import (
 from sslfast.evaluation.cache import load_whole, save_optional
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.results import departures
-from sslfast.loaders import Loader, LoaderConfig, LoaderName, build_loader
+from sslfast.loaders import Loader, LoaderConfig, ReaderName, build_loader
 from sslfast.ops import ViewParameter
 from sslfast.optim import LearningRate, OptimConfig, build_optimizer
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
@@ -178,7 +178,7 @@ class TrainingImages:
         workers: int,
         on_bad_image: OnBadImage,
         device: torch.device,
-        loader: LoaderName = "auto",
+        loader: ReaderName = "auto",
     ) -> None:
         augment = AugmentConfig(flip_probability=0.5, jitter_probability=0.0, grayscale_probability=0.0)
         self.view = ViewConfig(crop=CropConfig(size=size), augment=augment)
@@ -326,8 +326,8 @@ def count_hits(
     """Top-1 and top-5 of ``classify(images) -> {name: logits}`` on a split; the ranks share its images."""
     hits, error = Hits(), None
     try:
-        for rows, images in reader(own_rows(len(reader.manifest))):
-            hits.add(classify(images.to(device)), labels[rows].to(device))
+        for rows, images in reader(own_rows(len(reader.manifest)), device):
+            hits.add(classify(images), labels[rows].to(device))
     except ValueError as problem:
         error = str(problem)
     raise_together(error)

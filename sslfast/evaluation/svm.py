@@ -25,15 +25,13 @@ from numpy.typing import NDArray
 from sslfast.config import to_dict
 from sslfast.distributed import distributed_device, gather_objects, own_rows
 from sslfast.evaluation.average_precision import average_precision
-from sslfast.evaluation.cache import FeatureCache
 from sslfast.evaluation.config import check_at_least, check_positive
-from sslfast.evaluation.dataset import FeatureConfig
+from sslfast.evaluation.dataset import FeatureConfig, feature_cache
 from sslfast.evaluation.encoders import TRAINED, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.folders import random_order
 from sslfast.evaluation.layers import check_layers
 from sslfast.evaluation.results import (
-    cache_folder,
     departures,
     evaluation_folder,
     mean_and_spread,
@@ -264,26 +262,18 @@ def evaluate_svm(
     linear_svm(1.0)  # before any work: is scikit-learn installed?
     splits = [read_split(data, name) for name in (config.train_split, config.test_split)]
     check_splits(splits, config.shots)
-    loaded = load_run(run, prefix=config.prefix)
+    loaded = load_run(run, prefix=config.prefix, patches=config.patches)
     encoders = trunk_encoders(loaded, config.encoders)
     size = loaded.size if config.size is None else config.size
     seen = config.seen(size, default="whole")
     results: list[dict[str, Any]] = []
     with distributed_device(config.device) as device, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
-        readers = [
-            ImageReader(
-                voc_manifest(split.root, split.ids).decoded(config.decoding(run)),
-                size,
-                config.batch_size,
-                config.workers,
-                config.on_bad_image,
-                seen,
-            )
-            for split in splits
-        ]
+        decoding = config.decoding(run)
+        manifests = [voc_manifest(split.root, split.ids).decoded(decoding) for split in splits]
+        readers = config.readers(manifests, size, seen)
         layers = list(dict.fromkeys((*config.layers, *(config.shot_layers if config.shots else ()))))
-        cache = FeatureCache(cache_folder(run) if config.cache else None)
+        cache = feature_cache(run, config)
         found = [extract_layers(encoders, layers, reader, device=device, cache=cache) for reader in readers]
         labels = [split.labels[features.rows.numpy()] for split, features in zip(splits, found, strict=True)]
         for encoder in encoders:
@@ -295,7 +285,7 @@ def evaluate_svm(
             "protocol": SVM_PROTOCOL,
             "config": to_dict(config),
             "results": results,
-            **run_facts(run, loaded, size, seen),
+            **run_facts(run, loaded, size, seen, [reader.chosen for reader in readers]),
             "costs": list(config.costs),
             "folds": FOLDS,
             "difficult": config.difficult,

@@ -76,7 +76,7 @@ def load_transform(
     prefix: str | None = None,
 ) -> EvaluationTransform:
     """The transform that belongs to weights, so that ``load(path)(transform(path)(image)[None])`` are the features that
-    ``sslfast evaluate`` and ``sslfast embed`` compute.
+    ``sslfast evaluate`` and ``sslfast embed`` compute (``--patches off``, where the method trains on patches).
 
     Args:
         path: run directory, or a file of weights, as for ``sslfast.load``.
@@ -88,7 +88,7 @@ def load_transform(
     Raises:
         ValueError, FileNotFoundError: the weights cannot be read.
     """
-    loaded = load_run(path, prefix=prefix)
+    loaded = load_run(path, prefix=prefix, patches="off")
     config = ImageConfig(size=size, preprocessing=preprocessing, prefix=prefix)
     size = loaded.size if size is None else size
     encoder = loaded.encoders[TRAINED]

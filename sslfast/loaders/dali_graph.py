@@ -108,13 +108,13 @@ class DaliDecoder:
         self._device = device
         gpu = device.type == "cuda"
         index = (torch.cuda.current_device() if device.index is None else device.index) if gpu else None
-        self._pipeline = build_graph(
+        self._pipeline = self._graph(
             sizes, batch_size=batch_size, threads=threads, gpu=gpu, device_id=index, prefetch=prefetch
         )
         self._pipeline.build()
         # The first schedule_run starts as many runs as the pipeline prefetches, every later one a single run.
         for _ in range(prefetch):
-            self._feed([_probe(len(self._sizes))])
+            self._feed([self._probe()])
         self._pipeline.schedule_run()
         for _ in range(prefetch):
             self.wait()
@@ -137,6 +137,12 @@ class DaliDecoder:
         """Free the memory of the last :meth:`wait`."""
         self._pipeline.release_outputs()
 
+    def _graph(self, sizes: Sequence[int], **options: Any) -> Any:
+        return build_graph(sizes, **options)
+
+    def _probe(self) -> EncodedImage:
+        return EncodedImage(_probe(), np.tile(np.array([0, 0, 16, 16], dtype=np.int32), (len(self._sizes), 1)), 1)
+
     def _feed(self, images: Sequence[EncodedImage]) -> None:
         boxes = np.stack([image.boxes for image in images])[:, :, [1, 0, 3, 2]]  # y before x
         start, end = boxes[:, :, :2].min(axis=1), boxes[:, :, 2:].max(axis=1)
@@ -149,13 +155,78 @@ class DaliDecoder:
             self._pipeline.feed_input(name, np.ascontiguousarray(values, dtype=np.int32))
 
 
-def refused_images(images: Sequence[EncodedImage], sizes: Sequence[int], *, device: torch.device) -> dict[int, str]:
+@dataclass
+class WholeImage(EncodedImage):
+    """One image to be resized first: its one box is in pixels of the resized image."""
+
+    shape: tuple[int, int]
+    """Width and height to resize the stored image to."""
+
+
+def build_whole_graph(
+    size: int, *, batch_size: int, threads: int, gpu: bool, device_id: int | None = None, prefetch: int = 2
+) -> Any:
+    """As :func:`build_graph`, for whole images: decode, resize by the antialiased triangular filter, crop, and where
+    the crop is not ``size`` x ``size`` resize it to that.
+
+    Inputs: ``encoded``; float32 ``[2]`` (height, width) ``shape``; int32 ``[2]`` (y, x) ``start`` and ``end`` of the
+    crop. Output: one uint8 ``[3, size, size]``.
+    """
+    from nvidia import dali
+
+    fn: Any = dali.fn
+    types: Any = dali.types
+    pipeline = dali.Pipeline(
+        batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch, seed=0
+    )
+    linear = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+    with pipeline:
+        image = fn.decoders.image(
+            fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            **({"affine": False} if gpu else {}),
+        )
+        resized = fn.resize(image, size=fn.external_source(name="shape", dtype=types.FLOAT, ndim=1), **linear)
+        start, end = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "end"))
+        crop = fn.resize(fn.slice(resized, start=start, end=end, axes=[0, 1]), size=[size, size], **linear)
+        pipeline.set_outputs(fn.transpose(crop, perm=[2, 0, 1]))
+    return pipeline
+
+
+class WholeDecoder(DaliDecoder):
+    """A :class:`DaliDecoder` of :class:`WholeImage`, with one size."""
+
+    def _graph(self, sizes: Sequence[int], **options: Any) -> Any:
+        return build_whole_graph(sizes[0], **options)
+
+    def _probe(self) -> EncodedImage:
+        return WholeImage(_probe(), np.array([[0, 0, 16, 16]], dtype=np.int32), 1, (16, 16))
+
+    def _feed(self, images: Sequence[EncodedImage]) -> None:
+        self._pipeline.feed_input("encoded", [image.data for image in images])
+        shapes = [image.shape[::-1] for image in images if isinstance(image, WholeImage)]
+        boxes = np.stack([image.boxes[0] for image in images])[:, [1, 0, 3, 2]]  # y before x
+        self._pipeline.feed_input("shape", np.array(shapes, dtype=np.float32))
+        for name, part in (("start", boxes[:, :2]), ("end", boxes[:, 2:])):
+            self._pipeline.feed_input(name, np.ascontiguousarray(part, dtype=np.int32))
+
+
+def refused_images(
+    images: Sequence[EncodedImage],
+    sizes: Sequence[int],
+    *,
+    device: torch.device,
+    decoder: type[DaliDecoder] = DaliDecoder,
+) -> dict[int, str]:
     """Position and reason of every image that DALI fails on, each decoded alone. Each failure costs a new pipeline."""
     refused: dict[int, str] = {}
     alone: DaliDecoder | None = None
     for position, image in enumerate(images):
         if alone is None:
-            alone = DaliDecoder(sizes, batch_size=1, threads=1, device=device, prefetch=1)
+            alone = decoder(sizes, batch_size=1, threads=1, device=device, prefetch=1)
         try:
             alone.start([image])
             alone.wait()
@@ -173,8 +244,7 @@ def short_reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _probe(views: int) -> EncodedImage:
+def _probe() -> NDArray[np.uint8]:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
-    boxes = np.tile(np.array([0, 0, 16, 16], dtype=np.int32), (views, 1))
-    return EncodedImage(np.frombuffer(buffer.getvalue(), dtype=np.uint8), boxes, 1)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)

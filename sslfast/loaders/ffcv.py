@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslfast.data import JPG, BadImageError, Beton, BetonSource, DaemonPool, Reading, ffcv_library
+from sslfast.data import JPG, BadImageError, Beton, BetonSource, DaemonPool, ImageSource, Reading, ffcv_library
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.plan import replacement_rows
 from sslfast.views import Batch, ViewConfig, crop_boxes, crop_draws
@@ -52,15 +52,8 @@ class FFCVLoader(ImageLoader):
     """
 
     def _open(self, views: dict[str, ViewConfig]) -> None:
-        source = self._manifest.source
-        if not isinstance(source, BetonSource) or source.archive is None:
-            raise ValueError(f"the ffcv loader reads .beton files: make one with `sslfast data prepare {source}`")
-        self._decoder = _Decoder(Beton(source.archive), views, self.plan.seed)
+        self._decoder = _Decoder(self._manifest.source, views, self.plan.seed)
         weakref.finalize(self, self._decoder.beton.close)
-        if self._decoder.beton.manifest.source.identity() != source.identity():
-            self._decoder.beton.close()
-            raise ValueError(f"{source} is no longer the file that was opened before: start again")
-        self._manifest = self._decoder.beton.manifest
         self._pool = _thread_pool(max(1, self._workers))
         self._steps: deque[_Step] = deque()
 
@@ -148,17 +141,69 @@ class _Step:
     bad: list[tuple[int, str]] = field(default_factory=list)
 
 
-class _Decoder:
-    """Fills the crops of a step. Shared by all threads; each has its own buffers, which only grow."""
+class BetonImages:
+    """Whole images of a .beton file. Shared by all threads; each has its own buffers, which only grow.
 
-    def __init__(self, beton: Beton, views: Mapping[str, ViewConfig], seed: int) -> None:
-        self.beton = beton
-        self.views = dict(views)
-        self.seed = seed
+    Raises:
+        ValueError: the source is no .beton file, or its file is another one now.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        if not isinstance(source, BetonSource) or source.archive is None:
+            raise ValueError(f"the ffcv loader reads .beton files: make one with `sslfast data prepare {source}`")
+        self.source, self.beton = source, Beton(source.archive)
+        if self.beton.manifest.source.identity() != source.identity():
+            self.beton.close()
+            raise ValueError(f"{source} is no longer the file that was opened before: start again")
         self.decode = ffcv_library.load_decoder()
-        self._is_checked = np.zeros(len(beton.sizes), dtype=bool)
+        self._is_checked = np.zeros(len(self.beton.sizes), dtype=bool)
         self._own = threading.local()
         self.reading = Reading()
+
+    def pixels(self, row: int, factor: int) -> tuple[NDArray[np.uint8], int]:
+        """The image ``[H, W, 3]`` at 1 / factor, valid until the thread's next call, and the factor that was applied (1
+        for raw pixels). Raises BadImageError."""
+        self.reading(row)
+        sample = int(self.source.sample(np.array([row]))[0])
+        width, height = (int(side) for side in self.beton.shapes[sample])
+        size = int(self.beton.sizes[sample])
+        is_jpg = self.beton.modes[sample] == JPG
+        data = self._buffer("data", size)
+        if not is_jpg and size != height * width * 3:
+            raise BadImageError(f"damaged: {size} bytes for {width} x {height} pixels")
+        try:
+            got = os.preadv(self.beton.descriptor, [data.data[:size]], int(self.beton.offsets[sample]))
+        except OSError as error:
+            raise BadImageError(f"unreadable: {error.strerror or error}") from None
+        if got != size:
+            raise BadImageError("the file was cut short while it was in use")
+        if not self._is_checked[sample]:
+            if zlib.crc32(data.data[:size]) != self.beton.sums[sample]:
+                raise BadImageError("damaged: wrong checksum")
+            self._is_checked[sample] = True
+        if not is_jpg:
+            return data[:size].reshape(height, width, 3), 1
+        small_height, small_width = -(-height // factor), -(-width // factor)
+        pixels = self._buffer("pixels", small_height * small_width * 3)
+        if self.decode(_address(data), size, height, width, _address(pixels), factor):
+            raise BadImageError("damaged: the JPEG decoder complains")
+        return pixels[: small_height * small_width * 3].reshape(small_height, small_width, 3), factor
+
+    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        buffer: NDArray[np.uint8] | None = getattr(self._own, name, None)
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(max(size, 1 << 20), dtype=np.uint8)
+            setattr(self._own, name, buffer)
+        return buffer
+
+
+class _Decoder(BetonImages):
+    """Fills the crops of a step."""
+
+    def __init__(self, source: ImageSource, views: Mapping[str, ViewConfig], seed: int) -> None:
+        super().__init__(source)
+        self.views = dict(views)
+        self.seed = seed
 
     def plan(self, step: _Step, pool: DaemonPool, pinned: bool) -> "list[Future[None]]":
         """Draw the boxes, allocate the buffers, and submit the slots to the pool."""
@@ -175,7 +220,7 @@ class _Decoder:
 
     def boxes(self, epoch: int, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[B, views, 4]``."""
-        shapes = self.beton.shapes[sample_ids]
+        shapes = self.beton.shapes[self.source.sample(sample_ids)]
         drawn = torch.from_numpy(np.ascontiguousarray(sample_ids))
         boxes = [
             crop_boxes(crop_draws(drawn, seed=self.seed, epoch=epoch, position=position), shapes, view.crop)
@@ -197,7 +242,7 @@ class _Decoder:
         boxes = step.boxes[slot].tolist()
         sizes = [view.crop.size for view in self.views.values()]
         room = min(min(b[2] - b[0], b[3] - b[1]) / size for b, size in zip(boxes, sizes, strict=True))
-        pixels, factor = self._pixels(int(step.sample_ids[slot]), next((f for f in (8, 4, 2) if room >= f), 1))
+        pixels, factor = self.pixels(int(step.sample_ids[slot]), next((f for f in (8, 4, 2) if room >= f), 1))
         for out, (left, top, right, bottom), size in zip(step.crops.values(), boxes, sizes, strict=True):
             part = pixels[top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
             if part.shape[:2] != (size, size):
@@ -206,40 +251,6 @@ class _Decoder:
                 resized = F.interpolate(packed, size=(size, size), mode="bilinear", antialias=True)
                 part = resized[0].permute(1, 2, 0).numpy()
             np.copyto(out[slot].numpy(), part.transpose(2, 0, 1))
-
-    def _pixels(self, row: int, factor: int) -> tuple[NDArray[np.uint8], int]:
-        """The image at 1 / factor in a buffer of this thread, and the factor that was applied (1 for raw pixels)."""
-        self.reading(row)
-        width, height = (int(side) for side in self.beton.shapes[row])
-        size = int(self.beton.sizes[row])
-        is_jpg = self.beton.modes[row] == JPG
-        data = self._buffer("data", size)
-        if not is_jpg and size != height * width * 3:
-            raise BadImageError(f"damaged: {size} bytes for {width} x {height} pixels")
-        try:
-            got = os.preadv(self.beton.descriptor, [data.data[:size]], int(self.beton.offsets[row]))
-        except OSError as error:
-            raise BadImageError(f"unreadable: {error.strerror or error}") from None
-        if got != size:
-            raise BadImageError("the file was cut short while it was in use")
-        if not self._is_checked[row]:
-            if zlib.crc32(data.data[:size]) != self.beton.sums[row]:
-                raise BadImageError("damaged: wrong checksum")
-            self._is_checked[row] = True
-        if not is_jpg:
-            return data[:size].reshape(height, width, 3), 1
-        small_height, small_width = -(-height // factor), -(-width // factor)
-        pixels = self._buffer("pixels", small_height * small_width * 3)
-        if self.decode(_address(data), size, height, width, _address(pixels), factor):
-            raise BadImageError("damaged: the JPEG decoder complains")
-        return pixels[: small_height * small_width * 3].reshape(small_height, small_width, 3), factor
-
-    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
-        buffer: NDArray[np.uint8] | None = getattr(self._own, name, None)
-        if buffer is None or len(buffer) < size:
-            buffer = np.empty(max(size, 1 << 20), dtype=np.uint8)
-            setattr(self._own, name, buffer)
-        return buffer
 
 
 def _address(buffer: NDArray[np.uint8]) -> int:

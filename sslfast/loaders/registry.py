@@ -32,6 +32,8 @@ LOADERS = {
 module also has ``status() -> (usable, what it runs on or why it cannot, remedy)``."""
 
 LoaderName = Literal["auto", "pillow", "dali", "ffcv", "synthetic"]
+ReaderName = Literal["auto", "pillow", "dali", "ffcv"]
+"""Loaders that read images: for evaluations."""
 
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 """Import name -> name on PyPI, where they differ."""
@@ -149,11 +151,7 @@ def build_loader(
     name: str = config.name
     if name == "auto":
         name, _ = choose_loader(manifest, device)
-    if name not in LOADERS:
-        raise ValueError(f"loader must be one of auto, {', '.join(LOADERS)}, got {config.name!r}")
-    usable, reason, remedy = _status(name)
-    if not usable:
-        raise ValueError(f"loader {name!r} cannot be used: {reason}; {remedy}")
+    _check_usable(name)
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": seed,
@@ -175,11 +173,7 @@ def build_loader(
     if manifest is None:
         raise ValueError(f"loader {name!r} reads images: name a folder, or use --loader.name synthetic")
     manifest = config.decode(manifest)
-    source = manifest.source
-    if source.loader not in (None, name):
-        raise ValueError(
-            f"loader {name!r} reads files and {source} is a .{source.name} file: use --loader.name {source.loader}"
-        )
+    check_readable(name, manifest, option="--loader.name")
     loader: type[ImageLoader] = getattr(_module(name), LOADERS[name])
     return loader(
         manifest,
@@ -190,6 +184,38 @@ def build_loader(
         timeout=config.timeout,
         **common,
     )
+
+
+def choose_reader(name: ReaderName, manifest: "Manifest") -> str:
+    """The loader that reads whole images of this data, as ``--loader`` of an evaluation says; auto: see
+    :func:`choose_loader`.
+
+    Raises:
+        ValueError: it cannot be used here, or cannot read this data.
+    """
+    found = choose_loader(manifest, "cpu")[0] if name == "auto" else name
+    _check_usable(found)
+    check_readable(found, manifest, option="--loader")
+    return found
+
+
+def check_readable(name: str, manifest: "Manifest", *, option: str) -> None:
+    """ValueError where the loader ``name`` cannot read the data; ``option`` chooses another one."""
+    source = manifest.source
+    if source.loader not in (None, name):
+        raise ValueError(
+            f"loader {name!r} reads files and {source} is a .{source.name} file: use {option} {source.loader}"
+        )
+    if source.loader is None and name not in loaders_for(manifest):
+        raise ValueError(f"the {name} loader reads .beton files: make one with `sslfast data prepare {source}`")
+
+
+def _check_usable(name: str) -> None:
+    if name not in LOADERS:
+        raise ValueError(f"loader must be one of auto, {', '.join(LOADERS)}, got {name!r}")
+    usable, reason, remedy = _status(name)
+    if not usable:
+        raise ValueError(f"loader {name!r} cannot be used: {reason}; {remedy}")
 
 
 def choose_loader(manifest: "Manifest | None", device: torch.device | str) -> tuple[str, str]:

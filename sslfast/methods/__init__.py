@@ -22,6 +22,7 @@ from sslfast.methods.registry import METHODS, MethodConfig, register_method
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
 from sslfast.methods.sela import SeLa
+from sslfast.methods.shared.grid import PatchGrid
 from sslfast.methods.shared.patches import jigsaw_view
 from sslfast.methods.shared.reconstruction import clean_view
 from sslfast.methods.simclr import SimCLR
@@ -48,6 +49,7 @@ __all__ = [
     "MethodConfig",
     "MethodContext",
     "MoCo",
+    "PatchGrid",
     "RelativePosition",
     "Rotation",
     "SeLa",

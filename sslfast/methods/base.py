@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sslfast.methods.shared.grid import PatchGrid
 from sslfast.models import Trunk, TrunkConfig
 from sslfast.optim import ParameterOptions
 from sslfast.views import View, ViewConfig
@@ -203,6 +204,11 @@ class BaseConfig:
         """Sides in pixels of what the trunk sees of each view."""
         views = {**self.views(), **self.feature_views()}
         return {name: v.crop.size if v.jigsaw is None else v.jigsaw.patch_size for name, v in views.items()}
+
+    def evaluation_patches(self) -> PatchGrid | None:
+        """The patches whose averaged features stand for an image where evaluations ask for them; None: the method
+        trains on whole images."""
+        return None
 
     def feature_views(self) -> dict[str, ViewConfig]:
         """The views that :meth:`Method.store_features` gets; empty for a method without a feature pass."""

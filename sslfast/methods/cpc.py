@@ -27,6 +27,7 @@ from torch.nn.functional import layer_norm
 from sslfast.distributed import gather_rows_with_gradient, rank
 from sslfast.methods.base import BaseConfig, BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
+from sslfast.methods.shared.grid import PatchGrid
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.models import ResNetConfig, RowContext, build_trunk, info_nce, seeded
 from sslfast.views import AugmentConfig, CropConfig, View, ViewConfig
@@ -82,6 +83,16 @@ class CPC(Method):
         def trunk_sizes(self) -> dict[str, int]:
             """The patches."""
             return {"patches": self.patch_size}
+
+        def evaluation_patches(self) -> PatchGrid:
+            """Those of the training, whose vectors are averaged."""
+            return PatchGrid(
+                patch_size=self.patch_size,
+                stride=self.patch_stride,
+                size=self.image_view.crop.size,
+                source="van den Oord et al. 2018",
+                by_default=True,
+            )
 
         def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
             """What the contexts of the first grid rows see, and the patches that they predict."""

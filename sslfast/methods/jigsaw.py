@@ -18,8 +18,10 @@ from torch.nn.functional import cross_entropy
 
 from sslfast.methods.base import Method, MethodContext
 from sslfast.methods.registry import register_method
+from sslfast.methods.shared.grid import PatchGrid
 from sslfast.methods.shared.patches import (
     PatchConfig,
+    adjacent_patches,
     augment_crop,
     gather_patches,
     jigsaw_view,
@@ -81,6 +83,10 @@ class Jigsaw(Method):
             patches = gather_patches(view.pixels, slots_of_cells(view).gather(1, shown))
             pictures = mosaic(space.to_rgb(patches), jigsaw.grid)
             return {f"which of {self.num_permutations} orders?": pictures}
+
+        def evaluation_patches(self) -> PatchGrid | None:
+            """Adjacent patches of the training's size."""
+            return adjacent_patches(self.jigsaw_view, normalise_patches if self.normalise_patches else None)
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""

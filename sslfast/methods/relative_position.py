@@ -7,7 +7,8 @@ Beyer, CVPR 2019). Against shortcuts, as in the paper: a gap between patches and
 (the view's ``patch_size`` and ``max_offset``), and colour dropping, against chromatic aberration: one drawn channel of
 each patch is kept and the others become noise. Of the authors' code (cdoersch/deepcontext, ``train.py``) there are also
 ``standardise`` and ``downsample_probability``, of mmselfsup (``necks/relative_loc_neck.py``) ``dropout``. A trunk that
-has seen one channel at a time is evaluated on RGB like every other: its BatchNorm statistics are not those of images.
+has seen one channel at a time is evaluated on RGB like every other, on whole images or averaged patches: its BatchNorm
+statistics are of neither.
 """
 
 import math
@@ -21,9 +22,11 @@ from torch.nn.functional import cross_entropy, relu
 
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
+from sslfast.methods.shared.grid import PatchGrid
 from sslfast.methods.shared.patches import (
     CROP_WORDS,
     PatchConfig,
+    adjacent_patches,
     augment_crop,
     gather_patches,
     jigsaw_view,
@@ -118,6 +121,11 @@ def standardise(patches: Tensor, channel: Tensor | None) -> Tensor:
     return (pixels / scale).to(patches.dtype)
 
 
+def standardised(patches: Tensor) -> Tensor:
+    """:func:`standardise` of patches whose colours are kept."""
+    return standardise(patches, None)
+
+
 def drop_colours(patches: Tensor, channel: Tensor, noise: Tensor) -> Tensor:
     """``[B, P, 3, p, p]`` with ``channel`` ``[B, P]`` of each patch kept, the others noise."""
     kept = torch.arange(3, device=patches.device) == channel[..., None]  # [B, P, 3]
@@ -197,6 +205,10 @@ class RelativePosition(Method):
                     "method.patch_view.rotation must be False: rotation changes the relative positions, got True"
                 )
             self.check_at_least(1, "hidden_features")
+
+        def evaluation_patches(self) -> PatchGrid | None:
+            """Adjacent patches of the training's size, in colour."""
+            return adjacent_patches(self.patch_view, standardised if self.standardise else None)
 
         def resampled(
             self, pixels: Tensor, sample_ids: Tensor, matrices: Tensor, *, seed: int, step: int | Tensor

@@ -114,7 +114,7 @@ def report(
 def _of_images(run: Run, data: Path, config: ReportConfig, notes: list[str]) -> Iterator[tuple[str, str]]:
     """Heading and HTML of what an encoder makes of labelled images. What cannot be made is left out, with a note."""
     try:
-        loaded = load_run(run.path)
+        loaded = load_run(run.path, patches=config.patches)
     except (ValueError, FileNotFoundError) as error:
         return notes.append(f"{_reason(error)}: what needs an encoder is left out")
     try:

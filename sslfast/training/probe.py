@@ -10,7 +10,7 @@ import torch
 from sslfast.evaluation import (
     TRAINED,
     FeatureCache,
-    TrunkEncoder,
+    encoder_of,
     extract_all,
     load_manifests,
     probe_scores,
@@ -88,8 +88,10 @@ class OnlineProbe:
 
     def _measure(self, cache: FeatureCache) -> dict[str, float]:
         view, workers = self._config.method.image_view, self._config.loader.workers
-        encoder = TrunkEncoder(
+        patches = self._config.method.evaluation_patches()
+        encoder = encoder_of(
             copy.deepcopy(getattr(self._method, "teacher_trunk", self._method.trunk)),  # DINO's is the better one
+            patches if patches is not None and patches.by_default else None,
             mean=view.augment.mean,
             std=view.augment.std,
             colours=self._config.method.trunk_input,

@@ -2,7 +2,7 @@
 network input. Imports ``sslfast.ops``."""
 
 from sslfast.views.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
-from sslfast.views.crops import crop_boxes, crop_draws
+from sslfast.views.crops import CentreCrop, crop_boxes, crop_draws
 from sslfast.views.parameters import draw_view
 from sslfast.views.stage import ViewStage
 from sslfast.views.types import (
@@ -21,6 +21,7 @@ __all__ = [
     "MAX_VIEWS",
     "AugmentConfig",
     "Batch",
+    "CentreCrop",
     "CropConfig",
     "JigsawConfig",
     "View",

@@ -1,4 +1,6 @@
-"""Random resized crops: boxes as a pure function of (seed, epoch, sample, view)."""
+"""Random resized crops: boxes as a pure function of (seed, epoch, sample, view). And the centre crop of evaluations."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +10,28 @@ from sslfast.ops.philox import Stream, random_uniform
 from sslfast.views.types import CropConfig
 
 ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentreCrop:
+    """The resize and the crop of evaluations, in pixels of the resized image: torchvision's ``Resize(shorter)`` and
+    ``CenterCrop(size)``, or with ``whole`` all of the image."""
+
+    size: int
+    """Side of the result in pixels."""
+    shorter: int
+    """What the shorter side is resized to; the longer one to ``int(shorter * longer side / shorter side)``."""
+    whole: bool = False
+    """The resized image, squeezed to a square by a second resize, in place of its centre."""
+
+    def plan(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+        """Width and height to resize an upright image to, and left, top, right, bottom of what is then seen."""
+        longer = int(self.shorter * max(width, height) / min(width, height))
+        shape = (self.shorter, longer) if width <= height else (longer, self.shorter)
+        if self.whole:
+            return shape, (0, 0, *shape)
+        left, top = (round((edge - self.size) / 2.0) for edge in shape)  # to even, as torchvision's
+        return shape, (left, top, left + self.size, top + self.size)
 
 
 def crop_draws(sample_ids: Tensor, *, seed: int, epoch: int, position: int) -> NDArray[np.float64]:

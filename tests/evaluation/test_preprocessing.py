@@ -33,6 +33,15 @@ def test_centre_crop_is_torchvision_s(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_the_bicubic_crop_is_that_of_dino_s_knn(size: tuple[int, int]) -> None:
+    pixels = picture(*size)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    published = transforms.Compose([transforms.Resize(256, interpolation=bicubic), transforms.CenterCrop(224)])
+    assert np.array_equal(preprocess(pixels, 224, "centre-crop-bicubic"), np.array(published(Image.fromarray(pixels))))
+    assert "Pillow bicubic" in describe("centre-crop-bicubic", 224)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_whole_is_that_of_vissl_s_voc07_svm(size: tuple[int, int]) -> None:
     pixels = picture(*size)
     published = transforms.Compose([transforms.Resize(256), transforms.Resize([224, 224])])
@@ -93,5 +102,8 @@ def test_features_of_another_preprocessing_are_never_read(tmp_path: Path) -> Non
     assert second[2] == 2 * first[2]
     assert evaluate("whole") == second
     assert (first[0], second[0]) == (describe("centre-crop", 24), describe("whole", 24))
-    assert first[1] == ["size: 24, published 224"]
-    assert second[1] == ["size: 24, published 224", "preprocessing: whole, published centre-crop"]
+    assert first[1] == ["size: 24, published 224", "preprocessing: centre-crop, published centre-crop-bicubic"]
+    assert second[1] == ["size: 24, published 224", "preprocessing: whole, published centre-crop-bicubic"]
+    assert evaluate("centre-crop-bicubic")[1] == ["size: 24, published 224"]
+    with pytest.raises(ValueError, match=r"dali resizes by the triangular filter alone: bicubic takes --loader pillow"):
+        ImageReader(Manifest.scan(data / "val"), 24, preprocessing="centre-crop-bicubic", loader="dali")

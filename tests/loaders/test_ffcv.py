@@ -396,6 +396,6 @@ def test_boxes_are_those_of_the_sampling_rule(manifest: Manifest) -> None:
     for slot, row in enumerate(batch.sample_ids.tolist()):
         left, top, right, bottom = boxes[slot].tolist()
         if (right - left, bottom - top) == (40, 40):
-            pixels, _ = data._decoder._pixels(row, 1)
+            pixels, _ = data._decoder.pixels(row, 1)
             shown = batch.crops["whole"][slot].permute(1, 2, 0).numpy()
             assert np.array_equal(shown, pixels[top:bottom, left:right])

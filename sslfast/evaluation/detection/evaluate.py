@@ -140,7 +140,7 @@ def evaluate_detection(
     path = output or evaluation_folder(run) / "detect.json"
     protocol = PROTOCOLS[config.protocol]
     with distributed_device(config.device) as device:
-        loaded = load_run(run, prefix=config.prefix)
+        loaded = load_run(run, prefix=config.prefix, patches="off")
         check_trunk(read_trunk_config(loaded.facts["model"]))
         encoders = trunk_encoders(loaded, config.encoders)
         train, test = load_splits(data, train_split=config.train_split, test_split=config.test_split)

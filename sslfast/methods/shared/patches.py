@@ -1,6 +1,7 @@
 """Views of jigsaw patches, patches in other orders and changes of the whole crop, for the methods that use them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from sslfast.methods.base import BaseConfig
+from sslfast.methods.shared.grid import PatchGrid
 from sslfast.methods.shared.reconstruction import PixelSpace
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.views import AugmentConfig, CropConfig, JigsawConfig, View, ViewConfig
@@ -48,6 +50,20 @@ def jigsaw_view(
         crop=CropConfig(size=size, scale=(0.6, 1.0), ratio=ratio),
         jigsaw=JigsawConfig(grid=3, patch_size=patch_size, max_offset=max_offset),
         augment=augment or AugmentConfig(),
+    )
+
+
+def adjacent_patches(view: ViewConfig, normalise: Callable[[Tensor], Tensor] | None) -> PatchGrid | None:
+    """The grid of a jigsaw view without gaps: Kolesnikov et al. average the features of 3 x 3 patches of 64 pixels, the
+    centre 192 of an image."""
+    if view.jigsaw is None:
+        return None
+    return PatchGrid(
+        patch_size=view.jigsaw.patch_size,
+        cells=view.jigsaw.grid,
+        size=view.jigsaw.grid * view.jigsaw.patch_size,
+        normalise=normalise,
+        source="Kolesnikov et al., CVPR 2019 (who crop 192 of 224 and standardise every patch)",
     )
 
 
