@@ -317,7 +317,7 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
     samples = deep_samples(image, stripped, low_bytes=low_bytes)
     if samples is None:
         image.load()
-        array = stored = np.asarray(_plain(image))
+        array = stored = np.asarray(plain_pixels(image))
         if is_deep_colour(image, stripped):
             opened.peak, opened.white = int(array.max()) * 256 + 255, FULL
         elif key is not None and stripped.bits < 8:  # Pillow scales the levels
@@ -338,7 +338,7 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
     return array
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def plain_pixels(image: Image.Image) -> Image.Image:
     """Loaded pixels of 8 bits in mode ``RGB`` or ``L``."""
     mode = image.mode
     if mode == "La":

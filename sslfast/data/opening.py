@@ -1,10 +1,12 @@
 """What a DATA argument names: opened for a new run, or again for a resumed one."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sslfast.data.images import OnBadImage
 from sslfast.data.manifest import Manifest, some_paths
-from sslfast.data.source import is_file, source_of
+from sslfast.data.source import as_data, is_file, source_of
 
 _MANIFEST = ".tsv"
 _KINDS = {
@@ -14,25 +16,29 @@ _KINDS = {
     "tar": "tar files",
     "parquet": "Parquet files",
     "folder": "a folder of images",
+    "torch": "a torch.utils.data.Dataset",
 }
-_IN_FOLDERS = {("folder", "tar"), ("folder", "parquet")}
+_INSIDE = {("folder", "tar"), ("folder", "parquet")}
+"""Kind that DATA is of -> kind of what is in it."""
 
 
-def open_data(path: Path, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> Manifest:
+def open_data(data: Any, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> Manifest:
     """The rows of a data set for a new run; ValueError where it cannot be used as it is.
 
     Args:
-        path: an image source (see ``sslfast.data.source``), or a manifest file (.tsv), which is checked first.
+        data: the path, URL or object of an image source (see ``sslfast.data.source``), a list of several, or a manifest
+            file (.tsv), which is checked first.
         on_bad_image: ``error``: images known to be bad are a ValueError that names them; ``skip``: they are left out.
         progress: show progress bars on the terminal.
     """
-    if not is_manifest(path):
-        return Manifest.scan(path, on_bad_image=on_bad_image, progress=progress)
-    manifest = _verified(path)
+    data = as_data(data)
+    if not is_manifest(data):
+        return Manifest.scan(data, on_bad_image=on_bad_image, progress=progress)
+    manifest = _verified(data)
     manifest.check()
     if manifest.excluded and on_bad_image == "error":
         raise ValueError(
-            f"{len(manifest.excluded)} images of {path} cannot be used: {some_paths(manifest.excluded)}; repair or "
+            f"{len(manifest.excluded)} images of {data} cannot be used: {some_paths(manifest.excluded)}; repair or "
             "remove the files and verify again, or pass --on-bad-image skip"
         )
     return manifest
@@ -42,9 +48,9 @@ def _verified(path: Path) -> Manifest:
     return Manifest.load(path, remedy="verify the data again (`sslfast data verify`)")
 
 
-def is_manifest(path: Path) -> bool:
+def is_manifest(path: Any) -> bool:
     """Whether a .tsv file is a manifest, be it missing or damaged; other tables are lists of images."""
-    if not is_file(path, _MANIFEST):
+    if not isinstance(path, Path) or not is_file(path, _MANIFEST):
         return False
     try:
         with path.open("rb") as file:
@@ -54,25 +60,27 @@ def is_manifest(path: Path) -> bool:
     return b"\t" not in head.partition(b"\n")[0] or head.startswith(b"# sslfast")
 
 
-def reopen_data(path: Path, known: Path, *, on_bad_image: OnBadImage = "error") -> Manifest:
+def reopen_data(data: Any, known: Path, *, on_bad_image: OnBadImage = "error") -> Manifest:
     """The rows of a resumed run: those of its manifest file ``known``.
 
     ValueError where the data has changed, or is another data set. With ``skip``, files that cannot be read any more are
     bad images, as they are while a run goes on.
     """
+    path = as_data(data)
     if not is_manifest(path) and source_of(path).loader is None:
-        run = Manifest.load(known, root=path)
+        run = Manifest.load(known)
         if run.source.loader is not None:
             raise ValueError(
                 f"the run that {known} belongs to started with a .{run.source.name} file: give that one, not {path}"
             )
         kind = source_of(path).name
-        if kind != run.source.name and (kind, run.source.name) not in _IN_FOLDERS:
+        if kind != run.source.name and (kind, run.source.name) not in _INSIDE:
             raise ValueError(
                 f"the run that {known} belongs to started with {_KINDS.get(run.source.name, run.source.name)}, and "
-                f"{path} is another kind of data: give the data that the run started with, or choose another output "
-                "directory"
+                f"{_shown(path)} is another kind of data: give the data that the run started with, or choose another "
+                "output directory"
             )
+        run = replace(run, source=run.source.bind(path))
         run.check(on_bad_image=on_bad_image)
         return run
     if is_manifest(path):
@@ -100,3 +108,8 @@ def parse_data(text: str) -> Path | int:
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"synthetic:N needs a number of images of at least 1, got {text!r}")
     return int(number)
+
+
+def _shown(data: Any) -> str:
+    """A DATA argument, for messages."""
+    return str(data) if isinstance(data, str | Path) else f"{type(data).__module__}.{type(data).__qualname__}"

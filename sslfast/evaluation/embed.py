@@ -94,12 +94,13 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
     return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
 
 
-def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
+def embed_all(run: Path | str, data: Any, **options: Any) -> Embeddings:
     """Embeddings of every image, labelled or not, in memory.
 
     Args:
         run: run directory, or a file of weights.
-        data: images: a folder with or without class folders, .tar files, a list, ...: whatever pretraining takes.
+        data: images: a folder with or without class folders, .tar files, a list, a dataset, ...: whatever pretraining
+            takes.
         options: fields of :class:`EmbedConfig`: ``layer``, ``head``, ``size``, ``batch_size``, ``workers``,
             ``device``, ``on_bad_image``.
 
@@ -113,10 +114,10 @@ def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
         )
     config = EmbedConfig(**options)
     with distributed_device(config.device) as device:
-        return _extract(Path(run), Path(data), config, device, FeatureCache(None))
+        return _extract(Path(run), data, config, device, FeatureCache(None))
 
 
-def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
+def _extract(run: Path, data: Any, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
     loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix)
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size

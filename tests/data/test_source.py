@@ -4,11 +4,12 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 import sslfast.data.source as source_module
 from sslfast.data.images import OnBadImage, open_image
@@ -103,6 +104,17 @@ def test_a_manifest_of_an_unknown_source_is_an_error(
         Manifest.load(tmp_path / "m.tsv")
 
 
+class Items(Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.items[row]
+
+
 @pytest.fixture
 def manifests(tmp_path: Path) -> list[Manifest]:
     """One of every source."""
@@ -116,7 +128,8 @@ def manifests(tmp_path: Path) -> list[Manifest]:
     lists = (folder / "list.csv", folder / "list.txt")
     tables = write_tables(tmp_path / "tables", rows=12)
     shards = write_shards(tmp_path / "shards")
-    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", shards, tables, folder)
+    items = [picture(key=key) for key in range(11)]
+    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", shards, tables, Items(items), folder)
     return [open_data(place) for place in places]
 
 
