@@ -106,7 +106,7 @@ def look_at_batch(file: str, batch: Any, columns: Columns) -> Iterator[tuple[Fou
     buffers = (value.as_buffer() for chunk in chunks for value in chunk)
     for buffer, name, label in zip(buffers, names, labels, strict=True):
         value = None if buffer is None else memoryview(buffer)
-        yield _look(value, name, _label(file, label, columns)), buffer
+        yield _look(value, name, read_label(file, label, columns)), buffer
 
 
 def _look(value: memoryview | None, name: str, label: str | None) -> Found:
@@ -126,7 +126,7 @@ def _look(value: memoryview | None, name: str, label: str | None) -> Found:
     return Found(name, 0 if value is None else len(value), content_hash(head), label, reason)
 
 
-def _label(file: str, value: Any, columns: Columns) -> str | None:
+def read_label(file: str, value: Any, columns: Columns) -> str | None:
     """The class of a row. Of a ``ClassLabel`` -1 stands for none, as in the Hub's test sets."""
     if value is None or (columns.names and value == -1):
         return None

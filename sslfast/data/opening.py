@@ -16,6 +16,8 @@ _KINDS = {
     "tar": "tar files",
     "parquet": "Parquet files",
     "folder": "a folder of images",
+    "arrow": "Arrow files",
+    "hub": "a datasets.Dataset",
     "torch": "a torch.utils.data.Dataset",
 }
 _INSIDE = {("folder", "tar"), ("folder", "parquet")}

@@ -29,6 +29,8 @@ SOURCES = (
     "zipped:ZipSource",
     "tar:TarSource",
     "parquet:ParquetSource",
+    "arrow:ArrowSource",
+    "hub_dataset:HubDatasetSource",
     "torch_dataset:TorchDatasetSource",
     "folder:FolderSource",
 )
@@ -37,8 +39,9 @@ SOURCES = (
 HASHED_BYTES = 16384
 
 DATA_FORMS = (
-    "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip file, a list of image files "
-    "(.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast data verify` (.tsv), or a .beton file"
+    "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet, .arrow or .zip file, a folder of "
+    "datasets' save_to_disk, a list of image files (.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast "
+    "data verify` (.tsv), or a .beton file"
 )
 """For error texts: every form."""
 DATA_OBJECTS = (

@@ -65,7 +65,7 @@ class TorchDatasetSource(ImageSource):
         paths = [f"{row:09d}" for row in range(count)]
         rows = np.arange(count, dtype=np.int64)
         source = cls(root=Path(kind).absolute(), paths=paths, kind=kind, dataset=path, rows=rows)
-        labels = _stated_labels(path) or [None] * count
+        labels = source.stated_labels() or [None] * count
         if len(labels) != count:
             raise SourceError(f"{source} has {len(labels)} targets: give both the same length")
         probed = dict(source.probed())
@@ -78,7 +78,7 @@ class TorchDatasetSource(ImageSource):
     def probed(self) -> Iterator[tuple[int, tuple[int, str]]]:
         """Row, and size and hash of the image, of up to 16 rows; SourceError where an item differs at each call. An
         item that cannot be used has neither."""
-        for row in np.unique(np.linspace(0, len(self) - 1, _PROBED).round()).astype(int) if len(self) else ():
+        for row in _spread(range(len(self))):
             try:
                 data = self.read(row)
                 again = self.read(row)
@@ -89,7 +89,7 @@ class TorchDatasetSource(ImageSource):
                     f"item {row} of {self} is another image at each call (a random transform?): sslfast draws the "
                     "views itself; give the dataset without transform (transform=None)"
                 )
-            yield int(row), (len(data), content_hash(data[:HASHED_BYTES]))
+            yield row, (len(data), content_hash(data[:HASHED_BYTES]))
 
     def read(self, row: int) -> bytes:
         """An image file of the item (:func:`~sslfast.data.pixels_file.image_file`). What ``__getitem__`` raises makes
@@ -101,18 +101,26 @@ class TorchDatasetSource(ImageSource):
             raise SourceError(f"{self}: {error}") from None
 
     def _item(self, row: int) -> Any:
-        if self.dataset is None:
-            raise SourceError(f"{self} is known by its manifest only: {_REMEDY}")
+        dataset = self._known()
         try:
             with _LOCK[0]:
-                return self.dataset[int(self.rows[row])]
+                return dataset[int(self.rows[row])]
         except MemoryError:
             raise
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise BadImageError(f"its dataset raises {why:.200}") from None
 
-    def late_labels(self) -> list[str | None]:
+    def _known(self) -> Any:
+        if self.dataset is None:
+            raise SourceError(f"{self} is known by its manifest only: {_REMEDY}")
+        return self.dataset
+
+    def stated_labels(self) -> list[str | None] | None:
+        """Of every item, without reading an image; None where the dataset does not say."""
+        return _stated_labels(self.dataset)
+
+    def late_labels(self) -> list[str | None] | None:
         """The second of each item, where it is a number or a name; every item is read for it."""
         return [self._late_label(row) for row in range(len(self))]
 
@@ -129,12 +137,13 @@ class TorchDatasetSource(ImageSource):
         kind, count = kind_of(self.dataset), 0 if self.dataset is None else len(self.dataset)
         if kind != self.kind:
             changes.changed.append(("class of the dataset", f"{self.kind} -> {kind}"))
-        wanted = int(self.rows.max(initial=-1)) + 1
+        wanted = 1 + max(int(self.rows.max(initial=-1)), *(_number(path) for path, _ in manifest.excluded), -1)
         changes.missing = [(f"{row:09d}", "") for row in range(count, wanted)]
-        changes.added = [(f"{row:09d}", "") for row in range(wanted + len(manifest.excluded), count)]
+        changes.added = [(f"{row:09d}", "") for row in range(wanted, count)]
         if changes.missing:
             return changes
-        for row in (row for row, known in enumerate(manifest.sha1) if known):
+        known = [row for row, sha1 in enumerate(manifest.sha1) if sha1]
+        for row in known if contents else _spread(known):
             try:
                 now = content_hash(self.read(row)[:HASHED_BYTES])
             except BadImageError as error:
@@ -142,7 +151,7 @@ class TorchDatasetSource(ImageSource):
             else:
                 if now != manifest.sha1[row]:
                     changes.changed.append((self.paths[row], "other content"))
-        labels = _stated_labels(self.dataset)
+        labels = self.stated_labels()
         then = [manifest.classes[label] if label >= 0 else None for label in manifest.labels]
         if labels is not None and (found := [row for row, label in enumerate(then) if labels[self.rows[row]] != label]):
             changes.changed.append((f"labels of {len(found)} items", ""))
@@ -174,7 +183,7 @@ class TorchDatasetSource(ImageSource):
         columns: Mapping[str, Sequence[str]],
     ) -> Self:
         kind = next(note[1] for note in notes if note[0] == "dataset")
-        return cls(root=root, paths=paths, kind=kind, rows=np.array([int(path) for path in paths], dtype=np.int64))
+        return cls(root=root, paths=paths, kind=kind, rows=np.array([_number(path) for path in paths], dtype=np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
         try:
@@ -190,7 +199,19 @@ class TorchDatasetSource(ImageSource):
         vars(self).update(state | {"dataset": pickle.loads(state["dataset"])})
 
     def __str__(self) -> str:
-        return f"{self.kind} of {len(self):,} items"
+        return f"{self.kind} of {len(self if self.dataset is None else self.dataset):,} items"
+
+
+def _spread(rows: Sequence[int]) -> list[int]:
+    """Up to 16 of the rows, the first and the last among them."""
+    if not len(rows):
+        return []
+    return [rows[int(place)] for place in np.unique(np.linspace(0, len(rows) - 1, _PROBED).round())]
+
+
+def _number(path: str) -> int:
+    """The row that a path names: ``000000012/cat.jpg``."""
+    return int(path.partition("/")[0])
 
 
 _LOCK = [threading.Lock()]

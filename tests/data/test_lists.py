@@ -91,7 +91,8 @@ def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: st
         ("l.jsonl", '{"label": 1}\n', r"l.jsonl entry 1 has no key path or file"),
         ("l.json", '[{"path": "imgs/b/1.jpg", "label": [1]}]', r"entry 1 has a label that is neither"),
         ("l.parquet", "x", r"l.parquet is not a whole Parquet file .*get a good copy"),
-        ("l.arrow", "x", r"l.arrow is not a folder: .arrow files are not read"),
+        ("l.h5", "x", r"l.h5 is not a folder: .h5 files are not read"),
+        ("l.arrow", "x", r"l.arrow is not a whole Arrow file \(.*; 1 bytes\): get a good copy"),
         (
             "l.rst",
             "x",
