@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -67,17 +67,19 @@ class ParquetSource(ShardedSource):
         _pyarrow()
         names = listing.tables
         _refuse_splits(root, names)
-        files = [str(root / name) for name in names]
         tasks: list[tuple[int, int]] = []
-        states, columns = [], []
-        for shard, file in enumerate(files):
-            try:
-                states.append(os.stat(file))
-            except OSError as error:
-                raise ShardError(f"{file} cannot be read ({error.strerror or error}): correct the path") from None
-            with _opened(file) as opened:
-                columns.append(find_columns(file, opened.schema_arrow))
-                tasks += [(shard, group) for group in range(opened.num_row_groups)]
+        sizes, times, columns = [], [], []
+        for shard in range(len(names)):
+            with listing.local(root, names, shard) as file:
+                try:
+                    state = os.stat(file)
+                except OSError as error:
+                    raise ShardError(f"{file} cannot be read ({error.strerror or error}): correct the path") from None
+                sizes.append(state.st_size)
+                times.append(listing.remote.tags[shard] if listing.remote else state.st_mtime_ns)
+                with _opened(file) as opened:
+                    columns.append(find_columns(file, opened.schema_arrow))
+                    tasks += [(shard, group) for group in range(opened.num_row_groups)]
         kinds = {(found.image, found.inner) for found in columns}
         if len(kinds) > 1:
             raise ShardError(
@@ -88,11 +90,12 @@ class ParquetSource(ShardedSource):
         (column, inner) = kinds.pop()
 
         def look(task: tuple[int, int]) -> list[Found]:
-            return list(_scan_group(files[task[0]], task[1], columns[task[0]]))
+            with listing.local(root, names, task[0]) as file:
+                return list(_scan_group(file, task[1], columns[task[0]]))
 
         images: list[tuple[ListedImage, int, int]] = []
         bad = [*listing.unreadable]
-        start = dict.fromkeys(range(len(files)), 0)
+        start = dict.fromkeys(range(len(names)), 0)
         for (shard, group), rows in map_threads(look, tasks, progress=progress, title="reading row groups", chunk=1):
             prefix = f"{names[shard]}/" if names[shard] else ""
             for position, row in enumerate(rows):
@@ -108,8 +111,9 @@ class ParquetSource(ShardedSource):
             root=root,
             paths=paths,
             shards=names,
-            shard_sizes=np.array([state.st_size for state in states], dtype=np.int64),
-            shard_times=np.array([state.st_mtime_ns for state in states], dtype=np.int64),
+            shard_sizes=np.array(sizes, dtype=np.int64),
+            shard_times=np.array(times, dtype=np.int64),
+            remote=listing.remote,
             shard_of=shard_index(names, paths),
             column=column,
             inner=inner,
@@ -140,39 +144,40 @@ class ParquetSource(ShardedSource):
             page = int(np.searchsorted(chunk.starts, position, side="right")) - 1
             values = _CACHE.get((*key, page), lambda: self._read_page(shard, chunk, page))
             if values:
-                self._check_shard(shard)
-                with suppress(OSError, ValueError):  # damaged: pyarrow says how
+                # Damaged: pyarrow says how.
+                with self._checked(shard), suppress(OSError, ValueError):
                     return values[0].value(position - int(chunk.starts[page]))
         return value_at(_CACHE.get(key, lambda: self._read_group(shard, group)), position)
 
-    def _check_shard(self, shard: int) -> str:
+    @contextmanager
+    def _checked(self, shard: int) -> Iterator[str]:
         """Path of a shard that is there as it was indexed."""
-        file = self.shard_file(shard)
-        try:
-            now = os.stat(file).st_size
-        except OSError as error:
-            raise self.unreadable(shard, error) from None
-        if now != self.shard_sizes[shard]:
-            raise self.replaced(shard, now)
-        return file
+        with self.local(shard) as file:
+            try:
+                now = os.stat(file).st_size
+            except OSError as error:
+                raise self.unreadable(shard, error) from None
+            if now != self.shard_sizes[shard]:
+                raise self.replaced(shard, now)
+            yield file
 
     def _find_pages(self, shard: int, group: int) -> Chunk | None:
-        file = self._check_shard(shard)
-        with _opened(file) as opened:
+        with self._checked(shard) as file, _opened(file) as opened:
             return chunk_pages(file, opened, group, f"{self.column}.{self.inner}" if self.inner else self.column)
 
     def _read_page(self, shard: int, chunk: Chunk, page: int) -> list[Values]:
-        found = read_page(self._check_shard(shard), chunk, page)
+        with self._checked(shard) as file:
+            found = read_page(file, chunk, page)
         return [] if found is None else [found]
 
     def _read_group(self, shard: int, group: int) -> list[Any]:
-        file = self._check_shard(shard)
         column = f"{self.column}.{self.inner}" if self.inner else self.column
-        try:
-            with _opened(file) as opened:
-                table = opened.read_row_group(group, columns=[column], use_threads=False)
-        except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
-            raise _damaged(file, error) from None
+        with self._checked(shard) as file:
+            try:
+                with _opened(file) as opened:
+                    table = opened.read_row_group(group, columns=[column], use_threads=False)
+            except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
+                raise _damaged(file, error) from None
         return [binary_values(chunk, self.inner) for chunk in table.column(self.column).chunks]
 
     def system_keys(self) -> Iterable[str | None]:

@@ -30,6 +30,8 @@ SOURCES = (
     "tar:TarSource",
     "parquet:ParquetSource",
     "arrow:ArrowSource",
+    "parts:PartsSource",
+    "remote:RemoteShards",
     "hub_dataset:HubDatasetSource",
     "torch_dataset:TorchDatasetSource",
     "folder:FolderSource",
@@ -41,7 +43,8 @@ HASHED_BYTES = 16384
 DATA_FORMS = (
     "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet, .arrow or .zip file, a folder of "
     "datasets' save_to_disk, a list of image files (.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast "
-    "data verify` (.tsv), or a .beton file"
+    "data verify` (.tsv), a file of such names (.roots), a .beton file, or the "
+    "URL of .tar or .parquet shards (https, s3, gs, hf)"
 )
 """For error texts: every form."""
 DATA_OBJECTS = (

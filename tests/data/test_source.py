@@ -131,13 +131,24 @@ def manifests(tmp_path: Path) -> list[Manifest]:
     shards = write_shards(tmp_path / "shards")
     saved = save(tmp_path / "saved", rows=6)
     items = [picture(key=key) for key in range(11)]
-    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", shards, tables, saved, Items(items), folder)
+    (tmp_path / "x.roots").write_text("folder/list.txt\n")
+    places = (
+        tmp_path / "data.beton",
+        *lists,
+        tmp_path / "data.zip",
+        shards,
+        tables,
+        saved,
+        tmp_path / "x.roots",
+        Items(items),
+        folder,
+    )
     return [open_data(place) for place in places]
 
 
 def test_each_source_is_found_by_its_name_and_once(manifests: list[Manifest]) -> None:
     made = {type(manifest.source) for manifest in manifests}
-    assert {source.name for source in all_sources() if source not in made} == {"hub"}  # needs a package
+    assert {source.name for source in all_sources() if source not in made} == {"hub", "remote"}  # tests of their own
     assert [type(manifest.source) for manifest in manifests] == [source for source in all_sources() if source in made]
     assert len(all_sources()) == len(SOURCES) == len({source.name for source in all_sources()})
 
