@@ -15,10 +15,12 @@ import sslfast.data.source as source_module
 from sslfast.data.images import OnBadImage, open_image
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data, parse_data, reopen_data
+from sslfast.data.parts import PartsSource
 from sslfast.data.prepare import prepare_beton
 from sslfast.data.source import SOURCES, Changes, ImageSource, ListedImage, PackedPaths, all_sources, content_hash
 from sslfast.data.verify import verify_images
 from sslfast.loaders.pillow import PillowLoader
+from sslfast.loaders.registry import loaders_for
 from sslfast.views.types import CropConfig, ViewConfig
 from tests.data.test_arrow import save
 from tests.data.test_parquet import write_shards as write_tables
@@ -186,3 +188,17 @@ def test_the_data_argument() -> None:
     assert parse_data("synthetic") == Path("synthetic")
     with pytest.raises(ValueError, match="needs a number of images of at least 1, got 'synthetic:0'"):
         parse_data("synthetic:0")
+
+
+def test_the_table_of_sources_in_the_docs_is_true(manifests: list[Manifest]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    rows = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `") and line.count("|") == 8
+    ]
+    table = {name.strip("`"): row for row in rows for name in row[0].split(", ")}
+    assert table.keys() == {source.name for source in all_sources()}
+    for manifest in manifests:
+        *_, loaders, _, shuffle = table[manifest.source.name]
+        assert sorted(loaders.split(", ")) == sorted(name for name in loaders_for(manifest) if name != "synthetic")
+        if not isinstance(manifest.source, PartsSource):
+            assert shuffle.startswith("yes") == (manifest.source.row_shards is not None)
