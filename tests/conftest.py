@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ if not (shutil.which("chromedriver") or os.environ.get("SSLFAST_REQUIRE_BROWSER"
 # SSLFAST_REQUIRE_NVCC=1: as above, for the compiler of the CUDA kernels.
 if not (shutil.which("nvcc") or os.environ.get("SSLFAST_REQUIRE_NVCC") == "1"):
     LEFT_OUT.append((["benchmarks/test_kernel_growth.py"], "no nvcc; put the CUDA toolkit's bin folder on PATH"))
+if not (find_spec("datasets") or os.environ.get("SSLFAST_REQUIRE_DATASETS") == "1"):
+    LEFT_OUT.append((["data/test_hub_dataset.py"], "no package datasets; pip install datasets"))
+if not (find_spec("pillow_heif") or os.environ.get("SSLFAST_REQUIRE_HEIF") == "1"):
+    LEFT_OUT.append((["data/test_heif.py"], "no package pillow_heif; pip install pillow-heif"))
 collect_ignore = [name for names, _ in LEFT_OUT for name in names]
 
 

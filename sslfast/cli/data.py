@@ -23,7 +23,8 @@ class Verify:
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
-    or a list of `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl)."""
+    a list of `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl), a folder of datasets' save_to_disk, a file of
+    such names (.roots), or a URL of shards."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -55,8 +56,8 @@ class Labels:
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder of images, or an archive (.tar, .zip, .parquet)."""
     labels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LABELS")]
-    """One label a line in the order of the sorted file names (the devkit's ground truth), `name label` lines, or a .csv
-    with a header (LOC_val_solution.csv)."""
+    """One label a line in the order of the sorted file names (the devkit's ground truth), `name label` lines, a .csv
+    with a header (LOC_val_solution.csv), or ImageNet's devkit (its .tar.gz or folder)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     """List to write (.csv), or of an archive the manifest (.tsv)."""
     train: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None

@@ -10,7 +10,7 @@ import tyro
 
 from sslfast.cli.exit_codes import EXIT_INTERRUPTED, EXIT_NOT_FINITE
 from sslfast.cli.options import parse_recipe, print_table, report
-from sslfast.data import parse_data
+from sslfast.data import data_name, parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
 from sslfast.files import OUTPUT, check_writable
 from sslfast.runs import RunDirectory
@@ -31,10 +31,11 @@ from sslfast.training import (
 class Pretrain:
     """Options of ``sslfast pretrain``."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA [DATA ...]")]
     """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
     a list of images with or without labels (.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast data verify`
-    (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N synthetic images."""
+    (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N synthetic images. Several are one data set,
+    in this order; a .roots file names one a line."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
     """Run directory; default runs/RECIPE-FOLDER."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -66,7 +67,7 @@ def pretrain(arguments: list[str]) -> int:
     if isinstance(chosen, int):
         return chosen
     config, data = chosen.config, parse_data(chosen.data)
-    folder = "synthetic" if isinstance(data, int) else data.resolve().name
+    folder = data_name(data)
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
     try:
         with lost_ranks_named():

@@ -25,7 +25,7 @@ from sslfast.data.images import (
 )
 from sslfast.data.jpeg import scan_jpeg
 from sslfast.data.manifest import Manifest, NoImageError, some_paths
-from sslfast.data.opening import open_data, parse_data, reopen_data
+from sslfast.data.opening import data_name, open_data, parse_data, reopen_data
 from sslfast.data.pool import available_cores
 from sslfast.data.prepare import PrepareConfig, prepare_beton
 from sslfast.data.processes import (
@@ -84,6 +84,7 @@ __all__ = [
     "check_size",
     "combined",
     "content_hash",
+    "data_name",
     "decode_full",
     "decode_pixels",
     "exit_with_parent",

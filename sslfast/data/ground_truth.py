@@ -2,9 +2,13 @@
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sslfast.data.csv_list import find_columns, open_list
 from sslfast.data.listing import list_files
@@ -15,6 +19,7 @@ from sslfast.data.text_list import TextListSource
 from sslfast.files import OUTPUT, write_file
 
 SORTED = "sorted"
+_TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
 def label_images(
@@ -27,7 +32,8 @@ def label_images(
         images: folder, at any depth, or data of another kind; folders are no classes here.
         labels: one label a line in the order of the sorted file names (the devkit's
             ``ILSVRC2012_validation_ground_truth.txt``), ``name label`` lines, a CSV file with a header (of Kaggle's
-            ``LOC_val_solution.csv`` the first word of each prediction is the label).
+            ``LOC_val_solution.csv`` the first word of each prediction is the label). Or ImageNet's devkit itself, as
+            downloaded (``ILSVRC2012_devkit_t12.tar.gz``) or unpacked, which also says what its numbers mean.
         output: the list (.csv), whose paths are relative to its folder where they can be, or the manifest (.tsv).
         train: data set whose classes the labels must be.
         names: what numbers mean: the devkit's ``meta.mat``, a text file whose line k names class k (of the lowest
@@ -51,9 +57,11 @@ def label_images(
         paths = listing.paths if listing is not None else []
     else:  # also the bad images have labels
         paths = sorted([*manifest.paths, *(path for path, _ in manifest.excluded)])
-    given = _labels_of(paths, labels)
+    with _devkit_files(labels) as (truth, meta):
+        given = _labels_of(paths, truth)
+        numbers = _devkit(meta) if meta is not None and names is None else None
     classes = None if train is None else Manifest.scan(train, on_bad_image="skip").classes
-    given = _named(given, labels, classes, names)
+    given = _named(given, labels, classes, names, numbers)
     if classes is not None and (unknown := sorted(set(given.values()) - set(classes))):
         raise ValueError(
             f"{len(unknown)} labels of {labels} are no class of {train}: {', '.join(map(ascii, unknown[:5]))}; its "
@@ -71,6 +79,34 @@ def label_images(
     writer.writerows(((start / path).as_posix(), given[path]) for path in paths)
     write_file(output, text.getvalue(), remedy=OUTPUT)
     return len(paths)
+
+
+@contextmanager
+def _devkit_files(labels: Path) -> Iterator[tuple[Path, Path | None]]:
+    """The devkit's labels and ``meta.mat`` where ``labels`` is its folder or archive; else ``labels`` and None."""
+    if labels.is_dir():
+        places = [labels / "data", labels]
+        found = next((place for place in places if (place / _TRUTH).is_file()), None)
+        if found is None:
+            raise ValueError(f"{labels} holds no {_TRUTH}: name ImageNet's devkit, or the file of labels")
+        yield found / _TRUTH, found / _META
+        return
+    if not labels.name.lower().endswith((".tar.gz", ".tgz", ".tar")):
+        yield labels, None
+        return
+    with TemporaryDirectory(prefix="sslfast-") as folder:
+        try:
+            with tarfile.open(labels) as archive:
+                for name in (_TRUTH, _META):
+                    member = next((one for one in archive if one.name.endswith(f"data/{name}")), None)
+                    content = None if member is None else archive.extractfile(member)
+                    if content is None:
+                        raise ValueError(f"{labels} holds no data/{name}: name ImageNet's devkit")
+                    (Path(folder) / name).write_bytes(content.read())
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{labels} cannot be read ({why:.160}): get a good copy of ImageNet's devkit") from None
+        yield Path(folder) / _TRUTH, Path(folder) / _META
 
 
 def _labels_of(paths: Sequence[str], labels: Path) -> dict[str, str]:
@@ -126,12 +162,18 @@ def _rows(labels: Path) -> list[tuple[str | None, str]]:
     return [(entry.path, entry.label or "") for entry in entries]
 
 
-def _named(given: dict[str, str], labels: Path, classes: Sequence[str] | None, names: str | None) -> dict[str, str]:
+def _named(
+    given: dict[str, str],
+    labels: Path,
+    classes: Sequence[str] | None,
+    names: str | None,
+    known: dict[int, str] | None = None,
+) -> dict[str, str]:
     """Labels as names of classes."""
     if not all(label.isdecimal() for label in given.values()):
         return given
     numbers = {path: int(label) for path, label in given.items()}
-    if names is None:
+    if names is None and known is None:
         if classes is None or set(map(str, numbers.values())) <= set(classes):
             return {path: str(number) for path, number in numbers.items()}
         raise ValueError(
@@ -139,10 +181,13 @@ def _named(given: dict[str, str], labels: Path, classes: Sequence[str] | None, n
             "(of ImageNet's devkit, whose numbers are not in sorted order), --names FILE with the name of class k in "
             f"line k, or --names {SORTED} if the numbers count the sorted classes"
         )
-    meaning = _meaning(names, classes, set(numbers.values()))
+    meaning = known if names is None else _meaning(names, classes, set(numbers.values()))
+    assert meaning is not None
     unknown = sorted(set(numbers.values()) - set(meaning))
     if unknown:
-        raise ValueError(f"{names} has no name of number {unknown[0]} of {labels}: it names {len(meaning)} classes")
+        raise ValueError(
+            f"{names or labels} has no name of number {unknown[0]} of {labels}: it names {len(meaning)} classes"
+        )
     return {path: meaning[number] for path, number in numbers.items()}
 
 

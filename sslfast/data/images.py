@@ -8,7 +8,8 @@ caller follows ``--on-bad-image error|skip``. "Scan" means that the header shows
 file                                             policy                                                       seen at
 ================================================ ============================================================ =======
 JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, AVIF,      accepted, recognised by content and not by suffix
-JPEG 2000, MPO
+JPEG 2000, MPO; HEIC and HEIF where pillow-heif
+is installed, which makes 8 bits of 10 and 12
 grayscale, bilevel, YCbCr, HSV                   converted to RGB
 CMYK / YCCK (of a JPEG as inverted, Adobe's way) converted to RGB, without colour profile
 palette                                          converted to RGB through its palette
@@ -42,11 +43,14 @@ settings are never changed; its default ``LOAD_TRUNCATED_IMAGES`` = False is req
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, Literal
 
@@ -68,12 +72,23 @@ from sslfast.data.stripped import (
 from sslfast.files import open_without_waiting
 
 _HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # Pillow 11.3 and later
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", *(["AVIF"] if _HAS_AVIF else []), "JPEG2000")
+HAS_HEIF = find_spec("pillow_heif") is not None
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"),
+    *(["AVIF"] if _HAS_AVIF else []),
+    *(["HEIF"] if HAS_HEIF else []),
+    "JPEG2000",
+)
 SUFFIXES = frozenset(
     f".{name}"
-    for names in ("jpg jpeg jpe jfif mpo png gif bmp dib", "webp tif tiff ppm pgm pbm pnm avif jp2 j2k")
+    for names in (
+        "jpg jpeg jpe jfif mpo png gif bmp dib webp tif tiff ppm pgm pbm pnm jp2 j2k",
+        "avif",
+        "heic heif hif" if HAS_HEIF else "",
+    )
     for name in names.split()
 )
+_HEIF = re.compile(rb"....ftyp(?:hei|hev|mif1|msf1)", re.DOTALL)
 MIN_SIDE = 8
 MAX_BYTES = 1 << 30
 """Largest file that is read: more than any image of ``MAX_PIXELS`` needs."""
@@ -224,6 +239,9 @@ _HEADER_BYTES = (1 << 14, 1 << 18, MAX_BYTES)
 
 
 def _open_pillow(file: IO[bytes]) -> ImageFile.ImageFile:
+    if HAS_HEIF and _HEIF.match(file.read(12)):
+        _add_heif()
+    file.seek(0)
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -236,6 +254,12 @@ def _open_pillow(file: IO[bytes]) -> ImageFile.ImageFile:
         raise BadImageError(f"damaged header: {_one_line(error)}") from None
     check_size(*image.size)
     return image
+
+
+@cache
+def _add_heif() -> None:
+    """Have Pillow open HEIF; here, since importing the package takes 0.1 s."""
+    import_module("pillow_heif").register_heif_opener()
 
 
 def check_size(width: int, height: int, decoding: Decoding = DEFAULT_DECODING) -> None:
@@ -317,7 +341,7 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
     samples = deep_samples(image, stripped, low_bytes=low_bytes)
     if samples is None:
         image.load()
-        array = stored = np.asarray(_plain(image))
+        array = stored = np.asarray(plain_pixels(image))
         if is_deep_colour(image, stripped):
             opened.peak, opened.white = int(array.max()) * 256 + 255, FULL
         elif key is not None and stripped.bits < 8:  # Pillow scales the levels
@@ -338,7 +362,7 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
     return array
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def plain_pixels(image: Image.Image) -> Image.Image:
     """Loaded pixels of 8 bits in mode ``RGB`` or ``L``."""
     mode = image.mode
     if mode == "La":

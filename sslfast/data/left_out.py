@@ -19,7 +19,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sslfast.data.images import FORMATS, SUFFIXES
+from sslfast.data.images import FORMATS, HAS_HEIF, SUFFIXES
 
 SYSTEM_FOLDERS = (
     # network storage: thumbnails, recycle bins, snapshots
@@ -107,7 +107,7 @@ _HEADS = (
     (rb".{128}DICM", "DICOM"),
 )
 _PICTURE_HEADS = [(re.compile(head, re.DOTALL), kind) for head, kind in _HEADS]
-_READ = frozenset({"JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF", "JPEG 2000", "PPM", *(set(FORMATS) & {"AVIF"})})
+_READ = frozenset({"JPEG", "PNG", "GIF", "WebP", "BMP", "TIFF", "JPEG 2000", "PPM", *(set(FORMATS) & {"AVIF", "HEIF"})})
 
 
 def suffix_of(path: str) -> str:
@@ -200,7 +200,7 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
     return [
         f"{named_counts(found)}: {why}"
         for found, why in (
-            (unread, "pictures in formats that are not read; convert them to JPEG or PNG"),
+            (unread, f"pictures in formats that are not read; convert them to JPEG or PNG{_plugin(unread)}"),
             (
                 renamed,
                 "pictures by their content, and not by their names; rename them (.jpg, .png, ...), or name them in a "
@@ -214,6 +214,12 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
         )
         if found
     ]
+
+
+def _plugin(unread: Mapping[str, int]) -> str:
+    """What else helps for some of the formats."""
+    heif = any(key in (".heic", ".heif", ".hif") or key.endswith(" holding HEIF") for key in unread)
+    return ", or pip install pillow-heif, which reads .heic and .heif" if heif and not HAS_HEIF else ""
 
 
 def _unpack(packed: Mapping[str, int]) -> str:

@@ -2,12 +2,15 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sslfast.data.images import SUFFIXES, BadImageError, open_header, open_image_file
 from sslfast.data.left_out import SNIFFED, hidden_key, may_be_picture, other_key, suffix_of, unpack_remedy
 from sslfast.data.pool import map_threads
+from sslfast.data.shard_cache import Remote
 from sslfast.data.source import DATA_FORMS, HASHED_BYTES, content_hash
 
 TAR, PARQUET = ".tar", ".parquet"
@@ -27,8 +30,19 @@ class Listing:
     """Folders that could not be listed, and why."""
     ignored: dict[str, int]
     """Key (see :mod:`sslfast.data.left_out`) -> number of all other files."""
+    remote: Remote | None = None
+    """Where shards and tables are that are not on this machine."""
     odd: list[str] = field(default_factory=list)
     """Files, not yet counted in ``ignored``, of which the first bytes have to say whether they are pictures."""
+
+    @contextmanager
+    def local(self, root: Path, names: list[str], shard: int) -> Iterator[str]:
+        """The path of one of ``names``, which are those of all shards or of all tables, on this machine."""
+        if self.remote is None:
+            yield str(root / names[shard])
+        else:
+            with self.remote.local(shard) as path:
+                yield path
 
 
 def list_files(root: Path) -> Listing:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from sslfast.data.source import (
     ImageSource,
     ListedImage,
     SourceError,
+    as_data,
     source_of,
     source_of_manifest,
 )
@@ -136,9 +137,14 @@ class Manifest:
         """The same rows, decoded so."""
         return replace(self, source=replace(self.source, decoding=decoding))
 
-    def labelled(self, names: Sequence[str]) -> "Manifest":
+    def labelled(self, names: Sequence[str | None]) -> "Manifest":
         """The same rows with other classes: the name of each row's."""
         return replace(self, labels=_labels(names, classes := _sorted_classes(names, numbered=True)), classes=classes)
+
+    def with_labels(self) -> "Manifest":
+        """The same rows with the labels that the source finds by reading every image, where none has one."""
+        names = self.source.late_labels() if (self.labels < 0).all() else None
+        return self if names is None else self.labelled(names)
 
     def without(self, bad: Collection[tuple[str, str]]) -> "Manifest":
         """The manifest of the rows whose path is not in ``bad`` (path, reason), which is added to ``excluded``.
@@ -152,13 +158,11 @@ class Manifest:
         return replace(kept, labels=_labels(names, classes), classes=classes, excluded=sorted({*self.excluded, *bad}))
 
     @classmethod
-    def scan(
-        cls, path: str | os.PathLike[str], *, on_bad_image: OnBadImage = "error", progress: bool = False
-    ) -> "Manifest":
+    def scan(cls, path: Any, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> "Manifest":
         """Number the images of a source (see ``sslfast.data.source``); of image files the headers are checked.
 
         Args:
-            path: a folder of images or of tar files, or a file of one of the other kinds of source.
+            path: a folder of images or of tar files, or a file or an object of one of the other kinds of source.
             on_bad_image: ``error``: ValueError naming the bad images; ``skip``: leave them out, list in ``excluded``.
             progress: show a progress bar on the terminal.
 
@@ -168,9 +172,9 @@ class Manifest:
         """
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image=}")
-        path = Path(path).absolute()
+        data = as_data(path)
         with quiet_pillow():
-            return source_of(path).open(path, on_bad_image=on_bad_image, progress=progress)
+            return source_of(data).open(data, on_bad_image=on_bad_image, progress=progress)
 
     @classmethod
     def from_images(

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ class _Stored:
 
 
 def prepare_beton(
-    source: Path,
+    source: Any,
     output: Path,
     config: PrepareConfig | None = None,
     *,
@@ -107,7 +107,8 @@ def prepare_beton(
     A JPEG is kept as it is if FFCV's decoder reads it without a warning and its pixels agree with Pillow's.
 
     Args:
-        source: a source of image files (folder, tar shards, CSV list), or a manifest of ``sslfast data verify`` (.tsv).
+        source: a source of image files (folder, tar shards, CSV list, dataset), or a manifest of ``sslfast data
+            verify`` (.tsv).
         output: the .beton file; an old one is unchanged until the new one is complete.
         config: how images are stored.
         on_bad_image: ``error``: ValueError at the first image that cannot be used; ``skip``: the manifest inside lists
@@ -124,7 +125,7 @@ def prepare_beton(
     if output.suffix != ".beton":
         raise ValueError(f"the output must be named *.beton, got {output}")
     load_decoder()
-    manifest = open_data(Path(source), on_bad_image=on_bad_image, progress=progress)
+    manifest = open_data(source, on_bad_image=on_bad_image, progress=progress)
     if isinstance(manifest.source, BetonSource):
         raise ValueError(f"{source} is a .beton file already: name what it was made of ({manifest.root})")
     manifest = manifest.decoded(combined(manifest.source.decoding, config.decoding(), where=source))
@@ -194,7 +195,7 @@ def _store(source: ImageSource, config: PrepareConfig, task: tuple[int, str]) ->
     as_jpg = config.is_jpg(row)
     try:
         data = source.read(row)
-        if content_hash(data[:HASHED_BYTES]) != sha1:
+        if sha1 and content_hash(data[:HASHED_BYTES]) != sha1:  # of a dataset in Python few are known
             raise ValueError(f"{source.where(row)}: content hash differs from the manifest: verify the data again")
         opened = open_image(data, source.decoding)
         keepable = as_jpg and _is_plain_jpeg(opened)

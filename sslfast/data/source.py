@@ -5,12 +5,13 @@ A source says where the bytes of every row are. The numbered list itself (path, 
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,11 @@ SOURCES = (
     "zipped:ZipSource",
     "tar:TarSource",
     "parquet:ParquetSource",
+    "arrow:ArrowSource",
+    "parts:PartsSource",
+    "remote:RemoteShards",
+    "hub_dataset:HubDatasetSource",
+    "torch_dataset:TorchDatasetSource",
     "folder:FolderSource",
 )
 """``module:class`` of every source, in ``sslfast.data``. The first one that accepts a DATA argument opens it."""
@@ -35,10 +41,16 @@ SOURCES = (
 HASHED_BYTES = 16384
 
 DATA_FORMS = (
-    "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip file, a list of image files "
-    "(.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast data verify` (.tsv), or a .beton file"
+    "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet, .arrow or .zip file, a folder of "
+    "datasets' save_to_disk, a list of image files (.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast "
+    "data verify` (.tsv), a file of such names (.roots), a .beton file, or the "
+    "URL of .tar or .parquet shards (https, s3, gs, hf)"
 )
 """For error texts: every form."""
+DATA_OBJECTS = (
+    "give a path, a torch.utils.data.Dataset with __len__ and __getitem__, a datasets.Dataset, or a list of these"
+)
+"""For error texts: what Python code may give."""
 
 
 class SourceError(ValueError):
@@ -100,12 +112,17 @@ class ImageSource(ABC):
         """Whether a DATA argument is of this kind, by its name and by whether it is a folder; nothing is opened."""
 
     @classmethod
+    def takes(cls, data: object) -> bool:
+        """Whether data that is no path on this machine, as :func:`as_data` gives it, is of this kind."""
+        return False
+
+    @classmethod
     @abstractmethod
     def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> "Manifest":
         """Number the usable images: ``Manifest.from_images(source, images, ...)``.
 
         Args:
-            path: absolute, accepted by :meth:`accepts`.
+            path: absolute, accepted by :meth:`accepts`; of a source that :meth:`takes` other data, that.
             on_bad_image: hand it to ``from_images`` together with what cannot be used.
             progress: show a progress bar on the terminal.
 
@@ -140,6 +157,11 @@ class ImageSource(ABC):
         """The path of a row, for messages."""
         return f"{self.root}/{self.paths[row]}"
 
+    def bind(self, data: Any) -> Self:
+        """The source that a manifest file described, of the data that is given now: a path, or what :meth:`takes`
+        accepts. :meth:`changes` finds out whether it is the same."""
+        return replace(self, root=data)
+
     @property
     def row_shards(self) -> NDArray[np.int64] | None:
         """``[num_rows]`` shard of each row, numbered from 0, for ``--loader.shuffle shards``; None: not sharded."""
@@ -148,6 +170,10 @@ class ImageSource(ABC):
     def identity(self) -> str:
         """Name of the stored bytes where paths, sizes and hashes do not determine them; compared when a run resumes."""
         return ""
+
+    def late_labels(self) -> Sequence[str | None] | None:
+        """Name of each row's class where only reading every image tells it; None: it does not."""
+        return None
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """The source of some of the rows, numbered anew. Override it where there are further tables by row."""
@@ -246,9 +272,37 @@ def all_sources() -> list[type[ImageSource]]:
     return [getattr(import_module(f"sslfast.data.{module}"), name) for module, name in entries]
 
 
-def source_of(path: Path) -> type[ImageSource]:
-    """The kind of source that a DATA argument is."""
-    return next(source for source in all_sources() if source.accepts(path))
+class Url(str):
+    """Data elsewhere: ``s3://bucket/train-{000..099}.tar``."""
+
+    __slots__ = ()
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URL_AS_PATH = re.compile(r"(https?|s3|gs|hf):/+(?=[^/])")
+"""What ``Path`` makes of a URL."""
+
+
+def as_data(data: Any) -> Any:
+    """A DATA argument as sources take it: an absolute path, a :class:`Url`, a tuple of several, or the object of Python
+    that it is."""
+    if isinstance(data, Url):
+        return data
+    if isinstance(data, Path) and (found := _URL_AS_PATH.match(str(data))) and not data.exists():
+        return Url(f"{found[1]}://{str(data)[found.end() :]}")
+    if isinstance(data, str) and _URL.match(data):
+        return Url(data)
+    if isinstance(data, str | Path):
+        return Path(data).absolute()
+    return tuple(map(as_data, data)) if isinstance(data, list | tuple) else data
+
+
+def source_of(data: Any) -> type[ImageSource]:
+    """The kind of source that a DATA argument, as :func:`as_data` gives it, is; ValueError where it is of none."""
+    for source in all_sources():
+        if source.accepts(data) if isinstance(data, Path) else source.takes(data):
+            return source
+    raise ValueError(f"data of type {type(data).__module__}.{type(data).__qualname__} is not read: {DATA_OBJECTS}")
 
 
 def source_of_manifest(notes: Sequence[Sequence[str]], columns: Mapping[str, Sequence[str]]) -> type[ImageSource]:

@@ -55,10 +55,13 @@ class TarSource(ShardedSource):
         ignored = Counter(other_files(root, listing, progress=progress))
         shards: list[ListedShard] = []
 
-        def look(name: str) -> ListedShard:
-            return list_shard(str(root / name))
+        def look(shard: int) -> ListedShard:
+            with listing.local(root, listing.shards, shard) as file:
+                return list_shard(file)
 
-        for name, shard in map_threads(look, listing.shards, progress=progress, title="reading shards", chunk=1):
+        numbers, title = range(len(listing.shards)), "reading shards"
+        for number, shard in map_threads(look, numbers, progress=progress, title=title, chunk=1):
+            name = listing.shards[number]
             prefix = f"{name}/" if name else ""
             found += [(image._replace(path=prefix + image.path), offset) for image, offset in shard.images]
             excluded += [(prefix + path, reason) for path, reason in shard.bad]
@@ -81,7 +84,10 @@ class TarSource(ShardedSource):
             paths=paths,
             shards=listing.shards,
             shard_sizes=np.array([shard.bytes for shard in shards], dtype=np.int64),
-            shard_times=np.array([shard.modified for shard in shards], dtype=np.int64),
+            shard_times=np.array(
+                listing.remote.tags if listing.remote else [s.modified for s in shards], dtype=np.int64
+            ),
+            remote=listing.remote,
             shard_of=shard_index(listing.shards, paths),
             offsets=np.array([offset for _, offset in found], dtype=np.int64),
             sizes=np.array([image.bytes for image, _ in found], dtype=np.int64),
@@ -104,13 +110,14 @@ class TarSource(ShardedSource):
         """The first ``count`` bytes of a row."""
         shard = int(self.shard_of[row])
         try:
-            descriptor = os.open(self.shard_file(shard), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                now = os.fstat(descriptor).st_size
-                whole = now == self.shard_sizes[shard]
-                data = os.pread(descriptor, count, int(self.offsets[row])) if whole else b""
-            finally:
-                os.close(descriptor)
+            with self.local(shard) as file:
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    now = os.fstat(descriptor).st_size
+                    whole = now == self.shard_sizes[shard]
+                    data = os.pread(descriptor, count, int(self.offsets[row])) if whole else b""
+                finally:
+                    os.close(descriptor)
         except OSError as error:
             raise self.unreadable(shard, error) from None
         if not whole or len(data) != count:

@@ -1,8 +1,8 @@
 """``sslfast data verify``: decode every image of a data set once, and write the manifest of the usable ones."""
 
-import os
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from sslfast.data.contents import Contents, Facts, inspect
 from sslfast.data.images import DEFAULT_DECODING, BadImageError, Decoding, require_strict_pillow
@@ -12,7 +12,7 @@ from sslfast.data.source import ImageSource
 
 
 def verify_images(
-    root: str | os.PathLike[str],
+    root: Any,
     *,
     workers: int | None = None,
     progress: bool = False,
@@ -22,7 +22,7 @@ def verify_images(
     """Decode every image of a data set whole, and number those that can be used.
 
     Args:
-        root: a source of image files: a folder of images or of tar shards, a tar file, a CSV list.
+        root: a source of image files: a folder of images or of tar shards, a tar file, a CSV list, a dataset.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show progress bars on the terminal.
         decoding: what the policy leaves to the user; the manifest records it.

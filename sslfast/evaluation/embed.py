@@ -93,7 +93,7 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
     return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
 
 
-def _embed(run: Path, data: Path, config: EmbedConfig, output: Path) -> Embeddings:
+def _embed(run: Path, data: Any, config: EmbedConfig, output: Path) -> Embeddings:
     """The values are mapped from a file that is gone, until they are let go."""
     check_suffix(output)
     scratch = (config.features_dir or output.parent) / f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"
@@ -103,12 +103,13 @@ def _embed(run: Path, data: Path, config: EmbedConfig, output: Path) -> Embeddin
     return found
 
 
-def embed_all(run: Path | str, data: Path | str, *, output: Path | str | None = None, **options: Any) -> Embeddings:
+def embed_all(run: Path | str, data: Any, *, output: Path | str | None = None, **options: Any) -> Embeddings:
     """Embeddings of every image, labelled or not, in memory or in a file.
 
     Args:
         run: run directory, or a file of weights.
-        data: images: a folder with or without class folders, .tar files, a list, ...: whatever pretraining takes.
+        data: images: a folder with or without class folders, .tar files, a list, a dataset, ...: whatever pretraining
+            takes.
         output: .npy or .parquet file to write, as ``sslfast embed`` does; memory then does not grow with the images
             beyond their paths, and the values of a .npy file are mapped from it. None: in memory. Under torchrun every
             process must see the file.
@@ -126,13 +127,13 @@ def embed_all(run: Path | str, data: Path | str, *, output: Path | str | None = 
         )
     config = EmbedConfig(**options)
     if output is not None:
-        found = _embed(Path(run), Path(data), config, Path(output))
+        found = _embed(Path(run), data, config, Path(output))
         return replace(read_embeddings(output), left_out=found.left_out, preprocessing=found.preprocessing)
     with distributed_device(config.device) as device:
-        return _extract(Path(run), Path(data), config, device, FeatureCache(config.features_dir, keep=False))
+        return _extract(Path(run), data, config, device, FeatureCache(config.features_dir, keep=False))
 
 
-def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
+def _extract(run: Path, data: Any, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
     loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix, patches=config.patches)
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size

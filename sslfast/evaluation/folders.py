@@ -88,6 +88,7 @@ def _place(data: Path, split: str) -> Path:
         folder,
         data / f"{split}.beton",
         *(data / f"{split}{suffix}" for suffix in _OTHER_FORMS),
+        data / f"ILSVRC2012_img_{split}.tar",
     ):
         if place.is_file() or (place == folder and place.is_dir()):
             return place

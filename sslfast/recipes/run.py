@@ -41,7 +41,7 @@ def configure(recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
 
 
 def pretrain(
-    data: Path | str | int,
+    data: Any,
     recipe: str,
     output: Path | str,
     *,
@@ -61,7 +61,8 @@ def pretrain(
 
     Args:
         data: what ``sslfast pretrain`` takes: a folder of images or of .tar shards, one .tar, a manifest, a .beton
-            file, or ``synthetic:N`` (also the number N) for N synthetic images.
+            file, or ``synthetic:N`` (also the number N) for N synthetic images. Also a ``torch.utils.data.Dataset``
+            whose items are images or begin with one, without transform.
         recipe: a name in ``sslfast.RECIPES``; sets the values of all fields of
             :class:`sslfast.training.TrainConfig`.
         output: run directory; created if needed.

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -20,26 +21,26 @@ class RunData:
 
     Args:
         config: of the run.
-        data: folder of images, manifest (.tsv), .beton file, or a number of synthetic images.
+        data: whatever ``sslfast.data.open_data`` takes, or a number of synthetic images.
         run: directory whose manifest, if it has one, is checked against the data. With several ranks rank 0 finds the
             images, and the others check that they have the same.
         device: of the batches.
     """
 
-    def __init__(self, config: TrainConfig, data: Path | str | int, run: RunDirectory, *, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, data: Any, run: RunDirectory, *, device: torch.device) -> None:
         self.config, self.device = config, device
         self.synthetic_rows = data if isinstance(data, int) else None
-        self.manifest = None if isinstance(data, int) else self._manifest(Path(data), run)
+        self.manifest = None if isinstance(data, int) else self._manifest(data, run)
 
-    def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
+    def _manifest(self, data: Any, run: RunDirectory) -> Manifest:
         if distributed.world_size() == 1:
-            return self.config.loader.decode(self._open(folder, run.manifest))
+            return self.config.loader.decode(self._open(data, run.manifest))
         text, error, manifest = b"", None, None
         with TemporaryDirectory(prefix="sslfast-") as place:
             copy = Path(place) / "manifest.tsv"
             try:
                 if distributed.is_main():
-                    manifest = self._open(folder, run.manifest)
+                    manifest = self._open(data, run.manifest)
                     manifest.save(copy)
                     text = copy.read_bytes()
             except (ValueError, OSError) as problem:
@@ -49,7 +50,7 @@ class RunData:
             try:
                 if manifest is None:
                     copy.write_bytes(text)
-                    manifest = reopen_data(folder, copy, on_bad_image=self.config.loader.on_bad_image)
+                    manifest = reopen_data(data, copy, on_bad_image=self.config.loader.on_bad_image)
                 manifest = self.config.loader.decode(manifest)
             except (ValueError, OSError) as problem:
                 error = f"rank {distributed.rank()}: {problem}"
@@ -57,11 +58,11 @@ class RunData:
         assert manifest is not None
         return manifest
 
-    def _open(self, folder: Path, known: Path) -> Manifest:
+    def _open(self, data: Any, known: Path) -> Manifest:
         if known.exists():
-            return reopen_data(folder, known, on_bad_image=self.config.loader.on_bad_image)
+            return reopen_data(data, known, on_bad_image=self.config.loader.on_bad_image)
         progress = self.config.progress in ("auto", "bar") and sys.stderr.isatty()
-        return open_data(folder, on_bad_image=self.config.loader.on_bad_image, progress=progress)
+        return open_data(data, on_bad_image=self.config.loader.on_bad_image, progress=progress)
 
     def loader(self, views: Mapping[str, ViewConfig]) -> Loader:
         """A loader of these views. All loaders of a run yield the same samples in the same epochs."""

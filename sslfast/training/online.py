@@ -37,7 +37,9 @@ class OnlineKnn:
                 f"knn_every_epochs={every_epochs} needs a method with a bank or buffer of embeddings, "
                 f"and {type(method).__name__} has none; {remedy}"
             )
-        labels = torch.empty(0, dtype=torch.int64) if manifest is None else torch.from_numpy(manifest.labels)
+        labels = (
+            torch.empty(0, dtype=torch.int64) if manifest is None else torch.from_numpy(manifest.with_labels().labels)
+        )
         labelled = labels[labels >= 0]
         classes = len(labelled.unique())
         if len(labelled) <= K or classes < 2:

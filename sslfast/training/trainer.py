@@ -59,7 +59,8 @@ class Trainer:
 
     Args:
         config: what to train and how.
-        data: folder of images, manifest (.tsv), .beton file, or a number of synthetic images.
+        data: whatever ``sslfast.data.open_data`` takes (a path, URL or dataset object), or a number of synthetic
+            images.
         output: run directory; created if needed, and locked while training.
         resume: ``auto`` (resume from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
@@ -70,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        data: Path | str | int,
+        data: Any,
         output: Path | str,
         *,
         resume: str | Path = "auto",

@@ -91,7 +91,8 @@ def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: st
         ("l.jsonl", '{"label": 1}\n', r"l.jsonl entry 1 has no key path or file"),
         ("l.json", '[{"path": "imgs/b/1.jpg", "label": [1]}]', r"entry 1 has a label that is neither"),
         ("l.parquet", "x", r"l.parquet is not a whole Parquet file .*get a good copy"),
-        ("l.arrow", "x", r"l.arrow is not a folder: .arrow files are not read"),
+        ("l.h5", "x", r"l.h5 is not a folder: .h5 files are not read"),
+        ("l.arrow", "x", r"l.arrow is not a whole Arrow file \(.*; 1 bytes\): get a good copy"),
         (
             "l.rst",
             "x",
@@ -264,6 +265,54 @@ def test_the_devkit_labels_the_validation_set_as_downloaded(tmp_path: Path, kind
     train, val = load_manifests(root)
     assert train.classes == val.classes == ["n1", "n2", "n3"]
     assert val.labels.tolist() == [2, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar.gz"])
+def test_imagenet_as_downloaded_is_evaluated(tmp_path: Path, kind: str) -> None:
+    root, words = flat(tmp_path / "made"), ["n00000002", "n00000003", "n00000001"]
+    down = tmp_path / "down"
+    devkit = down / "ILSVRC2012_devkit_t12"
+    (devkit / "data").mkdir(parents=True)
+    (devkit / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n3\n1\n2\n3\n1\n")
+    write_meta(devkit / "data" / "meta.mat", words)
+    with tarfile.open(down / "ILSVRC2012_img_train.tar", "w") as outer:
+        for folder in sorted((root / "train").iterdir()):
+            word = f"n{int(folder.name[1:]):08}"
+            with tarfile.open(tmp_path / f"{word}.tar", "w") as inner:
+                for file in folder.iterdir():
+                    inner.add(file, f"{word}_{file.name}")
+            outer.add(tmp_path / f"{word}.tar", f"{word}.tar")
+    with tarfile.open(down / "ILSVRC2012_img_val.tar", "w") as tar:
+        for file in (root / "val").iterdir():
+            tar.add(file, file.name)
+    labels = devkit
+    if kind == "tar.gz":
+        labels = down / "ILSVRC2012_devkit_t12.tar.gz"
+        with tarfile.open(labels, "w:gz") as tar:
+            tar.add(devkit, devkit.name)
+        shutil.rmtree(devkit)
+    with raises(r"ILSVRC2012_img_val.tar has 6 images outside class folders .*run `sslfast data labels .*/val.tsv`"):
+        load_manifests(down)
+    options = ["--train", str(down / "ILSVRC2012_img_train.tar"), "-o", str(down / "val.tsv")]
+    assert cli.main(["data", "labels", str(down / "ILSVRC2012_img_val.tar"), str(labels), *options]) == 0
+    train, val = load_manifests(down)
+    assert train.classes == val.classes == sorted(words)
+    assert val.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    assert train.source.read(0) == (root / "train" / "n1" / "0.jpg").read_bytes()
+
+
+def test_devkits_that_are_none(tmp_path: Path) -> None:
+    root = flat(tmp_path)
+    for name, why in (
+        ("val", r"val holds no ILSVRC2012_validation_ground_truth.txt: name ImageNet's devkit"),
+        ("x.tar.gz", r"x.tar.gz cannot be read \(ReadError: .*\): get a good copy of ImageNet's devkit"),
+        ("y.tar", r"y.tar holds no data/ILSVRC2012_validation_ground_truth.txt: name ImageNet's devkit"),
+    ):
+        (root / "x.tar.gz").write_bytes(b"x" * 900)
+        with tarfile.open(root / "y.tar", "w"):
+            pass
+        with raises(why):
+            label_images(root / "val", root / name, root / "val.csv")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 import sslfast.data.manifest as manifest_module
 import sslfast.data.pool as pool_module
+from sslfast.data import left_out
 from sslfast.data.left_out import system_key
 from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
@@ -321,7 +322,7 @@ def test_a_manifest_with_rows_in_system_folders_says_why_it_no_longer_fits(
 @pytest.mark.parametrize(
     ("name", "data", "shown"),
     [
-        ("1.HEIC", b"\0\0\0\x18ftypheic", "1 x .heic: pictures in formats that are not read; convert"),
+        ("1.CR2", b"II*\0", "1 x .cr2: pictures in formats that are not read; convert"),
         ("1.jxl", b"", "1 x .jxl: pictures in formats"),
         ("raw.DNG", b"II*\0", "1 x .dng: pictures in formats"),
         ("photo", b"\0\0\0\x18ftypmif1", "1 x no suffix (HEIF): pictures in formats"),
@@ -364,3 +365,10 @@ def test_a_deep_tree_is_listed(tmp_path: Path) -> None:
             os.rmdir("d", dir_fd=folder)
         for folder in folders:
             os.close(folder)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_heic_says_what_would_read_it(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_out, "HAS_HEIF", has)
+    (line,) = left_out.left_out({".heic": 3})
+    assert ("or pip install pillow-heif, which reads .heic and .heif" in line) is not has

@@ -185,12 +185,12 @@ def test_a_compressed_tar_names_the_commands_that_help(tmp_path: Path) -> None:
 def test_system_and_misnamed_members_are_counted(tmp_path: Path) -> None:
     files = {
         **{"a/0.jpg": image(0), "__MACOSX/a/._0.jpg": b"x", "a/._0.jpg": b"x", "a/@eaDir/0.jpg/M.jpg": image(1)},
-        **{".x/1.jpg": image(1), "b/1.HEIC": b"x", "b/photo": image(2), "b/notes.txt": b"x", "./a/.DS_Store": b"x"},
+        **{".x/1.jpg": image(1), "b/1.CR2": b"x", "b/photo": image(2), "b/notes.txt": b"x", "./a/.DS_Store": b"x"},
     }
     manifest = Manifest.scan(write_tar(tmp_path / "x.tar", files))
     assert manifest.paths == ["a/0.jpg"]
     assert manifest.ignored == {
-        **{"__MACOSX/": 1, "._*": 1, "@eaDir/": 1, ".*": 1, ".heic": 1, " holding JPEG": 1, ".txt": 1}
+        **{"__MACOSX/": 1, "._*": 1, "@eaDir/": 1, ".*": 1, ".cr2": 1, " holding JPEG": 1, ".txt": 1}
     }
 
 

@@ -4,21 +4,25 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 import sslfast.data.source as source_module
 from sslfast.data.images import OnBadImage, open_image
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data, parse_data, reopen_data
+from sslfast.data.parts import PartsSource
 from sslfast.data.prepare import prepare_beton
 from sslfast.data.source import SOURCES, Changes, ImageSource, ListedImage, PackedPaths, all_sources, content_hash
 from sslfast.data.verify import verify_images
 from sslfast.loaders.pillow import PillowLoader
+from sslfast.loaders.registry import loaders_for
 from sslfast.views.types import CropConfig, ViewConfig
+from tests.data.test_arrow import save
 from tests.data.test_parquet import write_shards as write_tables
 from tests.data.test_tar import write_shards
 from tests.pictures import encoded, picture, write_folder
@@ -103,6 +107,17 @@ def test_a_manifest_of_an_unknown_source_is_an_error(
         Manifest.load(tmp_path / "m.tsv")
 
 
+class Items(Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.items[row]
+
+
 @pytest.fixture
 def manifests(tmp_path: Path) -> list[Manifest]:
     """One of every source."""
@@ -116,12 +131,27 @@ def manifests(tmp_path: Path) -> list[Manifest]:
     lists = (folder / "list.csv", folder / "list.txt")
     tables = write_tables(tmp_path / "tables", rows=12)
     shards = write_shards(tmp_path / "shards")
-    places = (tmp_path / "data.beton", *lists, tmp_path / "data.zip", shards, tables, folder)
+    saved = save(tmp_path / "saved", rows=6)
+    items = [picture(key=key) for key in range(11)]
+    (tmp_path / "x.roots").write_text("folder/list.txt\n")
+    places = (
+        tmp_path / "data.beton",
+        *lists,
+        tmp_path / "data.zip",
+        shards,
+        tables,
+        saved,
+        tmp_path / "x.roots",
+        Items(items),
+        folder,
+    )
     return [open_data(place) for place in places]
 
 
 def test_each_source_is_found_by_its_name_and_once(manifests: list[Manifest]) -> None:
-    assert [type(manifest.source) for manifest in manifests] == all_sources()
+    made = {type(manifest.source) for manifest in manifests}
+    assert {source.name for source in all_sources() if source not in made} == {"hub", "remote"}  # tests of their own
+    assert [type(manifest.source) for manifest in manifests] == [source for source in all_sources() if source in made]
     assert len(all_sources()) == len(SOURCES) == len({source.name for source in all_sources()})
 
 
@@ -154,3 +184,17 @@ def test_the_data_argument() -> None:
     assert parse_data("synthetic") == Path("synthetic")
     with pytest.raises(ValueError, match="needs a number of images of at least 1, got 'synthetic:0'"):
         parse_data("synthetic:0")
+
+
+def test_the_table_of_sources_in_the_docs_is_true(manifests: list[Manifest]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    rows = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `") and line.count("|") == 8
+    ]
+    table = {name.strip("`"): row for row in rows for name in row[0].split(", ")}
+    assert table.keys() == {source.name for source in all_sources()}
+    for manifest in manifests:
+        *_, loaders, _, shuffle = table[manifest.source.name]
+        assert sorted(loaders.split(", ")) == sorted(name for name in loaders_for(manifest) if name != "synthetic")
+        if not isinstance(manifest.source, PartsSource):
+            assert shuffle.startswith("yes") == (manifest.source.row_shards is not None)
