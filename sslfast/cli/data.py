@@ -1,5 +1,6 @@
 """``sslfast data verify``, ``sslfast data prepare`` and ``sslfast data labels``."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,16 @@ import tyro
 
 from sslfast.cli.options import print_table
 from sslfast.cli.usage import parse
-from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_images, prepare_beton, verify_images
+from sslfast.data import (
+    Contents,
+    Decoding,
+    Manifest,
+    PrepareConfig,
+    check_apart,
+    label_images,
+    prepare_beton,
+    verify_images,
+)
 from sslfast.files import OUTPUT, check_writable, write_file, writing
 from sslfast.text import printable
 
@@ -72,6 +82,7 @@ def labels(arguments: list[str]) -> int:
     if isinstance(chosen, int):
         return chosen
     check_writable(chosen.output, remedy=OUTPUT)
+    check_apart([chosen.output], [path for path in (chosen.data, chosen.labels, chosen.train) if path is not None])
     count = label_images(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
     print(f"{count:,} images with their labels; wrote {chosen.output}")
     return 0
@@ -82,8 +93,9 @@ def verify(arguments: list[str]) -> int:
     chosen = parse(Verify, arguments, prog="sslfast data verify")
     if isinstance(chosen, int):
         return chosen
-    if chosen.output is not None:
-        check_writable(chosen.output, remedy=OUTPUT)
+    output = chosen.output or Path(f"{Path(os.path.realpath(chosen.data)).name or 'root'}.tsv")
+    check_writable(output, remedy=OUTPUT)
+    check_apart([output], [chosen.data])
     contents = Contents()
     manifest, bad = verify_images(
         chosen.data,
@@ -92,7 +104,6 @@ def verify(arguments: list[str]) -> int:
         decoding=chosen.decoding,
         contents=contents,
     )
-    output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
     write_file(output, manifest.dump(), remedy=OUTPUT)
     for path, reason in bad:
         print(f"{printable(path)}\t{printable(reason)}")
@@ -118,6 +129,7 @@ def prepare(arguments: list[str]) -> int:
         return chosen
     remedy = "name another file as OUT.beton"
     check_writable(chosen.output, remedy=remedy)
+    check_apart([chosen.output], [chosen.data], remedy=remedy)
     with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(
             chosen.data,

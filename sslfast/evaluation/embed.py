@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.data import open_data
+from sslfast.data import check_apart, open_data
 from sslfast.distributed import distributed_device, together
 from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.config import ImageConfig
@@ -86,6 +86,7 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         WriteError: a file cannot be written.
     """
     check_suffix(output)
+    check_apart([output, output.with_suffix(".csv")] if output.suffix == ".npy" else [output], [run, data])
     scratch = output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp")
     with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
         found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from sslfast import distributed
-from sslfast.data import Manifest, open_data, reopen_data
+from sslfast.data import Manifest, check_run_apart, open_data, reopen_data
 from sslfast.loaders import Loader, build_loader
 from sslfast.runs import RunDirectory
 from sslfast.training.config import TrainConfig
@@ -32,6 +32,7 @@ class RunData:
         self.manifest = None if isinstance(data, int) else self._manifest(Path(data), run)
 
     def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
+        check_run_apart(run.path, folder)
         if distributed.world_size() == 1:
             return self.config.loader.decode(self._open(folder, run.manifest))
         text, error, manifest = b"", None, None
