@@ -118,7 +118,7 @@ def left_out_lines(manifest: Manifest) -> list[str]:
     """What looks like a picture and is not used, for the screen."""
     return [
         *(f"left out: {printable(line)}" for line in manifest.left_out()),
-        *(f"classes: {printable(line)}" for line in manifest.alike_classes()),
+        *(f"classes: {printable(line)}" for line in manifest.class_remarks()),
     ]
 
 
@@ -148,5 +148,6 @@ def prepare(arguments: list[str]) -> int:
     rows += [(f"{count:,}", done) for done, count in prepared.counts.items()]
     rows += [("left out", f"{printable(path)} ({printable(reason)})") for path, reason in prepared.manifest.excluded]
     rows += [("left out", printable(line)) for line in prepared.manifest.left_out()]
+    rows += [("classes", printable(line)) for line in prepared.manifest.class_remarks()]
     print_table([*rows, ("wrote", str(prepared.path))])
     return 0

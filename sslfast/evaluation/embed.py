@@ -26,6 +26,7 @@ from sslfast.evaluation.extract import ImageReader
 from sslfast.evaluation.layers import check_layers
 from sslfast.evaluation.preprocessing import describe
 from sslfast.files import OUTPUT, open_regular, replacing
+from sslfast.text import printable
 
 SUFFIXES = (".npy", ".parquet")
 _ROWS_AT_ONCE = 1 << 12
@@ -51,7 +52,7 @@ class EmbedConfig(ImageConfig):
             raise ValueError(f"head takes the trunk's output, got layer={self.layer} too; give one of them")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Embeddings:
     """What :func:`sslfast.embed` returns."""
 
@@ -67,6 +68,13 @@ class Embeddings:
     """Path and reason of each image that could not be used; empty for those of a file."""
     preprocessing: str
     """What was seen of an image; empty for those of a .npy file."""
+
+    def __repr__(self) -> str:
+        """Sizes: a list of a million paths is no help on a screen."""
+        named = len({name for name in self.classes if name is not None})
+        return (
+            f"Embeddings({len(self.values)} x {self.values.shape[1]}, {named} classes, {len(self.left_out)} left out)"
+        )
 
 
 def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output: Path = Path("embeddings.npy")) -> str:
@@ -89,10 +97,11 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
     check_apart([output, output.with_suffix(".csv")] if output.suffix == ".npy" else [output], [run, data])
     scratch = output.with_name(f".{output.name[:40]}.{secrets.token_hex(8)}.tmp")
     with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
-        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
+        found, remarks = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
         together(lambda: write_embeddings(found, output), only_main=True)
     left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
-    return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
+    summary = f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
+    return "\n".join([summary, *(f"classes: {printable(line)}" for line in remarks)])
 
 
 def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
@@ -114,10 +123,13 @@ def embed_all(run: Path | str, data: Path | str, **options: Any) -> Embeddings:
         )
     config = EmbedConfig(**options)
     with distributed_device(config.device) as device:
-        return _extract(Path(run), Path(data), config, device, FeatureCache(None))
+        return _extract(Path(run), Path(data), config, device, FeatureCache(None))[0]
 
 
-def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
+def _extract(
+    run: Path, data: Path, config: EmbedConfig, device: torch.device, cache: FeatureCache
+) -> tuple[Embeddings, list[str]]:
+    """The embeddings, and remarks about the classes."""
     loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix)
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size
@@ -140,7 +152,7 @@ def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, c
         features = extract_layers(trunk, (config.layer,), reader, device=device, cache=cache)
     (values,) = features.values.values()
     labels = manifest.labels[features.rows.numpy()].tolist()
-    return Embeddings(
+    found = Embeddings(
         values=values,
         rows=features.rows,
         paths=[manifest.paths[row] for row in features.rows.tolist()],
@@ -148,6 +160,7 @@ def _extract(run: Path, data: Path, config: EmbedConfig, device: torch.device, c
         left_out=[*manifest.excluded, *features.bad_images],
         preprocessing=describe(seen, size),
     )
+    return found, manifest.class_remarks()
 
 
 def check_suffix(path: Path) -> None:

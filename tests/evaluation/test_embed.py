@@ -263,3 +263,17 @@ def test_the_head_of_evaluations_is_the_method_s_own(recipe: str, data: Path, tm
     method = trainer.method.eval()
     features = torch.randn(3, method.trunk.out_features)
     assert torch.equal(encoder.head(features), getattr(method, method.embedding_head)(features))  # type: ignore[attr-defined]
+
+
+def test_the_repr_is_one_short_line() -> None:
+    """A list of a million paths is no help on a screen."""
+    count = 10_000
+    found = Embeddings(
+        values=torch.zeros(count, 4),
+        rows=torch.arange(count),
+        paths=[f"a/{i}.png" for i in range(count)],
+        classes=["a"] * (count - 1) + [None],
+        left_out=[("b.png", "empty file")],
+        preprocessing="",
+    )
+    assert repr(found) == "Embeddings(10000 x 4, 1 classes, 1 left out)"
