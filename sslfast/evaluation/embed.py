@@ -253,7 +253,7 @@ def _write_parquet(found: Embeddings, path: Path) -> None:
             arrays = [
                 pa.array(found.rows[part].numpy()),
                 pa.array([_text(name) for name in found.paths[part]], pa.string()),
-                pa.array(found.classes[part], pa.string()),
+                pa.array([None if name is None else _text(name) for name in found.classes[part]], pa.string()),
                 pa.FixedSizeListArray.from_arrays(pa.array(found.values[part].flatten().numpy()), columns),
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

@@ -7,7 +7,7 @@ import pytest
 from sslfast.recipes import RECIPES
 
 TOO_SMALL = [
-    *((recipe, "dimensions") for recipe in ("pirl", "npid", "simclr", "moco-v2", "byol", "swav", "simsiam")),
+    *((recipe, "dimensions") for recipe in ("pirl-paper", "npid", "simclr", "moco-v2", "byol", "swav", "simsiam")),
     ("dino", "bottleneck_features"),
     ("jigsaw", "num_permutations"),
     ("deepcluster", "clusters"),
