@@ -69,11 +69,11 @@ class Weights:
     """Recipe, method, step and seed, as far as known."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a weight is no number that a network computes with (NaN, infinite, complex, quantised,
-        without values): features would be numbers without meaning."""
-        for name, value in {**self.state, **self.head}.items():
-            if kind := _unusable(name, value):
-                raise ValueError(f"{name} in {self.source} is {kind}; give a file of ordinary floating weights")
+        """Raises ValueError where a weight is no number that a network computes with (NaN, complex, quantised, without
+        values, ...): features would be numbers without meaning."""
+        for entry, value in {**self.state, **self.head}.items():
+            if kind := _unusable(entry, value):
+                raise ValueError(f"{entry} in {self.source} is {kind}; give a file of ordinary floating weights")
         name = first_nonfinite(self.state.items())
         if name is not None:
             raise ValueError(f"values of {name} in {self.source} are NaN or infinite; use an earlier checkpoint")
