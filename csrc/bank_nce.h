@@ -98,13 +98,22 @@ inline void check_scoring(const char* op,
                 index.size(0));
   check_same_device(op, "bank", bank, "query", query);
   check_same_device(op, "index", index, "query", query);
-  SSLFAST_CHECK(temperature > 0, op, ": temperature must be positive, got ", temperature);
+  SSLFAST_CHECK(temperature >= 1e-30 && temperature <= 1e30, op,
+                ": temperature must be in [1e-30, 1e+30], got ", temperature);
   if (z_tensor) {
     SSLFAST_CHECK(z_tensor->dim() == 0 && z_tensor->scalar_type() == ScalarType::Double, op,
                   ": z must be a float or a 0-d fp64 tensor, got shape ", shape_string(*z_tensor));
     check_memory(op, "z", *z_tensor);
     check_same_device(op, "z", *z_tensor, "query", query);
   }
+}
+
+// The normaliser of NCE on the CPU, else 1. NaN passes: a loss that is not finite is the trainer's business.
+inline double host_z(const char* op, bool binary, const std::optional<Tensor>& tensor, double z) {
+  if (!binary) return 1.0;
+  const double value = tensor ? *static_cast<const double*>(tensor->const_data_ptr()) : z;
+  SSLFAST_CHECK(!(value <= 0), op, ": z must be positive, got ", tensor ? "a tensor of " : "", value);
+  return value;
 }
 
 inline void check_bank_nce(const Tensor& query,                       // [V, B, D] fp32 or fp64

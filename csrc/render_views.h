@@ -305,7 +305,10 @@ inline ViewShape check_render_views(const Tensor& crops,                        
                 op, ": parameters must be fp32 [B, M, ", kViewParameters, "] = [", shape.batch, ", ", shape.pictures(),
                 ", ", kViewParameters, "], got ", shape_string(parameters));
   check_same_device(op, "parameters", parameters, "crops", crops);
-  for (int c = 0; c < 3; ++c) SSLFAST_CHECK(std_of[c] > 0, op, ": std must be positive, got ", std_of[c]);
+  for (int c = 0; c < 3; ++c) {
+    SSLFAST_CHECK(std_of[c] >= 1e-6f && std_of[c] <= 1e6f, op, ": std must be positive, in [1e-06, 1e+06], got ",
+                  std_of[c]);
+  }
   return shape;
 }
 

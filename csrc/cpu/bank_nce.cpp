@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cpu(const Tensor& query_,  // [V, B,
   Tensor lse = allocate("bank_nce", query, {views, batch});
   Tensor grad = allocate("bank_nce", query, {views, batch, columns});
   if (views == 0 || batch == 0) return {loss, lse, grad};
-  const double z_value = z_tensor ? *static_cast<const double*>(z_tensor->const_data_ptr()) : z;
+  const double z_value = host_z("bank_nce", binary, z_tensor, z);
 
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce", [&] {
     using A = accumulate_t<scalar_t>;

@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cpu(const Tensor& query_,  // 
   Tensor lse = allocate("bank_nce_dense", query, {views, batch});
   Tensor grad = allocate("bank_nce_dense", query, {views, batch, columns});
   if (queries == 0) return {loss, lse, grad};
-  const double z_value = z_tensor ? *static_cast<const double*>(z_tensor->const_data_ptr()) : z;
+  const double z_value = host_z("bank_nce_dense", binary, z_tensor, z);
   const int64_t num_negatives = negatives ? negatives->size(0) : bank.size(0) - 1;
 
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_nce_dense", [&] {

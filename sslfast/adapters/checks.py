@@ -1,6 +1,5 @@
 """Checks of arguments that the adapters share."""
 
-import math
 import numbers
 from typing import Any
 
@@ -9,17 +8,15 @@ from torch import Tensor
 
 
 def check_temperature(module: str, temperature: Any) -> None:
-    """Raise ValueError unless the temperature is a number from 1e-8 on, finite; RuntimeError for a 0-d tensor."""
+    """Raise ValueError unless the temperature is a number in [1e-8, 1e30]; RuntimeError for a 0-d tensor."""
     if isinstance(temperature, Tensor) and temperature.dim() == 0:
-        in_range = (temperature >= 1e-8) & (temperature < math.inf)
-        torch._assert_async(in_range, f"{module}: temperature must be at least 1e-8 and finite")  # no host sync
+        in_range = (temperature >= 1e-8) & (temperature <= 1e30)
+        torch._assert_async(in_range, f"{module}: temperature must be in [1e-8, 1e30]")  # no host sync
         return
     if not isinstance(temperature, float | numbers.Real):
         raise TypeError(f"{module}: temperature must be a number, got {temperature!r}")
-    if not 1e-8 <= float(temperature) < math.inf:  # also catches NaN
-        raise ValueError(
-            f"{module}: temperature must be at least 1e-8 and finite, got {temperature!r}; papers use 0.05 to 0.5"
-        )
+    if not 1e-8 <= float(temperature) <= 1e30:  # also catches NaN
+        raise ValueError(f"{module}: temperature must be in [1e-8, 1e30], got {temperature!r}; papers use 0.05 to 0.5")
 
 
 def check_counts(module: str, least: int, **counts: Any) -> None:

@@ -1,5 +1,6 @@
 """``sslfast data verify``, ``sslfast data prepare`` and ``sslfast data labels``."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,16 @@ import tyro
 
 from sslfast.cli.options import print_table
 from sslfast.cli.usage import parse
-from sslfast.data import Contents, Decoding, Manifest, PrepareConfig, label_images, prepare_beton, verify_images
+from sslfast.data import (
+    Contents,
+    Decoding,
+    Manifest,
+    PrepareConfig,
+    check_apart,
+    label_images,
+    prepare_beton,
+    verify_images,
+)
 from sslfast.files import OUTPUT, check_writable, write_file, writing
 from sslfast.text import printable
 
@@ -73,6 +83,7 @@ def labels(arguments: list[str]) -> int:
     if isinstance(chosen, int):
         return chosen
     check_writable(chosen.output, remedy=OUTPUT)
+    check_apart([chosen.output], [path for path in (chosen.data, chosen.labels, chosen.train) if path is not None])
     count = label_images(chosen.data, chosen.labels, chosen.output, train=chosen.train, names=chosen.names)
     print(f"{count:,} images with their labels; wrote {chosen.output}")
     return 0
@@ -83,8 +94,9 @@ def verify(arguments: list[str]) -> int:
     chosen = parse(Verify, arguments, prog="sslfast data verify")
     if isinstance(chosen, int):
         return chosen
-    if chosen.output is not None:
-        check_writable(chosen.output, remedy=OUTPUT)
+    output = chosen.output or Path(f"{Path(os.path.realpath(chosen.data)).name or 'root'}.tsv")
+    check_writable(output, remedy=OUTPUT)
+    check_apart([output], [chosen.data])
     contents = Contents()
     manifest, bad = verify_images(
         chosen.data,
@@ -93,7 +105,6 @@ def verify(arguments: list[str]) -> int:
         decoding=chosen.decoding,
         contents=contents,
     )
-    output = chosen.output or Path(f"{manifest.root.resolve().name or 'root'}.tsv")
     write_file(output, manifest.dump(), remedy=OUTPUT)
     for path, reason in bad:
         print(f"{printable(path)}\t{printable(reason)}")
@@ -108,7 +119,7 @@ def left_out_lines(manifest: Manifest) -> list[str]:
     """What looks like a picture and is not used, for the screen."""
     return [
         *(f"left out: {printable(line)}" for line in manifest.left_out()),
-        *(f"classes: {printable(line)}" for line in manifest.alike_classes()),
+        *(f"classes: {printable(line)}" for line in manifest.class_remarks()),
     ]
 
 
@@ -119,6 +130,7 @@ def prepare(arguments: list[str]) -> int:
         return chosen
     remedy = "name another file as OUT.beton"
     check_writable(chosen.output, remedy=remedy)
+    check_apart([chosen.output], [chosen.data], remedy=remedy)
     with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(
             chosen.data,
@@ -137,5 +149,6 @@ def prepare(arguments: list[str]) -> int:
     rows += [(f"{count:,}", done) for done, count in prepared.counts.items()]
     rows += [("left out", f"{printable(path)} ({printable(reason)})") for path, reason in prepared.manifest.excluded]
     rows += [("left out", printable(line)) for line in prepared.manifest.left_out()]
+    rows += [("classes", printable(line)) for line in prepared.manifest.class_remarks()]
     print_table([*rows, ("wrote", str(prepared.path))])
     return 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from sslfast.cli.usage import parse
+from sslfast.data import check_apart
 from sslfast.distributed import process_group
 from sslfast.evaluation import ResultNotWritten
 from sslfast.files import ANOTHER_PLACE, OUTPUT, check_writable
@@ -39,7 +40,9 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
             return call
         for name in ("output", "out"):
             if isinstance(path := call.keywords.get(name), Path) and call.keywords.get("format") != "hub":
-                check_writable(path, remedy=OUTPUT if name == "output" else ANOTHER_PLACE)
+                remedy = OUTPUT if name == "output" else ANOTHER_PLACE
+                check_writable(path, remedy=remedy)
+                check_apart([path], _read(call, name), remedy=remedy)
         result = call()
     except ResultNotWritten as error:
         print(render(error.result), flush=True)  # hours of work, maybe
@@ -47,6 +50,14 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
     if process_group().is_main:
         print(render(result))
     return 0
+
+
+def _read(call: functools.partial[Any], written: str) -> list[Path]:
+    """Every path that a call reads: its arguments and the fields of its configuration."""
+    found = [*call.args, *(value for name, value in call.keywords.items() if name != written)]
+    found += [value for config in found if dataclasses.is_dataclass(config) for value in vars(config).values()]
+    found += [value for several in found if isinstance(several, tuple) for value in several]
+    return [value for value in found if isinstance(value, Path)]
 
 
 def as_command(function: Callable[..., Any]) -> Callable[..., functools.partial[Any]]:

@@ -34,6 +34,8 @@ class Command:
     """Of a group: its commands."""
     data_at: int | None = None
     """Place of DATA among its arguments, where it must exist: looked at before the seconds that imports take."""
+    takes_recipe: bool = False
+    """Whether ``--recipe`` says what its options are: its name is looked at as early."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +88,10 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     if command.commands:
         return _run(command.commands, arguments[1:], name)
     _check_data(command, arguments[1:])
+    if command.takes_recipe and "sslfast.recipes" not in sys.modules:  # imported: a plugin may have added some
+        from sslfast.cli.recipe_names import check_recipe
+
+        check_recipe(arguments[1:], name)
     if command.calls:
         from sslfast.cli.evaluate import run_function
 
@@ -189,6 +195,7 @@ COMMANDS = {
     "pretrain": Command(
         usage="pretrain DATA --recipe NAME",
         data_at=0,
+        takes_recipe=True,
         help="pretrain an encoder without labels",
         function="sslfast.cli.pretrain:pretrain",
     ),
@@ -200,6 +207,7 @@ COMMANDS = {
     "preview": Command(
         usage="preview DATA --recipe NAME -o FILE",
         data_at=0,
+        takes_recipe=True,
         help="contact sheet of images, augmented views and the pretext task",
         function="sslfast.cli.pretrain:preview",
     ),

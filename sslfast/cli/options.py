@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from sslfast.cli.exit_codes import EXIT_CODES
+from sslfast.cli.recipe_names import option_value
 from sslfast.cli.usage import parse
 from sslfast.models import choose_trunk
 from sslfast.recipes import RECIPES, find_recipe
@@ -36,7 +37,7 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
         ValueError: no recipe is named, or it does not exist.
     """
     recipe = _recipe(arguments, command)
-    wanted = {name: _value(arguments, f"--model.{name}") for name in ("name", "factory")}
+    wanted = {name: option_value(arguments, f"--model.{name}") for name in ("name", "factory")}
     recipe.model = choose_trunk(recipe.model, wanted)  # a trunk that is no ResNet has other options
     # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
     chosen = [("method", type(recipe.method)), ("model", type(recipe.model))]
@@ -60,23 +61,12 @@ def report(line: str) -> None:
 
 def _recipe(arguments: list[str], command: str) -> TrainConfig:
     """The recipe that ``--recipe`` names; with ``--help`` and no recipe, the first one."""
-    name = _value(arguments, "--recipe")
+    name = option_value(arguments, "--recipe")
     if name is None:
         if not {"-h", "--help"} & set(arguments):
             raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
         name = next(iter(RECIPES))
     return find_recipe(name)
-
-
-def _value(arguments: list[str], option: str) -> str | None:
-    """The value of an option that decides which other options exist; the last one given, or None."""
-    value: str | None = None
-    for position, argument in enumerate(arguments):
-        if argument == option and position + 1 < len(arguments):
-            value = arguments[position + 1]
-        elif argument.startswith(f"{option}="):
-            value = argument.removeprefix(f"{option}=")
-    return value
 
 
 def _description() -> str:

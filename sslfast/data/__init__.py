@@ -1,6 +1,7 @@
 """Where images come from: sources, the manifest that numbers them, decoding policy, verification and conversion.
 Imports ``sslfast.files`` and ``sslfast.ops``."""
 
+from sslfast.data.apart import check_apart, check_run_apart
 from sslfast.data.beton import JPG, Beton, BetonSource
 from sslfast.data.contents import Contents, combined, recorded_decoding, sample_contents
 from sslfast.data.demo import PHOTOGRAPHS, make_demo_data
@@ -81,6 +82,8 @@ __all__ = [
     "all_sources",
     "available_cores",
     "cannot_start",
+    "check_apart",
+    "check_run_apart",
     "check_size",
     "combined",
     "content_hash",

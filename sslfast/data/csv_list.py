@@ -14,7 +14,7 @@ from sslfast.data.folder import changed_files, list_images
 from sslfast.data.images import SUFFIXES, OnBadImage, read_bytes
 from sslfast.data.left_out import listed_system_keys, suffix_of
 from sslfast.data.manifest import Manifest
-from sslfast.data.members import LABEL_NAMES
+from sslfast.data.members import LABEL_NAMES, label_text
 from sslfast.data.source import Changes, ImageSource, SourceError, is_file
 from sslfast.data.spelling import similar_file
 
@@ -91,7 +91,7 @@ class CsvListSource(ImageSource):
             then = manifest.classes[label] if label >= 0 else None
             if path not in entries:
                 changes.missing.append((path, "no longer in the list"))
-            elif entries[path].label != then:
+            elif not _same_label(entries[path].label, then):
                 changes.changed.append((path, f"label {then or 'none'} -> {entries[path].label or 'none'}"))
         known = {*self.paths, *(path for path, _ in manifest.excluded)}
         changes.added = [(path, f"line {entry.line}") for path, entry in entries.items() if path not in known]
@@ -143,6 +143,16 @@ def _is_same_file(one: Path, other: Path) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:
+        return False
+
+
+def _same_label(now: str | None, then: str | None) -> bool:
+    """Earlier versions kept ``1.0`` of a table, and took 1 for ``"01"`` of JSON."""
+    if now == then or now is None or then is None:
+        return now == then
+    try:
+        return float(now) == float(then)
+    except ValueError:
         return False
 
 
@@ -226,10 +236,15 @@ def table_lines(path: Path, delimiter: str) -> Iterator[Entry]:
                         f"{path} line {line} has {len(fields)} fields: write path,label and quote what holds commas, "
                         "or begin with a line that names the columns (path, label, ...)"
                     )
-                label = fields[label_at].strip() if label_at is not None and label_at < len(fields) else ""
-                yield Entry(line, fields[at] if at < len(fields) else "", label or None)
+                label = fields[label_at] if label_at is not None and label_at < len(fields) else ""
+                yield Entry(line, fields[at] if at < len(fields) else "", written_label(label))
         except csv.Error as error:
             raise SourceError(f"{path} line {reader.line_num} is not CSV ({error}): correct its quotes") from None
+
+
+def written_label(text: str) -> str | None:
+    """The label that text states, of any length; None where it is empty."""
+    return label_text(text) or text.strip() or None
 
 
 def _begins_table(fields: Sequence[str]) -> bool:

@@ -40,6 +40,8 @@ from sslfast.files import replacing
 
 _VERSION = "# sslfast manifest 1"
 _COLUMNS = "path\tbytes\tsha1\tlabel"
+_TRAIN_SETS = frozenset({"train", "training"})
+_SETS = _TRAIN_SETS | {"val", "valid", "validation", "test", "testing"}
 _ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 _UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 
@@ -99,10 +101,20 @@ class Manifest:
         """Lines for the screen: what looks like a picture and is not used, why, and the remedy."""
         return left_out(self.ignored)
 
-    def alike_classes(self) -> list[str]:
-        """Lines for the screen: classes whose names look the same, probably one class."""
+    def class_remarks(self) -> list[str]:
+        """Lines for the screen: classes whose names look the same, probably one class, and sets that were taken as
+        classes (``train/<class>/...`` where ``<class>/...`` is read)."""
         found = alike_among(self.classes)
-        return [f"some look the same: {found}; give one class one name"] if found else []
+        lines = [f"some look the same: {found}; give one class one name"] if found else []
+        train = next((name for name in self.classes if name.casefold() in _TRAIN_SETS), None)
+        if train is None or not self.root.is_dir() or not all(name.casefold() in _SETS for name in self.classes):
+            return lines
+        if all(path.count("/") > 1 and path.split("/", 1)[0] in self.classes for path in self.paths):
+            lines.append(
+                f"{' and '.join(self.classes)}, the first folders, are taken as classes, and all {len(self):,} images "
+                f"are used; to use the classes and images of {train} alone, give {self.root / train}"
+            )
+        return lines
 
     def digest(self) -> str:
         """Identity of the row assignment and of the files behind it: SHA-256 over (path, bytes, hash) of every row and

@@ -165,6 +165,11 @@ def _text_label(file: str, name: str, sizes: Mapping[str, int], read: Read) -> s
             f"{file}: member {name!r} holds no label: it must be a number or the name of a class; write the archive "
             "again"
         )
+    return _plain(label)
+
+
+def _plain(label: str) -> str:
+    """In archives, whose labels are class numbers or names, 007 is 7: the same in every member of an image."""
     return str(int(label)) if label.isdecimal() else label
 
 
@@ -181,11 +186,18 @@ def _json_labels(name: str, sizes: Mapping[str, int], read: Read) -> list[str]:
     lists = {str(key).lower(): value if isinstance(value, list) else [value] for key, value in values.items()}
     found = {key: label_text(value[0]) for key, value in lists.items() if len(value) == 1}
     labels = [found.get(key) for key in JSON_KEYS]
-    return [label for label in labels if label is not None]
+    return [_plain(label) for label in labels if label is not None]
+
+
+_WHOLE = re.compile(r"[+-]?[0-9]+\.0*")
 
 
 def label_text(value: Any) -> str | None:
-    """A label that a JSON value states: a whole number or a name; None: another kind of value."""
+    """A label that a value of a list, table or archive states: a whole number or a name; None: another kind of value.
+
+    Text is a name and stays as it is written (``01`` is not ``1``), but for a whole number with a fraction of zeros:
+    tables with gaps write ``1.0`` for 1.
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -193,7 +205,7 @@ def label_text(value: Any) -> str | None:
     text = str(value).strip()
     if not text or len(text) > _LONGEST_LABEL:
         return None
-    return str(int(text)) if text.isdecimal() else text
+    return text.partition(".")[0] if _WHOLE.fullmatch(text) else text
 
 
 def _check(name: str, size: int, read: Read) -> str:

@@ -10,7 +10,8 @@ _SHOWN = 3
 def looks_like(name: str) -> str:
     """The same for names that look alike."""
     visible = "".join(c for c in unicodedata.normalize("NFC", name) if not _is_invisible(c))
-    return unicodedata.normalize("NFC", " ".join(visible.split()).casefold())
+    plain = unicodedata.normalize("NFC", " ".join(visible.split()).casefold())
+    return plain.lstrip("0") or "0" if plain.isdecimal() else plain
 
 
 def difference(one: str, other: str) -> str:
@@ -22,6 +23,8 @@ def difference(one: str, other: str) -> str:
         return "upper and lower case"
     if one.strip().casefold() == other.strip().casefold():
         return "spaces at the end"
+    if one.strip().isdecimal() and one.strip().lstrip("0") == other.strip().lstrip("0"):
+        return "leading zeros"
     return "spaces or invisible characters"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sslfast.data.csv_list import PATH_NAMES, CsvListSource, Entry, open_list, table_lines
+from sslfast.data.csv_list import PATH_NAMES, CsvListSource, Entry, open_list, table_lines, written_label
 from sslfast.data.images import SUFFIXES
 from sslfast.data.left_out import suffix_of
 from sslfast.data.members import LABEL_NAMES, label_text
@@ -66,9 +66,9 @@ def _text_lines(path: Path) -> Iterator[Entry]:
             if not tab:
                 head, _, tail = text.rstrip().rpartition(" ")
             if head and (tab or tail.isdecimal() or _is_image(head) > _is_image(text)):
-                yield Entry(line, head.rstrip(" ,;") if not tab else head, tail.strip() or None)
+                yield Entry(line, head.rstrip(" ,;") if not tab else head, written_label(tail))
             elif not _is_image(text) and (named := _NAMED.fullmatch(text)):
-                yield Entry(line, named[1], named[2])
+                yield Entry(line, named[1], written_label(named[2]))
             else:
                 yield Entry(line, text, None)
 

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslfast.data import open_data
+from sslfast.data import check_apart, open_data
 from sslfast.distributed import distributed_device, together
 from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.config import ImageConfig
 from sslfast.evaluation.encoders import TRAINED, extract_images, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.layers import check_layers
 from sslfast.files import OUTPUT, open_regular, replacing
+from sslfast.text import printable
 
 SUFFIXES = (".npy", ".parquet")
 _ROWS_AT_ONCE = 1 << 12
@@ -53,7 +54,7 @@ class EmbedConfig(ImageConfig):
             raise ValueError(f"head takes the trunk's output, got layer={self.layer} too; give one of them")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Embeddings:
     """What :func:`sslfast.embed` returns."""
 
@@ -69,6 +70,13 @@ class Embeddings:
     """Path and reason of each image that could not be used; empty for those of a file."""
     preprocessing: str
     """What was seen of an image; empty for those of a .npy file."""
+
+    def __repr__(self) -> str:
+        """Sizes: a list of a million paths is no help on a screen."""
+        named = len({name for name in self.classes if name is not None})
+        return (
+            f"Embeddings({len(self.values)} x {self.values.shape[1]}, {named} classes, {len(self.left_out)} left out)"
+        )
 
 
 def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output: Path = Path("embeddings.npy")) -> str:
@@ -88,19 +96,21 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         WriteError: a file cannot be written.
     """
     check_suffix(output)
-    found = _embed(run, data, config, output)
+    found, remarks = _embed(run, data, config, output)
     left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
-    return f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
+    summary = f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
+    return "\n".join([summary, *(f"classes: {printable(line)}" for line in remarks)])
 
 
-def _embed(run: Path, data: Any, config: EmbedConfig, output: Path) -> Embeddings:
-    """The values are mapped from a file that is gone, until they are let go."""
+def _embed(run: Path, data: Any, config: EmbedConfig, output: Path) -> tuple[Embeddings, list[str]]:
+    """The values are mapped from a file that is gone, until they are let go; and remarks about the classes."""
     check_suffix(output)
+    check_apart([output, output.with_suffix(".csv")] if output.suffix == ".npy" else [output], [run, data])
     scratch = (config.features_dir or output.parent) / f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"
     with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
-        found = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
+        found, remarks = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
         together(lambda: write_embeddings(found, output), only_main=True)
-    return found
+    return found, remarks
 
 
 def embed_all(run: Path | str, data: Any, *, output: Path | str | None = None, **options: Any) -> Embeddings:
@@ -127,13 +137,16 @@ def embed_all(run: Path | str, data: Any, *, output: Path | str | None = None, *
         )
     config = EmbedConfig(**options)
     if output is not None:
-        found = _embed(Path(run), data, config, Path(output))
+        found, _ = _embed(Path(run), data, config, Path(output))
         return replace(read_embeddings(output), left_out=found.left_out, preprocessing=found.preprocessing)
     with distributed_device(config.device) as device:
-        return _extract(Path(run), data, config, device, FeatureCache(config.features_dir, keep=False))
+        return _extract(Path(run), data, config, device, FeatureCache(config.features_dir, keep=False))[0]
 
 
-def _extract(run: Path, data: Any, config: EmbedConfig, device: torch.device, cache: FeatureCache) -> Embeddings:
+def _extract(
+    run: Path, data: Any, config: EmbedConfig, device: torch.device, cache: FeatureCache
+) -> tuple[Embeddings, list[str]]:
+    """The embeddings, and remarks about the classes."""
     loaded = load_run(run, head=config.head, unit_head=False, prefix=config.prefix, patches=config.patches)
     manifest = open_data(data, on_bad_image=config.on_bad_image).decoded(config.decoding(run))
     size = loaded.size if config.size is None else config.size
@@ -146,7 +159,7 @@ def _extract(run: Path, data: Any, config: EmbedConfig, device: torch.device, ca
         features = extract_layers(trunk, (config.layer,), reader, device=device, cache=cache)
     (values,) = features.values.values()
     labels = manifest.labels[features.rows.numpy()].tolist()
-    return Embeddings(
+    found = Embeddings(
         values=values,
         rows=features.rows,
         paths=[manifest.paths[row] for row in features.rows.tolist()],
@@ -154,6 +167,7 @@ def _extract(run: Path, data: Any, config: EmbedConfig, device: torch.device, ca
         left_out=[*manifest.excluded, *features.bad_images],
         preprocessing=reader.describe(),
     )
+    return found, manifest.class_remarks()
 
 
 def check_suffix(path: Path) -> None:
@@ -246,7 +260,7 @@ def _write_parquet(found: Embeddings, path: Path) -> None:
             arrays = [
                 pa.array(found.rows[part].numpy()),
                 pa.array([_text(name) for name in found.paths[part]], pa.string()),
-                pa.array(found.classes[part], pa.string()),
+                pa.array([None if name is None else _text(name) for name in found.classes[part]], pa.string()),
                 pa.FixedSizeListArray.from_arrays(pa.array(found.values[part].flatten().numpy()), columns),
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

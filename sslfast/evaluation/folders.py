@@ -1,5 +1,6 @@
 """Labelled data sets in folders: ``data/train/<class>/`` and ``data/val/<class>/``, and subsets of them."""
 
+import os
 from pathlib import Path
 from shlex import quote
 
@@ -66,7 +67,8 @@ def load_manifests(
         ]
         raise UnsuitableError(f"classes of {data}/train and {data}/val differ ({'; '.join(only)}); give both the same")
     if len(train.classes) < 2:
-        raise UnsuitableError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2")
+        remarks = "".join(f"; {line}" for line in train.class_remarks())
+        raise UnsuitableError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2{remarks}")
     return train, val
 
 
@@ -92,6 +94,12 @@ def _place(data: Path, split: str) -> Path:
     ):
         if place.is_file() or (place == folder and place.is_dir()):
             return place
+    whole = Path(os.path.abspath(data))
+    if whole.name.casefold() in ("train", "val") and (whole.parent / "train").is_dir():
+        raise ValueError(
+            f"{data} has no folder {split}: it seems to be one of the two sets that an evaluation needs; give the "
+            f"folder of both, {whole.parent}"
+        )
     raise ValueError(
         f"{data} has no folder {split}: an evaluation needs {data}/train/<class>/ and {data}/val/<class>/, or a list "
         f"{split}.csv or a file {split}.beton, {split}.tar or {split}.zip in place of a folder"

@@ -250,6 +250,14 @@ class BaseConfig:
             if not getattr(self, name) >= least:
                 raise ValueError(f"method.{name} must be at least {least}, got {getattr(self, name)}")
 
+    def check_directions(self, name: str) -> None:
+        """ValueError unless this field, the size of vectors that are divided by their norms, is at least 2."""
+        if not getattr(self, name) >= 2:
+            raise ValueError(
+                f"method.{name} must be at least 2, got {getattr(self, name)}: a vector of one number, divided by its "
+                "norm, is 1 or -1 whatever it was, and gives no gradient"
+            )
+
     def check_positive(self, *names: str) -> None:
         """ValueError unless each of these fields is above 0 and finite."""
         for name in names:

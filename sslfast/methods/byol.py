@@ -49,7 +49,8 @@ class BYOL(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            self.check_at_least(1, "hidden_features", "dimensions")
+            self.check_at_least(1, "hidden_features")
+            self.check_directions("dimensions")
             if not 0 <= self.momentum <= 1:
                 raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum}")
             self.check_views_are_whole()

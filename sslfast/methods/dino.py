@@ -89,7 +89,8 @@ class DINO(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            self.check_at_least(1, "hidden_features", "bottleneck_features")
+            self.check_at_least(1, "hidden_features")
+            self.check_directions("bottleneck_features")
             self.check_at_least(2, "dimensions")
             self.check_positive("temperature", "teacher_temperature", "warmup_teacher_temperature")
             self.check_at_least(0, "teacher_warmup_epochs", "frozen_epochs")

@@ -72,7 +72,8 @@ class MoCo(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            self.check_at_least(1, "dimensions", "queue_size")
+            self.check_at_least(1, "queue_size")
+            self.check_directions("dimensions")
             self.check_at_least(0, "batchnorm_samples")
             self.check_positive("temperature")
             if not 0 <= self.momentum <= 1:

@@ -138,6 +138,7 @@ class PIRL(Method):
             self.check_whole_image()
             self.check_positive("temperature")
             self.check_at_least(1, "num_negatives")
+            self.check_directions("dimensions")
             if not 0 <= self.bank_momentum <= 1:
                 raise ValueError(f"method.bank_momentum must be in [0, 1], got {self.bank_momentum}")
             if "jigsaw" in self.pretext and self.jigsaw_view.jigsaw is None:

@@ -51,7 +51,8 @@ class SimCLR(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            self.check_at_least(1, "hidden_features", "dimensions")
+            self.check_at_least(1, "hidden_features")
+            self.check_directions("dimensions")
             self.check_positive("temperature")
             self.check_whole_image()
 

@@ -48,7 +48,7 @@ class SimSiam(Method):
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
             self.check_at_least(1, "hidden_features", "predictor_features")
-            self.check_at_least(2, "dimensions")
+            self.check_directions("dimensions")
             self.check_views_are_whole()
 
         def check_batch(self, split: BatchSplit) -> None:

@@ -62,7 +62,8 @@ class SwAV(Method):
 
         def validate(self) -> None:
             """Raises ValueError with the field, its value and what is allowed."""
-            self.check_at_least(1, "hidden_features", "dimensions", "iterations")
+            self.check_at_least(1, "hidden_features", "iterations")
+            self.check_directions("dimensions")
             self.check_at_least(2, "prototypes")
             self.check_at_least(0, "queue_size", "queue_start_epoch", "frozen_steps")
             self.check_positive("temperature", "epsilon")

@@ -4,7 +4,6 @@ stored.
 ``sslfast.ops.bank_nce`` is for banks and queues, whose vectors take no gradient.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_COLDEST, _HOTTEST = 1e-30, 1e30
+"""Temperatures: beyond, scores of unit vectors leave fp32."""
 _BLOCK = 1 << 21
 """Scores per block (8 MiB in fp32), rounded to whole rows, at least one."""
 
@@ -28,7 +29,7 @@ def info_nce(
         queries: ``[N, D]`` floating.
         keys: ``[M, D]`` floating.
         positives: ``[N]`` int64, the positive key of each query.
-        temperature: τ > 0, finite; or a 0-d floating tensor, through which a gradient flows.
+        temperature: τ in [1e-30, 1e30]; or a 0-d floating tensor, through which a gradient flows.
         excluded: ``[N]`` int64, key that is left out for a query, for example itself. None: no key is.
 
     Returns:
@@ -54,10 +55,10 @@ def _check(
     queries: Tensor, keys: Tensor, positives: Tensor, excluded: Tensor | None, temperature: float | Tensor
 ) -> None:
     if isinstance(temperature, Tensor):  # without a host sync
-        in_range = (temperature > 0) & (temperature < math.inf)
-        torch._assert_async(in_range, "info_nce: temperature must be positive and finite")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"info_nce: temperature must be positive and finite, got {temperature=}")
+        in_range = (temperature >= _COLDEST) & (temperature <= _HOTTEST)
+        torch._assert_async(in_range, f"info_nce: temperature must be in [{_COLDEST:g}, {_HOTTEST:g}]")
+    elif not _COLDEST <= temperature <= _HOTTEST:
+        raise ValueError(f"info_nce: temperature must be in [{_COLDEST:g}, {_HOTTEST:g}], got {temperature=}")
     if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1] or 0 in (*queries.shape, *keys.shape):
         raise ValueError(
             "info_nce: queries and keys must be [N, D] and [M, D], none of them 0, "

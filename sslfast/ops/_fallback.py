@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslfast.ops import _core
+from sslfast.ops import _core, _library
 from sslfast.ops.bank_enqueue_ import bank_enqueue_reference
 from sslfast.ops.bank_nce import bank_nce_reference
 from sslfast.ops.bank_nce_dense import bank_nce_dense_reference
@@ -51,7 +51,9 @@ def _check_step(op: str, step_tensor: Tensor | None) -> None:
     _check_scalar(op, "step", step_tensor, [torch.int64], "an int or a 0-d int64 tensor")
 
 
-def _check_scoring(op: str, query: Tensor, bank: Tensor, z_tensor: Tensor | None) -> None:
+def _check_scoring(
+    op: str, query: Tensor, bank: Tensor, z_tensor: Tensor | None, z: float, temperature: float, binary: bool
+) -> None:
     torch._check(bank.dim() == 2, lambda: f"{op}: bank must have shape [N, D], got {[*bank.shape]}")
     _check_floating(op, bank=bank)
     torch._check(query.dim() == 3, lambda: f"{op}: query must have shape [V, B, D], got {[*query.shape]}")
@@ -63,6 +65,14 @@ def _check_scoring(op: str, query: Tensor, bank: Tensor, z_tensor: Tensor | None
     wanted = "fp64 like bank" if double else "fp32; convert it with .float()"
     torch._check(query.dtype == (torch.float64 if double else torch.float32), lambda: f"{op}: query must be {wanted}")
     _check_scalar(op, "z", z_tensor, [torch.float64], "a float or a 0-d fp64 tensor")
+    lowest, highest = _library.TEMPERATURES
+    torch._check(
+        lowest <= temperature <= highest,
+        lambda: f"{op}: temperature must be in [{lowest:g}, {highest:g}], got {temperature}",
+    )
+    if binary and z_tensor is not None:
+        torch._assert_async(~(z_tensor <= 0), f"{op}: z must be positive")  # NaN passes, as in the kernels
+    torch._check(not binary or not z <= 0, lambda: f"{op}: z must be positive, got {z}")
 
 
 def _check_written(op: str, bank: Tensor, **read: Tensor) -> None:
@@ -129,7 +139,7 @@ def _bank_nce(
     z_tensor: Tensor | None, z: float, num_negatives: int, temperature: float, binary: bool, exclude_self: bool,
     seed: int, first_row: int = 0, num_rows: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_scoring("bank_nce", query, bank, z_tensor)
+    _check_scoring("bank_nce", query, bank, z_tensor, z, temperature, binary)
     _check_step("bank_nce", step_tensor)
     shard = None if num_rows == -1 or num_rows == len(bank) else (first_row, num_rows)
     every = len(bank) if shard is None else num_rows
@@ -148,7 +158,7 @@ def _bank_nce_dense(
     temperature: float, binary: bool, exclude_self: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     op = "bank_nce_dense"
-    _check_scoring(op, query, bank, z_tensor)
+    _check_scoring(op, query, bank, z_tensor, z, temperature, binary)
     torch._check(len(bank) >= 1, lambda: f"{op}: bank must hold at least one row")
     torch._check(negatives is None or len(negatives) >= 1, lambda: f"{op}: negatives must name at least one row")
     torch._check(

@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from sslfast.ops import _core  # noqa: F401, defines the ops that the modules of the ops take at import
 
+TEMPERATURES = (1e-30, 1e30)
+"""Lowest and highest temperature: beyond, its inverse or a score leaves fp32, and losses would be NaN or constant."""
 _OPTIONAL = {"negatives", "step", "z"}  # arguments of ops that may be None
 _INTEGRAL = (numbers.Integral, torch.SymInt)
 _REAL = (numbers.Real, torch.SymInt, torch.SymFloat)
@@ -57,14 +59,15 @@ def _shown(value: Any) -> str:
 
 
 def check_temperature(op: str, temperature: Any) -> None:
-    """Raise unless the temperature is a positive finite number; at infinity the loss is constant."""
+    """Raise unless the temperature is a number in :data:`TEMPERATURES`."""
     check_numbers(op, temperature=temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature=}")
+    lowest, highest = TEMPERATURES
+    if not lowest <= temperature <= highest:
+        raise ValueError(f"{op}: temperature must be in [{lowest:g}, {highest:g}], got {temperature=}")
 
 
 def check_z(op: str, z: Any) -> None:
-    """Raise unless the normaliser, where it is no tensor, is a positive finite number."""
+    """Raise unless the normaliser, where it is no tensor, is a positive finite number. The op looks at a tensor."""
     if not isinstance(z, torch.Tensor):
         check_numbers(op, z=z)
         if not 0 < z < math.inf:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sslfast.ops import _library
-from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference
+from sslfast.ops.bank_nce_dense import bank_nce_dense, bank_nce_dense_reference, log_z
 from sslfast.ops.negative_rows import negative_rows, negative_rows_reference
 
 _Loss = Literal["infonce", "nce"]
@@ -52,7 +52,7 @@ def bank_nce(
             computed in fp32; fp64 needs an fp64 bank.
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64; sums are fp32 (fp64 for fp64).
         index: ``[B]`` int64, bank row of the positive.
-        temperature: τ > 0, finite. For a learned one divide the query by it and pass 1.0.
+        temperature: τ in [1e-30, 1e30]. For a learned one divide the query by it and pass 1.0.
         negatives: the bank rows that a sample is contrasted with.
             "sampled": K rows drawn for each sample, exactly ``negative_rows(index, ...)`` (the papers' form).
             "shared": K rows drawn once for the batch, exactly ``negative_rows(index, ..., shared=True)``: matrix
@@ -63,7 +63,7 @@ def bank_nce(
         loss: "infonce" or "nce".
         z: normaliser of nce, float or 0-d floating tensor (stays on the device). None: estimated from this batch,
             ``N * mean(exp(s))`` over all views, samples and K + 1 scores, at the cost of a second pass;
-            exact for "full".
+            exact for "full". Above 0: a tensor that is not is an error on the CPU and a NaN loss on CUDA.
         exclude_self: sampled negatives never hold the positive row; shared rows that are a sample's own are left out
             for that sample.
         seed, step: fix the draw together with ``index``; see :func:`sslfast.ops.negative_rows`.
@@ -223,8 +223,7 @@ def bank_nce_reference(
     else:
         if z is None:
             z = num_rows * scores.detach().exp().mean()
-        z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-        logits = scores - z.log() - math.log(num_negatives / max(num_rows, 1))
+        logits = scores - log_z(z, query) - math.log(num_negatives / max(num_rows, 1))
         losses = -logsigmoid(logits[..., 0]) - logsigmoid(-logits[..., 1:]).sum(-1)
     return (losses, lse) if return_lse else losses
 
@@ -254,8 +253,8 @@ def _shard_reference(
     lse = scores.logsumexp(-1)
     if loss == "infonce":
         return torch.where(here[:, 0], lse - scores[..., 0], lse), lse.detach()
-    z = torch.as_tensor(z, dtype=query.dtype, device=query.device)
-    logits = scores - z.log() - math.log(num_negatives / num_rows)
+    assert z is not None
+    logits = scores - log_z(z, query) - math.log(num_negatives / num_rows)
     positive = torch.where(here[:, 0], -logsigmoid(logits[..., 0]), 0.0)
     return positive - logsigmoid(-logits[..., 1:]).sum(-1), lse.detach()
 
@@ -324,8 +323,11 @@ def _check(
         _library.check_z("bank_nce", z)
     _library.check_seed("bank_nce", seed)
     if mode == "full":
-        if loss == "nce" and num_rows < 2:
-            raise ValueError(f"bank_nce: nce against the full bank needs at least 2 rows, got {num_rows}")
+        if num_rows < 2:
+            raise ValueError(
+                f"bank_nce: {loss} against the full bank needs at least 2 rows, got {num_rows}: a row that is compared "
+                "with itself alone gives no gradient"
+            )
         return
     _library.check_integers("bank_nce", num_negatives=num_negatives)
     if num_negatives < 1:
@@ -333,7 +335,12 @@ def _check(
     if mode != "rows" and num_rows < (2 if exclude_self else 1):
         raise ValueError(
             f"bank_nce: drawing negatives needs at least 2 bank rows when exclude_self is True, got {num_rows}; "
-            "pass exclude_self=False or explicit rows"
+            "give more rows, or explicit ones"
+        )
+    if mode != "rows" and num_rows < 2 and loss == "infonce":
+        raise ValueError(
+            f"bank_nce: infonce needs at least 2 bank rows, got {num_rows}: every draw is the positive, so the loss is "
+            "log(K + 1) whatever the query"
         )
 
 

@@ -42,9 +42,9 @@ def bank_nce_dense(
         bank: ``[N, D]`` fp32, bf16, fp16 or fp64.
         index: ``[B]`` int64, bank row of the positive, or -1.
         negatives: ``[K]`` int64 bank rows that every query is contrasted with; None: the whole bank.
-        temperature: τ > 0, finite. For a learned one divide the query by it and pass 1.0.
+        temperature: τ in [1e-30, 1e30]. For a learned one divide the query by it and pass 1.0.
         loss: "infonce" or "nce".
-        z: normaliser of nce, float or 0-d floating tensor.
+        z: normaliser of nce, above 0, float or 0-d floating tensor.
         exclude_self: leave out, for each sample, the entries of ``negatives`` that are its own row.
 
     Returns:
@@ -100,11 +100,16 @@ def bank_nce_dense_reference(
     if loss == "infonce":
         return torch.where(here, lse - positive, lse), lse.detach()
     num_negatives = num_rows - 1 if negatives is None else len(listed)
-    offset = torch.as_tensor(z, dtype=query.dtype, device=query.device).log() + math.log(num_negatives / num_rows)
+    offset = log_z(z, query) + math.log(num_negatives / num_rows)
     terms = -logsigmoid(offset - scores)
     if negatives is None:
         terms = terms.masked_fill(own, 0.0)
     return terms.sum(-1) - torch.where(here, logsigmoid(positive - offset), 0.0), lse.detach()
+
+
+def log_z(z: float | Tensor, query: Tensor) -> Tensor:
+    """``log z`` in the type of ``query``, taken in fp64: z itself may be beyond fp32."""
+    return torch.as_tensor(z, dtype=torch.float64, device=query.device).log().to(query.dtype)
 
 
 @torch.library.register_fake("sslfast::bank_nce_dense")

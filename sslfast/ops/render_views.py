@@ -124,6 +124,10 @@ def _check_devices(
     _library.check_same_device("render_views", crops=crops, parameters=parameters, **given)
 
 
+_STD = (1e-6, 1e6)
+"""Lowest and highest: beyond, pixels would be infinite, NaN or all 0 in fp32."""
+
+
 def _check(
     permutation: Tensor | None,
     offsets: Tensor | None,
@@ -143,8 +147,10 @@ def _check(
         _library.check_numbers("render_views", **{f"{name}[{i}]": value for i, value in enumerate(values)})
     if permutation is not None and grid < 1:
         raise ValueError(f"render_views: grid must be at least 1, got {grid=}")
-    if not all(x > 0 for x in std):
-        raise ValueError(f"render_views: std must be above 0, got {std=}")
+    if not all(_STD[0] <= x <= _STD[1] for x in std):
+        raise ValueError(f"render_views: std must be above 0, in [{_STD[0]:g}, {_STD[1]:g}], got {std=}")
+    if not all(abs(x) <= _STD[1] for x in mean):
+        raise ValueError(f"render_views: mean must be in [-{_STD[1]:g}, {_STD[1]:g}], got {mean=}")
     if dtype not in DTYPES:
         raise ValueError(f"render_views: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 

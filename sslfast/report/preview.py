@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, combined, decode_full, open_data, quiet_pillow
+from sslfast.data import (
+    DEFAULT_DECODING,
+    Decoding,
+    Manifest,
+    check_apart,
+    combined,
+    decode_full,
+    open_data,
+    quiet_pillow,
+)
 from sslfast.evaluation import Lettering, load_font
 from sslfast.files import OUTPUT, save_picture
 from sslfast.loaders import BatchDecoder, epoch_order
@@ -121,6 +130,7 @@ def write_preview(
         raise ValueError(f"count must be at least 1, got {count=}")
     output = Path(output)
     check_picture(output)
+    check_apart([output], [Path(data)])
     manifest = open_data(Path(data), on_bad_image="skip", progress=True)
     manifest = manifest.decoded(combined(manifest.source.decoding, decoding, where=data))
     if manifest.source.loader is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sslfast import distributed
-from sslfast.data import Manifest, open_data, reopen_data
+from sslfast.data import Manifest, check_run_apart, open_data, reopen_data
 from sslfast.loaders import Loader, build_loader
 from sslfast.runs import RunDirectory
 from sslfast.training.config import TrainConfig
@@ -33,6 +33,7 @@ class RunData:
         self.manifest = None if isinstance(data, int) else self._manifest(data, run)
 
     def _manifest(self, data: Any, run: RunDirectory) -> Manifest:
+        check_run_apart(run.path, data)
         if distributed.world_size() == 1:
             return self.config.loader.decode(self._open(data, run.manifest))
         text, error, manifest = b"", None, None

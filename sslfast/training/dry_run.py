@@ -48,7 +48,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("res5", _res5(trainer)),
         ("data", data),
         *(("left out", line) for line in ([] if trainer.manifest is None else trainer.manifest.left_out())),
-        *(("classes", line) for line in ([] if trainer.manifest is None else trainer.manifest.alike_classes())),
+        *(("classes", line) for line in ([] if trainer.manifest is None else trainer.manifest.class_remarks())),
         *(("pixels", f"of a sample: {line}") for line in suspicious),
         ("loader", loader),
         ("device", f"{trainer.device} ({name}), {str(trainer.dtype).removeprefix('torch.')}, {layout}"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslfast.config import save_json, to_dict
+from sslfast.data import check_apart
 from sslfast.files import replacing, save_tensors
 from sslfast.models import LibraryTrunkConfig, ResNetConfig, trunk_name
 from sslfast.weights.files import import_safetensors
@@ -73,8 +74,12 @@ def export_trunk(
     upload = None if push is None else find_hub(push)
     if format != "hub" and output.suffix != SUFFIX[format]:
         raise ValueError(f"a {format} file ends in {SUFFIX[format]}, got {str(output)!r}")
+    remedy = "name another file as OUT"
     if format == "hub":
         check_folder(output)
+    else:
+        beside = [output.with_name(f"{output.name}{suffix}") for suffix in (".json", ".yaml")]
+        check_apart([output, *beside], [Path(run)], remedy=remedy)
     weights = read_weights(run, prefix=prefix, model=model)
     _check_format(weights, format)
     if format == "hub":
@@ -82,7 +87,6 @@ def export_trunk(
         if upload is not None:
             upload(output)
         return output
-    remedy = "name another file as OUT"
     with replacing(output, remedy=remedy) as temporary:
         _WRITERS[format](weights, temporary)
         _write_card(weights, output, format, remedy)

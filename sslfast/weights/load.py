@@ -69,7 +69,11 @@ class Weights:
     """Recipe, method, step and seed, as far as known."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a weight is NaN or infinite: features would be numbers without meaning."""
+        """Raises ValueError where a weight is no number that a network computes with (NaN, complex, quantised, without
+        values, ...): features would be numbers without meaning."""
+        for entry, value in {**self.state, **self.head}.items():
+            if kind := _unusable(entry, value):
+                raise ValueError(f"{entry} in {self.source} is {kind}; give a file of ordinary floating weights")
         name = first_nonfinite(self.state.items())
         if name is not None:
             raise ValueError(f"values of {name} in {self.source} are NaN or infinite; use an earlier checkpoint")
@@ -98,6 +102,18 @@ class Weights:
         if not self.head:
             raise ValueError(f"{self.source} has no projection head; leave out the head")
         return build_head(self.head, self.source)
+
+
+def _unusable(name: str, value: Tensor) -> str:
+    """What keeps an entry of a state dict from being used; empty where nothing does. Tables of indices are integers."""
+    if value.is_meta:
+        return "on the meta device, without values"
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        return "quantised" if value.is_quantized else "sparse or nested"
+    if value.is_complex():
+        return f"complex ({value.dtype})"
+    is_parameter = name.rpartition(".")[2] in ("weight", "bias", "running_mean", "running_var")
+    return f"of integers ({value.dtype})" if is_parameter and not value.is_floating_point() else ""
 
 
 def build_head(state: Mapping[str, Tensor], source: str) -> nn.Module:

@@ -141,7 +141,7 @@ CLASSES: list[Any] = [NCEAverage, CMCAverage, RGBMem, CMCMem]
         ((D, 1, K), {}, "rows of the memory must be an integer, at least 2, got 1"),
         ((D, N, 0), {}, r"K \(negatives\) must be an integer, at least 1, got 0"),
         ((D, N, 2.5), {}, r"K \(negatives\) must be an integer, at least 1, got 2.5"),
-        *(((D, N, K, T), {}, "temperature must be at least 1e-8 and finite, got") for T in (0, -1, math.nan, math.inf)),
+        *(((D, N, K, T), {}, r"temperature must be in \[1e-8, 1e30\], got") for T in (0, -1, math.nan, math.inf, 1e31)),
         *(((D, N, K, 0.1, m), {}, r"momentum must be in \[0, 1\], got") for m in (-0.1, 1.1, math.nan)),
         ((D, N, K), {"dtype": torch.int64}, "dtype must be one of torch.float32"),
         ((D, N, K), {"seed": -1}, "seed must be in"),

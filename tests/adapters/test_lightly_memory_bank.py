@@ -204,7 +204,7 @@ def test_bad_sizes(size: Any, text: str) -> None:
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), 1e-9])
 @pytest.mark.parametrize("size", [0, (8, 16)])
 def test_bad_temperatures(temperature: float, size: Any) -> None:
-    with pytest.raises(ValueError, match=r"NTXentLoss: temperature must be at least 1e-8 and finite, got"):
+    with pytest.raises(ValueError, match=r"NTXentLoss: temperature must be in \[1e-8, 1e30\], got"):
         NTXentLoss(temperature, size)
 
 
@@ -273,7 +273,7 @@ def test_a_learned_temperature_has_its_gradient(size: Any) -> None:
     torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss.temperature.grad, expected.grad.float(), rtol=1e-5, atol=1e-5)
     loss.temperature.data.neg_()
-    with pytest.raises(RuntimeError, match="NTXentLoss: temperature must be at least 1e-8"):
+    with pytest.raises(RuntimeError, match=r"NTXentLoss: temperature must be in \[1e-8"):
         loss(a, b)
 
 

@@ -10,8 +10,10 @@ import pytest
 from sslfast import __version__
 from sslfast.cli import main as cli
 from sslfast.cli.exit_codes import EXIT_CODES
+from sslfast.cli.recipe_names import RECIPE_NAMES
 from sslfast.config import from_dict, load_json
 from sslfast.data.manifest import Manifest
+from sslfast.recipes import clustering, contrastive, generative, joint_embedding, pirl, pretext
 from sslfast.recipes.registry import RECIPES
 from sslfast.runs.log import read_log
 from tests.tiny import Tiny, TinyConfig, write_images
@@ -331,3 +333,31 @@ def test_help_names_the_positional_arguments(command: str, capsys: pytest.Captur
     usage = capsys.readouterr().out.split("\n\n")[0]
     assert usage.startswith(f"usage: sslfast {command} [-h] [OPTIONS] RUN ")
     assert "PATH" not in usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        ["evaluate", "--help"],
+        ["nothing"],
+        ["pretrain", ".", "--recipe", "pirl-smal"],
+        ["pretrain", "."],
+        ["preview", ".", "--recipe=none"],
+        ["pretrain", "missing", "--recipe", "pirl-small"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
+    code = (
+        "import sys; from sslfast.cli.main import main; main(sys.argv[1:]); "
+        "assert not {'torch', 'numpy', 'tyro'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_names_of_recipes_are_those_of_the_table() -> None:
+    built_in = [pirl, contrastive, joint_embedding, pretext, clustering, generative]
+    assert list(RECIPE_NAMES) == [name for family in built_in for name in family.RECIPES]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
 from sslfast.cli import main as cli
@@ -369,7 +370,7 @@ def test_names_that_look_the_same_are_told_apart(tmp_path: Path, one: str, other
     with raises("have names that look the same and are not: .*differ in " + why):
         load_manifests(tmp_path / "d")
     root = write_folder(tmp_path / "one", [f"{one}/1.jpg", f"{other}/2.jpg"])
-    assert why in Manifest.scan(root).alike_classes()[0]
+    assert why in Manifest.scan(root).class_remarks()[0]
     assert alike(["a"], ["a"]) == alike_among(["a", "b"]) == ""
 
 
@@ -398,3 +399,45 @@ def test_names_that_are_not_text_are_printed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "verify", os.fsdecode(folder), "-o", os.fsdecode(b"m\xe9.tsv")]) == 0
     assert os.path.exists(b"m\xe9.tsv")
+
+
+WRITTEN = {
+    ".csv": "path,label\n{0}.png,{1}\n",
+    ".tsv": "path\tlabel\n{0}.png\t{1}\n",
+    ".txt": "{0}.png {1}\n",
+    ".jsonl": '{{"path": "{0}.png", "label": "{1}"}}\n',
+    ".json": '[{{"path": "{0}.png", "label": "{1}"}}]\n',
+}
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [("1.0", "1"), ("1.", "1"), ("01", "01"), ("1", "1"), ("1.5", "1.5"), ("-1.00", "-1"), ("x.0", "x.0")],
+)
+def test_a_label_is_the_same_in_every_kind_of_list(tmp_path: Path, suffix: str, written: str, label: str) -> None:
+    """A whole number that a table with gaps wrote as 1.0 is 1; other text is a name as it stands, 01 as well."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    path = tmp_path / f"list{suffix}"
+    path.write_text(WRITTEN[suffix].format(0, written))
+    assert Manifest.scan(path).classes == [label]
+
+
+def test_lists_of_earlier_versions_are_unchanged_data(tmp_path: Path) -> None:
+    """They kept 1.0 of a table as the name 1.0; a run on such a list resumes."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "list.csv").write_text("path,label\n0.png,1.0\n")
+    manifest = Manifest.scan(tmp_path / "list.csv")
+    manifest.classes[0] = "1.0"
+    manifest.check()
+    manifest.classes[0] = "2"
+    with pytest.raises(ValueError, match="label 2 -> 1"):
+        manifest.check()
+
+
+def test_leading_zeros_are_named_where_classes_differ(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "list.csv").write_text("path,label\n0.png,1\n1.png,01\n")
+    (line,) = Manifest.scan(tmp_path / "list.csv").class_remarks()
+    assert "differ in leading zeros" in line

@@ -22,7 +22,7 @@ from sslfast.config import to_dict
 from sslfast.data import Manifest
 from sslfast.evaluation import embed as embed_module
 from sslfast.evaluation.cache import FeatureWriter
-from sslfast.evaluation.embed import SUFFIXES, EmbedConfig, embed, read_embeddings, write_embeddings
+from sslfast.evaluation.embed import SUFFIXES, EmbedConfig, Embeddings, embed, read_embeddings, write_embeddings
 from sslfast.evaluation.encoders import extract_all, load_run
 from sslfast.methods import read_head
 from sslfast.models import ResNetConfig, build_trunk
@@ -263,3 +263,35 @@ def test_the_head_of_evaluations_is_the_method_s_own(recipe: str, data: Path, tm
     method = trainer.method.eval()
     features = torch.randn(3, method.trunk.out_features)
     assert torch.equal(encoder.head(features), getattr(method, method.embedding_head)(features))  # type: ignore[attr-defined]
+
+
+def test_the_repr_is_one_short_line() -> None:
+    """A list of a million paths is no help on a screen."""
+    count = 10_000
+    found = Embeddings(
+        values=torch.zeros(count, 4),
+        rows=torch.arange(count),
+        paths=[f"a/{i}.png" for i in range(count)],
+        classes=["a"] * (count - 1) + [None],
+        left_out=[("b.png", "empty file")],
+        preprocessing="",
+    )
+    assert repr(found) == "Embeddings(10000 x 4, 1 classes, 1 left out)"
+
+
+def test_names_that_are_not_utf8_go_into_both_kinds_of_file(tmp_path: Path) -> None:
+    found = Embeddings(
+        values=torch.zeros(2, 4),
+        rows=torch.arange(2),
+        paths=["bad\udcff/0.png", "日本/1.png"],
+        classes=["bad\udcff", None],
+        left_out=[],
+        preprocessing="",
+    )
+    write_embeddings(found, tmp_path / "a.npy")
+    again = read_embeddings(tmp_path / "a.npy")
+    assert (again.paths, again.classes) == (found.paths, found.classes)
+    write_embeddings(found, tmp_path / "a.parquet")
+    again = read_embeddings(tmp_path / "a.parquet")
+    assert again.paths == ["bad\\xff/0.png", "日本/1.png"]
+    assert again.classes == ["bad\\xff", None]

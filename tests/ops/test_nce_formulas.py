@@ -158,18 +158,19 @@ def test_more_negatives_than_rows(device: torch.device, loss: str) -> None:
         assert_formula(replace(d, rows=rows), loss, **options)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "nce"])
-def test_bank_of_one_row(device: torch.device, loss: str) -> None:
-    """Every negative is the positive: InfoNCE is ln(K + 1) and flat."""
+def test_bank_of_one_row(device: torch.device) -> None:
+    """Every negative is the positive: InfoNCE is ln(K + 1) and flat, so it is refused unless rows are given."""
     d = draw(device, num_rows=1, negatives=9)
-    assert_formula(d, loss, z=2.0, num_negatives=9, exclude_self=False)
+    assert_formula(d, "nce", z=2.0, num_negatives=9, exclude_self=False)
     query = d.query.clone().requires_grad_()
-    value = bank_nce(query, d.bank, d.index, num_negatives=9, exclude_self=False)
+    value = bank_nce(query, d.bank, d.index, negatives=d.index.new_zeros(9))
     assert isinstance(value, Tensor)
     torch.testing.assert_close(value.detach(), torch.full_like(value, math.log(10)))
     value.sum().backward()
     assert query.grad is not None
     assert query.grad.abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"infonce needs at least 2 bank rows, got 1"):
+        bank_nce(d.query, d.bank, d.index, num_negatives=9, exclude_self=False)
     with pytest.raises(ValueError, match="drawing negatives needs at least 2 bank rows when exclude_self is True"):
         bank_nce(d.query, d.bank, d.index, num_negatives=9)
 

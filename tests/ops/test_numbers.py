@@ -1,5 +1,6 @@
 """Options that are numbers: another type, or a derivative that would be left out, is an error that names the op."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sslfast import ops
+from sslfast.models import info_nce
 
 BANK, INDEX = normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), dim=1), torch.arange(4)
 QUERY = BANK[5:9]
@@ -104,7 +106,9 @@ def test_a_learned_temperature_divides_the_query(mode: Any, loss: Any) -> None:
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, -1.0])
 @pytest.mark.parametrize("name", [name for name in REAL if "temperature" in name or ": z" in name])
 def test_numbers_that_leave_no_loss(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"^{name.rstrip('0123456789 ')} must be positive, got "):
+    with pytest.raises(
+        ValueError, match=rf"^{name.rstrip('0123456789 ')} must be (positive|in \[1e-30, 1e\+30\]), got "
+    ):
         REAL[name](value)
 
 
@@ -139,3 +143,74 @@ def test_results_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
         torch.set_default_dtype(before)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+FP32_RANGES: dict[str, tuple[Callable[[Any], Any], list[float]]] = {
+    **{name: (call, [1e-300, 1e-31, 0.0, -1.0, 1e31, 1e300, float("nan")]) for name, call in NUMBERS.items()
+       if "temperature" in name},
+    "render_views: std": (lambda x: viewed(std=(1.0, x, 1.0)), [1e-300, 1e-7, 0.0, 1e7, 1e300, float("nan")]),
+    "render_views: mean": (lambda x: viewed(mean=(x, 0.5, 0.5)), [1e7, -1e300, float("nan"), float("inf")]),
+    "bank_nce: z": (lambda x: scored(loss="nce", z=x), [0.0, -1.0, float("inf"), float("nan")]),
+    "bank_nce_dense: z": (
+        lambda x: ops.bank_nce_dense(QUERY[None], BANK, INDEX, loss="nce", z=x), [0.0, -1.0, float("inf")],
+    ),
+    "info_nce: temperature": (
+        lambda x: info_nce(QUERY, BANK, INDEX, temperature=x), [1e-300, 0.0, 1e300, float("nan"), float("inf")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, (_, values) in FP32_RANGES.items() for value in values]
+)
+def test_numbers_beyond_fp32_are_refused(name: str, value: float) -> None:
+    """They would become 0 or infinite there: NaN, or a loss without a gradient."""
+    expected = re.escape(name.rstrip(" 0123456789")) + r" must be .*(\[|positive).* got .*" + re.escape(str(value))
+    with pytest.raises(ValueError, match=expected):
+        FP32_RANGES[name][0](value)
+
+
+@pytest.mark.parametrize("negatives", MODES, ids=str)
+@pytest.mark.parametrize("z", [0.0, -1.0, -1e300])
+def test_a_tensor_z_is_looked_at(negatives: Any, z: float) -> None:
+    with pytest.raises(RuntimeError, match=f"z must be positive, got a tensor of {z:g}".replace("+", r"\+")):
+        scored(loss="nce", z=torch.tensor(z, dtype=torch.float64), negatives=negatives)
+
+
+@pytest.mark.parametrize("negatives", MODES, ids=str)
+@pytest.mark.parametrize("temperature", [2e-30, 1e-20, 1e20, 9e29])
+@pytest.mark.parametrize("loss", ["nce", "infonce"])
+def test_temperatures_in_the_range_give_finite_losses(negatives: Any, temperature: float, loss: str) -> None:
+    query = QUERY.clone().requires_grad_()
+    options: dict[str, Any] = {"z": 1.0} if loss == "nce" else {}
+    losses = scored(query, temperature=temperature, negatives=negatives, loss=loss, **options)
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert query.grad is not None
+    assert bool(losses.isfinite().all() and query.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("negatives", MODES, ids=str)
+@pytest.mark.parametrize("z", [1e-300, 1e-40, 1e40, 1e300])
+def test_a_normaliser_beyond_fp32_is_taken(negatives: Any, z: float) -> None:
+    """exp(1 / τ) leaves fp32 below τ = 0.0113; only log z is used."""
+    options: dict[str, Any] = {"num_negatives": 5, "negatives": negatives, "loss": "nce"}
+    expected = ops.bank_nce_reference(QUERY.double(), BANK.double(), INDEX, z=z, **options)
+    for given in (z, torch.tensor(z, dtype=torch.float64)):
+        torch.testing.assert_close(scored(z=given, **options).double(), expected, rtol=1e-5, atol=1e-5)
+        reference = ops.bank_nce_reference(QUERY, BANK, INDEX, z=given, **options)
+        torch.testing.assert_close(reference.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negatives": "full"},
+        {"negatives": "full", "loss": "nce"},
+        {"negatives": "sampled", "exclude_self": False},
+        {"negatives": "shared", "exclude_self": False},
+    ],
+    ids=str,
+)
+def test_a_bank_of_one_row_is_refused_where_the_loss_would_be_constant(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 (bank )?rows, got 1: .*(gives no gradient|whatever the query)"):
+        ops.bank_nce(QUERY, BANK[:1], torch.zeros(4, dtype=torch.int64), num_negatives=3, **options)
