@@ -19,13 +19,15 @@ OPTIONAL = {
     "tyro": "options of `sslfast pretrain`",
     "rich": "progress bars and tables",
     "tensorboard": "TensorBoard logs",
+    "yaml": "configurations in YAML",
     "pyarrow": "tables of images (.parquet)",
     "skimage": "photographs of `sslfast demo`",
     "sklearn": "photographs of `sslfast demo`",
     "matplotlib": "charts of `sslfast bench`",
 }
 # A torchvision release belongs to one torch release: asked for alone, pip would replace the installed torch.
-INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **DISTRIBUTIONS}
+NAMES = {"yaml": "pyyaml", **DISTRIBUTIONS}
+INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **NAMES}
 
 
 @dataclass(kw_only=True)
@@ -65,7 +67,7 @@ def _package(name: str) -> str | None:
     if importlib.util.find_spec(name) is None:
         return None
     try:
-        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+        return importlib.metadata.version(NAMES.get(name, name))
     except importlib.metadata.PackageNotFoundError:
         return "unknown version"
 

@@ -9,7 +9,7 @@ import tyro
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.cli.usage import parse
 from sslfast.models import choose_trunk
-from sslfast.recipes import RECIPES, find_recipe
+from sslfast.recipes import RECIPES, find_recipe, load_settings
 from sslfast.training import TrainConfig
 
 T = TypeVar("T")
@@ -22,7 +22,8 @@ SHORT_OPTIONS = {
 
 
 def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | int:
-    """Parse a dataclass with a field ``config: TrainConfig`` whose defaults are those of the recipe in ``--recipe``.
+    """Parse a dataclass with a field ``config: TrainConfig`` whose defaults are those of the recipe in ``--recipe`` or
+    of the file in ``--config``.
 
     Args:
         target: dataclass with the fields ``data`` and ``config`` and whatever else the command needs.
@@ -33,9 +34,9 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
         As :func:`parse`.
 
     Raises:
-        ValueError: no recipe is named, or it does not exist.
+        ValueError: no recipe is named, or it does not exist; the file has a mistake.
     """
-    recipe = _recipe(arguments, command)
+    recipe = _base(arguments, command)
     wanted = {name: _value(arguments, f"--model.{name}") for name in ("name", "factory")}
     recipe.model = choose_trunk(recipe.model, wanted)  # a trunk that is no ResNet has other options
     # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
@@ -43,7 +44,8 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)
     config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
-    default = target(data=tyro.MISSING, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
+    data = "" if "--print-config" in arguments else tyro.MISSING
+    default = target(data=data, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
     # Likewise an optional part of the configuration (a view's jigsaw) is present or absent as the recipe has it.
     options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
     expanded = []
@@ -58,12 +60,16 @@ def report(line: str) -> None:
     print(f"sslfast: {line}", file=sys.stderr, flush=True)
 
 
-def _recipe(arguments: list[str], command: str) -> TrainConfig:
-    """The recipe that ``--recipe`` names; with ``--help`` and no recipe, the first one."""
-    name = _value(arguments, "--recipe")
+def _base(arguments: list[str], command: str) -> TrainConfig:
+    """The recipe that ``--recipe`` names, or the file of ``--config``; for ``--help`` with neither the first recipe."""
+    name, file = _value(arguments, "--recipe"), _value(arguments, "--config")
+    if file is not None:
+        return load_settings(file, name)
     if name is None:
         if not {"-h", "--help"} & set(arguments):
-            raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
+            raise ValueError(
+                f"--recipe is missing (or --config FILE); sslfast {command} DATA --recipe {'|'.join(RECIPES)}"
+            )
         name = next(iter(RECIPES))
     return find_recipe(name)
 
@@ -84,7 +90,11 @@ def _description() -> str:
     for name, make in RECIPES.items():
         paragraph = " ".join((make.__doc__ or "").strip().partition("\n\n")[0].split())
         lines.append(f"  {name}: {paragraph}")
-    return "--recipe NAME sets the default of every option below:\n" + "\n".join(lines) + f"\n\n{EXIT_CODES}"
+    return (
+        "--recipe NAME, or --config FILE, sets the default of every option below:\n"
+        + "\n".join(lines)
+        + f"\n\n{EXIT_CODES}"
+    )
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

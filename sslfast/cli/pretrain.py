@@ -13,6 +13,7 @@ from sslfast.cli.options import parse_recipe, print_table, report
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
 from sslfast.files import OUTPUT, check_writable
+from sslfast.recipes import as_yaml
 from sslfast.runs import RunDirectory
 from sslfast.training import (
     CollapseError,
@@ -40,6 +41,11 @@ class Pretrain:
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
     """auto: continue from the newest good checkpoint in RUN if there is one. never: refuse a RUN that holds a run.
     PATH: continue from a checkpoint or from another run directory."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE|RUN")] = None
+    """Settings from a file (.yaml, .toml, .json; the recipe may stand in it), or from a run directory: a new run like
+    it. Options on the command line come on top."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the whole configuration as YAML, which --config takes, and stop. Needs no DATA."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Check configuration, data, disk space, output directory, lock, checkpoint and loader processes, estimate memory,
     print what would run, and stop."""
@@ -57,6 +63,9 @@ class Preview:
     """Picture to write."""
     count: int = 4
     """Number of images on the sheet."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE|RUN")] = None
+    """Settings from a file (.yaml, .toml, .json; the recipe may stand in it), or from a run directory: a new run like
+    it. Options on the command line come on top."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -65,6 +74,9 @@ def pretrain(arguments: list[str]) -> int:
     chosen = parse_recipe(Pretrain, arguments, command="pretrain")
     if isinstance(chosen, int):
         return chosen
+    if chosen.print_config:
+        print(as_yaml(chosen.config), end="")
+        return 0
     config, data = chosen.config, parse_data(chosen.data)
     folder = "synthetic" if isinstance(data, int) else data.resolve().name
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
