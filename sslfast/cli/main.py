@@ -210,6 +210,11 @@ COMMANDS = {
         help="one self-contained HTML page about one or more runs",
         calls="sslfast.report.build:report",
     ),
+    "runs": Command(
+        usage="runs [DIR]",
+        help="table of the runs below a folder: state, settings that differ, best accuracies",
+        function="sslfast.cli.runs:runs",
+    ),
     "export": Command(
         usage="export RUN OUT",
         help="write the trunk for torchvision, timm, detectron2, ONNX, ...",
