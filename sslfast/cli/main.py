@@ -7,7 +7,9 @@ import errno
 import importlib
 import os
 import resource
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -226,6 +228,11 @@ COMMANDS = {
     "info": Command(
         usage="info", help="versions, devices, usable loaders, missing packages", function="sslfast.cli.info:info"
     ),
+    "completion": Command(
+        usage="completion bash|zsh|fish",
+        help="print a script that completes commands, options and recipes in the shell",
+        function="sslfast.cli.completion:completion",
+    ),
     "demo": Command(
         usage="demo", help="pretrain and evaluate on real photographs in minutes", function="sslfast.cli.demo:demo"
     ),
@@ -237,7 +244,19 @@ COMMANDS = {
 }
 
 
+_OPTIONS = (
+    ("-h, --help", "this text; after a command: its options"),
+    ("--version", "version of sslfast"),
+    (
+        "--plugin MODULE",
+        "of every command: first import MODULE, installed or in the current directory, which may register methods and "
+        "recipes; repeatable",
+    ),
+)
+
+
 def _help() -> str:
+    codes = [line.split(maxsplit=1) for line in EXIT_CODES.splitlines()[1:]]
     return f"""\
 usage: sslfast COMMAND ...
 
@@ -247,12 +266,10 @@ commands:
 {_command_lines(COMMANDS)}
 
 options:
-  -h, --help       this text; after a command: its options
-  --version        version of sslfast
-  --plugin MODULE  of every command: first import MODULE, installed or in the current directory, which may register
-                   methods and recipes; repeatable
+{_columns(_OPTIONS)}
 
-{EXIT_CODES}"""
+exit codes:
+{_columns([(code, words) for code, words in codes])}"""
 
 
 def _group_help(name: str, commands: Mapping[str, Command]) -> str:
@@ -260,8 +277,21 @@ def _group_help(name: str, commands: Mapping[str, Command]) -> str:
 
 
 def _command_lines(commands: Mapping[str, Command]) -> str:
-    width = max(len(command.usage) for command in commands.values())
-    return "\n".join(f"  {command.usage:<{width}}  {command.help}" for command in commands.values())
+    return _columns([(command.usage, command.help) for command in commands.values()])
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Two columns in the width of the terminal; a first cell that would take half of it has a line of its own."""
+    width = max(40, shutil.get_terminal_size().columns)
+    first = max(len(cell) for cell, _ in rows if len(cell) <= width // 2)
+    lines = []
+    for cell, words in rows:
+        text = textwrap.wrap(words, width - first - 4, break_on_hyphens=False)
+        if len(cell) > first:
+            lines.append(f"  {cell}")
+            cell = ""
+        lines += [f"  {cell if i == 0 else '':<{first}}  {line}" for i, line in enumerate(text)]
+    return "\n".join(lines)
 
 
 _REMEDIES = {

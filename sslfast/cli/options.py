@@ -40,7 +40,9 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     wanted = {name: _value(arguments, f"--model.{name}") for name in ("name", "factory")}
     recipe.model = choose_trunk(recipe.model, wanted)  # a trunk that is no ResNet has other options
     # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
-    chosen = [("method", type(recipe.method)), ("model", type(recipe.model))]
+    words = "Recipe, one of those listed above: the default of every other option."
+    name = Annotated[str, tyro.conf.arg(metavar="NAME", help=words)]
+    chosen = [("recipe", name), ("method", type(recipe.method)), ("model", type(recipe.model))]
     train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)
     config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
@@ -50,8 +52,8 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
     expanded = []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
+        option, equals, value = argument.partition("=")
+        expanded.append(SHORT_OPTIONS.get(option, option) + equals + value)
     return parse(target, expanded, prog=f"sslfast {command}", **options)
 
 
