@@ -10,7 +10,7 @@ from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.cli.usage import parse
 from sslfast.models import choose_trunk
 from sslfast.recipes import RECIPES, find_recipe, load_settings
-from sslfast.training import TrainConfig
+from sslfast.training import LOGGERS, TrainConfig
 
 T = TypeVar("T")
 
@@ -50,11 +50,32 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     default = target(data=data, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
     # Likewise an optional part of the configuration (a view's jigsaw) is present or absent as the recipe has it.
     options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
-    expanded = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        expanded.append(SHORT_OPTIONS.get(option, option) + equals + value)
+    expanded = expand(arguments, recipe.loggers)
     return parse(target, expanded, prog=f"sslfast {command}", **options)
+
+
+def expand(arguments: list[str], loggers: tuple[str, ...]) -> list[str]:
+    """The arguments with short options written out; ``--log NAME``, given any number of times, adds to ``loggers``.
+
+    Raises:
+        ValueError: ``--log`` without a name, or beside ``--loggers``.
+    """
+    expanded, logs = list[str](), list[str]()
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, equals, value = argument.partition("=")
+        if option == "--log":
+            name = value if equals else next(remaining, "")
+            if not name or name.startswith("-"):
+                raise ValueError(f"--log needs the name of a log: {', '.join(LOGGERS)}, or module:factory")
+            logs.append(name)
+        else:
+            expanded.append(SHORT_OPTIONS.get(option, option) + equals + value)
+    if logs:
+        if any(argument.partition("=")[0] == "--loggers" for argument in expanded):
+            raise ValueError("--log and --loggers are the same; give one of them")
+        expanded += ["--loggers", *dict.fromkeys([*loggers, *logs])]
+    return expanded
 
 
 def report(line: str) -> None:

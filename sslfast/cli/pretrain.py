@@ -14,6 +14,7 @@ from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
 from sslfast.files import OUTPUT, check_writable
 from sslfast.recipes import as_yaml
+from sslfast.report import draw_pictures
 from sslfast.runs import RunDirectory
 from sslfast.training import (
     CollapseError,
@@ -83,7 +84,7 @@ def pretrain(arguments: list[str]) -> int:
     try:
         with lost_ranks_named():
             with stopping_at_once():
-                trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
+                trainer = Trainer(config, data, output, resume=chosen.resume, report=report, draw=draw_pictures)
                 lines = summary(trainer)
                 if chosen.dry_run:
                     try:

@@ -6,6 +6,7 @@ from typing import Any
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group
 from sslfast.recipes.settings import changed, configure, load_settings
+from sslfast.report import draw_pictures
 from sslfast.training import Trainer, TrainResult
 
 
@@ -59,6 +60,7 @@ def pretrain(
     else:
         settings = changed(load_settings(config, recipe), overrides)
     try:
-        return Trainer(settings, parse_data(data) if isinstance(data, str) else data, output, resume=resume).fit()
+        images = parse_data(data) if isinstance(data, str) else data
+        return Trainer(settings, images, output, resume=resume, draw=draw_pictures).fit()
     finally:
         destroy_process_group()

@@ -2,7 +2,7 @@
 
 ``config.json`` resolved configuration · ``versions.json`` software, device and git state of every start ·
 ``manifest.tsv`` rows of the data · ``log.jsonl`` log records · ``log.csv``, ``tensorboard/`` the same, if asked for ·
-``checkpoints/`` · ``bad_images.txt`` files that could not be read.
+``pictures/`` likewise · ``checkpoints/`` · ``bad_images.txt`` files that could not be read.
 """
 
 import errno
@@ -78,6 +78,7 @@ class RunDirectory:
         self.manifest = self.path / "manifest.tsv"
         self.log = self.path / "log.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.pictures = self.path / "pictures"
         self.checkpoints = self.path / "checkpoints"
         self.bad_images = self.path / "bad_images.txt"
         self._lock = self.path / ".lock"

