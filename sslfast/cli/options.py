@@ -8,6 +8,7 @@ import tyro
 
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.cli.usage import parse
+from sslfast.methods import load_plugins
 from sslfast.models import choose_trunk
 from sslfast.recipes import RECIPES, find_recipe, load_settings
 from sslfast.training import LOGGERS, TrainConfig
@@ -49,7 +50,12 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     data = "" if "--print-config" in arguments else tyro.MISSING
     default = target(data=data, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
     # Likewise an optional part of the configuration (a view's jigsaw) is present or absent as the recipe has it.
-    options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
+    is_help = bool({"-h", "--help"} & set(arguments))
+    options = {
+        "default": default,
+        "description": _description() if is_help else None,
+        "config": (tyro.conf.AvoidSubcommands,),
+    }
     expanded = expand(arguments, recipe.loggers)
     return parse(target, expanded, prog=f"sslfast {command}", **options)
 
@@ -89,6 +95,7 @@ def _base(arguments: list[str], command: str) -> TrainConfig:
     if file is not None:
         return load_settings(file, name)
     if name is None:
+        load_plugins()  # all names are listed
         if not {"-h", "--help"} & set(arguments):
             raise ValueError(
                 f"--recipe is missing (or --config FILE); sslfast {command} DATA --recipe {'|'.join(RECIPES)}"
@@ -109,6 +116,7 @@ def _value(arguments: list[str], option: str) -> str | None:
 
 
 def _description() -> str:
+    load_plugins()
     lines = []
     for name, make in RECIPES.items():
         paragraph = " ".join((make.__doc__ or "").strip().partition("\n\n")[0].split())

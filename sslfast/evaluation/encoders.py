@@ -173,7 +173,7 @@ def load_run(run: Path | str, *, head: bool = False, unit_head: bool = True, pre
     if name is not None and name not in METHODS:
         raise ValueError(
             f"{run} was trained with method {name!r}, which is not registered: import the module that registers it, on "
-            "the command line with --plugin MODULE"
+            "the command line with --plugin MODULE, or install its package"
         )
     method = None if name is None else METHODS[name]
     preprocessing: dict[str, Any] = {

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from sslfast.methods import PluginDict
 from sslfast.runs import LogFile, Outbox, RunDirectory, print_error
 from sslfast.training.config import TrainConfig
 from sslfast.training.progress import Progress
@@ -51,12 +52,14 @@ class LogContext:
     """Takes one line for the user."""
 
 
-LOGGERS: dict[str, str] = {
-    "tensorboard": "sslfast.training.tensorboard_log:TensorBoardLog",
-    "csv": "sslfast.training.csv_log:CSVLog",
-    "wandb": "sslfast.training.wandb_log:WandbLog",
-    "mlflow": "sslfast.training.mlflow_log:MLflowLog",
-}
+LOGGERS: dict[str, str] = PluginDict(
+    {
+        "tensorboard": "sslfast.training.tensorboard_log:TensorBoardLog",
+        "csv": "sslfast.training.csv_log:CSVLog",
+        "wandb": "sslfast.training.wandb_log:WandbLog",
+        "mlflow": "sslfast.training.mlflow_log:MLflowLog",
+    }
+)
 """Logs that a run can write besides ``log.jsonl``: name -> ``module:factory``, a callable that takes a
 :class:`LogContext` and returns a :class:`Logger`. To add a log: its module and a line here; or, without a line here,
 ``loggers=("module:factory",)``."""
@@ -81,13 +84,14 @@ def find_loggers(config: TrainConfig) -> dict[str, Callable[[LogContext], Logger
 
 
 def _factory(name: str) -> Callable[[LogContext], Logger]:
-    module, colon, attribute = LOGGERS.get(name, name).partition(":")
+    is_own = ":" not in name and name in LOGGERS
+    module, colon, attribute = (LOGGERS[name] if is_own else name).partition(":")
     if not colon:
         raise ValueError(f"loggers must be of {', '.join(LOGGERS)}, or module:factory, got {name!r}")
     try:
         factory: Callable[[LogContext], Logger] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        remedy = "" if name in LOGGERS else "; correct it or leave it out of loggers"
+        remedy = "" if is_own else "; correct it or leave it out of loggers"
         raise ValueError(f"logger {name} cannot be used: {error}{remedy}") from None
     return factory
 
