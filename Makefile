@@ -63,7 +63,7 @@ NEWEST_PIP = $(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check --no-i
 $(NEWEST_VENV)/.torch: | $(VENV)/.torch
 	$(NEWEST_PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_PIP) --no-deps torch==$(TORCH) torchvision==$(TORCHVISION)
-	$(NEWEST_PIP) filelock "typing-extensions>=4.10" sympy networkx jinja2 fsspec setuptools "numpy>=1.26" "pillow>=10" "tyro>=0.9" "rich>=13" "tensorboard>=2.15"
+	$(NEWEST_PIP) filelock "typing-extensions>=4.10" sympy networkx jinja2 fsspec setuptools "numpy>=1.26" "pillow>=10" "tyro>=0.9" "rich>=13" "tensorboard>=2.15" "pyyaml>=6"
 	@for folder in $(abspath $(VENV))/lib/python3*/site-packages/nvidia; do \
 	  if [ -d $$folder ]; then ln -sfn $$folder $(NEWEST_VENV)/lib/python3*/site-packages/; fi; done
 	@touch $@

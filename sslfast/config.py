@@ -67,9 +67,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
             values[key] = _decode(hints[key], value, path)
         elif key == "name" and name is not None:
             if value != name:
-                raise ValueError(
-                    f"config field {path}: expected {name!r}, got {value!r}; use the matching config class"
-                )
+                raise ValueError(f"config field {path}: expected {name!r}, got {value!r}; its other fields differ")
         else:
             raise ValueError(f"config field {path} is unknown; {_suggestion(str(key), fields)}")
     for field in fields.values():

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import docstring_parser
 import tyro
 
+from sslfast.cli.helptext import paragraphs
 from sslfast.cli.usage import parse
 from sslfast.data import check_apart
 from sslfast.distributed import process_group
@@ -63,17 +65,19 @@ def _read(call: functools.partial[Any], written: str) -> list[Path]:
 def as_command(function: Callable[..., Any]) -> Callable[..., functools.partial[Any]]:
     """A function with annotations for tyro that returns the call, to be made."""
     parameters = []
+    described = docstring_parser.parse(function.__doc__ or "").params
+    words = {found.arg_name: paragraphs(found.description or "") for found in described}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if callable(parameter.default) and parameter.default is not parameter.empty:
             continue
         if dataclasses.is_dataclass(parameter.annotation):
             option = tyro.conf.arg(name="")
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
-            option = tyro.conf.arg(metavar=name.upper())  # in the help, RUN and not PATH
+            option = tyro.conf.arg(metavar=name.upper(), help=words.get(name))  # in the help, RUN and not PATH
         elif name == "output":
-            option = tyro.conf.arg(aliases=["-o"])
+            option = tyro.conf.arg(aliases=["-o"], help=words.get(name))
         else:
-            option = tyro.conf.arg()
+            option = tyro.conf.arg(help=words.get(name))
         parameters.append(parameter.replace(annotation=Annotated[parameter.annotation, option]))
     command = functools.wraps(function)(lambda *values, **options: functools.partial(function, *values, **options))
     del command.__wrapped__  # tyro would read the annotations of that one

@@ -13,14 +13,17 @@ EXIT_INTERRUPTED = 75
 """Exit code of a run that saved a checkpoint on a signal and can be resumed (EX_TEMPFAIL: try again)."""
 
 
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    unexpected failure, with a traceback
-  2    wrong usage, configuration or data: one line with the remedy (SSLFAST_TRACEBACK=1 shows where)
-  3    the loss became infinite or not a number, or with --on-collapse error all features became the same
-  4    no batch came (storage, a killed process), or another process of the run is gone; the run was saved if it had
-       begun, and the same command continues
-  75   stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with a checkpoint saved: the same
-       command continues from there
-  130  stopped at once by a second SIGINT (Ctrl-C)"""
+_WORDS = {
+    0: "done",
+    1: "unexpected failure, with a traceback",
+    2: "wrong usage, configuration or data: one line with the remedy (SSLFAST_TRACEBACK=1 shows where)",
+    EXIT_NOT_FINITE: "the loss became infinite or not a number, or with --on-collapse error all features became the "
+    "same",
+    EXIT_LOST: "no batch came (storage, a killed process), or another process of the run is gone; the run was saved "
+    "if it had begun, and the same command continues",
+    EXIT_INTERRUPTED: "stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with a checkpoint "
+    "saved: the same command continues from there",
+    130: "stopped at once by a second SIGINT (Ctrl-C)",
+}
+EXIT_CODES = "exit codes:\n" + "\n".join(f"  {code:<4} {words}" for code, words in _WORDS.items())
+"""For the help; one line for each code."""

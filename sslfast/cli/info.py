@@ -11,6 +11,7 @@ import torch
 
 from sslfast import __version__
 from sslfast.loaders import DISTRIBUTIONS, loader_status
+from sslfast.methods import load_plugins
 from sslfast.ops import build_info
 
 OPTIONAL = {
@@ -19,13 +20,18 @@ OPTIONAL = {
     "tyro": "options of `sslfast pretrain`",
     "rich": "progress bars and tables",
     "tensorboard": "TensorBoard logs",
+    "yaml": "configurations in YAML",
+    "wandb": "--log wandb",
+    "mlflow": "--log mlflow",
+    "shtab": "`sslfast completion`",
     "pyarrow": "tables of images (.parquet)",
     "skimage": "photographs of `sslfast demo`",
     "sklearn": "photographs of `sslfast demo`",
     "matplotlib": "charts of `sslfast bench`",
 }
 # A torchvision release belongs to one torch release: asked for alone, pip would replace the installed torch.
-INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **DISTRIBUTIONS}
+NAMES = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", **DISTRIBUTIONS}
+INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **NAMES}
 
 
 @dataclass(kw_only=True)
@@ -37,7 +43,7 @@ class Info:
 
 
 def gather() -> dict[str, Any]:
-    """All facts as plain data: ``versions``, ``core``, ``devices``, ``packages``, ``loaders``."""
+    """All facts as plain data: ``versions``, ``core``, ``devices``, ``packages``, ``loaders``, ``plugins``."""
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -57,6 +63,7 @@ def gather() -> dict[str, Any]:
             name: {"usable": usable, "reason": reason, "remedy": remedy}
             for name, (usable, reason, remedy) in loader_status().items()
         },
+        "plugins": dict(load_plugins()),
     }
 
 
@@ -65,7 +72,7 @@ def _package(name: str) -> str | None:
     if importlib.util.find_spec(name) is None:
         return None
     try:
-        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+        return importlib.metadata.version(NAMES.get(name, name))
     except importlib.metadata.PackageNotFoundError:
         return "unknown version"
 
@@ -88,6 +95,8 @@ def render(facts: dict[str, Any]) -> str:
     for i, (name, version) in enumerate(facts["packages"].items()):
         text = version or f"missing ({OPTIONAL[name]}): pip install {INSTALL.get(name, name)}"
         lines.append(f"{'packages' if i == 0 else '':9} {name:11} {text}")
+    for i, (name, package) in enumerate(facts["plugins"].items()):
+        lines.append(f"{'plugins' if i == 0 else '':9} {name:11} {package}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,9 @@ import errno
 import importlib
 import os
 import resource
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -34,8 +36,6 @@ class Command:
     """Of a group: its commands."""
     data_at: int | None = None
     """Place of DATA among its arguments, where it must exist: looked at before the seconds that imports take."""
-    takes_recipe: bool = False
-    """Whether ``--recipe`` says what its options are: its name is looked at as early."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,10 +88,6 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     if command.commands:
         return _run(command.commands, arguments[1:], name)
     _check_data(command, arguments[1:])
-    if command.takes_recipe and "sslfast.recipes" not in sys.modules:  # imported: a plugin may have added some
-        from sslfast.cli.recipe_names import check_recipe
-
-        check_recipe(arguments[1:], name)
     if command.calls:
         from sslfast.cli.evaluate import run_function
 
@@ -195,7 +191,6 @@ COMMANDS = {
     "pretrain": Command(
         usage="pretrain DATA --recipe NAME",
         data_at=0,
-        takes_recipe=True,
         help="pretrain an encoder without labels",
         function="sslfast.cli.pretrain:pretrain",
     ),
@@ -207,7 +202,6 @@ COMMANDS = {
     "preview": Command(
         usage="preview DATA --recipe NAME -o FILE",
         data_at=0,
-        takes_recipe=True,
         help="contact sheet of images, augmented views and the pretext task",
         function="sslfast.cli.pretrain:preview",
     ),
@@ -226,6 +220,11 @@ COMMANDS = {
         help="one self-contained HTML page about one or more runs",
         calls="sslfast.report.build:report",
     ),
+    "runs": Command(
+        usage="runs [DIR]",
+        help="table of the runs below a folder: state, settings that differ, best accuracies",
+        function="sslfast.cli.runs:runs",
+    ),
     "export": Command(
         usage="export RUN OUT",
         help="write the trunk for torchvision, timm, detectron2, ONNX, ...",
@@ -236,6 +235,11 @@ COMMANDS = {
     ),
     "info": Command(
         usage="info", help="versions, devices, usable loaders, missing packages", function="sslfast.cli.info:info"
+    ),
+    "completion": Command(
+        usage="completion bash|zsh|fish",
+        help="print a script that completes commands, options and recipes in the shell",
+        function="sslfast.cli.completion:completion",
     ),
     "demo": Command(
         usage="demo", help="pretrain and evaluate on real photographs in minutes", function="sslfast.cli.demo:demo"
@@ -251,7 +255,19 @@ COMMANDS = {
 }
 
 
+_OPTIONS = (
+    ("-h, --help", "this text; after a command: its options"),
+    ("--version", "version of sslfast"),
+    (
+        "--plugin MODULE",
+        "of every command: first import MODULE, installed or in the current directory, which may register methods and "
+        "recipes; repeatable",
+    ),
+)
+
+
 def _help() -> str:
+    codes = [line.split(maxsplit=1) for line in EXIT_CODES.splitlines()[1:]]
     return f"""\
 usage: sslfast COMMAND ...
 
@@ -261,12 +277,10 @@ commands:
 {_command_lines(COMMANDS)}
 
 options:
-  -h, --help       this text; after a command: its options
-  --version        version of sslfast
-  --plugin MODULE  of every command: first import MODULE, installed or in the current directory, which may register
-                   methods and recipes; repeatable
+{_columns(_OPTIONS)}
 
-{EXIT_CODES}"""
+exit codes:
+{_columns([(code, words) for code, words in codes])}"""
 
 
 def _group_help(name: str, commands: Mapping[str, Command]) -> str:
@@ -274,8 +288,21 @@ def _group_help(name: str, commands: Mapping[str, Command]) -> str:
 
 
 def _command_lines(commands: Mapping[str, Command]) -> str:
-    width = max(len(command.usage) for command in commands.values())
-    return "\n".join(f"  {command.usage:<{width}}  {command.help}" for command in commands.values())
+    return _columns([(command.usage, command.help) for command in commands.values()])
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Two columns in the width of the terminal; a first cell that would take half of it has a line of its own."""
+    width = max(40, shutil.get_terminal_size().columns)
+    first = max(len(cell) for cell, _ in rows if len(cell) <= width // 2)
+    lines = []
+    for cell, words in rows:
+        text = textwrap.wrap(words, width - first - 4, break_on_hyphens=False)
+        if len(cell) > first:
+            lines.append(f"  {cell}")
+            cell = ""
+        lines += [f"  {cell if i == 0 else '':<{first}}  {line}" for i, line in enumerate(text)]
+    return "\n".join(lines)
 
 
 _REMEDIES = {

@@ -7,11 +7,11 @@ from typing import Annotated, TypeVar
 import tyro
 
 from sslfast.cli.exit_codes import EXIT_CODES
-from sslfast.cli.recipe_names import option_value
 from sslfast.cli.usage import parse
+from sslfast.methods import load_plugins
 from sslfast.models import choose_trunk
-from sslfast.recipes import RECIPES, find_recipe
-from sslfast.training import TrainConfig
+from sslfast.recipes import RECIPES, find_recipe, load_settings
+from sslfast.training import LOGGERS, TrainConfig
 
 T = TypeVar("T")
 
@@ -23,7 +23,8 @@ SHORT_OPTIONS = {
 
 
 def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | int:
-    """Parse a dataclass with a field ``config: TrainConfig`` whose defaults are those of the recipe in ``--recipe``.
+    """Parse a dataclass with a field ``config: TrainConfig`` whose defaults are those of the recipe in ``--recipe`` or
+    of the file in ``--config``.
 
     Args:
         target: dataclass with the fields ``data`` and ``config`` and whatever else the command needs.
@@ -34,24 +35,53 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
         As :func:`parse`.
 
     Raises:
-        ValueError: no recipe is named, or it does not exist.
+        ValueError: no recipe is named, or it does not exist; the file has a mistake.
     """
-    recipe = _recipe(arguments, command)
-    wanted = {name: option_value(arguments, f"--model.{name}") for name in ("name", "factory")}
+    recipe = _base(arguments, command)
+    wanted = {name: _value(arguments, f"--model.{name}") for name in ("name", "factory")}
     recipe.model = choose_trunk(recipe.model, wanted)  # a trunk that is no ResNet has other options
     # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
-    chosen = [("method", type(recipe.method)), ("model", type(recipe.model))]
+    words = "Recipe, one of those listed above: the default of every other option."
+    name = Annotated[str, tyro.conf.arg(metavar="NAME", help=words)]
+    chosen = [("recipe", name), ("method", type(recipe.method)), ("model", type(recipe.model))]
     train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)
     config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
-    default = target(data=tyro.MISSING, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
+    data = "" if "--print-config" in arguments else tyro.MISSING
+    default = target(data=data, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
     # Likewise an optional part of the configuration (a view's jigsaw) is present or absent as the recipe has it.
-    options = {"default": default, "description": _description(), "config": (tyro.conf.AvoidSubcommands,)}
-    expanded = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        expanded.append(SHORT_OPTIONS.get(name, name) + equals + value)
+    is_help = bool({"-h", "--help"} & set(arguments))
+    options = {
+        "default": default,
+        "description": _description() if is_help else None,
+        "config": (tyro.conf.AvoidSubcommands,),
+    }
+    expanded = expand(arguments, recipe.loggers)
     return parse(target, expanded, prog=f"sslfast {command}", **options)
+
+
+def expand(arguments: list[str], loggers: tuple[str, ...]) -> list[str]:
+    """The arguments with short options written out; ``--log NAME``, given any number of times, adds to ``loggers``.
+
+    Raises:
+        ValueError: ``--log`` without a name, or beside ``--loggers``.
+    """
+    expanded, logs = list[str](), list[str]()
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, equals, value = argument.partition("=")
+        if option == "--log":
+            name = value if equals else next(remaining, "")
+            if not name or name.startswith("-"):
+                raise ValueError(f"--log needs the name of a log: {', '.join(LOGGERS)}, or module:factory")
+            logs.append(name)
+        else:
+            expanded.append(SHORT_OPTIONS.get(option, option) + equals + value)
+    if logs:
+        if any(argument.partition("=")[0] == "--loggers" for argument in expanded):
+            raise ValueError("--log and --loggers are the same; give one of them")
+        expanded += ["--loggers", *dict.fromkeys([*loggers, *logs])]
+    return expanded
 
 
 def report(line: str) -> None:
@@ -59,22 +89,43 @@ def report(line: str) -> None:
     print(f"sslfast: {line}", file=sys.stderr, flush=True)
 
 
-def _recipe(arguments: list[str], command: str) -> TrainConfig:
-    """The recipe that ``--recipe`` names; with ``--help`` and no recipe, the first one."""
-    name = option_value(arguments, "--recipe")
+def _base(arguments: list[str], command: str) -> TrainConfig:
+    """The recipe that ``--recipe`` names, or the file of ``--config``; for ``--help`` with neither the first recipe."""
+    name, file = _value(arguments, "--recipe"), _value(arguments, "--config")
+    if file is not None:
+        return load_settings(file, name)
     if name is None:
+        load_plugins()  # all names are listed
         if not {"-h", "--help"} & set(arguments):
-            raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {'|'.join(RECIPES)}")
+            raise ValueError(
+                f"--recipe is missing (or --config FILE); sslfast {command} DATA --recipe {'|'.join(RECIPES)}"
+            )
         name = next(iter(RECIPES))
     return find_recipe(name)
 
 
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value of an option that decides which other options exist; the last one given, or None."""
+    value: str | None = None
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value
+
+
 def _description() -> str:
+    load_plugins()
     lines = []
     for name, make in RECIPES.items():
         paragraph = " ".join((make.__doc__ or "").strip().partition("\n\n")[0].split())
         lines.append(f"  {name}: {paragraph}")
-    return "--recipe NAME sets the default of every option below:\n" + "\n".join(lines) + f"\n\n{EXIT_CODES}"
+    return (
+        "--recipe NAME, or --config FILE, sets the default of every option below:\n"
+        + "\n".join(lines)
+        + f"\n\n{EXIT_CODES}"
+    )
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

@@ -13,6 +13,8 @@ from sslfast.cli.options import parse_recipe, print_table, report
 from sslfast.data import data_name, parse_data
 from sslfast.distributed import destroy_process_group, is_main, lost_ranks_named
 from sslfast.files import OUTPUT, check_writable
+from sslfast.recipes import as_yaml
+from sslfast.report import draw_pictures
 from sslfast.runs import RunDirectory
 from sslfast.training import (
     CollapseError,
@@ -41,6 +43,11 @@ class Pretrain:
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
     """auto: continue from the newest good checkpoint in RUN if there is one. never: refuse a RUN that holds a run.
     PATH: continue from a checkpoint or from another run directory."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE|RUN")] = None
+    """Settings from a file (.yaml, .toml, .json; the recipe may stand in it), or from a run directory: a new run like
+    it. Options on the command line come on top."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the whole configuration as YAML, which --config takes, and stop. Needs no DATA."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Check configuration, data, disk space, output directory, lock, checkpoint and loader processes, estimate memory,
     print what would run, and stop."""
@@ -58,6 +65,9 @@ class Preview:
     """Picture to write."""
     count: int = 4
     """Number of images on the sheet."""
+    settings: Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE|RUN")] = None
+    """Settings from a file (.yaml, .toml, .json; the recipe may stand in it), or from a run directory: a new run like
+    it. Options on the command line come on top."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
@@ -66,13 +76,16 @@ def pretrain(arguments: list[str]) -> int:
     chosen = parse_recipe(Pretrain, arguments, command="pretrain")
     if isinstance(chosen, int):
         return chosen
+    if chosen.print_config:
+        print(as_yaml(chosen.config), end="")
+        return 0
     config, data = chosen.config, parse_data(chosen.data)
     folder = data_name(data)
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"
     try:
         with lost_ranks_named():
             with stopping_at_once():
-                trainer = Trainer(config, data, output, resume=chosen.resume, report=report)
+                trainer = Trainer(config, data, output, resume=chosen.resume, report=report, draw=draw_pictures)
                 lines = summary(trainer)
                 if chosen.dry_run:
                     try:

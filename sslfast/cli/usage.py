@@ -4,14 +4,16 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import tyro
 
+from sslfast.cli.helptext import explain, tidy
 from sslfast.config import check_numbers
 from sslfast.files import check_writable
 
@@ -63,10 +65,15 @@ def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **option
     """
     printed = io.StringIO()
     is_help = bool({"-h", "--help"} & set(arguments))
+    if is_help:
+        explain(target)
+        explain(type(options.get("default")))
+    shown = _Help(sys.stdout)
     try:
-        with _columns(None if is_help else _WIDE), redirect_stderr(printed):
+        with _columns(None if is_help else _WIDE), redirect_stderr(printed), redirect_stdout(shown):
             value = tyro.cli(target, args=arguments, prog=prog, **options)
     except SystemExit as stop:
+        print(tidy(shown.getvalue(), shutil.get_terminal_size().columns), end="")
         code = stop.code if isinstance(stop.code, int) else 2
         if code == 0 or not printed.getvalue().strip():
             return code
@@ -119,6 +126,21 @@ def one_line(box: str, prog: str) -> str:
             return f"{option[1]} must be {expected.partition(' ')[2].strip()}, got {values[1]}{see}"
         return f"{option[1]}: {option[2]}{see}"
     return message.rstrip(".") + see
+
+
+class _Help(io.StringIO):
+    """Keeps what tyro prints, which asks for what kind of screen it is."""
+
+    def __init__(self, screen: TextIO) -> None:
+        super().__init__()
+        self._screen = screen
+
+    def isatty(self) -> bool:
+        return self._screen.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._screen.encoding or "ascii"
 
 
 @contextmanager

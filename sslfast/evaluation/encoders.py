@@ -238,7 +238,7 @@ def load_run(
     if name is not None and name not in METHODS:
         raise ValueError(
             f"{run} was trained with method {name!r}, which is not registered: import the module that registers it, on "
-            "the command line with --plugin MODULE"
+            "the command line with --plugin MODULE, or install its package"
         )
     method = None if name is None else METHODS[name]
     preprocessing: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """Pretraining methods, one file each, and their registry. Imports ``config``, ``models``, ``views``, ``distributed``
 and ``ops``.
 
-A method is registered when its module is imported: those of this package here, others by the user or the command's
-``--plugin``.
+A method is registered when its module is imported: those of this package here, others by the user, the command's
+``--plugin`` or the entry points of an installed package.
 """
 
 from sslfast.methods.autoencoder import Autoencoder
@@ -18,6 +18,7 @@ from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.moco import MoCo
 from sslfast.methods.pirl import PIRL
+from sslfast.methods.plugins import PluginDict, load_plugins
 from sslfast.methods.registry import METHODS, MethodConfig, register_method
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
@@ -50,6 +51,7 @@ __all__ = [
     "MethodContext",
     "MoCo",
     "PatchGrid",
+    "PluginDict",
     "RelativePosition",
     "Rotation",
     "SeLa",
@@ -61,6 +63,7 @@ __all__ = [
     "clean_view",
     "jigsaw_view",
     "lightness",
+    "load_plugins",
     "read_head",
     "register_method",
 ]

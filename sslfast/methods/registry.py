@@ -4,14 +4,18 @@ from typing import Annotated, TypeAlias, TypeVar
 
 from sslfast.config import OneOf
 from sslfast.methods.base import BaseConfig, Method
+from sslfast.methods.plugins import PluginDict
 
 M = TypeVar("M", bound=Method)
 
-METHODS: dict[str, type[BaseConfig]] = {}
+METHODS: dict[str, type[BaseConfig]] = PluginDict()
 """Configuration classes by their name."""
 
 MethodConfig: TypeAlias = Annotated[
-    BaseConfig, OneOf(METHODS, "import the module that registers it, on the command line with --plugin MODULE")
+    BaseConfig,
+    OneOf(
+        METHODS, "import the module that registers it, on the command line with --plugin MODULE, or install its package"
+    ),
 ]
 """Configuration of any registered method; ``name`` says which."""
 

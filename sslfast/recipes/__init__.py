@@ -5,6 +5,7 @@ what lies below.
 """
 
 from sslfast.recipes.registry import RECIPES, find_recipe
-from sslfast.recipes.run import configure, pretrain
+from sslfast.recipes.run import pretrain
+from sslfast.recipes.settings import as_yaml, changed, configure, load_settings
 
-__all__ = ["RECIPES", "configure", "find_recipe", "pretrain"]
+__all__ = ["RECIPES", "as_yaml", "changed", "configure", "find_recipe", "load_settings", "pretrain"]

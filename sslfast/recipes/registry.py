@@ -3,17 +3,20 @@
 from collections.abc import Callable
 
 from sslfast.config import nearest
+from sslfast.methods import PluginDict
 from sslfast.recipes import clustering, contrastive, generative, joint_embedding, pirl, pretext
 from sslfast.training import TrainConfig
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    **pirl.RECIPES,
-    **contrastive.RECIPES,
-    **joint_embedding.RECIPES,
-    **pretext.RECIPES,
-    **clustering.RECIPES,
-    **generative.RECIPES,
-}
+RECIPES: dict[str, Callable[[], TrainConfig]] = PluginDict(
+    {
+        **pirl.RECIPES,
+        **contrastive.RECIPES,
+        **joint_embedding.RECIPES,
+        **pretext.RECIPES,
+        **clustering.RECIPES,
+        **generative.RECIPES,
+    }
+)
 """Recipe name -> function that returns a new configuration. Add your own: ``RECIPES["name"] = function``; the first
 paragraph of the function's docstring is its help text."""
 

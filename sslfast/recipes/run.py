@@ -1,50 +1,21 @@
 """``sslfast.pretrain``: a recipe with changed fields, from Python."""
 
-from collections.abc import Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from sslfast.config import from_dict, merge, to_dict
 from sslfast.data import parse_data
 from sslfast.distributed import destroy_process_group
-from sslfast.models import choose_trunk
-from sslfast.recipes.registry import find_recipe
-from sslfast.training import TrainConfig, Trainer, TrainResult
-
-
-def configure(recipe: str, overrides: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a recipe with some fields changed.
-
-    Args:
-        recipe: a name in ``RECIPES``.
-        overrides: field name of ``TrainConfig`` -> value; nested fields by dotted name
-            (``{"method.num_negatives": 64}``) or as a mapping (``{"method": {"num_negatives": 64}}``). A dataclass
-            instance replaces the whole field, so that it may be of another method or trunk.
-
-    Raises:
-        ValueError: unknown recipe or field, wrong type, or value out of range; names it with the remedy.
-    """
-    config = find_recipe(recipe)
-    wanted = merge({}, overrides).get("model")
-    if isinstance(wanted, Mapping) and not is_dataclass(overrides.get("model")):
-        config.model = choose_trunk(config.model, wanted)
-    before = to_dict(config)
-    values = merge(before, overrides)
-    method, new = before["method"].get("name"), values["method"]
-    if isinstance(new, Mapping) and new.get("name") != method and not is_dataclass(overrides.get("method")):
-        raise ValueError(
-            f"config field method.name is {method!r} in recipe {recipe!r} and cannot become {new.get('name')!r}, which "
-            "has other fields; choose a recipe of that method"
-        )
-    return from_dict(type(config), values)
+from sslfast.recipes.settings import changed, configure, load_settings
+from sslfast.report import draw_pictures
+from sslfast.training import Trainer, TrainResult
 
 
 def pretrain(
     data: Any,
-    recipe: str,
+    recipe: str | None,
     output: Path | str,
     *,
+    config: Path | str | None = None,
     resume: Path | str = "auto",
     **overrides: Any,
 ) -> TrainResult:
@@ -64,8 +35,9 @@ def pretrain(
             file, or ``synthetic:N`` (also the number N) for N synthetic images. Also a ``torch.utils.data.Dataset``
             whose items are images or begin with one, without transform.
         recipe: a name in ``sslfast.RECIPES``; sets the values of all fields of
-            :class:`sslfast.training.TrainConfig`.
+            :class:`sslfast.training.TrainConfig`. None: ``config`` names it.
         output: run directory; created if needed.
+        config: file of settings (.yaml, .toml, .json), or a run directory for a new run with the same settings.
         resume: ``auto`` (continue from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         overrides: fields of ``TrainConfig`` that differ from the recipe: ``epochs=2``, nested ones by dotted name
@@ -82,8 +54,14 @@ def pretrain(
         sslfast.training.CollapseError: all features became the same, with ``on_collapse="error"``.
         sslfast.training.RunInterruptedError: SIGTERM or SIGINT; a checkpoint was saved.
     """
-    config = configure(recipe, overrides)
+    if config is None:
+        if recipe is None:
+            raise ValueError("recipe is None; name a recipe of sslfast.RECIPES, or a file with config=")
+        settings = configure(recipe, overrides)
+    else:
+        settings = changed(load_settings(config, recipe), overrides)
     try:
-        return Trainer(config, parse_data(data) if isinstance(data, str) else data, output, resume=resume).fit()
+        images = parse_data(data) if isinstance(data, str) else data
+        return Trainer(settings, images, output, resume=resume, draw=draw_pictures).fit()
     finally:
         destroy_process_group()

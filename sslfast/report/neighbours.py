@@ -147,6 +147,11 @@ def run_neighbours(
     """
     if run.suffix in EMBEDDING_SUFFIXES and not run.is_dir():
         return _write_of_file(run, data, config, output)
+    if data.is_dir() and not any(data.glob("train*")) and not any(data.glob("val*")):
+        raise ValueError(
+            f"{data} holds no sets train and val; for images without them: sslfast embed {run} {data} -o features.npy, "
+            f"then sslfast neighbours features.npy {data}"
+        )
     evaluation = load_evaluation_set(run, data, config)
     return write_neighbours(evaluation, output, queries=config.queries, k=config.k)
 

@@ -138,13 +138,21 @@ def write_preview(
             f"a preview is drawn from image files and {data} is a .beton file: name what it was made of "
             f"({manifest.root})"
         )
+    sheet = manifest_preview(manifest, views, count=count, seed=seed, panels=panels)
+    save_picture(sheet, output, remedy=OUTPUT)
+
+
+def manifest_preview(
+    manifest: Manifest, views: Mapping[str, ViewConfig], *, count: int, seed: int, panels: Panels | None
+) -> Image.Image:
+    """The sheet of the first ``count`` images of a run on the images of a manifest; arguments as of
+    :func:`write_preview`."""
     decode = BatchDecoder(source=manifest.source, views=views, seed=seed, on_bad_image="skip")
     decoded = decode(0, epoch_order(len(manifest), seed=seed, epoch=0)[:count])
     batch = Batch(sample_ids=decoded.sample_ids, crops=decoded.crops, epoch=0)
     title = f"{manifest.root.resolve().name}: what the network sees in epoch 0, seed {seed}"
     originals = _originals(manifest, batch, views, seed)
-    sheet = preview_sheet(batch, views, seed=seed, originals=originals, panels=panels, title=title)
-    save_picture(sheet, output, remedy=OUTPUT)
+    return preview_sheet(batch, views, seed=seed, originals=originals, panels=panels, title=title)
 
 
 def check_picture(output: Path) -> None:

@@ -2,7 +2,7 @@
 
 ``config.json`` resolved configuration · ``versions.json`` software, device and git state of every start ·
 ``manifest.tsv`` rows of the data · ``log.jsonl`` log records · ``log.csv``, ``tensorboard/`` the same, if asked for ·
-``checkpoints/`` · ``bad_images.txt`` files that could not be read.
+``pictures/`` likewise · ``checkpoints/`` · ``bad_images.txt`` files that could not be read.
 """
 
 import errno
@@ -78,6 +78,7 @@ class RunDirectory:
         self.manifest = self.path / "manifest.tsv"
         self.log = self.path / "log.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.pictures = self.path / "pictures"
         self.checkpoints = self.path / "checkpoints"
         self.bad_images = self.path / "bad_images.txt"
         self._lock = self.path / ".lock"
@@ -175,6 +176,26 @@ class RunDirectory:
                 self._acquire(descriptor, wait=0.0)
             finally:
                 os.close(descriptor)
+
+    def is_locked(self) -> bool:
+        """Whether a process holds the lock. Takes no lock itself: no run that starts meanwhile is disturbed."""
+        try:
+            descriptor = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            whole = struct.pack("hhlli0l", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            if hasattr(fcntl, "F_OFD_GETLK"):
+                with suppress(OSError):
+                    kind: int = struct.unpack("hhlli0l", fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, whole))[0]
+                    return kind != fcntl.F_UNLCK
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def locked(self, *, is_restart: bool = False) -> Iterator[None]:

@@ -101,6 +101,12 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
     Raises:
         ValueError: one line with every field that differs, its old and its new value.
     """
+    old, new = (_chosen(table) for table in (state["config"], to_dict(config)))
+    if old["method"] != new["method"]:
+        raise ValueError(
+            f"cannot resume {path}: it is of recipe {old['recipe']} (method {old['method']}), not of {new['recipe']} "
+            f"(method {new['method']}); give --recipe {old['recipe']}, or choose another output directory"
+        )
     try:
         before = to_dict(from_dict(type(config), state["config"]))
     except ValueError as error:
@@ -120,3 +126,9 @@ def check_same_run(path: Path, state: Mapping[str, Any], *, config: Any, manifes
             "or changed), so the bank would belong to other images. Put them back, or choose another output "
             f"directory; --init {path} starts a new run from its weights"
         )
+
+
+def _chosen(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What chose the fields of a configuration: names of its recipe and its method, where it has them."""
+    method = table.get("method")
+    return {"recipe": table.get("recipe"), "method": method.get("name") if isinstance(method, Mapping) else None}

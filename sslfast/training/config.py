@@ -80,7 +80,11 @@ class TrainConfig:
     tensorboard: bool = resumable(True)
     """Also write TensorBoard event files (needs the package tensorboard)."""
     loggers: tuple[str, ...] = resumable(())
-    """Further logs besides log.jsonl: csv (log.csv), or module:factory of your own."""
+    """Further logs besides log.jsonl: csv (log.csv), wandb and mlflow (both on this machine alone, unless WANDB_MODE or
+    MLFLOW_TRACKING_URI says otherwise), or module:factory of your own."""
+    pictures_every_epochs: int = resumable(0)
+    """Epochs between pictures in pictures/ and in the logs (0: none): what the network sees of the first images, and
+    nearest neighbours among the vectors of the memory bank or features kept for clustering."""
     progress: Literal["auto", "bar", "plain", "off"] = resumable("auto")
     """Progress display. auto: a bar on a terminal, else one line per log record."""
 
@@ -101,7 +105,7 @@ class TrainConfig:
                 "compile=reduce-overhead reuses the memory of one forward in the next and so needs accumulate_steps=1, "
                 f"got {self.accumulate_steps}; use compile=default"
             )
-        for name in ("keep_every_steps", "knn_every_epochs", "probe_every_epochs"):
+        for name in ("keep_every_steps", "knn_every_epochs", "probe_every_epochs", "pictures_every_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if (self.probe_data is None) != (self.probe_every_epochs == 0):

@@ -24,6 +24,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "log_every_steps": (1, _COUNT),
     "knn_every_epochs": (0, _COUNT),
     "probe_every_epochs": (0, _COUNT),
+    "pictures_every_epochs": (0, _COUNT),
     "checkpoint_every_steps": (1, _COUNT),
     "keep_checkpoints": (1, _COUNT),
     "keep_every_steps": (0, _COUNT),

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from sslfast.methods import PluginDict
 from sslfast.runs import LogFile, Outbox, RunDirectory, print_error
 from sslfast.training.config import TrainConfig
 from sslfast.training.progress import Progress
@@ -17,7 +19,8 @@ T = TypeVar("T")
 
 class Logger(Protocol):
     """Receives the log records of a run, in the order of steps, on rank 0 only. A subclass inherits ``sync`` and
-    ``close``, which do nothing, if it needs none."""
+    ``close``, which do nothing, if it needs none. A method ``write_picture(name: str, path: Path, step: int)``, where a
+    log has one, is given the pictures of a run, PNG files."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log a record: ``step``, ``epoch``, ``lr``, ``loss``, the method's values, and under ``time`` a table of what
@@ -49,13 +52,25 @@ class LogContext:
     """Takes one line for the user."""
 
 
-LOGGERS: dict[str, str] = {
-    "tensorboard": "sslfast.training.tensorboard_log:TensorBoardLog",
-    "csv": "sslfast.training.csv_log:CSVLog",
-}
+LOGGERS: dict[str, str] = PluginDict(
+    {
+        "tensorboard": "sslfast.training.tensorboard_log:TensorBoardLog",
+        "csv": "sslfast.training.csv_log:CSVLog",
+        "wandb": "sslfast.training.wandb_log:WandbLog",
+        "mlflow": "sslfast.training.mlflow_log:MLflowLog",
+    }
+)
 """Logs that a run can write besides ``log.jsonl``: name -> ``module:factory``, a callable that takes a
 :class:`LogContext` and returns a :class:`Logger`. To add a log: its module and a line here; or, without a line here,
 ``loggers=("module:factory",)``."""
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record by the names that dashboards show them under: ``time/`` before those of the clock. Step
+    and time of day, which a dashboard has of its own, are left out."""
+    named = [*record.items(), *((f"time/{name}", value) for name, value in record["time"].items())]
+    without = ("step", "time/unix_seconds")
+    return {name: value for name, value in named if isinstance(value, int | float) and name not in without}
 
 
 def find_loggers(config: TrainConfig) -> dict[str, Callable[[LogContext], Logger]]:
@@ -69,13 +84,14 @@ def find_loggers(config: TrainConfig) -> dict[str, Callable[[LogContext], Logger
 
 
 def _factory(name: str) -> Callable[[LogContext], Logger]:
-    module, colon, attribute = LOGGERS.get(name, name).partition(":")
+    is_own = ":" not in name and name in LOGGERS
+    module, colon, attribute = (LOGGERS[name] if is_own else name).partition(":")
     if not colon:
         raise ValueError(f"loggers must be of {', '.join(LOGGERS)}, or module:factory, got {name!r}")
     try:
         factory: Callable[[LogContext], Logger] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        remedy = "" if name in LOGGERS else "; correct it or leave it out of loggers"
+        remedy = "" if is_own else "; correct it or leave it out of loggers"
         raise ValueError(f"logger {name} cannot be used: {error}{remedy}") from None
     return factory
 
@@ -111,25 +127,41 @@ class LoaderTimer:
 
 
 class _Opened(Logger):
-    """A log that is opened at once, or where the disk is full with the first record that it can take."""
+    """A log that is opened at once, or where the disk is full with the first record that it can take. One that cannot
+    be opened for another reason (a server does not answer) is not tried again: each of its records is that error."""
 
     def __init__(self, make: Callable[[], Logger]) -> None:
-        self._make, self._log = make, None
-        with suppress(OSError):
+        self._make, self._log, self._error = make, None, None
+        with suppress(Exception):
             self.open()
 
     _log: Logger | None
+    _error: Exception | None
 
     def open(self) -> Logger:
+        if self._error is not None:
+            raise self._error
         if self._log is None:
-            self._log = self._make()
+            try:
+                self._log = self._make()
+            except OSError:
+                raise
+            except Exception as error:  # a logger may be anyone's
+                self._error = error
+                raise
         return self._log
 
     def write(self, record: Mapping[str, Any]) -> None:
         self.open().write(record)
 
+    def write_picture(self, name: str, path: Path, step: int) -> None:
+        write = getattr(self.open(), "write_picture", None)
+        if write is not None:
+            write(name, path, step)
+
     def sync(self) -> None:
-        self.open().sync()
+        if self._error is None:
+            self.open().sync()
 
     def close(self) -> None:
         if self._log is not None:
@@ -163,7 +195,7 @@ class Recorder:
         self.timer = LoaderTimer(first_step)
         self.last: dict[str, Any] = {}
         """The last record."""
-        self.loggers: dict[str, Logger] = {}
+        self.loggers: dict[str, _Opened] = {}
         self._batch_size = config.batch_size
         self._outbox = outbox
         self._progress = Progress(
@@ -200,6 +232,14 @@ class Recorder:
         }
         self._outbox.write({name: partial(logger.write, self.last) for name, logger in self.loggers.items()})
         self._outbox.attempt("show", {"progress": partial(self._progress.write, self.last)})
+
+    def write_pictures(self, draw: Callable[[], Mapping[str, Path]], step: int) -> None:
+        """Draw pictures, PNG files by name, and hand them to the logs that take some."""
+        drawn: dict[str, Path] = {}
+        self._outbox.attempt("draw", {"pictures": lambda: drawn.update(draw())})
+        for name, path in drawn.items():
+            actions = {log: partial(logger.write_picture, name, path, step) for log, logger in self.loggers.items()}
+            self._outbox.attempt("show pictures in", actions)
 
     def sync(self) -> None:
         """Make all records durable."""

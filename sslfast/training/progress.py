@@ -4,6 +4,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+_SCORES = {"knn_top1": "kNN", "val_knn_top1": "val kNN", "val_linear_top1": "val linear"}
+"""Accuracies in a record, with their words on the screen."""
+
 
 class Progress:
     """A bar, one line per log record, or nothing. A :class:`~sslfast.training.logging.Logger`.
@@ -43,8 +46,8 @@ class Progress:
             f"loss {record['loss']:.4f}  {clock['samples_per_second']:.0f} samples/s  "
             f"waiting for data {clock['loader_wait_share']:.0%}  left {self._left(record['step'])}"
         )
-        if "knn_top1" in record:
-            status = f"kNN {record['knn_top1']:.1%}  {status}"
+        scores = [f"{words} {record[name]:.1%}" for name, words in _SCORES.items() if name in record]
+        status = "  ".join([*scores, status])
         if self._bar is not None:
             self._bar.update(self._task, status=status)
         elif self._mode != "off":

@@ -2,12 +2,14 @@
 
 import os
 import platform
+import struct
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sslfast.files import AppendFile
-from sslfast.training.logging import LogContext, Logger
+from sslfast.training.logging import LogContext, Logger, scalars
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -43,13 +45,16 @@ class TensorBoardLog(Logger):
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        step, clock = record["step"], record["time"]
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in [*record.items(), *((f"time/{name}", value) for name, value in clock.items())]
-            if isinstance(value, int | float) and name not in ("step", "time/unix_seconds")
-        ]
-        now = clock.get("unix_seconds", time.time())
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
+        self._add(values, record["step"], record["time"].get("unix_seconds", time.time()))
+
+    def write_picture(self, name: str, path: Path, step: int) -> None:
+        png = path.read_bytes()
+        width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._add([Summary.Value(tag=name, image=image)], step, time.time())
+
+    def _add(self, values: list[Any], step: int, now: float) -> None:
         event = _encoded(Event(wall_time=now, step=step, summary=Summary(value=values)))
         self._file.write(event if self._file.size else self._begin + event)
 

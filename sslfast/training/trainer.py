@@ -41,6 +41,7 @@ from sslfast.training.limits import check_start
 from sslfast.training.logging import Recorder, find_loggers
 from sslfast.training.measurements import Measurements
 from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
+from sslfast.training.pictures import Draw, Pictures
 from sslfast.training.prefetch import Prefetcher
 from sslfast.training.result import TrainResult
 from sslfast.training.signals import GracefulShutdown, stopping_at_once
@@ -66,6 +67,7 @@ class Trainer:
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         report: receives single lines for the user.
         open_store: the checkpoint store in a directory. The default: one file with its SHA-256 per checkpoint.
+        draw: draws the pictures of ``pictures_every_epochs``; None: none are drawn.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Trainer:
         resume: str | Path = "auto",
         report: Callable[[str], None] = print,
         open_store: Callable[[Path], CheckpointStore] = HashedFileStore,
+        draw: Draw | None = None,
     ) -> None:
         refuse_in_bootstrap()
         config.check_numbers()
@@ -140,6 +143,7 @@ class Trainer:
         self.measurements = Measurements(
             config, self.method, self.manifest, self.run, self.steps_per_epoch, device=self.device, report=self.report
         )
+        self.pictures = Pictures(config, self.method, self.manifest, draw, self.steps_per_epoch)
         self.samples = Prefetcher(self.stage, parts=config.accumulate_steps, device=self.device)
         skip = config.on_nonfinite == "skip"
         self.means = FiniteMeans(self.device, leave_out=skip)
@@ -246,15 +250,8 @@ class Trainer:
 
     def _fit(self) -> TrainResult:
         first_step, started = self.step, time.perf_counter()
-        self.recorder = Recorder(
-            self.config,
-            self.run,
-            self.outbox,
-            first_step=first_step,
-            total_steps=self.total_steps,
-            is_main=self.is_main,
-            report=self.report,
-        )
+        steps = {"first_step": first_step, "total_steps": self.total_steps}
+        self.recorder = Recorder(self.config, self.run, self.outbox, **steps, is_main=self.is_main, report=self.report)
         self.method.train()
         try:
             with keep_freed_memory(self.device), GracefulShutdown() as shutdown:
@@ -289,9 +286,8 @@ class Trainer:
             batches = recorder.timer.waiting(self.loader.epoch(epoch, done))
             for step in range(done, self.steps_per_epoch):
                 stop = self._wait(batches, shutdown)
-                if (
-                    stop is None and step == 0 and not self.method.orders_epochs
-                ):  # with the first batch in hand: nothing stops the run between the two
+                # With the first batch in hand: nothing stops the run between the two.
+                if stop is None and step == 0 and not self.method.orders_epochs:
                     stop = self._start_epoch(epoch, recorder, shutdown)
                 if stop is not None:
                     return stop
@@ -350,6 +346,7 @@ class Trainer:
             values = {**self._read_means(), **self.measurements.read(self.step)}
             self.means.reset()
             self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
+        self.pictures.after_step(self.step, self.run, self.recorder)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:
             self._save()
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import sslfast
 from sslfast.cli.main import main
 from sslfast.config import resumable_fields
 from sslfast.data.manifest import Manifest
@@ -322,3 +323,10 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "loader.on_bad_image",
         "loader.max_pixels",
     }
+
+
+def test_another_recipe_is_named_as_such(tmp_path: Path) -> None:
+    train = {"epochs": 1, "batch_size": 8, "model.width": 0.125, "device": "cpu", "tensorboard": False}
+    sslfast.pretrain(17, "rotation-small", tmp_path, **train, **{"method.image_view.crop.size": 16})
+    with pytest.raises(ValueError, match=r"it is of recipe rotation-small \(method rotation\), not of simclr-small"):
+        sslfast.pretrain(17, "simclr-small", tmp_path, **train)
