@@ -19,9 +19,9 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Any], *, remedy: str =
 
     Args:
         outputs: files to be written; they need not exist.
-        inputs: what is read: data, lists, run directories, weights; URLs and objects are none of our files. Into a
-            folder only files may be written that are not read as part of it: no picture or shard, none that stands for ``train`` or ``val``, and
-            no file of a run.
+        inputs: what is read: data, lists, run directories, weights; of no account are URLs and objects. Into a folder
+            only files may be written that are not read as part of it: no picture or shard, none that stands for
+            ``train`` or ``val``, and no file of a run.
         remedy: what helps.
     """
     paths = _paths(tuple(inputs))
