@@ -1,8 +1,8 @@
 """The checkpoints of a run directory, and the store of one file per checkpoint with its SHA-256 beside it.
 
-Such a checkpoint is a plain ``torch.load`` file ``step_00001000.pt`` beside ``step_00001000.pt.sha256``. Rename and fsync
-protect against a crash of the program or the machine. The checksum detects what they cannot: a truncated copy, a full
-disk on another machine, a flipped bit. ``torch.load`` verifies no checksum, so training would continue from wrong
+Such a checkpoint is a plain ``torch.load`` file ``step_00001000.pt`` beside ``step_00001000.pt.sha256``. Rename and
+fsync protect against a crash of the program or the machine. The checksum detects what they cannot: a truncated copy, a
+full disk on another machine, a flipped bit. ``torch.load`` verifies no checksum, so training would continue from wrong
 weights unnoticed. The checksum has a file of its own, in the format of ``sha256sum -c``, so that any program can read
 the ``.pt``; it is renamed into place before the ``.pt``, so that no checkpoint exists without it.
 
@@ -190,14 +190,20 @@ def remove_other(path: Path) -> None:
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint of either kind; a folder stops being one before its files go. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
-        hidden = path.with_name(f".{path.name}.deleted.tmp")
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hide_checkpoint(path))
         return
     path.unlink()
     _sum_path(path).unlink(missing_ok=True)
+
+
+def hide_checkpoint(folder: Path) -> Path:
+    """Give the folder of a checkpoint that is to be deleted a name that :meth:`StoredCheckpoints.clean` knows; its new
+    path. Raises OSError."""
+    hidden = folder.with_name(f".{folder.name}.deleted.tmp")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    os.replace(folder, hidden)
+    return hidden
 
 
 def load_checkpoint(path: Path, *, verify: tuple[int, int] = (0, 0)) -> dict[str, Any]:
@@ -211,7 +217,7 @@ def load_checkpoint(path: Path, *, verify: tuple[int, int] = (0, 0)) -> dict[str
         CorruptCheckpointError: it cannot be read, the checksum is missing or does not match, or the content is no
             checkpoint or that of another step.
     """
-    if path.is_dir():
+    if path.is_dir() and path.suffix != SUFFIX:
         return _checked(path, read_sharded(path, verify=verify))
     try:
         with open_regular(path) as file:

@@ -4,8 +4,8 @@ A checkpoint is a folder ``step_00001000``: ``rank_00000.bin`` and so on, and ``
 block of them (``stored_tensors.py``). All ranks write under a temporary name; when all have synced their files, rank 0
 writes the index and renames the folder. So a folder with its final name is complete.
 
-:meth:`ShardedStore.start` copies this rank's part to host memory and leaves the rest to a thread, which exchanges errors
-and checksums with the threads of other ranks in a process group of its own.
+:meth:`ShardedStore.start` copies this rank's part to host memory and leaves the rest to a thread, which exchanges
+errors and checksums with the threads of other ranks in a process group of its own.
 """
 
 import errno
@@ -20,7 +20,7 @@ from typing import Any
 
 from sslfast.distributed import background_gather, is_main, rank
 from sslfast.files import fsync_directory, make_folder, reason_of, what_helps
-from sslfast.runs.checkpoint import StoredCheckpoints, remove_checkpoint, remove_other
+from sslfast.runs.checkpoint import StoredCheckpoints, hide_checkpoint, remove_other
 from sslfast.runs.checkpoint_store import CheckpointWriteError
 from sslfast.runs.stored_tensors import Block, Part, layout, own_parts, pack, part_file, write_index, write_part
 
@@ -129,10 +129,11 @@ def _complete(
 ) -> list[Block]:
     """Write the index and give the folder its name; a checkpoint of this step is replaced."""
     write_index(temporary, packed, tensors, blocks)
-    if path.exists():
-        remove_checkpoint(path)
+    replaced = hide_checkpoint(path) if path.is_dir() else None
     os.replace(temporary, path)
     fsync_directory(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
     remove_other(path)
     return []
 

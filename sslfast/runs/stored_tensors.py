@@ -2,8 +2,8 @@
 
 The index (``index.json``, its SHA-256 beside it) holds the state with a number in place of every tensor, dtype and
 shape of each, and of every file its blocks in their order: which tensor, first element, number of elements, SHA-256. A
-block has at most ``BLOCK_BYTES``, so that any part of a tensor is read and verified without the rest. Files are little-endian
-elements and nothing else; no byte of a checkpoint is executed.
+block has at most ``BLOCK_BYTES``, so that any part of a tensor is read and verified without the rest. Files are
+little-endian elements and nothing else; no byte of a checkpoint is executed.
 """
 
 import errno

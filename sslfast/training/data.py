@@ -29,7 +29,8 @@ class RunData:
     def __init__(self, config: TrainConfig, data: Path | str | int, run: RunDirectory, *, device: torch.device) -> None:
         self.config, self.device = config, device
         self.synthetic_rows = data if isinstance(data, int) else None
-        self.manifest = None if isinstance(data, int) else self._manifest(Path(data), run)
+        self.manifest = None if isinstance(data, int) else self._manifest(Path(data), run).packed()
+        self._digest: str | None = None
 
     def _manifest(self, folder: Path, run: RunDirectory) -> Manifest:
         if distributed.world_size() == 1:
@@ -78,5 +79,8 @@ class RunData:
         )
 
     def digest(self) -> str:
-        """Identity of the data set: digest of the manifest, or the number of synthetic images."""
-        return f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()
+        """Identity of the data set: digest of the manifest, which every row takes part in, or the number of synthetic
+        images."""
+        if self._digest is None:
+            self._digest = f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()
+        return self._digest

@@ -1,5 +1,5 @@
-"""Sharded checkpoints of several processes: the same bits as files, no rank with more than its part, and failures of one
-rank that all hear of."""
+"""Sharded checkpoints of several processes: the same bits as files, no rank with more than its part, and failures of
+one rank that all hear of."""
 
 import errno
 import json
@@ -101,7 +101,8 @@ def test_any_number_of_ranks_and_layout_resumes_as_from_a_file(
             shutil.copy(f"{checkpoint}.sha256", f"{target}.sha256")
         run(train, ranks, data, tmp_path / output, layout(name, **SHARDED), 0.0)
     ours, theirs = (plain(final(tmp_path / output)) for output in ("from parts", "from file"))
-    assert ours["step"] == 12 and same(ours, theirs)
+    assert ours["step"] == 12
+    assert same(ours, theirs)
     assert len([*(tmp_path / "from file" / "checkpoints" / "step_00000012").glob("*.bin")]) == ranks
 
 
