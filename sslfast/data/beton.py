@@ -119,7 +119,7 @@ class BetonSource(ImageSource):
         cls,
         *,
         root: Path,
-        paths: list[str],
+        paths: Sequence[str],
         sizes: NDArray[np.int64],
         notes: Sequence[Sequence[str]],
         columns: Mapping[str, Sequence[str]],

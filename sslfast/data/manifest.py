@@ -13,14 +13,16 @@ the size they detect a replaced file. A change after the first 16 KiB that keeps
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sslfast.data.columns import read_columns, read_header
 from sslfast.data.images import Decoding, OnBadImage, quiet_pillow
 from sslfast.data.left_out import image_suffixes, left_out, named_counts
 from sslfast.data.listing import first_folder
@@ -30,6 +32,7 @@ from sslfast.data.source import (
     ImageLocation,
     ImageSource,
     ListedImage,
+    PackedPaths,
     SourceError,
     as_data,
     source_of,
@@ -62,7 +65,7 @@ class Manifest:
     """Where the images are; it holds the paths of the rows."""
     bytes: NDArray[np.int64]
     """``[N]`` sizes of the image files."""
-    sha1: list[str]
+    sha1: Sequence[str]
     """16 hex digits of the hash of each file's first 16 KiB."""
     labels: NDArray[np.int64]
     """``[N]`` index into ``classes``; -1 without a class."""
@@ -255,11 +258,18 @@ class Manifest:
             manifest.save(path)
         return manifest
 
+    def packed(self) -> "Manifest":
+        """The same rows without a Python object for each, for as long as a run lasts."""
+        return replace(self, source=self.source.packed(), sha1=PackedPaths(self.sha1))
+
     def dump(self) -> str:
         """The text (tab-separated, one header line) that :meth:`parse` reads, to be written with surrogateescape."""
+        return "".join(f"{line}\n" for line in self._lines())
+
+    def _lines(self) -> Iterator[str]:
         identity = self.source.identity()
         rows = zip(self.paths, self.bytes, self.sha1, self.labels, self._more_columns(), strict=True)
-        lines = [
+        yield from (
             _VERSION,
             f"# root\t{_escape(str(self.root))}",
             f"# hash\tfirst 16 hex digits of SHA-1 over the first {HASHED_BYTES} bytes",
@@ -272,15 +282,17 @@ class Manifest:
             *(f"# ignored\t{_escape(suffix)}\t{count}" for suffix, count in self.ignored.items()),
             *(f"# excluded\t{_escape(bad)}\t{_escape(reason)}" for bad, reason in self.excluded),
             "\t".join([_COLUMNS, *self.source.columns()]),
-            *(f"{_escape(path)}\t{size}\t{content}\t{label}{more}" for path, size, content, label, more in rows),
-        ]
-        return "\n".join(lines) + "\n"
+        )
+        for path, size, content, label, more in rows:
+            yield f"{_escape(path)}\t{size}\t{content}\t{label}{more}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`dump`; an existing file is replaced atomically."""
-        data = self.dump().encode("utf-8", "surrogateescape")
-        with replacing(Path(path)) as temporary:
-            temporary.write_bytes(data)
+        """Write what :meth:`dump` returns; an existing file is replaced atomically."""
+        with (
+            replacing(Path(path)) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file,
+        ):
+            file.writelines(f"{line}\n" for line in self._lines())
 
     @classmethod
     def load(
@@ -295,12 +307,12 @@ class Manifest:
         ValueError where the file is not a manifest, or was cut short or edited (its digest no longer fits).
         """
         try:
-            data = Path(path).read_bytes()
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                return cls._of_lines(file, str(path), root=root, remedy=remedy)
         except FileNotFoundError:
             raise ValueError(f"no manifest at {path}: give the run's manifest file, or start a new run") from None
         except OSError as error:
             raise ValueError(f"manifest {path} cannot be read ({error.strerror or error}): {remedy}") from None
-        return cls.parse(data.decode("utf-8", "surrogateescape"), str(path), root=root, remedy=remedy)
 
     @classmethod
     def parse(
@@ -312,25 +324,27 @@ class Manifest:
         remedy: str = "restore it from a copy, or start a new run",
     ) -> "Manifest":
         """What :meth:`dump` made; ``path`` is where it was found, for the error texts."""
-        lines = text.split("\n")
-        start = next((n for n, line in enumerate(lines) if f"{line}\t".startswith(f"{_COLUMNS}\t")), 0)
-        if lines[0] == _VERSION and not start:
-            raise ValueError(f"manifest {path} was cut short (it has no line {_COLUMNS!r}): {remedy}")
-        if lines[0] != _VERSION:
-            raise ValueError(f"{path} is not a manifest (its first line must be {_VERSION!r}): {remedy}")
-        notes = [[_unescape(part) for part in line.removeprefix("# ").split("\t")] for line in lines[1:start]]
+        return cls._of_lines(StringIO(text, newline="\n"), path, root=root, remedy=remedy)
+
+    @classmethod
+    def _of_lines(
+        cls, lines: Iterator[str], path: str, *, root: str | os.PathLike[str] | None, remedy: str
+    ) -> "Manifest":
+        """Read line by line: at no time is there an object for every row."""
+        header = read_header(lines, path, version=_VERSION, columns=_COLUMNS, remedy=remedy)
+        notes = [[_unescape(part) for part in line.removeprefix("# ").split("\t")] for line in header[1:-1]]
         values = {note[0]: note[1] for note in notes if len(note) == 2}
-        names = lines[start].split("\t")[4:]
+        names = header[-1].split("\t")[4:]
         try:
-            rows = [line.split("\t") for line in lines[start + 1 : -1]]
-            paths = [_unescape(row[0]) for row in rows]
-            sizes = np.array([int(row[1]) for row in rows], dtype=np.int64)
-            columns = {name: [_unescape(row[4 + n]) for row in rows] for n, name in enumerate(names)}
+            places = [0, 2, *range(4, 4 + len(names))]
+            (paths, hashes, *more), (sizes, labels) = read_columns(
+                lines, texts=places, numbers=[1, 3], unescape=_unescape
+            )
+            columns = dict(zip(names, more, strict=True))
             # Manifests of earlier versions do not name the classes, which were always folders.
             classes = next((note[1:] for note in notes if note[0] == "classes"), None)
             if classes is None:
                 classes = sorted({folder for folder in map(first_folder, paths) if folder is not None})
-            labels = np.array([int(row[3]) for row in rows], dtype=np.int64)
             if len(labels) and not -1 <= labels.min() <= labels.max() < len(classes):
                 raise ValueError
             source = source_of_manifest(notes, columns).parse(
@@ -345,7 +359,7 @@ class Manifest:
             manifest = cls(
                 source=source,
                 bytes=sizes,
-                sha1=[row[2] for row in rows],
+                sha1=hashes,
                 labels=labels,
                 classes=classes,
                 excluded=[(note[1], note[2]) for note in notes if note[0] == "excluded"],

@@ -104,7 +104,7 @@ class PartsSource(ImageSource):
                 manifest,
                 source=part,
                 bytes=manifest.bytes[mine],
-                sha1=[manifest.sha1[row] for row in mine],
+                sha1=[manifest.sha1[row] for row in mine.tolist()],
                 labels=manifest.labels[mine],
                 excluded=[(path.partition("/")[2], why) for path, why in manifest.excluded if _part(path) == number],
             )
@@ -179,7 +179,7 @@ class PartsSource(ImageSource):
         cls,
         *,
         root: Path,
-        paths: list[str],
+        paths: Sequence[str],
         sizes: NDArray[np.int64],
         notes: Sequence[Sequence[str]],
         columns: Mapping[str, Sequence[str]],

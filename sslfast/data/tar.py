@@ -143,7 +143,7 @@ class TarSource(ShardedSource):
         cls,
         *,
         root: Path,
-        paths: list[str],
+        paths: Sequence[str],
         sizes: NDArray[np.int64],
         notes: Sequence[Sequence[str]],
         columns: Mapping[str, Sequence[str]],

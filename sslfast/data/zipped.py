@@ -164,7 +164,7 @@ class ZipSource(ImageSource):
         cls,
         *,
         root: Path,
-        paths: list[str],
+        paths: Sequence[str],
         sizes: NDArray[np.int64],
         notes: Sequence[Sequence[str]],
         columns: Mapping[str, Sequence[str]],

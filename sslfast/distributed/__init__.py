@@ -4,6 +4,7 @@ Imports ``sslfast.device``. Everything works in a single process too, where it e
 """
 
 from sslfast.distributed.collectives import (
+    background_gather,
     barrier,
     broadcast_object,
     broadcast_tensor,
@@ -35,10 +36,13 @@ from sslfast.distributed.process_group import (
     rank,
     world_size,
 )
+from sslfast.distributed.shards import Shard, row_shard, split_evenly
 from sslfast.distributed.sync_batchnorm import convert_sync_batchnorm
 
 __all__ = [
     "LostRankError",
+    "Shard",
+    "background_gather",
     "barrier",
     "broadcast_object",
     "broadcast_statistics",
@@ -67,7 +71,9 @@ __all__ = [
     "rank",
     "reduce_scatter_rows",
     "replicate",
+    "row_shard",
     "shard_bounds",
+    "split_evenly",
     "sum_over_ranks",
     "together",
     "world_size",

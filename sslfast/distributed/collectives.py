@@ -4,6 +4,7 @@ In a single process each of them is the identity, so callers need not check how 
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -154,6 +155,26 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+_BACKGROUND_LIMIT = timedelta(hours=1)  # by which ranks may differ in the time that a disk takes
+
+
+def background_gather() -> Callable[[Any], list[Any]]:
+    """:func:`gather_objects` for a thread of each rank, in a process group of its own; every rank calls this once.
+
+    What the threads exchange does not meet what the main threads exchange meanwhile.
+    """
+    if world_size() == 1:
+        return lambda value: [value]
+    group = dist.new_group(backend="gloo", timeout=_BACKGROUND_LIMIT)
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * world_size()
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    return gather
 
 
 def barrier() -> None:

@@ -12,12 +12,15 @@ from sslfast.distributed import is_main
 from sslfast.evaluation.encoders import TRAINED, RunEncoders
 from sslfast.evaluation.preprocessing import Preprocessing, describe
 from sslfast.files import OUTPUT, WriteError
+from sslfast.runs import is_sharded
 
 
 def evaluation_folder(run: Path | str) -> Path:
-    """Folder of the results: ``evaluation`` in a run directory, ``FILE.evaluation`` beside a file of weights."""
+    """Folder of the results: ``evaluation`` in a run directory, ``FILE.evaluation`` beside a file of weights or a
+    sharded checkpoint."""
     path = Path(run)
-    return path.with_name(f"{path.name}.evaluation") if path.is_file() else path / "evaluation"
+    beside = path.is_file() or is_sharded(path)
+    return path.with_name(f"{path.name}.evaluation") if beside else path / "evaluation"
 
 
 def cache_folder(run: Path | str) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sslfast.distributed import Shard, gather_to_rank0, row_shard, shard_bounds, split_evenly, world_size
 from sslfast.methods.shared.grid import PatchGrid
 from sslfast.models import Trunk, TrunkConfig
 from sslfast.optim import ParameterOptions
@@ -164,16 +165,47 @@ class Method(nn.Module):
         """
         return None
 
+    def split_rows(self) -> Mapping[str, tuple[int, int]]:
+        """What of ``state_dict()`` is split over ranks by rows: name -> (first row of this rank, rows of all ranks).
+
+        Ranks hold contiguous parts in their order, as :func:`sslfast.distributed.shard_bounds` splits them, and
+        ``load_state_dict`` takes its part of a whole tensor.
+        """
+        return {}
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """``state_dict()`` of the whole run, which any number of processes can load. Every rank calls it.
 
-        A method whose state is split over ranks gathers it here and takes its part when it loads.
+        What is split over ranks is gathered on the host of rank 0; the others get their own part.
         """
-        return self.state_dict()
+        state = self.state_dict()
+        for name, (_, num_rows) in self.split_rows().items():
+            whole = gather_to_rank0(state[name], shard_bounds(num_rows, world_size()))
+            state[name] = state[name] if whole is None else whole
+        return state
+
+    def own_state_dict(self) -> dict[str, Tensor | Shard]:
+        """``state_dict()`` of the whole run as a checkpoint takes it to which every rank writes its part.
+
+        A large tensor is a :class:`~sslfast.distributed.Shard` where ranks hold parts of it, or are known to hold the
+        same.
+        """
+        split, equal = self.split_rows(), {x.data_ptr() for x in (*self.parameters(), *self.replicated())}
+        found: dict[str, Tensor | Shard] = {}
+        for name, value in self.state_dict().items():
+            if name in split:
+                found[name] = row_shard(value, *split[name])
+            else:
+                found[name] = split_evenly(value) if value.data_ptr() in equal else value
+        return found
 
     def full_state_bytes(self) -> int:
         """Size of the tensors of :meth:`full_state_dict`."""
-        return sum(value.nbytes for value in self.state_dict().values())
+        split = self.split_rows()
+        return sum(
+            value.nbytes // len(value) * split[name][1] if name in split else value.nbytes
+            for name, value in self.state_dict().items()
+        )
 
     def parameter_options(self) -> Mapping[str, ParameterOptions]:
         """What the optimizer does differently with some parameters, by the name of a parameter or of a submodule:

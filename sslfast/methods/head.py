@@ -36,7 +36,7 @@ def read_head(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Modu
     if not isinstance(head, nn.Module):
         raise ValueError(f"method {settings.name} has no projection head; take the trunk's features: leave head out")
     prefix = f"{where}."
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     head = head.to_empty(device="cpu")
     try:
         head.load_state_dict(own)

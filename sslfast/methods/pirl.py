@@ -276,13 +276,9 @@ class PIRL(Method):
         """The memory bank."""
         return self.bank.whole_vectors()
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """``state_dict()`` with the whole bank, which every layout loads."""
-        return {**self.state_dict(), "bank.vectors": self.bank.whole_vectors()}
-
-    def full_state_bytes(self) -> int:
-        """Size of the tensors of :meth:`full_state_dict`."""
-        return super().full_state_bytes() - self.bank.vectors.nbytes + self.bank.whole_bytes
+    def split_rows(self) -> dict[str, tuple[int, int]]:
+        """The rows of a sharded bank."""
+        return {"bank.vectors": (self.bank.first_row, self.bank.num_rows)} if self.bank.is_sharded else {}
 
     @contextmanager
     def _running_stats_kept(self) -> Iterator[None]:

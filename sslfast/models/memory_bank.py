@@ -147,11 +147,6 @@ class MemoryBank(nn.Module):
         whole = gather_to_rank0(self.vectors, self.bounds)
         return self.vectors if whole is None else whole
 
-    @property
-    def whole_bytes(self) -> int:
-        """Size of :meth:`whole_vectors`."""
-        return self.num_rows * self.vectors.shape[1] * self.vectors.element_size()
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "rows" in state_dict:  # name in older checkpoints
             state_dict[prefix + "vectors"] = state_dict.pop(prefix + "rows")

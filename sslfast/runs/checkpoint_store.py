@@ -5,7 +5,7 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sslfast.distributed import broadcast_object, gather_objects
 from sslfast.files import reason_of, writing
@@ -62,6 +62,28 @@ class CheckpointStore(Protocol):
 
     def clean(self) -> None:
         """Delete what interrupted saves have left. Called before the first save, by the run that owns the directory."""
+
+
+@runtime_checkable
+class SplitCheckpointStore(CheckpointStore, Protocol):
+    """A store to which every rank writes its part, while training goes on if asked to.
+
+    In the states that it is given, a :class:`~sslfast.distributed.Shard` stands for a tensor that is split over ranks;
+    of everything else rank 0's counts. :meth:`load` may return tables whose tensors are read when they are asked for.
+    """
+
+    def start(self, state: dict[str, Any], step: int) -> None:
+        """Begin what :meth:`save` does, and return as soon as ``state`` may change. Waits for the checkpoint before."""
+
+    def finish(self) -> None:
+        """Wait for what :meth:`start` began; exchanges nothing with other ranks.
+
+        Raises:
+            CheckpointWriteError: it could not be written. Said once.
+        """
+
+    def has_failed(self) -> bool:
+        """Whether :meth:`finish` would raise at once. Never waits."""
 
 
 def load_newest(

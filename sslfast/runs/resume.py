@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sslfast.config import differences, from_dict, resumable_fields, to_dict
-from sslfast.distributed import broadcast_object
-from sslfast.runs.checkpoint import load_checkpoint
+from sslfast.distributed import broadcast_object, gather_objects
+from sslfast.runs.checkpoint import is_sharded, load_checkpoint
 from sslfast.runs.checkpoint_store import CheckpointStore, CorruptCheckpointError, list_steps, load_newest
 from sslfast.runs.directory import RunDirectory
 
@@ -55,15 +55,15 @@ def find_checkpoint(
     siblings = open_store(path.parent)
     step = next((step for step in siblings.list() if siblings.path(step) == path), None)
     if step is not None:
-        found = path, siblings.load(step)
-    elif path.is_dir():
+        found = path, _together(lambda: siblings.load(step))
+    elif path.is_dir() and not is_sharded(path):
         newest = _newest(open_store(RunDirectory(path).checkpoints), report, checked)
         if newest is None:
             raise FileNotFoundError(f"{path} holds no checkpoint; give a run directory or a step_*.pt file")
         found = newest
     else:
         try:
-            found = path, load_checkpoint(path)
+            found = path, _together(lambda: load_checkpoint(path))
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"{error}; --init {path} starts a new run from weights") from None
     checked(*found)
@@ -77,6 +77,21 @@ def _newest(
 ) -> tuple[Path, dict[str, Any]] | None:
     found = load_newest(store, report=report, all_ranks=True, check=check)
     return None if found is None else (store.path(found[0]), found[1])
+
+
+def _together(load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``load`` returns; every rank raises what one of them raises, since each may verify another part."""
+    state, error = None, None
+    try:
+        state = load()
+    except (CorruptCheckpointError, FileNotFoundError) as problem:
+        error = problem
+    errors = gather_objects(None if error is None else (isinstance(error, FileNotFoundError), str(error)))
+    for found in errors:
+        if found is not None:
+            raise (FileNotFoundError if found[0] else CorruptCheckpointError)(found[1])
+    assert state is not None
+    return state
 
 
 def _check_keys(path: Path, state: Mapping[str, Any]) -> None:

@@ -77,6 +77,10 @@ class TrainConfig:
     """Number of newest checkpoints to keep."""
     keep_every_steps: int = resumable(0)
     """Never delete checkpoints whose step is a multiple of this; 0: none."""
+    checkpoint_store: Literal["auto", "file", "sharded"] = resumable("auto")
+    """file: rank 0 gathers what is split over processes and writes one file. sharded: every process writes a file of
+    its own, in the background, and reads its part of all at a resume, in a folder that all share. auto: sharded for
+    several processes and checkpoints above 4.3 GB. Either resumes from the other's, with any number of processes."""
     tensorboard: bool = resumable(True)
     """Also write TensorBoard event files (needs the package tensorboard)."""
     loggers: tuple[str, ...] = resumable(())

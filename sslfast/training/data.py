@@ -30,7 +30,8 @@ class RunData:
     def __init__(self, config: TrainConfig, data: Any, run: RunDirectory, *, device: torch.device) -> None:
         self.config, self.device = config, device
         self.synthetic_rows = data if isinstance(data, int) else None
-        self.manifest = None if isinstance(data, int) else self._manifest(data, run)
+        self.manifest = None if isinstance(data, int) else self._manifest(data, run).packed()
+        self._digest: str | None = None
 
     def _manifest(self, data: Any, run: RunDirectory) -> Manifest:
         check_run_apart(run.path, data)
@@ -80,5 +81,8 @@ class RunData:
         )
 
     def digest(self) -> str:
-        """Identity of the data set: digest of the manifest, or the number of synthetic images."""
-        return f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()
+        """Identity of the data set: digest of the manifest, which every row takes part in, or the number of synthetic
+        images."""
+        if self._digest is None:
+            self._digest = f"synthetic-{self.synthetic_rows}" if self.manifest is None else self.manifest.digest()
+        return self._digest

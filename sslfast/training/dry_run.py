@@ -35,7 +35,8 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         loader = "{} ({})".format(*choose_loader(trainer.manifest, trainer.device))
     if trainer.resume not in ("auto", "never"):
         start = f"resumes {trainer.resume}"
-    size, needed, free = trainer.checkpoint_bytes(), trainer.disk_bytes(), trainer.run.free_bytes()
+    saver, free = trainer.saver, trainer.run.free_bytes()
+    size, needed = saver.checkpoint_bytes(), saver.disk_bytes(trainer.total_steps)
     steps = f"{config.epochs:,} epochs x {trainer.steps_per_epoch:,} steps of {config.batch_size:,}"
     steps += f" = {trainer.total_steps:,} steps"
     if trainer.feature_pass is not None:
@@ -58,6 +59,7 @@ def summary(trainer: Trainer) -> list[tuple[str, str]]:
         ("learning rate", _schedule(trainer)),
         ("output", f"{trainer.run.path} ({start})"),
         ("disk", f"{needed / 1e9:.2f} GB for checkpoints of {size / 1e6:.1f} MB, {free / 1e9:.1f} GB free"),
+        ("checkpoints", saver.kind),
     ]
 
 

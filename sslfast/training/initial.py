@@ -11,7 +11,15 @@ from torch import Tensor
 from sslfast.config import save_json, to_dict
 from sslfast.methods import BatchSplit, Method, MethodContext
 from sslfast.models import LibraryTrunkConfig, TrunkConfig, build_trunk, initial_weights, trunk_name
-from sslfast.runs import CheckpointStore, RunDirectory, list_checkpoints, load_checkpoint
+from sslfast.runs import (
+    INDEX,
+    CheckpointStore,
+    RunDirectory,
+    TensorTable,
+    is_sharded,
+    list_checkpoints,
+    load_checkpoint,
+)
 from sslfast.training.limits import check_trunk
 from sslfast.weights import Weights, read_cached, read_weights
 
@@ -30,7 +38,7 @@ class InitialWeights:
     """As given."""
     file: str
     sha256: str
-    """Of the file."""
+    """Of the file; of the index of a sharded checkpoint."""
     step: int | None
     """Training steps of the weights, where known."""
     loaded: list[str]
@@ -87,11 +95,13 @@ def build_method(
     own = _method_state(weights.path, config)
     loaded = [name for name in before if name in names]
     for name, module in method.named_children():
-        found = {key.removeprefix(f"{name}."): value for key, value in own.items() if key.startswith(f"{name}.")}
-        if any(True for _ in module.parameters()) and _same_shapes(found, module.state_dict()):
+        if not any(True for _ in module.parameters()):
+            continue
+        found = {key.removeprefix(f"{name}."): own[key] for key in own if key.startswith(f"{name}.")}
+        if _same_shapes(found, module.state_dict()):
             module.load_state_dict(found)
             loaded += [f"{name}.{key}" for key in found if f"{name}.{key}" not in loaded]
-    with open(weights.path, "rb") as file:
+    with open(weights.path / INDEX if is_sharded(weights.path) else weights.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     initial = InitialWeights(
         init=config.init,
@@ -191,9 +201,9 @@ def _trunk_entries(method: Method) -> set[str]:
     return {f"{copy}.{name}" for copy in copies for name in trunk}
 
 
-def _method_state(path: Path, config: "TrainConfig") -> dict[str, Tensor]:
+def _method_state(path: Path, config: "TrainConfig") -> Mapping[str, Tensor]:
     """State of the method in a checkpoint of a run of the same method; empty for everything else."""
-    if path not in list_checkpoints(path.parent):
+    if path not in list_checkpoints(path.parent) and not is_sharded(path):
         return {}
     state = load_checkpoint(path)
     recorded, method = state.get("config"), state.get("method")
@@ -201,6 +211,8 @@ def _method_state(path: Path, config: "TrainConfig") -> dict[str, Tensor]:
         return {}
     if not isinstance(recorded.get("method"), Mapping) or recorded["method"].get("name") != config.method.name:
         return {}
+    if isinstance(method, TensorTable):
+        return method
     return {name: value for name, value in method.items() if isinstance(value, Tensor)}
 
 

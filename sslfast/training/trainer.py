@@ -1,9 +1,8 @@
 """The pretraining loop: views, loss, backward, optimizer step, ``after_step``; logs, checkpoints and resume."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +19,12 @@ from sslfast.methods import BatchSplit, Method, MethodContext
 from sslfast.optim import build_optimizer, load_optimizer, prepare_gradients, set_learning_rate, set_weight_decay
 from sslfast.runs import (
     CheckpointStore,
-    CheckpointWriteError,
-    HashedFileStore,
     Outbox,
     RunDirectory,
     check_same_run,
     find_checkpoint,
-    prune,
     read_log,
     set_aside_newer,
-    stored_bytes,
     surviving,
 )
 from sslfast.training.allocator import keep_freed_memory
@@ -44,6 +39,7 @@ from sslfast.training.nonfinite import FiniteMeans, NonFiniteGuard
 from sslfast.training.pictures import Draw, Pictures
 from sslfast.training.prefetch import Prefetcher
 from sslfast.training.result import TrainResult
+from sslfast.training.saving import Saver
 from sslfast.training.signals import GracefulShutdown, stopping_at_once
 from sslfast.training.stopping import Stop, agree
 from sslfast.views import Batch, View, ViewConfig, ViewStage
@@ -66,7 +62,7 @@ class Trainer:
         resume: ``auto`` (resume from the newest good checkpoint in ``output`` if there is one), ``never`` (refuse an
             ``output`` that holds a run), or the path of a checkpoint or of another run directory.
         report: receives single lines for the user.
-        open_store: the checkpoint store in a directory. The default: one file with its SHA-256 per checkpoint.
+        open_store: the checkpoint store in a directory; None: what ``config.checkpoint_store`` says.
         draw: draws the pictures of ``pictures_every_epochs``; None: none are drawn.
     """
 
@@ -78,7 +74,7 @@ class Trainer:
         *,
         resume: str | Path = "auto",
         report: Callable[[str], None] = print,
-        open_store: Callable[[Path], CheckpointStore] = HashedFileStore,
+        open_store: Callable[[Path], CheckpointStore] | None = None,
         draw: Draw | None = None,
     ) -> None:
         refuse_in_bootstrap()
@@ -95,8 +91,7 @@ class Trainer:
         self.channels_last = config.is_channels_last(self.device, self.dtype)
         find_loggers(config)  # a missing package is an error before the run starts
         self.run = RunDirectory(output)
-        self.place = self.run.path
-        self.open_store, self.store = open_store, open_store(self.run.checkpoints)
+        self.saver = Saver(config, self.run, open_store, report=self.report)
         views = config.method.views()
         self.data = RunData(config, data, self.run, device=self.device)
         self.manifest = self.data.manifest
@@ -136,6 +131,7 @@ class Trainer:
             self.feature_pass = FeaturePass(self.method, loader, stage, device=self.device, dtype=self.dtype)
         peak, options = config.optim.peak_lr(config.batch_size), self.method.parameter_options()
         self.optimizer = build_optimizer(self.method, config.optim, lr=peak, options=options)
+        self.saver.choose(self.method, self.optimizer)
         self.learning_rate = config.optim.learning_rate(
             batch_size=config.batch_size, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs
         )
@@ -153,6 +149,11 @@ class Trainer:
         self.step = 0
         self.device_step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.recorder: Recorder | None = None
+
+    @property
+    def store(self) -> CheckpointStore:
+        """Where checkpoints are."""
+        return self.saver.store
 
     def _stage(self, views: Mapping[str, ViewConfig]) -> ViewStage:
         return ViewStage(views, seed=self.config.seed, dtype=self.dtype, channels_last=self.channels_last)
@@ -219,27 +220,24 @@ class Trainer:
             distributed.together(loader.check)
 
     def _open_run(self, until_end: ExitStack) -> None:
-        self.check_space()
+        self.saver.check_space(self.total_steps)
         self.run.create()
         until_end.enter_context(self.run.locked(is_restart=distributed.is_restart()))
 
     def _check_run(self) -> None:
-        self.check_space()
+        self.saver.check_space(self.total_steps)
         self.run.check_writable()
         self.run.check_unlocked()
 
     def _loaders(self) -> list[Loader]:
         return [self.loader, *([] if self.feature_pass is None else [self.feature_pass.loader])]
 
-    def check_space(self) -> None:
-        """Raises ValueError unless the checkpoints of the whole run fit on the disk."""
-        self.run.check_space(self.disk_bytes() - stored_bytes(self.store))
-
     def close(self) -> None:
-        """End loader processes and drop the DDP module, so that the process group can be destroyed. :meth:`fit` ends
-        with it."""
+        """End loader processes and a write, and drop the DDP module, so that the process group can be destroyed.
+        :meth:`fit` ends with it."""
         for loader in self._loaders():
             loader.close()
+        self.saver.settle(wait=True)
         self.model = self.method
 
     def _record_start(self) -> None:
@@ -347,6 +345,7 @@ class Trainer:
             self.means.reset()
             self.recorder.write(step=self.step, epoch=self.step / self.steps_per_epoch, lr=self.lr, values=values)
         self.pictures.after_step(self.step, self.run, self.recorder)
+        self.saver.settle(wait=False)
         if self.step % config.checkpoint_every_steps == 0 and self.step < self.total_steps:
             self._save()
 
@@ -358,58 +357,35 @@ class Trainer:
         """
         means, bad_step = self.means.read()
         paths = None if self.manifest is None else self.manifest.paths
-        skipped = self.nonfinite.check(bad_step, step=self.step, paths=paths, last_checkpoint=self._last_checkpoint)
+        skipped = self.nonfinite.check(bad_step, step=self.step, paths=paths, last_checkpoint=self.saver.last)
         return {**means, "skipped_steps": skipped} if self.nonfinite.skip else means
 
     def _save(self, *, must: bool = False) -> Path:
         """Write a checkpoint and delete old ones. A failed write ends the run only if the checkpoint ``must`` exist."""
         self._read_means()  # raises where a loss was not finite, so that no checkpoint holds such a step
-        self.nonfinite.check_state(self.step, self._last_checkpoint)
+        self.nonfinite.check_state(self.step, self.saver.last)
         distributed.check_replicas([*self.method.parameters(), *self.method.replicated()])
-        if (place := self.run.follow_together()) != self.place:
-            self.report(f"{self.place} is now {place}; the run goes on there")
-            self.place, self.store = place, self.open_store(self.run.checkpoints)
+        self.saver.settle(wait=True)
+        self.saver.follow()
         self._list_bad_images()
         if self.recorder is not None:
             self.recorder.sync()
         state = {
             "step": self.step,
-            "method": self.method.full_state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.saver.state(),
             "metrics": self.means.state_dict(),
             "nonfinite": self.nonfinite.state_dict(),
             "config": to_dict(self.config),
             "precision": str(self.dtype),
             "manifest_digest": self.data.digest(),
         }
-        try:
-            self.store.save(state, self.step)
-        except CheckpointWriteError as error:
-            last = self._last_checkpoint()
-            line = f"{error}; {'there is none before it' if last is None else f'the last good one is {last.name}'}"
-            if must:
-                raise CheckpointWriteError(line) from None
-            self.report(
-                f"{line}; training continues, the next one is due in {self.config.checkpoint_every_steps} steps"
-            )
-        else:
-            prune(
-                self.store,
-                keep=self.config.keep_checkpoints,
-                keep_every_steps=self.config.keep_every_steps,
-                report=self.report,
-            )
-        return self.store.path(self.step)
-
-    def _last_checkpoint(self) -> Path | None:
-        with suppress(OSError):  # the disk may answer nothing now
-            return next((self.store.path(step) for step in reversed(self.store.list())), None)
-        return None
+        return self.saver.save(state, self.step, must=must)
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to resume from, checked to be of this run; None for a new run."""
         check = self.nonfinite.check_saved
-        found = find_checkpoint(self.run, self.resume, open_store=self.open_store, report=self.report, check=check)
+        open_store = self.saver.open_store
+        found = find_checkpoint(self.run, self.resume, open_store=open_store, report=self.report, check=check)
         if found is not None:
             check_same_run(*found, config=self.config, manifest_digest=self.data.digest())
         return found
@@ -424,8 +400,9 @@ class Trainer:
         distributed.barrier()  # every rank has read it
         for aside in set_aside_newer(self.store, state["step"]):
             self.report(f"set aside {aside.name}, newer than {path.name}")
-        self.method.load_state_dict(state["method"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        method, optimizer = self.saver.restored(state)
+        self.method.load_state_dict(method)
+        load_optimizer(self.optimizer, optimizer)
         self.means.load_state_dict(state["metrics"])
         if "nonfinite" in state:
             self.nonfinite.load_state_dict(state["nonfinite"])
@@ -434,15 +411,3 @@ class Trainer:
         self.report(f"resumed from {path}: step {self.step}/{self.total_steps}")
         if state["precision"] != str(self.dtype):
             self.report(f"precision was {state['precision']} so far and is {self.dtype} on this device")
-
-    def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint: the method's state and the optimizer's."""
-        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-        return self.method.full_state_bytes() + sum(tensor.nbytes for tensor in state)
-
-    def disk_bytes(self) -> int:
-        """Largest disk space that the checkpoints of the whole run occupy at a time."""
-        config = self.config
-        kept = min(config.keep_checkpoints, math.ceil(self.total_steps / config.checkpoint_every_steps)) + 1
-        permanent = self.total_steps // config.keep_every_steps if config.keep_every_steps else 0
-        return (kept + permanent) * self.checkpoint_bytes()

@@ -26,6 +26,7 @@ from sslfast.models import (
 from sslfast.runs import (
     CorruptCheckpointError,
     RunDirectory,
+    is_sharded,
     list_checkpoints,
     load_checkpoint,
     load_latest,
@@ -144,7 +145,8 @@ def load_trunk(path: Path | str, *, prefix: str | None = None, model: str | Trun
     ``load(path)(images)``: float ``[B, 3, S, S]``, normalised as :func:`read_weights` says, to ``[B, out_features]``.
 
     Args:
-        path: run directory (its newest good checkpoint), a checkpoint in a run directory, a file of ``sslfast export``,
+        path: run directory (its newest good checkpoint), a checkpoint in a run directory (of a sharded one the
+            trunk alone is read), a file of ``sslfast export``,
             a hub folder (``config.json`` and ``model.safetensors``), or any file of weights with a ResNet in it: of
             torch.save, safetensors or detectron2. ``docs/weights.md`` lists what has been tried.
         prefix: which network of a file that holds several: the beginning of its entries' names.
@@ -163,6 +165,8 @@ def read_weights(path: Path | str, *, prefix: str | None = None, model: str | Tr
     path, wanted = Path(path), LibraryTrunkConfig(name=model) if isinstance(model, str) else model
     if path.is_dir() and (path / HUB_FILE).is_file():
         weights = _of_hub(path, prefix, wanted)
+    elif is_sharded(path):
+        weights = _of_run(path.absolute().parent.parent, path)
     elif path.is_dir():
         weights = _of_run(path)
     elif not path.is_file():
@@ -321,11 +325,8 @@ def _trunk_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix) and isinstance(value, Tensor)
-    }
+    found = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _check_trunk(path: Path, state: Mapping[str, Any]) -> None:

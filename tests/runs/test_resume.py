@@ -314,6 +314,7 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "checkpoint_every_steps",
         "keep_checkpoints",
         "keep_every_steps",
+        "checkpoint_store",
         "tensorboard",
         "loggers",
         "loader.timeout",

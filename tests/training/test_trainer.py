@@ -624,7 +624,7 @@ def test_summary_names_the_warm_up(tmp_path: Path, warmup: float, words: str) ->
 def test_checkpoint_size_is_predicted(tmp_path: Path) -> None:
     trainer = Trainer(TinyConfig(), 100_000, tmp_path, report=quiet)
     trainer.run.create()
-    assert trainer._save().stat().st_size == pytest.approx(trainer.checkpoint_bytes(), rel=0.01)
+    assert trainer._save().stat().st_size == pytest.approx(trainer.saver.checkpoint_bytes(), rel=0.01)
 
 
 def test_means_report_the_first_bad_step() -> None:
