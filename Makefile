@@ -38,7 +38,7 @@ $(VENV)/.torch:
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -q "setuptools>=70.1,<81" "setuptools-scm>=8" wheel "cmake>=3.24" ninja
-	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,parquet,slurm,demo,bench,timm,docs,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[train,dali,deepcluster,evaluation,export,parquet,slurm,heif,remote,demo,bench,timm,docs,dev]"
 	$(INSTALL_FFCV)
 	@$(BIN)/sslfast info
 	@touch $@
