@@ -1,5 +1,6 @@
 """Parsing and printing that the commands share: tyro, and recipes as the source of default values."""
 
+import os
 import sys
 from dataclasses import make_dataclass
 from typing import Annotated, TypeVar
@@ -92,11 +93,12 @@ def report(line: str) -> None:
 def _base(arguments: list[str], command: str) -> TrainConfig:
     """The recipe that ``--recipe`` names, or the file of ``--config``; for ``--help`` with neither the first recipe."""
     name, file = _value(arguments, "--recipe"), _value(arguments, "--config")
-    if file is not None:
+    is_help = bool({"-h", "--help"} & set(arguments))
+    if file is not None and not (is_help and not os.path.lexists(file)):
         return load_settings(file, name)
     if name is None:
         load_plugins()  # all names are listed
-        if not {"-h", "--help"} & set(arguments):
+        if not is_help:
             raise ValueError(
                 f"--recipe is missing (or --config FILE); sslfast {command} DATA --recipe {'|'.join(RECIPES)}"
             )

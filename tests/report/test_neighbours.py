@@ -7,7 +7,14 @@ from PIL import Image, ImageColor
 
 from sslfast.data import FolderSource, ImageLocation
 from sslfast.evaluation.dataset import EvaluationSet
-from sslfast.report.neighbours import Neighbour, Query, choose_queries, neighbour_sheet, write_neighbours
+from sslfast.report.neighbours import (
+    Neighbour,
+    Query,
+    choose_queries,
+    neighbour_sheet,
+    run_neighbours,
+    write_neighbours,
+)
 from tests.pictures import write_folder
 
 GREEN, RED = (ImageColor.getrgb(colour) for colour in ("#16a34a", "#dc2626"))
@@ -86,3 +93,11 @@ def test_queries_by_hand(tmp_path: Path) -> None:
     found = Neighbour(location=location(tmp_path / "a.png"), similarity=0.5, same_class=True)
     query = Query(location=location(tmp_path / "a.png"), label="a", neighbours={"x": [found, found]})
     assert neighbour_sheet([query], title="t").size[0] > 3 * 96
+
+
+def test_a_flat_folder_names_the_way(tmp_path: Path) -> None:
+    write_folder(tmp_path / "flat", ["a.png"], width=9, height=9)
+    with pytest.raises(
+        ValueError, match=r"holds no sets train and val; for images without them: sslfast embed .*\.npy"
+    ):
+        run_neighbours(tmp_path / "run", tmp_path / "flat")

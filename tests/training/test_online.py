@@ -115,6 +115,7 @@ def test_a_method_without_a_bank_is_refused(data: Path, tmp_path: Path, monkeypa
 
 def test_the_accuracy_is_shown_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     record = {"step": 5, "epoch": 1.0, "lr": 0.1, "loss": 2.0, "knn_top1": 0.4321}
+    record |= {"val_linear_top1": 0.5}
     clock = {"samples_per_second": 10.0, "loader_wait_share": 0.0}
     Progress("plain", total_steps=10, first_step=0, batch_size=10).write({**record, "time": clock})
-    assert "kNN 43.2%  loss 2.0000" in capsys.readouterr().err
+    assert "kNN 43.2%  val linear 50.0%  loss 2.0000" in capsys.readouterr().err
