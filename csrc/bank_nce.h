@@ -98,8 +98,8 @@ inline void check_scoring(const char* op,
                 index.size(0));
   check_same_device(op, "bank", bank, "query", query);
   check_same_device(op, "index", index, "query", query);
-  SSLFAST_CHECK(temperature >= 1e-30 && temperature <= 1e30, op,
-                ": temperature must be in [1e-30, 1e+30], got ", temperature);
+  SSLFAST_CHECK(temperature >= 1e-30 && temperature <= 1e30, op, ": temperature must be in [1e-30, 1e+30], got ",
+                temperature);
   if (z_tensor) {
     SSLFAST_CHECK(z_tensor->dim() == 0 && z_tensor->scalar_type() == ScalarType::Double, op,
                   ": z must be a float or a 0-d fp64 tensor, got shape ", shape_string(*z_tensor));
