@@ -315,7 +315,7 @@ def lines(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) -
 
 
 def render(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) -> str:
-    """Encoders down, measures across: mean and, for several seeds, standard deviation."""
+    """Encoders down, measures across: mean and, for several seeds, its standard error."""
     columns = lines(results, baselines)
     names = list(next(iter(columns[name] for name in columns if name in results)))
     header = ["encoder", "seeds", *names, "optimizer", "loss", "samples/s", "minutes"]
@@ -324,7 +324,8 @@ def render(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) 
         words = [
             "–"
             if name not in values
-            else f"{mean(values[name]):.1f}" + (f" ± {stdev(values[name]):.1f}" if len(values[name]) > 1 else "")
+            else f"{mean(values[name]):.1f}"
+            + (f" ± {stdev(values[name]) / len(values[name]) ** 0.5:.1f}" if len(values[name]) > 1 else "")
             for name in names
         ]
         runs = list(results.get(encoder, {}).values())
@@ -338,7 +339,8 @@ def render(results: dict[str, dict[int, Any]], baselines: dict[int, list[Any]]) 
         "",
         f"Top-1 in percent; optimizer: its name and first rate; {first['data']['classes']} classes, "
         f"{first['data']['train']['images']:,} training and {first['data']['val']['images']:,} validation images; "
-        f"standard error of one number about {100 * first['results'][0]['top1_standard_error']:.1f}.",
+        "standard error of one number from the validation images alone about "
+        f"{100 * first['results'][0]['top1_standard_error']:.1f}.",
     ]
     return "\n".join(text)
 
