@@ -27,12 +27,13 @@ class WandbLog(Logger):
 
     def __init__(self, context: LogContext) -> None:
         folder = context.run.path.absolute()
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"
         self._wandb = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "sslfast",
             name=folder.name,
             id=_run_id(folder / "wandb" / "sslfast-run-id"),
             resume="allow",
-            mode=os.environ.get("WANDB_MODE") or "offline",
+            mode=mode,
             dir=folder,
             config=to_dict(context.config),
             settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
