@@ -99,9 +99,8 @@ def _base(arguments: list[str], command: str) -> TrainConfig:
     if name is None:
         load_plugins()  # all names are listed
         if not is_help:
-            raise ValueError(
-                f"--recipe is missing (or --config FILE); sslfast {command} DATA --recipe {'|'.join(RECIPES)}"
-            )
+            known = "|".join(RECIPES)
+            raise ValueError(f"--recipe is missing; sslfast {command} DATA --recipe {known}, or --config FILE")
         name = next(iter(RECIPES))
     return find_recipe(name)
 

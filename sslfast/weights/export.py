@@ -37,7 +37,7 @@ def export_trunk(
     run: Path | str,
     output: Path | str,
     *,
-    format: Format | None = None,
+    format: Literal["auto", Format] = "auto",
     prefix: str | None = None,
     model: str | None = None,
     push: str | None = None,
@@ -60,7 +60,7 @@ def export_trunk(
     Args:
         run: run directory or file of weights.
         output: file to write, or folder (hub).
-        format: of the file; default: by its suffix, .pth for torchvision, .pkl for detectron2, .safetensors, .onnx.
+        format: of the file; auto: by its suffix, .pth for torchvision, .pkl for detectron2, .safetensors, .onnx.
         prefix: which network of a file that holds several: the beginning of its entries' names.
         model: network of a file that does not say, where it is no ResNet: timm/NAME or torchvision/NAME.
         push: name of a repository on the Hugging Face hub (USER/NAME) that the folder is uploaded to; hub alone. A new
@@ -77,7 +77,7 @@ def export_trunk(
     output = Path(output)
     if push is not None and format != "hub":
         raise ValueError(f"push uploads the folder of format hub, got {format}; give --format hub")
-    if format is None:
+    if format == "auto":
         format = _BY_SUFFIX.get(output.suffix, "torchvision")
     upload = None if push is None else find_hub(push)
     if format != "hub" and output.suffix != SUFFIX[format]:

@@ -232,7 +232,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["sslfast"] == __version__
-    assert set(facts) == {"versions", "core", "devices", "packages", "loaders"}
+    assert set(facts) == {"versions", "core", "devices", "packages", "loaders", "plugins"}
     assert cli.main(["info", "--jsn"]) == 2
     assert "--json" in capsys.readouterr().err
 

@@ -44,7 +44,7 @@ RECIPE = ["pretrain", "synthetic:8", "--recipe", "pirl-small"]
         (["evaluate", "semisup", "x", "y", "--fraction", "1e9"], "fraction must be at most 1, got 1000000000.0"),
         (["evaluate", "lowshot", "x", "y", "--costs", "-1"], "costs must be at least 1e-12, got (-1.0,)"),
         (["evaluate", "detect", "x", "y", "--lr", "nan"], "lr must be a finite number, got nan"),
-        (["export", "x", "y", "--format", "x"], "--format must be one of torchvision, timm, "),
+        (["export", "x", "y", "--format", "x"], "--format must be one of auto, torchvision, timm, "),
         (["bench", "ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["bench", "loader", ".", "--seconds", "nan"], "--seconds must be a finite number, got nan"),
         (["data", "verify", ".", "--workers", "-1"], "--workers must be at least 0, got -1"),

@@ -311,6 +311,7 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "knn_every_epochs",
         "probe_data",
         "probe_every_epochs",
+        "pictures_every_epochs",
         "checkpoint_every_steps",
         "keep_checkpoints",
         "keep_every_steps",
