@@ -129,7 +129,8 @@ def slurm(arguments: list[str]) -> int:
     if local and chosen.dry_run:
         raise ValueError("--dry-run prints a batch script, which --cluster local has none of; leave one out")
     more = dict(_sbatch_option(text) for text in chosen.sbatch)
-    _check(command)
+    if (code := _check(command)) is not None:
+        return code
     try:
         import submitit
     except ModuleNotFoundError as error:
@@ -196,11 +197,11 @@ def _sbatch_option(text: str) -> tuple[str, Any]:
     return name, value if equals else True
 
 
-def _check(command: list[str]) -> None:
-    """Errors of the command now and not when the job starts."""
+def _check(command: list[str]) -> int | None:
+    """Errors of the command now and not when the job starts; the exit code where help was asked for."""
     from sslfast.cli.options import parse_recipe
     from sslfast.cli.plugins import import_plugins
     from sslfast.cli.pretrain import Pretrain
 
-    if isinstance(parse_recipe(Pretrain, import_plugins(command), command="pretrain"), int):
-        raise ValueError("the arguments of sslfast pretrain behind -- cannot be used; correct them")
+    chosen = parse_recipe(Pretrain, import_plugins(command), command="pretrain")
+    return chosen if isinstance(chosen, int) else None

@@ -48,7 +48,7 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     train_config = make_dataclass("TrainConfig", chosen, bases=(TrainConfig,), kw_only=True)
     config = Annotated[train_config, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     target = make_dataclass(target.__name__, [("config", config)], bases=(target,), kw_only=True)
-    data = "" if "--print-config" in arguments else tyro.MISSING
+    data = () if "--print-config" in arguments else tyro.MISSING
     default = target(data=data, config=train_config(**vars(recipe)))  # type: ignore[call-arg]
     # Likewise an optional part of the configuration (a view's jigsaw) is present or absent as the recipe has it.
     is_help = bool({"-h", "--help"} & set(arguments))

@@ -79,6 +79,8 @@ def pretrain(arguments: list[str]) -> int:
     if chosen.print_config:
         print(as_yaml(chosen.config), end="")
         return 0
+    if not chosen.data:
+        raise ValueError("DATA is missing; `sslfast pretrain --help` lists the options")
     config, data = chosen.config, parse_data(chosen.data)
     folder = data_name(data)
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"

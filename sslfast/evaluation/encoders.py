@@ -251,7 +251,7 @@ def load_run(
         raise ValueError(
             f"patches on: {run} has no patches to average: its "
             + (f"method {name} trains on whole images" if name and not head else "head, or its origin, knows none")
-            + "; leave --patches out"
+            + "; take patches auto"
         )
     trunk = weights.build()
     encoders: dict[str, Encoder] = {

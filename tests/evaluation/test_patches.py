@@ -150,5 +150,5 @@ def test_evaluations_of_a_run(kind: str, tmp_path: Path) -> None:
 
 def test_other_methods_have_no_patches(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"patches on: .* has no patches to average: .*; leave --patches out"):
+    with pytest.raises(ValueError, match=r"patches on: .* has no patches to average: .*; take patches auto"):
         load_run(run, patches="on")

@@ -130,7 +130,7 @@ def test_recipe_is_the_published_numbers() -> None:
     [
         ({"momentum": 1.5}, r"method\.momentum must be in \[0, 1\], got 1.5"),
         ({"hidden_features": 0}, "method.hidden_features must be at least 1, got 0"),
-        ({"dimensions": 0}, "method.dimensions must be at least 1, got 0"),
+        ({"dimensions": 0}, "method.dimensions must be at least 2, got 0"),
         ({"image_view": ViewConfig(jigsaw=JigsawConfig())}, "method.image_view.jigsaw must not be set"),
         ({"second_view": ViewConfig(jigsaw=JigsawConfig())}, "method.second_view.jigsaw must not be set"),
     ],

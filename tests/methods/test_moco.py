@@ -285,7 +285,7 @@ def test_recipes_are_the_published_numbers() -> None:
     [
         ({"temperature": 0.0}, "method.temperature must be positive and finite, got 0.0"),
         ({"queue_size": 0}, "method.queue_size must be at least 1, got 0"),
-        ({"dimensions": 0}, "method.dimensions must be at least 1, got 0"),
+        ({"dimensions": 0}, "method.dimensions must be at least 2, got 0"),
         ({"momentum": 1.5}, r"method.momentum must be in \[0, 1\], got 1.5"),
         ({"image_view": ViewConfig(jigsaw=JigsawConfig())}, "method.image_view.jigsaw must not be set"),
     ],

@@ -192,7 +192,7 @@ def test_recipe_is_the_published_numbers() -> None:
     [
         ({"temperature": -1.0}, "method.temperature must be positive and finite, got -1.0"),
         ({"hidden_features": 0}, "method.hidden_features must be at least 1, got 0"),
-        ({"dimensions": 0}, "method.dimensions must be at least 1, got 0"),
+        ({"dimensions": 0}, "method.dimensions must be at least 2, got 0"),
         ({"image_view": ViewConfig(jigsaw=JigsawConfig())}, "method.image_view.jigsaw must not be set"),
     ],
 )
