@@ -130,7 +130,8 @@ def prepare(arguments: list[str]) -> int:
         return chosen
     remedy = "name another file as OUT.beton"
     check_writable(chosen.output, remedy=remedy)
-    check_apart([chosen.output], [chosen.data], remedy=remedy)
+    if chosen.output != chosen.data:  # which is a .beton file then, and has an error of its own
+        check_apart([chosen.output], [chosen.data], remedy=remedy)
     with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(
             chosen.data,

@@ -73,12 +73,9 @@ from sslfast.files import open_without_waiting
 
 _HAS_AVIF = find_spec("PIL.AvifImagePlugin") is not None  # Pillow 11.3 and later
 HAS_HEIF = find_spec("pillow_heif") is not None
-FORMATS = (
-    *("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"),
-    *(["AVIF"] if _HAS_AVIF else []),
-    *(["HEIF"] if HAS_HEIF else []),
-    "JPEG2000",
-)
+_BUILT_IN = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", *(["AVIF"] if _HAS_AVIF else []), "JPEG2000")
+"""Formats that Pillow opens by itself."""
+FORMATS = (*_BUILT_IN, *(["HEIF"] if HAS_HEIF else []))
 SUFFIXES = frozenset(
     f".{name}"
     for names in (
@@ -239,11 +236,12 @@ _HEADER_BYTES = (1 << 14, 1 << 18, MAX_BYTES)
 
 
 def _open_pillow(file: IO[bytes]) -> ImageFile.ImageFile:
-    if HAS_HEIF and _HEIF.match(file.read(12)):
+    is_heif = HAS_HEIF and _HEIF.match(file.read(12)) is not None
+    if is_heif:
         _add_heif()
     file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS if is_heif else _BUILT_IN)
     except UnidentifiedImageError:
         raise BadImageError("not an image, or of a format that is not supported") from None
     except Image.DecompressionBombError:

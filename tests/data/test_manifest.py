@@ -13,6 +13,7 @@ import pytest
 import sslfast.data.manifest as manifest_module
 import sslfast.data.pool as pool_module
 from sslfast.data import left_out
+from sslfast.data.images import HAS_HEIF
 from sslfast.data.left_out import system_key
 from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
@@ -325,7 +326,7 @@ def test_a_manifest_with_rows_in_system_folders_says_why_it_no_longer_fits(
         ("1.CR2", b"II*\0", "1 x .cr2: pictures in formats that are not read; convert"),
         ("1.jxl", b"", "1 x .jxl: pictures in formats"),
         ("raw.DNG", b"II*\0", "1 x .dng: pictures in formats"),
-        ("photo", b"\0\0\0\x18ftypmif1", "1 x no suffix (HEIF): pictures in formats"),
+        ("photo", b"\0\0\0\x18ftypmif1", f"1 x no suffix (HEIF): pictures {'by their' if HAS_HEIF else 'in formats'}"),
         ("photo", "JPEG", "1 x no suffix (JPEG): pictures by their content, and not by their names; rename"),
         ("a.JPG_large", "JPEG", "1 x .jpg_large (JPEG): pictures by"),
         ("a.jpg.1", "PNG", "1 x .1 (PNG): pictures by"),
