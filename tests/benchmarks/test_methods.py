@@ -38,7 +38,10 @@ def test_table_is_sorted_by_the_linear_probe_with_spread_over_seeds() -> None:
     assert found[2] == "| better | 2 | 35.0 ± 5.0 | 60.0 ± 10.0 | 30.0 ± 5.0 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
     assert found[3] == "| untrained | 1 | 20.0 | 30.0 | 15.0 | – | – | – | – |"
     assert found[4] == "| worse | 1 | 10.0 | 20.0 | 10.0 | sgd 0.06 | 1.25 | 100.0 | 2.0 |"
-    assert found[-1].endswith("2 classes, 8 training and 4 validation images; standard error of one number about 1.0.")
+    assert found[-1].endswith(
+        "2 classes, 8 training and 4 validation images; "
+        "standard error of one number from the validation images alone about 1.0."
+    )
 
 
 def test_runs_are_trained_evaluated_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
