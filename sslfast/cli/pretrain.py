@@ -66,6 +66,8 @@ def pretrain(arguments: list[str]) -> int:
     chosen = parse_recipe(Pretrain, arguments, command="pretrain")
     if isinstance(chosen, int):
         return chosen
+    if not chosen.data:
+        raise ValueError("DATA is missing; `sslfast pretrain --help` lists the options")
     config, data = chosen.config, parse_data(chosen.data)
     folder = data_name(data)
     output = chosen.output or Path("runs") / f"{config.recipe}-{folder}"

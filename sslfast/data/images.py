@@ -239,11 +239,13 @@ _HEADER_BYTES = (1 << 14, 1 << 18, MAX_BYTES)
 
 
 def _open_pillow(file: IO[bytes]) -> ImageFile.ImageFile:
+    formats = [name for name in FORMATS if name != "HEIF"]  # which Pillow does not know before it is added
     if HAS_HEIF and _HEIF.match(file.read(12)):
         _add_heif()
+        formats = ["HEIF"]
     file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
         raise BadImageError("not an image, or of a format that is not supported") from None
     except Image.DecompressionBombError:
