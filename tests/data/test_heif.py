@@ -20,6 +20,11 @@ def heic(image: Image.Image, **options: object) -> bytes:
     return file.getvalue()
 
 
+def test_other_files_are_what_they_were() -> None:
+    with pytest.raises(BadImageError, match="not an image, or of a format that is not supported"):
+        decode_full(b"no image")
+
+
 def test_a_heic_file_is_an_image(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.HEIC").write_bytes(heic(picture(64, 48)))
