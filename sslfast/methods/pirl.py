@@ -116,11 +116,6 @@ class PIRL(Method):
                 views["rotation, unused"] = self.rotation_view
             return views
 
-        @property
-        def changes_crops(self) -> bool:
-            """Crops of the jigsaw view are mirrored or turned gray before they are cut."""
-            return self.crop_flip_probability > 0 or self.crop_grayscale_probability > 0
-
         def preview_panels(self, views: Mapping[str, View], sample_ids: Tensor, *, seed: int) -> dict[str, Tensor]:
             """The patches by their cells, after the changes of the whole crop."""
             jigsaw = self.views()[PRETEXT].jigsaw if self.changes_crops else None

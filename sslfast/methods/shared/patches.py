@@ -28,6 +28,11 @@ class PatchConfig(BaseConfig):
     crop_grayscale_probability: float = 0.0
     """Convert the whole crop to grayscale."""
 
+    @property
+    def changes_crops(self) -> bool:
+        """Whether crops are mirrored or turned gray before they are cut."""
+        return self.crop_flip_probability > 0 or self.crop_grayscale_probability > 0
+
 
 def jigsaw_view(
     size: int = 255,
@@ -83,7 +88,7 @@ def augment_crop(
         space: of the pixels, on their device.
         seed, step: of the draws.
     """
-    if config.crop_flip_probability == 0 and config.crop_grayscale_probability == 0:
+    if not config.changes_crops:
         return view
     words = random_uint32(sample_ids, CROP_WORDS, seed=seed, stream=Stream.CORRUPTION, step=step)
     flipped = words[:, 0] < round(config.crop_flip_probability * 2**32)
