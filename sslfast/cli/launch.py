@@ -105,7 +105,7 @@ class PretrainJob:
             requeue(signal.SIGUSR2, None)  # rank 0: ends the process
         if code:
             sys.exit(code)
-        return code
+        return 0
 
     def checkpoint(self) -> Any:
         """What a requeued job runs: the same command, which resumes by itself."""

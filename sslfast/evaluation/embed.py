@@ -95,7 +95,6 @@ def embed(run: Path, data: Path, config: EmbedConfig = EmbedConfig(), *, output:
         ValueError, FileNotFoundError: the weights, the data or the settings cannot be used.
         WriteError: a file cannot be written.
     """
-    check_suffix(output)
     found, remarks = _embed(run, data, config, output)
     left_out = f", {len(found.left_out)} images left out" if found.left_out else ""
     summary = f"{output}: {len(found.values):,} x {found.values.shape[1]:,}{left_out}"
