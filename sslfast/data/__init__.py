@@ -25,8 +25,9 @@ from sslfast.data.images import (
     silence_pillow,
 )
 from sslfast.data.jpeg import scan_jpeg
-from sslfast.data.manifest import Manifest, NoImageError, some_paths
-from sslfast.data.opening import data_name, open_data, parse_data, reopen_data
+from sslfast.data.manifest import Manifest, NoImageError
+from sslfast.data.mapped import mapped_pickle, write_pickle
+from sslfast.data.opening import data_name, is_named, open_data, parse_data, reopen_data
 from sslfast.data.pool import available_cores
 from sslfast.data.prepare import PrepareConfig, prepare_beton
 from sslfast.data.processes import (
@@ -38,7 +39,15 @@ from sslfast.data.processes import (
     signals_held,
     why_ended,
 )
-from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, SourceError, all_sources, content_hash
+from sslfast.data.source import (
+    HASHED_BYTES,
+    ImageLocation,
+    ImageSource,
+    SourceError,
+    all_sources,
+    content_hash,
+    some_paths,
+)
 from sslfast.data.spelling import alike
 from sslfast.data.verify import verify_images
 from sslfast.data.waiting import (
@@ -92,8 +101,10 @@ __all__ = [
     "decode_pixels",
     "exit_with_parent",
     "ignore_signals",
+    "is_named",
     "label_images",
     "make_demo_data",
+    "mapped_pickle",
     "open_data",
     "open_image",
     "parse_data",
@@ -111,4 +122,5 @@ __all__ = [
     "some_paths",
     "verify_images",
     "why_ended",
+    "write_pickle",
 ]

@@ -59,14 +59,18 @@ class CsvListSource(ImageSource):
     def open(cls, path: Path, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
         entries, ignored = read_entries(path, cls.lines(path))
         _refuse_same_files(path, entries)
-        images, bad = list_images(cls(root=path, paths=sorted(entries)), progress=progress)
+        files = cls(root=path, paths=sorted(entries))
+        images = list_images(files, progress=progress)
+        source = files.take(images.rows)
         last = cut_line(path, entries)
-        return Manifest.from_images(
-            cls(root=path, paths=[image.path for image in images]),
-            [image._replace(label=entries[image.path].label) for image in images],
+        return Manifest.from_columns(
+            source,
+            sizes=images.sizes,
+            sha1=images.sha1,
+            names=(entries[name].label for name in source.paths),
             excluded=[
                 (name, f"{reason}, line {entries[name].line}{_remark(path, entries[name], reason, last, at < _LOOKED)}")
-                for at, (name, reason) in enumerate(bad)
+                for at, (name, reason) in enumerate(images.bad)
             ],
             ignored=ignored,
             on_bad_image=on_bad_image,

@@ -1,16 +1,25 @@
 """The folder source: every image is a file; the first-level folder is its class."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sslfast.data.images import OnBadImage, read_bytes
 from sslfast.data.listing import existing_folder, first_folder, identify, list_files, other_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.parquet import ParquetSource
-from sslfast.data.pool import map_threads
-from sslfast.data.source import Changes, ImageSource, ListedImage
+from sslfast.data.pool import map_processes, map_threads
+from sslfast.data.source import Changes, ImageSource, PackedPaths, taken
 from sslfast.data.tar import TarSource
+
+_FILES = 1024
+"""That one process looks at, at a time."""
+_FILES_ALONE = 16384
+"""From more on, processes pay: a file takes a tenth of a millisecond of a core."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -36,11 +45,15 @@ class FolderSource(ImageSource):
             return TarSource.open_shards(path, listing, on_bad_image=on_bad_image, progress=progress)
         if listing.tables and not listing.paths:
             return ParquetSource.open_shards(path, listing, on_bad_image=on_bad_image, progress=progress)
-        images, bad = list_images(cls(root=path, paths=listing.paths), progress=progress)
-        return Manifest.from_images(
-            cls(root=path, paths=[image.path for image in images]),
-            [image._replace(label=first_folder(image.path)) for image in images],
-            excluded=[*bad, *listing.unreadable],
+        files = cls(root=path, paths=listing.paths)
+        images = list_images(files, progress=progress)
+        source = files if len(images.rows) == len(files) else files.take(images.rows)
+        return Manifest.from_columns(
+            source,
+            sizes=images.sizes,
+            sha1=images.sha1,
+            names=map(first_folder, source.paths),
+            excluded=[*images.bad, *listing.unreadable],
             ignored=other_files(path, listing, progress=progress),
             on_bad_image=on_bad_image,
         )
@@ -49,10 +62,19 @@ class FolderSource(ImageSource):
         return read_bytes(self.where(row))
 
     def changes(self, manifest: Manifest, *, contents: bool) -> Changes:
-        listing = list_files(existing_folder(self.root))
+        """Listing says which sizes are as they were: no file is opened for those, unless for its contents."""
+        listing = list_files(existing_folder(self.root), sizes=not contents)
+        excluded = {path for path, _ in manifest.excluded}
+        paths, sizes = listing.paths, listing.sizes
+        if excluded:
+            kept = np.flatnonzero(np.fromiter((path not in excluded for path in paths), dtype=bool))
+            paths, sizes = taken(paths, kept), None if sizes is None else sizes[kept]
+        if PackedPaths(paths) == PackedPaths(self.paths):
+            rows = None if sizes is None else np.flatnonzero(sizes != manifest.bytes)
+            return changed_files(self, manifest, contents=contents, rows=rows)
         found = changed_files(self, manifest, contents=contents)
-        known = {*self.paths, *(path for path, _ in manifest.excluded)}
-        found.added = [(path, "") for path in listing.paths if path not in known]
+        known = {*self.paths}
+        found.added = [(path, "") for path in paths if path not in known]
         return found
 
     def notes(self) -> list[tuple[object, ...]]:
@@ -63,32 +85,68 @@ class FolderSource(ImageSource):
         return True
 
 
-def list_images(files: ImageSource, *, progress: bool) -> tuple[list[ListedImage], list[tuple[str, str]]]:
-    """The files of a source whose header the image policy accepts, without labels, in order; path and reason of the
-    others."""
-    images: list[ListedImage] = []
-    bad: list[tuple[str, str]] = []
+class ListedFiles(NamedTuple):
+    """The files of a source that :func:`list_images` looked at."""
 
+    rows: NDArray[np.int64]
+    """Of the source, in order: those whose header the image policy accepts."""
+    sizes: NDArray[np.int64]
+    """Of each."""
+    sha1: PackedPaths
+    """Of each."""
+    bad: list[tuple[str, str]]
+    """Path and reason of the others, in order."""
+
+
+def list_images(files: ImageSource, *, progress: bool) -> ListedFiles:
+    """Size, hash and header check of every file: by one process for each core, by 8 threads in each of them.
+
+    Raises:
+        LostBatchError: the storage does not answer, or a process was killed.
+    """
+    tasks = [range(start, min(start + _FILES, len(files))) for start in range(0, len(files), _FILES)]
+    workers = None if len(files) > _FILES_ALONE else 0
+    parts = [
+        *map_processes(partial(_look, files), tasks, workers=workers, progress=progress, title="scanning", chunk=1)
+    ]
+    return ListedFiles(
+        rows=np.concatenate([np.empty(0, dtype=np.int64), *(part.rows for part in parts)]),
+        sizes=np.concatenate([np.empty(0, dtype=np.int64), *(part.sizes for part in parts)]),
+        sha1=PackedPaths.join(part.sha1 for part in parts),
+        bad=[found for part in parts for found in part.bad],
+    )
+
+
+def _look(files: ImageSource, rows: range) -> ListedFiles:
     def look(row: int) -> tuple[int, str] | str:
         return identify(files.where(row), read=True, header=True)
 
-    for row, found in map_threads(look, range(len(files)), progress=progress, title="scanning"):
-        path = files.paths[row]
+    good: list[tuple[int, int, str]] = []
+    bad: list[tuple[str, str]] = []
+    for row, found in map_threads(look, rows, progress=False, title="scanning", chunk=_FILES // 16):
         if isinstance(found, str):
-            bad.append((path, found))
+            bad.append((files.paths[row], found))
         else:
-            images.append(ListedImage(path, *found))
-    return images, bad
+            good.append((row, *found))
+    return ListedFiles(
+        rows=np.array([row for row, _, _ in good], dtype=np.int64),
+        sizes=np.array([size for _, size, _ in good], dtype=np.int64),
+        sha1=PackedPaths(sha1 for _, _, sha1 in good),
+        bad=bad,
+    )
 
 
-def changed_files(files: ImageSource, manifest: Manifest, *, contents: bool) -> Changes:
-    """Which files are unreadable or changed."""
+def changed_files(
+    files: ImageSource, manifest: Manifest, *, contents: bool, rows: NDArray[np.int64] | None = None
+) -> Changes:
+    """Which files, of all or of some rows, are unreadable or changed."""
     changes = Changes()
 
     def look(row: int) -> tuple[int, str] | str:
         return identify(files.where(row), read=contents)
 
-    for row, now in map_threads(look, range(len(files)), progress=False, title=""):
+    looked = range(len(files)) if rows is None else rows.tolist()
+    for row, now in map_threads(look, looked, progress=False, title=""):
         path, size = files.paths[row], int(manifest.bytes[row])
         if isinstance(now, str):
             changes.unreadable.append((path, now))

@@ -15,14 +15,14 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.columns import read_columns, read_header
+from sslfast.data.columns import escape, number_classes, read_columns, read_header, unescape
 from sslfast.data.images import Decoding, OnBadImage, quiet_pillow
 from sslfast.data.left_out import image_suffixes, left_out, named_counts
 from sslfast.data.listing import first_folder
@@ -35,8 +35,10 @@ from sslfast.data.source import (
     PackedPaths,
     SourceError,
     as_data,
+    some_paths,
     source_of,
     source_of_manifest,
+    taken,
 )
 from sslfast.data.spelling import alike, alike_among
 from sslfast.files import replacing
@@ -45,8 +47,6 @@ _VERSION = "# sslfast manifest 1"
 _COLUMNS = "path\tbytes\tsha1\tlabel"
 _TRAIN_SETS = frozenset({"train", "training"})
 _SETS = _TRAIN_SETS | {"val", "valid", "validation", "test", "testing"}
-_ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
-_UNESCAPES = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 
 
 class NoImageError(ValueError):
@@ -78,6 +78,8 @@ class Manifest:
     """What was found and is not used, by the keys of :mod:`sslfast.data.left_out` -> number of files."""
     verified: bool = False
     """Every row was decoded whole once, and what failed is in ``excluded``."""
+    _digest: str | None = field(default=None, init=False, repr=False, compare=False)
+    """Once it is known; of these rows, and not of those of a copy with other ones."""
 
     @property
     def root(self) -> Path:
@@ -125,17 +127,19 @@ class Manifest:
 
         Independent of where the data is stored. Checkpoints carry it and a resumed run compares it.
         """
-        sha = hashlib.sha256()
-        for path, size, content, more in zip(self.paths, self.bytes, self.sha1, self._more_columns(), strict=True):
-            sha.update(f"{_escape(path)}\t{size}\t{content}{more}\n".encode("utf-8", "surrogateescape"))
-        return sha.hexdigest()
+        if self._digest is None:
+            sha = hashlib.sha256()
+            for path, size, content, more in zip(self.paths, self.bytes, self.sha1, self._more_columns(), strict=True):
+                sha.update(f"{escape(path)}\t{size}\t{content}{more}\n".encode("utf-8", "surrogateescape"))
+            self._digest = sha.hexdigest()
+        return self._digest
 
     def _more_columns(self) -> Iterable[str]:
         """The source's part of each row's text."""
         columns = self.source.columns()
         if not columns:
             return [""] * len(self)
-        return ("".join(f"\t{_escape(str(value))}" for value in row) for row in zip(*columns.values(), strict=True))
+        return ("".join(f"\t{escape(str(value))}" for value in row) for row in zip(*columns.values(), strict=True))
 
     def take(self, rows: Sequence[int]) -> "Manifest":
         """The manifest of some of the rows, numbered anew, with the same classes."""
@@ -144,17 +148,20 @@ class Manifest:
             self,
             source=self.source.take(chosen),
             bytes=self.bytes[chosen],
-            sha1=[self.sha1[row] for row in rows],
+            sha1=taken(self.sha1, chosen),
             labels=self.labels[chosen],
         )
 
     def decoded(self, decoding: Decoding) -> "Manifest":
         """The same rows, decoded so."""
-        return replace(self, source=replace(self.source, decoding=decoding))
+        return self.of_source(replace(self.source, decoding=decoding))
 
     def labelled(self, names: Sequence[str | None]) -> "Manifest":
         """The same rows with other classes: the name of each row's."""
-        return replace(self, labels=_labels(names, classes := _sorted_classes(names, numbered=True)), classes=classes)
+        labels, classes = number_classes(names, numbered=True)
+        same = replace(self, labels=labels, classes=classes)
+        same._digest = self._digest
+        return same
 
     def with_labels(self) -> "Manifest":
         """The same rows with the labels that the source finds by reading every image, where none has one."""
@@ -168,9 +175,10 @@ class Manifest:
         """
         paths = {path for path, _ in bad}
         kept = self.take([row for row, path in enumerate(self.paths) if path not in paths])
-        names = [self.classes[label] if label >= 0 else None for label in kept.labels]
-        classes = [self.classes[label] for label in np.unique(kept.labels) if label >= 0]
-        return replace(kept, labels=_labels(names, classes), classes=classes, excluded=sorted({*self.excluded, *bad}))
+        there = np.unique(kept.labels[kept.labels >= 0])
+        labels = np.where(kept.labels >= 0, np.searchsorted(there, kept.labels), -1)
+        classes = [self.classes[label] for label in there]
+        return replace(kept, labels=labels, classes=classes, excluded=sorted({*self.excluded, *bad}))
 
     @classmethod
     def scan(cls, path: Any, *, on_bad_image: OnBadImage = "error", progress: bool = False) -> "Manifest":
@@ -202,12 +210,38 @@ class Manifest:
         ignored: Mapping[str, int] | None = None,
         numbered: bool = False,
     ) -> "Manifest":
+        """:meth:`from_columns` of images, sorted by path, that are objects."""
+        return cls.from_columns(
+            source,
+            sizes=np.array([image.bytes for image in images], dtype=np.int64),
+            sha1=[image.sha1 for image in images],
+            names=[image.label for image in images],
+            excluded=excluded,
+            on_bad_image=on_bad_image,
+            ignored=ignored,
+            numbered=numbered,
+        )
+
+    @classmethod
+    def from_columns(
+        cls,
+        source: ImageSource,
+        *,
+        sizes: NDArray[np.int64],
+        sha1: Sequence[str],
+        names: Iterable[str | None],
+        excluded: Collection[tuple[str, str]],
+        on_bad_image: OnBadImage,
+        ignored: Mapping[str, int] | None = None,
+        numbered: bool = False,
+    ) -> "Manifest":
         """The manifest of what a source found.
 
         Args:
-            source: of these rows.
-            images: the usable ones, sorted by path.
-            excluded: path and reason of the others.
+            source: of these rows, sorted by path.
+            sizes, sha1: of the image files.
+            names: of their classes, each asked for once.
+            excluded: path and reason of the images that cannot be used.
             on_bad_image: ``error``: ValueError that names the excluded ones.
             ignored: key -> number of other files.
             numbered: sort the classes by number if all of them are numbers.
@@ -219,25 +253,19 @@ class Manifest:
         excluded, ignored = sorted(excluded), dict(sorted((ignored or {}).items()))
         if excluded and on_bad_image == "error":
             raise ValueError(
-                f"{len(excluded)} of {len(images) + len(excluded)} images in {source} cannot be used: "
+                f"{len(excluded)} of {len(sizes) + len(excluded)} images in {source} cannot be used: "
                 f"{some_paths(excluded)}; repair or remove the files, or pass --on-bad-image skip"
             )
-        if not images:
+        if not len(sizes):
             others, lines = named_counts(ignored), left_out(ignored)
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise NoImageError(
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}",
                 "; ".join(lines) or f"name a folder that holds images ({image_suffixes()}). {DATA_FORMS}",
             )
-        classes = _sorted_classes([image.label for image in images], numbered=numbered)
+        labels, classes = number_classes(names, numbered=numbered)
         return cls(
-            source=source,
-            bytes=np.array([image.bytes for image in images], dtype=np.int64),
-            sha1=[image.sha1 for image in images],
-            labels=_labels([image.label for image in images], classes),
-            classes=classes,
-            excluded=excluded,
-            ignored=ignored,
+            source=source, bytes=sizes, sha1=sha1, labels=labels, classes=classes, excluded=excluded, ignored=ignored
         )
 
     @classmethod
@@ -260,7 +288,13 @@ class Manifest:
 
     def packed(self) -> "Manifest":
         """The same rows without a Python object for each, for as long as a run lasts."""
-        return replace(self, source=self.source.packed(), sha1=PackedPaths(self.sha1))
+        return self.of_source(self.source.packed(), sha1=PackedPaths(self.sha1))
+
+    def of_source(self, source: ImageSource, **changes: Any) -> "Manifest":
+        """The same rows of a source that finds them elsewhere, or in another way."""
+        same = replace(self, source=source, **changes)
+        same._digest = self._digest
+        return same
 
     def dump(self) -> str:
         """The text (tab-separated, one header line) that :meth:`parse` reads, to be written with surrogateescape."""
@@ -271,20 +305,20 @@ class Manifest:
         rows = zip(self.paths, self.bytes, self.sha1, self.labels, self._more_columns(), strict=True)
         yield from (
             _VERSION,
-            f"# root\t{_escape(str(self.root))}",
+            f"# root\t{escape(str(self.root))}",
             f"# hash\tfirst 16 hex digits of SHA-1 over the first {HASHED_BYTES} bytes",
             f"# digest\t{self.digest()}",
             *(["# verified\tevery row was decoded whole"] if self.verified else []),
             *([f"# archive\t{identity}"] if identity else []),
             *(f"# {name}\t{value}" for name, value in asdict(self.source.decoding).items() if value is not None),
-            "\t".join(["# classes", *map(_escape, self.classes)]),
-            *("# " + "\t".join(_escape(str(part)) for part in note) for note in self.source.notes()),
-            *(f"# ignored\t{_escape(suffix)}\t{count}" for suffix, count in self.ignored.items()),
-            *(f"# excluded\t{_escape(bad)}\t{_escape(reason)}" for bad, reason in self.excluded),
+            "\t".join(["# classes", *map(escape, self.classes)]),
+            *("# " + "\t".join(escape(str(part)) for part in note) for note in self.source.notes()),
+            *(f"# ignored\t{escape(suffix)}\t{count}" for suffix, count in self.ignored.items()),
+            *(f"# excluded\t{escape(bad)}\t{escape(reason)}" for bad, reason in self.excluded),
             "\t".join([_COLUMNS, *self.source.columns()]),
         )
         for path, size, content, label, more in rows:
-            yield f"{_escape(path)}\t{size}\t{content}\t{label}{more}"
+            yield f"{escape(path)}\t{size}\t{content}\t{label}{more}"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what :meth:`dump` returns; an existing file is replaced atomically."""
@@ -307,8 +341,8 @@ class Manifest:
         ValueError where the file is not a manifest, or was cut short or edited (its digest no longer fits).
         """
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                return cls._of_lines(file, str(path), root=root, remedy=remedy)
+            with open(path, "rb") as file:
+                return cls._of_file(file, str(path), root=root, remedy=remedy)
         except FileNotFoundError:
             raise ValueError(f"no manifest at {path}: give the run's manifest file, or start a new run") from None
         except OSError as error:
@@ -324,21 +358,19 @@ class Manifest:
         remedy: str = "restore it from a copy, or start a new run",
     ) -> "Manifest":
         """What :meth:`dump` made; ``path`` is where it was found, for the error texts."""
-        return cls._of_lines(StringIO(text, newline="\n"), path, root=root, remedy=remedy)
+        return cls._of_file(BytesIO(text.encode("utf-8", "surrogateescape")), path, root=root, remedy=remedy)
 
     @classmethod
-    def _of_lines(
-        cls, lines: Iterator[str], path: str, *, root: str | os.PathLike[str] | None, remedy: str
-    ) -> "Manifest":
-        """Read line by line: at no time is there an object for every row."""
-        header = read_header(lines, path, version=_VERSION, columns=_COLUMNS, remedy=remedy)
-        notes = [[_unescape(part) for part in line.removeprefix("# ").split("\t")] for line in header[1:-1]]
+    def _of_file(cls, file: BinaryIO, path: str, *, root: str | os.PathLike[str] | None, remedy: str) -> "Manifest":
+        """Read in blocks: at no time is there an object for every row."""
+        header = read_header(file, path, version=_VERSION, columns=_COLUMNS, remedy=remedy)
+        notes = [[unescape(part) for part in line.removeprefix("# ").split("\t")] for line in header[1:-1]]
         values = {note[0]: note[1] for note in notes if len(note) == 2}
         names = header[-1].split("\t")[4:]
         try:
             places = [0, 2, *range(4, 4 + len(names))]
-            (paths, hashes, *more), (sizes, labels) = read_columns(
-                lines, texts=places, numbers=[1, 3], unescape=_unescape
+            (paths, hashes, *more), (sizes, labels), digest = read_columns(
+                file, 4 + len(names), texts=places, numbers=[1, 3], but=3
             )
             columns = dict(zip(names, more, strict=True))
             # Manifests of earlier versions do not name the classes, which were always folders.
@@ -370,7 +402,9 @@ class Manifest:
             raise ValueError(f"manifest {path} is {error}") from None
         except (KeyError, IndexError, ValueError, OverflowError, StopIteration):
             raise ValueError(f"manifest {path} is damaged: {remedy}") from None
-        if manifest.digest() != values.get("digest"):
+        if digest == values.get("digest"):
+            manifest._digest = digest
+        elif manifest.digest() != values.get("digest"):  # lines of another spelling, and the same rows
             raise ValueError(f"manifest {path} was cut short or edited (digest does not fit its rows): {remedy}")
         return manifest
 
@@ -414,35 +448,3 @@ class Manifest:
                 "identities in the bank and in checkpoints, so nothing is renumbered: put the data back as it was, "
                 "or start a new run (with a new manifest) on the data as it is"
             )
-
-
-def _sorted_classes(names: Iterable[str | None], *, numbered: bool) -> list[str]:
-    classes = sorted({name for name in names if name is not None})
-    if numbered and all(name.isdecimal() for name in classes):
-        classes.sort(key=int)
-    return classes
-
-
-def _labels(names: Sequence[str | None], classes: Sequence[str]) -> NDArray[np.int64]:
-    index: Mapping[str | None, int] = {None: -1, **{name: label for label, name in enumerate(classes)}}
-    return np.array([index[name] for name in names], dtype=np.int64)
-
-
-def some_paths(entries: Sequence[tuple[str, str]], most: int = 5) -> str:
-    """The first few paths with their reasons, and how many more there are."""
-    shown = [f"{path} ({reason})" if reason else path for path, reason in entries[:most]]
-    more = [f"and {len(entries) - most} more"] if len(entries) > most else []
-    return ", ".join(shown + more)
-
-
-def _escape(text: str) -> str:
-    for plain, escaped in _ESCAPES:
-        text = text.replace(plain, escaped)
-    return text
-
-
-def _unescape(text: str) -> str:
-    if "\\" not in text:
-        return text
-    parts = iter(text)
-    return "".join(_UNESCAPES.get(next(parts, "\\"), "?") if part == "\\" else part for part in parts)

@@ -1,13 +1,12 @@
 """What a DATA argument names: opened for a new run, or again for a resumed one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sslfast.data.images import OnBadImage
-from sslfast.data.manifest import Manifest, some_paths
-from sslfast.data.source import ImageSource, SourceError, Url, as_data, is_file, source_of
+from sslfast.data.manifest import Manifest
+from sslfast.data.source import ImageSource, SourceError, Url, as_data, is_file, some_paths, source_of
 
 _MANIFEST = ".tsv"
 _KINDS = {
@@ -74,7 +73,7 @@ def reopen_data(data: Any, known: Path, *, on_bad_image: OnBadImage = "error") -
     if not is_manifest(path) and source_of(path).loader is None:
         run = Manifest.load(known)
         try:
-            run = replace(run, source=bind_source(run.source, path))
+            run = run.of_source(bind_source(run.source, path))
         except SourceError as error:
             raise ValueError(f"the run that {known} belongs to {error}") from None
         run.check(on_bad_image=on_bad_image)
@@ -113,6 +112,12 @@ def bind_source(source: ImageSource, data: Any) -> ImageSource:
             "the data that the run started with, or choose another output directory"
         )
     return source.bind(data)
+
+
+def is_named(data: Any) -> bool:
+    """Whether DATA is paths and URLs, and no object of Python."""
+    data = as_data(data)
+    return all(map(is_named, data)) if isinstance(data, tuple) else isinstance(data, Path | Url)
 
 
 def parse_data(text: str | Sequence[str]) -> Any:

@@ -7,7 +7,7 @@ A source says where the bytes of every row are. The numbered list itself (path, 
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,7 @@ SOURCES = (
 """``module:class`` of every source, in ``sslfast.data``. The first one that accepts a DATA argument opens it."""
 
 HASHED_BYTES = 16384
+_STRINGS = 1 << 16  # that are objects at a time
 
 DATA_FORMS = (
     "DATA is a folder of images or of .tar or .parquet shards, one .tar, .parquet, .arrow or .zip file, a folder of "
@@ -177,7 +178,7 @@ class ImageSource(ABC):
 
     def take(self, rows: NDArray[np.int64]) -> Self:
         """The source of some of the rows, numbered anew. Override it where there are further tables by row."""
-        return replace(self, paths=[self.paths[row] for row in rows])
+        return replace(self, paths=taken(self.paths, rows))
 
     def packed(self) -> Self:
         """A copy for worker processes, without a Python object per row."""
@@ -257,14 +258,35 @@ class PackedPaths(Sequence[str]):
         self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
     @classmethod
+    def of_text(cls, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> "PackedPaths":
+        """The strings whose UTF-8 bytes are ``text[: ends[0]]``, ``text[ends[0] : ends[1]]`` and so on."""
+        packed = cls(())
+        packed._ends, packed._text = ends, text
+        return packed
+
+    @classmethod
     def join(cls, parts: Iterable["PackedPaths"]) -> "PackedPaths":
         """The strings of all parts, one after the other."""
-        whole, parts = cls(()), list(parts)
+        parts = list(parts)
+        if not parts:
+            return cls(())
         starts = np.cumsum([0, *(len(part._text) for part in parts)])
-        if parts:
-            whole._ends = np.concatenate([part._ends + start for part, start in zip(parts, starts, strict=False)])
-            whole._text = np.concatenate([part._text for part in parts])
-        return whole
+        return cls.of_text(
+            np.concatenate([part._text for part in parts]),
+            np.concatenate([part._ends + start for part, start in zip(parts, starts, strict=False)]),
+        )
+
+    def take(self, rows: NDArray[np.int64]) -> "PackedPaths":
+        """The strings at some places."""
+        parts = []
+        for chosen in (rows[start : start + _STRINGS] for start in range(0, len(rows), _STRINGS)):
+            ends = self._ends[chosen]
+            starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
+            lengths = ends - starts
+            new_ends = np.cumsum(lengths)
+            places = np.repeat(starts - (new_ends - lengths), lengths) + np.arange(lengths.sum())
+            parts.append(self.of_text(self._text[places], new_ends))
+        return self.join(parts)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, PackedPaths):
@@ -278,6 +300,21 @@ class PackedPaths(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _STRINGS):
+            yield from self._strings(start, min(start + _STRINGS, len(self)))
+
+    def _strings(self, first: int, last: int) -> list[str]:
+        """Those from ``first`` up to ``last``, which is larger."""
+        begin = int(self._ends[first - 1]) if first else 0
+        ends = (self._ends[first:last] - begin).tolist()
+        data = self._text[begin : begin + ends[-1]].tobytes()
+        spans = zip([0, *ends], ends, strict=False)
+        if data.isascii():  # characters are bytes
+            text = data.decode("ascii")
+            return [text[start:end] for start, end in spans]
+        return [data[start:end].decode("utf-8", "surrogateescape") for start, end in spans]
+
     @overload
     def __getitem__(self, row: int) -> str: ...
 
@@ -289,6 +326,11 @@ class PackedPaths(Sequence[str]):
             return [self[i] for i in range(*row.indices(len(self)))]
         start = int(self._ends[row - 1]) if row else 0
         return self._text[start : self._ends[row]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def taken(strings: Sequence[str], rows: NDArray[np.int64]) -> Sequence[str]:
+    """The strings at some places."""
+    return strings.take(rows) if isinstance(strings, PackedPaths) else [strings[row] for row in rows.tolist()]
 
 
 def all_sources() -> list[type[ImageSource]]:
@@ -349,3 +391,10 @@ def is_file(path: Path, suffix: str) -> bool:
 def content_hash(head: bytes) -> str:
     """16 hex digits of SHA-1 over the first ``HASHED_BYTES`` of a file, given as ``head``."""
     return hashlib.sha1(head, usedforsecurity=False).hexdigest()[:16]
+
+
+def some_paths(entries: Sequence[tuple[str, str]], most: int = 5) -> str:
+    """The first few paths with their reasons, and how many more there are."""
+    shown = [f"{path} ({reason})" if reason else path for path, reason in entries[:most]]
+    more = [f"and {len(entries) - most} more"] if len(entries) > most else []
+    return ", ".join(shown + more)

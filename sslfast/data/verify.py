@@ -6,9 +6,9 @@ from typing import Any
 
 from sslfast.data.contents import Contents, Facts, inspect
 from sslfast.data.images import DEFAULT_DECODING, BadImageError, Decoding, require_strict_pillow
-from sslfast.data.manifest import Manifest, some_paths
+from sslfast.data.manifest import Manifest
 from sslfast.data.pool import map_processes
-from sslfast.data.source import ImageSource
+from sslfast.data.source import ImageSource, some_paths
 
 
 def verify_images(

@@ -5,6 +5,8 @@ In a single process each of them is the identity, so callers need not check how 
 
 from collections.abc import Callable
 from datetime import timedelta
+from io import BytesIO
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -146,6 +148,42 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def broadcast_file(path: Path, *, keep: bool, chunk_bytes: int = 1 << 26) -> None:
+    """Write rank 0's file ``path`` to the ``path`` of the other ranks that ``keep`` it, with ``chunk_bytes`` in memory.
+
+    Raises:
+        OSError: it cannot be written, on the rank that cannot, after all have received it.
+    """
+    size = broadcast_object(path.stat().st_size if rank() == 0 else 0)
+    error: OSError | None = None
+    with path.open("rb") if rank() == 0 else path.open("wb") if keep else BytesIO() as file:
+        for start in range(0, size, chunk_bytes):
+            chunk = torch.empty(min(chunk_bytes, size - start), dtype=torch.uint8)
+            if rank() == 0:
+                chunk = torch.frombuffer(bytearray(file.read(len(chunk))), dtype=torch.uint8)
+            dist.broadcast(chunk, 0)
+            try:
+                if rank() and keep and error is None:
+                    file.write(chunk.numpy().tobytes())
+            except OSError as problem:
+                error = problem
+    if error is not None:
+        raise error
+
+
+def first_on_machine(folder: Path) -> int:
+    """The first rank whose ``folder`` this one sees, which is its own at the latest: one on the same machine, where
+    folders are of local disks.
+
+    Args:
+        folder: of this rank alone, with a name that no other has.
+    """
+    folders = gather_objects(str(folder))
+    first = next(place for place, name in enumerate(folders) if place == rank() or Path(name).exists())
+    barrier()  # all have looked
+    return first
 
 
 def gather_objects(value: T) -> list[T]:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from sslfast.config import to_dict
 from sslfast.device import resolve_device
-from sslfast.distributed import distributed_device, gather_uneven, own_rows
+from sslfast.distributed import distributed_device, gather_rows, gather_uneven, own_rows, sum_over_ranks, world_size
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
 from sslfast.evaluation.encoders import load_run
 from sslfast.evaluation.results import departures, evaluation_folder, standard_error, write_result
@@ -80,9 +80,16 @@ def nearest_neighbours(
     most = len(bank) - (own is not None)
     if not 1 <= k <= most:
         raise ValueError(f"k must be in [1, {most}], the number of training images, got {k=}; lower --k")
+    return _nearest(queries, bank, k, own=own, max_entries=max_entries)
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int, *, own: Tensor | None, max_entries: int) -> tuple[Tensor, Tensor]:
+    """:func:`nearest_neighbours`, where there may be fewer than k beside ``own``: its similarity is -infinity."""
     queries = normalize(queries.float(), dim=1)
-    if not len(queries):
-        return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
+    if not len(queries) or not len(bank):
+        return queries.new_zeros(len(queries), k), torch.zeros(
+            len(queries), k, dtype=torch.int64, device=queries.device
+        )
     wide = max(queries.shape[1], min(len(queries), QUERIES_AT_ONCE))  # few queries: a part of the bank is bounded too
     bank_step = max(1, min(len(bank), max_entries // wide))
     query_step = max(1, max_entries // bank_step)
@@ -204,7 +211,8 @@ def bank_knn(
     visited yet are random.
 
     Args:
-        bank_rows: ``[N, D]`` float, row r of image r of the manifest, any norm.
+        bank_rows: ``[N, D]`` float, row r of image r of the manifest, any norm. Under several processes also those
+            of each rank's part (:func:`~sslfast.distributed.own_rows`): then no rank gathers them, and all call this.
         labels: ``[N]`` int64, class of each row (``Manifest.labels``); rows with -1 are left out.
         k: numbers of neighbours.
         tau: temperature of the weights.
@@ -214,7 +222,9 @@ def bank_knn(
     Raises:
         ValueError: shapes that do not fit, fewer than two labelled rows or classes, k out of range.
     """
-    if bank_rows.ndim != 2 or labels.shape != bank_rows.shape[:1]:
+    part = own_rows(len(labels))
+    is_split = world_size() > 1 and len(bank_rows) == len(part)
+    if bank_rows.ndim != 2 or labels.ndim != 1 or not (is_split or len(labels) == len(bank_rows)):
         raise ValueError(
             f"bank_rows must be [N, D] and labels [N], got {list(bank_rows.shape)} and {list(labels.shape)}"
         )
@@ -222,16 +232,47 @@ def bank_knn(
         raise ValueError(f"queries must be at least 1 or None, got {queries=}")
     labels = labels.to(bank_rows.device)
     labelled = (labels >= 0).nonzero()[:, 0]
-    bank, bank_labels = bank_rows[labelled], labels[labelled]
+    bank_labels = labels[labelled]
     if not len(labelled) or int(bank_labels.min()) == int(bank_labels.max()):
         raise ValueError(
             "the images have no labels of two classes at least; put each image into the folder of its class"
         )
-    check_k(k, len(bank) - 1)
-    count = len(bank) if queries is None else min(queries, len(bank))
-    chosen = torch.arange(count, device=bank.device) * len(bank) // count
-    similarity, rows = nearest_neighbours(bank[chosen], bank, max(k), own=chosen, max_entries=max_entries)
-    return _vote(similarity, bank_labels[rows], bank_labels[chosen], bank_labels, k=k, temperature=tau)
+    check_k(k, len(labelled) - 1)
+    count = len(labelled) if queries is None else min(queries, len(labelled))
+    chosen = torch.arange(count, device=labels.device) * len(labelled) // count
+    own = part if is_split else range(len(labels))
+    here = (labelled >= own.start) & (labelled < own.stop)  # consecutive
+    first = int((labelled < own.start).sum())
+    bank = bank_rows if len(labelled) == len(labels) else bank_rows[labelled[here] - own.start]
+    place = chosen - first  # in this rank's bank
+    inside = (place >= 0) & (place < len(bank))
+    vectors = bank_rows.new_zeros(count, bank_rows.shape[1], dtype=torch.float32)
+    vectors[inside] = bank[place[inside]].float()
+    if is_split:
+        vectors = sum_over_ranks(vectors)
+    similarity, rows = _nearest(vectors, bank, min(max(k), len(bank)), own=place, max_entries=max_entries)
+    found = bank_labels[rows + first]
+    if is_split:
+        similarity, found = _nearest_of_all(similarity, found, max(k))
+    return _vote(similarity, found, bank_labels[chosen], bank_labels, k=k, temperature=tau)
+
+
+def _nearest_of_all(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``[Q, k]``: the largest similarities of all ranks, and the labels that belong to them, on every rank.
+
+    Args:
+        similarity, labels: ``[Q, n]`` of the rows of this rank, n at most k.
+        k: at most the rows of all.
+    """
+    missing = k - similarity.shape[1]
+    similarity = torch.nn.functional.pad(similarity, (0, missing), value=-torch.inf)
+    labels = torch.nn.functional.pad(labels, (0, missing))
+    best = []
+    for part in zip(similarity.split(QUERIES_AT_ONCE), labels.split(QUERIES_AT_ONCE), strict=True):
+        values, names = (gather_rows(x[None].contiguous()).transpose(0, 1).flatten(1) for x in part)
+        values, order = values.topk(k, dim=1)
+        best.append((values, names.gather(1, order)))
+    return torch.cat([values for values, _ in best]), torch.cat([names for _, names in best])
 
 
 def check_k(k: Sequence[int], images: int) -> None:

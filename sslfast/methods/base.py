@@ -159,9 +159,7 @@ class Method(nn.Module):
 
     def embeddings(self) -> Tensor | None:
         """``[N, D]`` embeddings of all rows as the steps so far have left them, of any norm; None where the method
-        keeps none.
-
-        Every rank calls it. Where rows are split over ranks, rank 0 gets all of them, the others what they hold.
+        keeps none. Where rows are split over ranks, those of this one, as :meth:`split_rows` says.
         """
         return None
 

@@ -20,7 +20,7 @@ Implementation and departures:
   within about ten steps; the authors' code and mmselfsup train W without momentum.
 - The Sobel filter before the trunk is an option of the trunk: ``model.input``.
 
-Under several processes every rank holds all features and the same labels, and assigns its share of the rows.
+Under several processes every rank holds the features of its share of the rows, which it assigns, and all labels.
 """
 
 from collections.abc import Mapping
@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sslfast.distributed import gather_uneven, ignore_in_ddp
 from sslfast.methods.base import BaseConfig, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.kmeans import import_faiss, kmeans, whiten
@@ -41,6 +42,7 @@ from sslfast.methods.shared.pseudo_labels import (
     central_view,
     label_accuracy,
     pseudo_label_loss,
+    row_storage,
     uniform_over_clusters,
 )
 from sslfast.models import build_trunk, seeded
@@ -73,7 +75,10 @@ class DeepCluster(Method):
         feature_columns: int = 0
         """Columns of the feature buffer; wider features are projected at random. 0: those of the trunk."""
         feature_dtype: Literal["fp32", "bf16"] = "fp32"
-        """Storage of the features of all rows; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
+        """Storage of the features of all rows, which ranks share; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
+        feature_storage: Literal["device", "disk"] = "device"
+        """disk: features, and what is clustered, are in mapped files in the folder for temporary files ($TMPDIR), which
+        go with their process; checkpoints hold the features."""
         pca_dimensions: int = 256
         """Principal components kept, whitened and L2-normalised before k-means; 0: the features as they are."""
         pca_sample: int = 0
@@ -135,7 +140,8 @@ class DeepCluster(Method):
             projection = torch.linalg.qr(torch.randn(width, columns))[0] if columns < width else None
         self.register_buffer("projection", projection, persistent=False)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
-        self.features = CollectedFeatures(num_rows, columns, dtype=dtype)
+        self.features = CollectedFeatures(num_rows, columns, dtype=dtype, on_disk=config.feature_storage == "disk")
+        ignore_in_ddp(self, ["features.vectors"])
         self.register_buffer("labels", torch.full((num_rows,), UNLABELLED))
         self.register_buffer("weights", torch.ones(config.clusters))
         self._restart_head(0)
@@ -164,12 +170,16 @@ class DeepCluster(Method):
                 f"only {len(seen)} images could be read, fewer than method.clusters={config.clusters}: "
                 "lower it, or replace the images that cannot be read"
             )
-        vectors = self.features.vectors
-        points = (vectors if len(seen) == len(vectors) else vectors[seen]).cpu()  # all of ImageNet are 5 GB
-        if config.pca_dimensions:
-            points = whiten(points, min(config.pca_dimensions, points.shape[1]), sample=config.pca_sample)
-        points = points.float()
+        vectors = self.features.vectors.cpu()  # this rank's; on disk, itself
+        own = self.features.own_seen().cpu()
+        columns = min(config.pca_dimensions, vectors.shape[1])
+        if columns:
+            points = row_storage(len(own), columns, dtype=torch.float32, on_disk=self.features.on_disk)
+            points = whiten(vectors, columns, sample=config.pca_sample, rows=own, target=points)
+        else:
+            points = vectors if len(own) == len(vectors) else vectors[own]
         labels = kmeans(points, config.clusters, iterations=config.iterations, seed=self.seed, epoch=epoch)
+        labels = gather_uneven(labels)
         counts = labels.bincount(minlength=config.clusters)
         self.labels.fill_(UNLABELLED)
         self.labels[seen] = labels.to(self.labels.device)
@@ -209,6 +219,10 @@ class DeepCluster(Method):
         """Features of each row, as the last pass computed them."""
         return self.features.vectors
 
+    def split_rows(self) -> dict[str, tuple[int, int]]:
+        """The features."""
+        return self.features.split_rows("features")
+
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
-        return [self.features.vectors, self.features.seen, self.labels, self.weights]
+        return [self.features.seen, self.labels, self.weights]

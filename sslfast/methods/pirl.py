@@ -269,7 +269,7 @@ class PIRL(Method):
 
     def embeddings(self) -> Tensor:
         """The memory bank."""
-        return self.bank.whole_vectors()
+        return self.bank.vectors
 
     def split_rows(self) -> dict[str, tuple[int, int]]:
         """The rows of a sharded bank."""

@@ -15,7 +15,7 @@ from the untrained network, as in the paper, by batch statistics in either case:
 logits of a ResNet-50 are spread nine times as widely, and Sinkhorn takes three times the iterations. Labels change at
 the start of epochs; the paper's schedule of labellings, dense at the beginning, is rounded to them.
 
-Under several processes every rank holds all features and labels, and labels its share of the rows.
+Under several processes every rank holds the features of its share of the rows, which it labels, and all labels.
 """
 
 import math
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sslfast.distributed import gather_uneven, own_rows
+from sslfast.distributed import gather_objects, gather_uneven, ignore_in_ddp
 from sslfast.methods.base import BaseConfig, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.pseudo_labels import (
@@ -39,6 +39,7 @@ from sslfast.methods.shared.pseudo_labels import (
     has_initial_statistics,
     label_accuracy,
     pseudo_label_loss,
+    row_storage,
 )
 from sslfast.methods.shared.sinkhorn import sinkhorn
 from sslfast.models import build_trunk, seeded
@@ -46,7 +47,8 @@ from sslfast.views import View, ViewConfig
 
 IMAGE = "image"
 _CACHE_BYTES = 1 << 30
-"""Logits of one head up to this size are cached during a labelling instead of being computed in every iteration."""
+"""Of a rank's logits of one head that are kept in memory during a labelling. More of them are kept on disk with
+``feature_storage="disk"``, and else computed again in every iteration: 2 N D K FLOP for all ranks together."""
 
 
 @register_method
@@ -77,7 +79,10 @@ class SeLa(Method):
         max_iterations: int = 500
         """Maximum number of Sinkhorn iterations."""
         feature_dtype: Literal["fp32", "bf16"] = "fp32"
-        """Storage of the features of all rows; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
+        """Storage of the features of all rows, which ranks share; 10.5 GB in fp32 for ImageNet and a ResNet-50."""
+        feature_storage: Literal["device", "disk"] = "device"
+        """disk: features, and the logits of one head while it labels, are in mapped files in the folder for temporary
+        files ($TMPDIR), which go with their process; checkpoints hold the features."""
         label_views: Literal["central", "augmented"] = "central"
         """What is labelled. central: the central square of each image, in evaluation mode. augmented: the crops that
         the epoch trains on, BatchNorm by their batch, as in the authors' code."""
@@ -133,7 +138,8 @@ class SeLa(Method):
         with seeded(context.seed + 1):
             self.head = nn.Linear(width, config.heads * config.clusters)  # head h has rows h K .. (h + 1) K
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
-        self.features = CollectedFeatures(num_rows, width, dtype=dtype)
+        self.features = CollectedFeatures(num_rows, width, dtype=dtype, on_disk=config.feature_storage == "disk")
+        ignore_in_ddp(self, ["features.vectors"])
         self.register_buffer("labels", torch.full((config.heads, num_rows), UNLABELLED, dtype=torch.int32))
         self._by_batch: bool | None = None  # of the current feature pass
 
@@ -155,31 +161,36 @@ class SeLa(Method):
         if not self.config.labels_in(epoch):
             return
         seen = self.features.seen.nonzero()[:, 0]
-        part = own_rows(len(seen))
-        own = seen[part.start : part.stop]
+        own = self.features.own_seen()
         weights = self.head.weight.unflatten(0, (self.config.heads, -1))
         biases = self.head.bias.unflatten(0, (self.config.heads, -1))
         self.labels.fill_(UNLABELLED)
         for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             self.labels[head, seen] = gather_uneven(self._label(own, weight, bias)).int()
 
-    def _label(self, sample_ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """``[n]`` int64 labels of the samples ``[n]`` of this rank, by one head."""
-        config = self.config
-        cache: dict[int, Tensor] = {}
-        caches = len(sample_ids) * config.clusters * 4 <= _CACHE_BYTES
+    def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``[n]`` int64 labels of those rows ``[n]`` of this rank's features, by one head."""
+        config, count, vectors = self.config, len(rows), self.features.vectors
+        fits = max(gather_objects(count)) * config.clusters * 4 <= _CACHE_BYTES
+        on_disk = self.features.on_disk and not fits
+        logits: Tensor | None = None
+        if fits or on_disk:
+            logits = row_storage(count, config.clusters, dtype=torch.float32, on_disk=on_disk, device=weight.device)
+        known: set[int] = set()
 
         def scores(part: slice) -> Tensor:
-            logits = cache.get(part.start)
-            if logits is None:
-                logits = linear(self.features.vectors[sample_ids[part]].float(), weight, bias)
-                if caches:
-                    cache[part.start] = logits
-            return config.sharpness * logits.double()  # log-probabilities up to a constant of each row
+            if logits is not None and part.start in known:
+                found = logits[part].to(weight.device)
+            else:
+                found = linear(vectors[rows[part]].to(weight.device).float(), weight, bias)
+                if logits is not None:
+                    logits[part] = found.to(logits.device)
+                    known.add(part.start)
+            return config.sharpness * found.double()  # log-probabilities up to a constant of each row
 
         return sinkhorn(
             scores,
-            len(sample_ids),
+            count,
             config.clusters,
             tolerance=config.tolerance,
             max_iterations=config.max_iterations,
@@ -204,6 +215,10 @@ class SeLa(Method):
         """Features of each row, as the last pass computed them."""
         return self.features.vectors
 
+    def split_rows(self) -> dict[str, tuple[int, int]]:
+        """The features."""
+        return self.features.split_rows("features")
+
     def replicated(self) -> list[Tensor]:
         """What must be equal on all ranks besides the parameters."""
-        return [self.features.vectors, self.features.seen, self.labels]
+        return [self.features.seen, self.labels]

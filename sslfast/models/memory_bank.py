@@ -5,7 +5,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sslfast.distributed import gather_rows, gather_to_rank0, rank, shard_bounds, world_size
+from sslfast.distributed import gather_rows, rank, shard_bounds, world_size
 from sslfast.models.derivatives import first_derivative_only
 from sslfast.models.recomputation import snapshot
 from sslfast.ops import bank_nce, bank_update_
@@ -37,8 +37,8 @@ class MemoryBank(nn.Module):
     the memory; queries and updates of all ranks go to every rank, see ``sharded_bank.py``. Losses and gradients
     are the same up to rounding.
 
-    Checkpoints hold the whole bank as ``vectors``, whatever the layout: :meth:`whole_vectors` when saving, and loading
-    takes this rank's part of it, for any layout and number of ranks.
+    Checkpoints hold the whole bank as ``vectors``, whatever the layout: loading takes this rank's part of it, for any
+    layout and number of ranks.
 
     Args:
         num_rows: N; sharded, at least 2 for every rank.
@@ -136,16 +136,6 @@ class MemoryBank(nn.Module):
         """What must be equal on all ranks: the vectors, or, where they are sharded, a checksum of all updates so
         far."""
         return [self.updates if self.is_sharded else self.vectors]
-
-    def whole_vectors(self) -> Tensor:
-        """All N vectors for a checkpoint. Sharded: every rank calls this, and rank 0 gets them, in host memory.
-
-        The host of rank 0 needs memory for ``N D`` elements; other ranks get their own shard, which is not saved.
-        """
-        if not self.is_sharded:
-            return self.vectors
-        whole = gather_to_rank0(self.vectors, self.bounds)
-        return self.vectors if whole is None else whole
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "rows" in state_dict:  # name in older checkpoints

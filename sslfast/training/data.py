@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sslfast import distributed
-from sslfast.data import Manifest, check_run_apart, open_data, reopen_data
+from sslfast.data import Manifest, check_run_apart, is_named, mapped_pickle, open_data, reopen_data, write_pickle
 from sslfast.loaders import Loader, build_loader
 from sslfast.runs import RunDirectory
 from sslfast.training.config import TrainConfig
@@ -34,31 +34,41 @@ class RunData:
         self._digest: str | None = None
 
     def _manifest(self, data: Any, run: RunDirectory) -> Manifest:
+        """Rank 0 finds the images, or checks those of a resumed run; where the others do not see the files of its
+        machine, the first rank of every other machine checks that it has the same, and ranks of a machine share one
+        copy of the rows."""
         check_run_apart(run.path, data)
         if distributed.world_size() == 1:
             return self.config.loader.decode(self._open(data, run.manifest))
-        text, error, manifest = b"", None, None
         with TemporaryDirectory(prefix="sslfast-") as place:
-            copy = Path(place) / "manifest.tsv"
-            try:
-                if distributed.is_main():
-                    manifest = self._open(data, run.manifest)
-                    manifest.save(copy)
-                    text = copy.read_bytes()
-            except (ValueError, OSError) as problem:
-                error = str(problem)
-            distributed.raise_together(error)
-            text = distributed.broadcast_object(text)
-            try:
-                if manifest is None:
-                    copy.write_bytes(text)
-                    manifest = reopen_data(data, copy, on_bad_image=self.config.loader.on_bad_image)
-                manifest = self.config.loader.decode(manifest)
-            except (ValueError, OSError) as problem:
-                error = f"rank {distributed.rank()}: {problem}"
-            distributed.raise_together(error)
-        assert manifest is not None
-        return manifest
+            return self._manifest_together(data, run, Path(place))
+
+    def _manifest_together(self, data: Any, run: RunDirectory, place: Path) -> Manifest:
+        first = distributed.first_on_machine(place) if is_named(data) else distributed.rank()
+        text, shared = place / "manifest.tsv", place / "rows"
+        found: list[Manifest] = []
+
+        def find() -> None:
+            manifest = self._open(data, run.manifest)
+            found.append(self.config.loader.decode(manifest))
+            manifest.save(text)
+
+        def find_again() -> None:
+            if first == distributed.rank() and not distributed.is_main():
+                manifest = reopen_data(data, text, on_bad_image=self.config.loader.on_bad_image)
+                found.append(self.config.loader.decode(manifest))
+            if found and is_named(data):
+                found[0].digest()  # so that it is known to all
+                write_pickle(found[0].packed(), shared)
+
+        distributed.together(find, only_main=True)
+        if distributed.max_over_ranks(torch.tensor(first)):  # some do not see the files of rank 0
+            distributed.together(lambda: distributed.broadcast_file(text, keep=first == distributed.rank()))
+        distributed.together(find_again)
+        if is_named(data):
+            folder = distributed.gather_objects(str(place))[first]
+            distributed.together(lambda: found.insert(0, mapped_pickle(Path(folder) / shared.name)))
+        return found[0]
 
     def _open(self, data: Any, known: Path) -> Manifest:
         if known.exists():

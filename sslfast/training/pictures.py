@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sslfast.data import Manifest
-from sslfast.distributed import rank
+from sslfast.distributed import gather_to_rank0, rank, shard_bounds, world_size
 from sslfast.methods import Method
 from sslfast.runs import RunDirectory
 from sslfast.training.logging import Recorder
@@ -47,6 +47,8 @@ class Pictures:
         if self._every_steps == 0 or step % self._every_steps:
             return
         embeddings = self._method.embeddings()
+        if embeddings is not None and self._manifest is not None and len(embeddings) < len(self._manifest):
+            embeddings = gather_to_rank0(embeddings, shard_bounds(len(self._manifest), world_size()))
         if rank() == 0 and self._draw is not None and self._manifest is not None:
             draw = partial(self._draw, self._config, self._manifest, embeddings)
             recorder.write_pictures(lambda: draw(run.pictures), step)

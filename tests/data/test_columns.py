@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sslfast.data import Manifest, columns
+from sslfast.data import Manifest, columns, source
 from sslfast.data.folder import FolderSource
 from sslfast.data.source import ListedImage, PackedPaths
 from sslfast.runs.directory import RunDirectory
@@ -32,13 +32,14 @@ def test_packed_strings_join_and_compare_as_lists() -> None:
 def manifest(rows: int) -> Manifest:
     images = [ListedImage(f"c{i % 7}/{i:06d}\t.jpg", 10 + i, f"{i:016x}", f"c{i % 7}") for i in range(rows)]
     images.sort()
-    source = FolderSource(root=Path("/data"), paths=[image.path for image in images])
-    return Manifest.from_images(source, images, excluded=[("bad.jpg", "empty file")], on_bad_image="skip")
+    files = FolderSource(root=Path("/data"), paths=[image.path for image in images])
+    return Manifest.from_images(files, images, excluded=[("bad.jpg", "empty file")], on_bad_image="skip")
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 100])
 def test_a_manifest_is_read_in_chunks_and_packed(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_CHUNK", 16)
+    monkeypatch.setattr(columns, "_BLOCK", 101)
+    monkeypatch.setattr(source, "_STRINGS", 16)
     before = manifest(rows)
     before.save(tmp_path / "m.tsv")
     assert (tmp_path / "m.tsv").read_text() == before.dump()

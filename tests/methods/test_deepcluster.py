@@ -397,23 +397,43 @@ def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
     for count in (5, 1, 0):  # of one row some ranks have none
         assert torch.equal(gather_uneven(torch.tensor([*own_rows(count)], dtype=torch.int64)), torch.arange(count))
     points = torch.load(folder / "points.pt", weights_only=True)
-    white = whiten(points, 4)
-    labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
-    torch.save((white, labels), folder / f"{rank}.pt")
+    part = own_rows(len(points))
+    own = slice(part.start, part.stop)
+    some = torch.arange(len(part))[part.start % 2 :: 2]  # rows of even number
+    white = whiten(points[own], 4)
+    assert torch.equal(white, whiten(points[own], 4, target=torch.empty(len(part), 4)))
+    found = {
+        "white": white,
+        "sampled": whiten(points[own], 4, sample=17),
+        "even": whiten(points[own], 4, rows=some),
+        "labels": kmeans(white, 5, iterations=20, seed=0, epoch=1),
+        "short": kmeans(points[own].bfloat16(), 5, iterations=3, seed=1, epoch=0),
+        "many": kmeans(white, 40, iterations=1, seed=2, epoch=0),
+        "filled": fill_empty(points[own], torch.full((len(part),), 3), 9),
+        "same": kmeans(torch.ones(len(part), 2), 7, iterations=1, seed=0, epoch=0),
+    }
+    torch.save({name: gather_uneven(value) for name, value in found.items()}, folder / f"{rank}.pt")
     destroy_process_group()
 
 
-def test_kmeans_on_three_ranks_is_that_of_one(tmp_path: Path) -> None:
-    points = blobs(61, 5, spread=0.1)[0]
+@pytest.mark.parametrize(("ranks", "count"), [(2, 61), (3, 61), (4, 58)])
+def test_kmeans_on_several_ranks_is_that_of_one(ranks: int, count: int, tmp_path: Path) -> None:
+    """Each holds its own rows alone."""
+    points = blobs(count, 5, spread=0.1)[0]
     torch.save(points, tmp_path / "points.pt")
-    run(shared, 3, tmp_path)
+    run(shared, ranks, tmp_path)
     white = whiten(points, 4)
-    labels = kmeans(white, 5, iterations=20, seed=0, epoch=1)
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
-    for part in parts:
-        assert torch.equal(part[0], parts[0][0])  # bit-equal on all ranks
-        torch.testing.assert_close((part[0] @ part[0].T), white @ white.T, rtol=1e-4, atol=1e-5)
-        assert torch.equal(part[1], labels)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    assert all(same(part, parts[0]) for part in parts)  # bit-equal on all ranks
+    found = parts[0]
+    expected = {"white": white, "sampled": whiten(points, 4, sample=17), "even": whiten(points[::2], 4)}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name] @ found[name].T, value @ value.T, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["labels"], kmeans(white, 5, iterations=20, seed=0, epoch=1))
+    assert torch.equal(found["short"], kmeans(points.bfloat16(), 5, iterations=3, seed=1, epoch=0))
+    assert torch.equal(found["many"], kmeans(white, 40, iterations=1, seed=2, epoch=0))
+    assert torch.equal(found["filled"], fill_empty(points, torch.full((count,), 3), 9))
+    assert found["same"].bincount(minlength=7).min() >= 1
 
 
 @pytest.mark.parametrize(

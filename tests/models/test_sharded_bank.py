@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import sslfast.methods.pirl
-from sslfast.distributed.collectives import mean_over_ranks, shard_bounds
+from sslfast.distributed.collectives import gather_to_rank0, mean_over_ranks, shard_bounds
 from sslfast.distributed.data_parallel import check_replicas, replicate
 from sslfast.distributed.process_group import destroy_process_group, init_process_group, process_group
 from sslfast.methods.pirl import PIRL
@@ -83,7 +83,8 @@ def score_and_update(rank: int, ranks: int, port: int, num_rows: int, batch: int
         bank_update_(whole.vectors, index, query[0], momentum=0.4)
         assert torch.equal(bank.vectors, whole.vectors[first:end])
 
-    assert torch.equal(bank.whole_vectors(), whole.vectors if rank == 0 else bank.vectors)
+    gathered = gather_to_rank0(bank.vectors, bank.bounds)
+    assert gathered is None if rank else torch.equal(gathered, whole.vectors)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):  # products and sums are fp32 for both
         small, reference = (MemoryBank(**make, dtype=dtype, layout=layout) for layout in ("sharded", "replicated"))
         options = {"negatives": "sampled", "num_negatives": 30, "loss": "infonce", "temperature": 0.2}

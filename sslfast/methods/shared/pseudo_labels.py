@@ -7,10 +7,13 @@ runs: k-means then groups rows by the time they were stored and by their jitter.
 epoch trains on. A row that has never been in one has no label and weight 0.
 """
 
-from collections.abc import Iterator
+import mmap
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from tempfile import TemporaryFile, gettempdir
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslfast.distributed import gather_rows, mean_over_ranks
+from sslfast.distributed import gather_rows, mean_over_ranks, own_rows, raise_together, rank, world_size
 from sslfast.ops.philox import Stream, random_uint32
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig
 
@@ -59,34 +62,99 @@ def has_initial_statistics(module: nn.Module) -> bool:
     return any(norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 for norm in norms)
 
 
-class CollectedFeatures(nn.Module):
-    """Features of each row from the last feature pass that it was in, on every rank.
+def row_storage(rows: int, columns: int, *, dtype: torch.dtype, on_disk: bool, device: Any = "cpu") -> Tensor:
+    """``[rows, columns]``: any values on ``device``, or zeros in a mapped file that goes with its process.
 
-    Buffers: ``vectors`` ``[N, D]`` and ``seen`` ``[N]`` bool, False until a row's first pass.
+    The file is in the folder for temporary files ($TMPDIR) and has no name; its space is reserved. Every rank calls it.
+
+    Raises:
+        ValueError: on every rank, where one of them has no space.
+    """
+    if not on_disk:
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    count, found, error = rows * columns * dtype.itemsize, torch.empty(rows, columns, dtype=dtype), None
+    if count:
+        try:
+            with TemporaryFile(prefix="sslfast-") as file:
+                os.posix_fallocate(file.fileno(), 0, count)
+                found = torch.frombuffer(mmap.mmap(file.fileno(), count), dtype=dtype).view(rows, columns)
+        except OSError as problem:
+            error = (
+                f"{count / 1e9:.2f} GB of features of rank {rank()} find no place in {gettempdir()} "
+                f"({problem.strerror}): name a folder on a larger disk in TMPDIR, or set "
+                "method.feature_storage to device"
+            )
+    raise_together(error)
+    return found
+
+
+class CollectedFeatures(nn.Module):
+    """Features of each row from the last feature pass that it was in; each rank holds those of its part of the rows.
+
+    Buffers: ``vectors`` ``[n, D]``, rows from :attr:`first_row` on, and ``seen`` ``[N]`` bool, the same on every rank,
+    False until a row's first pass.
+
+    Args:
+        num_rows: N, which ranks share as :func:`~sslfast.distributed.shard_bounds` says.
+        columns: D.
+        dtype: of the vectors.
+        on_disk: they are in a mapped file (:func:`row_storage`), and stay on the host.
     """
 
     vectors: Tensor
     seen: Tensor
 
-    def __init__(self, num_rows: int, columns: int, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, num_rows: int, columns: int, *, dtype: torch.dtype = torch.float32, on_disk: bool = False
+    ) -> None:
         super().__init__()
-        self.register_buffer("vectors", torch.zeros(num_rows, columns, dtype=dtype))
+        self.num_rows, self.on_disk = num_rows, on_disk
+        own = own_rows(num_rows)
+        self.first_row = own.start
+        vectors = row_storage(len(own), columns, dtype=dtype, on_disk=on_disk)
+        self.register_buffer("vectors", vectors if on_disk else vectors.zero_())
         self.register_buffer("seen", torch.zeros(num_rows, dtype=torch.bool))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        vectors = self.vectors
+        if self.on_disk:
+            self.vectors = vectors[:0]
+        super()._apply(fn, recurse)
+        if self.on_disk:
+            self.vectors = vectors
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "rows" in state_dict:  # name in older checkpoints
             state_dict[prefix + "vectors"] = state_dict.pop(prefix + "rows")
+        whole = state_dict.get(prefix + "vectors")
+        if whole is not None and len(whole) == self.num_rows:
+            state_dict[prefix + "vectors"] = whole[self.first_row : self.first_row + len(self.vectors)]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def split_rows(self, name: str) -> dict[str, tuple[int, int]]:
+        """What ``Method.split_rows`` says of this module, called ``name``."""
+        return {f"{name}.vectors": (self.first_row, self.num_rows)} if world_size() > 1 else {}
+
+    def own_seen(self) -> Tensor:
+        """Those of the rows of :attr:`vectors` that a pass has seen, by their place in it. Waits for the device."""
+        return self.seen[self.first_row : self.first_row + len(self.vectors)].nonzero()[:, 0].to(self.vectors.device)
 
     @torch.no_grad()
     def store_(self, sample_ids: Tensor, features: Tensor) -> None:
         """Store ``features`` ``[B, D]`` of ``sample_ids`` ``[B]`` of every rank. Of a repeated sample, which replaces
-        an unreadable image, the last one stays."""
+        an unreadable image, the last one stays. Waits for the device where rows are split or on disk."""
         gathered = gather_rows(sample_ids)
         positions = torch.arange(len(gathered), device=gathered.device)
         last = torch.where(gathered[:, None] == gathered, positions, -1).amax(dim=1)
-        self.vectors[gathered] = gather_rows(features.float())[last].to(self.vectors.dtype)
+        features = gather_rows(features.float())[last]
         self.seen[gathered] = True
+        local = gathered - self.first_row
+        if world_size() > 1:
+            here = (local >= 0) & (local < len(self.vectors))
+            local, features = local[here], features[here]
+        place = self.vectors.device
+        self.vectors[local.to(place)] = features.to(device=place, dtype=self.vectors.dtype)
 
 
 def pseudo_label_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
