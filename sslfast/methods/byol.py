@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 from sslfast.methods.base import BatchSplit, Method, MethodContext
 from sslfast.methods.registry import register_method
 from sslfast.methods.shared.momentum import rising_momentum
-from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig
+from sslfast.methods.shared.views import FIRST, SECOND, TwoViewConfig, upcast
 from sslfast.models import MLPHead, build_trunk, seeded
 from sslfast.ops import ema_update_
 from sslfast.views import View
@@ -94,7 +94,7 @@ class BYOL(Method):
         with torch.no_grad():
             targets = [self.target_projection(self.target_trunk(x)) for x in reversed(pixels)]
         similarity = torch.stack(
-            [cosine_similarity(p.float(), t.float()) for p, t in zip(predictions, targets, strict=True)]
+            [cosine_similarity(upcast(p), upcast(t)) for p, t in zip(predictions, targets, strict=True)]
         )
         return {"loss": (2 - 2 * similarity).sum(dim=0).mean(), "similarity": similarity.detach().mean()}
 

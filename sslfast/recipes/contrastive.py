@@ -73,7 +73,11 @@ def simclr() -> TrainConfig:
     (google-research/simclr ``model_util.py``, ``resnet.py``): BatchNorm behind both layers of the head, the last scale
     of each residual block starts at 0, no decay of BatchNorm and biases.
 
-    Departures: initial weights of the head are torch's; pictures are resized as every loader here does it.
+    Departures: initial weights are torchvision's, those of the head torch's; pictures are resized as every loader here
+    does it, and crops drawn by torchvision's rule. Contrast is changed around the mean of the gray picture, saturation
+    by a blend with it, where TensorFlow takes each channel's mean and scales HSV's. A warm-up's step has the rate that
+    the authors have one step later; decay enters the trust ratio by its norm, where they take that of gradient and
+    decay together.
     """
     augment = AugmentConfig(
         brightness=0.8,
@@ -130,7 +134,8 @@ def cpc() -> TrainConfig:
 
     Departures: ResNet-50 with layer normalisation (the paper: ResNet-v2-101 to its third stage, without BatchNorm),
     crops of half to three quarters of the image (256 px of 300), grayscale with probability 0.2, no jitter of patches.
-    Evaluations give the trunk whole images; the paper's features are those of patches, averaged.
+    Evaluations give the trunk whole images unless asked for patches; the paper's features are those of patches,
+    averaged. So the paper's number is not of this recipe, and none is quoted.
     """
     return TrainConfig(
         recipe="cpc",

@@ -44,9 +44,9 @@ def colorization() -> TrainConfig:
     ``resources/caffe_traininglayers.py`` and ``models/colorization_train_val_v2.prototxt``: 10 neighbours, the colour
     of every fourth pixel, gray pictures left out of the loss. Chosen here: everything else.
 
-    Departures: the authors train a VGG-like network, crops of 176 px, Adam with learning rate 3e-5, batch 40; the
-    number is of a ResNet-50 of Goyal et al. 2019, of whose optimisation nothing is published. Bins: 261, not 313, and
-    their frequencies are counted during the run.
+    Departures: the authors train a VGG-like network, crops of 176 px, Adam with learning rate 3e-5, batch 40; bins are
+    261, not 313, and their frequencies are counted during the run. No number is quoted: that of a ResNet-50 is Goyal et
+    al.'s (2019), of whose optimisation nothing is published.
     """
     method = Colorization.Config(neighbours=10, cell_colour="first", mask_gray=True)
     return _large("colorization", method)

@@ -8,8 +8,10 @@ facebookresearch/vicreg ``main_vicreg.py`` and ``augmentations.py``, facebookres
 
 Departures common to all: pictures are resized as every loader here does it, where BYOL, Barlow Twins, VICReg and DINO
 have bicubic interpolation; the Gaussian blur is exact, where PIL's is three box blurs; initial weights of linear layers
-are torch's. Of those with LARS: the rate is inside of the momentum and decay enters the trust ratio by its norm (see
-``optim/lars.py``), where these codes have it outside and take the norm of gradient and decay together.
+are torch's; the rate of a warm-up's step differs from theirs by at most the rise of one step, since no step has rate 0.
+Of those with LARS: the rate is inside of the momentum, where these codes have it outside, and decay enters the trust
+ratio by its norm (see ``optim/lars.py``), as in SwAV's code, where the others take the norm of gradient and decay
+together.
 """
 
 from collections.abc import Callable
@@ -49,13 +51,16 @@ def _lars(lr: float, weight_decay: float, *, final: float = 0.0, **options: Any)
 
 def byol() -> TrainConfig:
     """BYOL: ResNet-50, batch 4096, LARS with learning rate 3.2 (0.2 per 256), 10 epochs of warm-up, then a cosine,
-    weight decay 1.5e-6, momentum 0.996 rising to 1, BatchNorm over all ranks; 1000 epochs (74.3 %).
+    weight decay 1.5e-6, momentum 0.996 rising to 1, BatchNorm over all ranks; 1000 epochs.
 
     From the authors' code: everything, with the presets of 1000 epochs; 300 epochs take rate 0.3, weight decay 1e-6 and
-    momentum 0.99. Numbers: paper, table 1 and appendix; the code's README has 74.4 % for its checkpoint.
+    momentum 0.99. Residual scales start at 1, as the README says of the paper's runs.
 
     Departures: those of this module; the target starts equal to the online network, where the code draws it anew ("did
-    not notice a significant difference"). Residual scales start at 1, as the README says of the paper's runs.
+    not notice a significant difference"); initial weights of convolutions are torchvision's. Jitter and crop are
+    torchvision's: the code adds to the brightness, where here is a factor, takes the contrast around the mean of each
+    channel, here around that of the gray picture, scales the saturation of HSV, here blends with the gray picture, and
+    cuts a crop that is too large to the image, where here up to ten are drawn.
     """
     first, second = _byol_views()
     return TrainConfig(
@@ -70,12 +75,12 @@ def byol() -> TrainConfig:
 
 def simsiam() -> TrainConfig:
     """SimSiam: ResNet-50, batch 512, SGD with learning rate 0.1 (0.05 per 256) and a cosine, constant for the
-    predictor, weight decay 1e-4, BatchNorm over all ranks; 100 epochs (68.1 %).
+    predictor, weight decay 1e-4, BatchNorm over all ranks; 100 epochs.
 
     From the authors' code: everything, as its README's command ``--fix-pred-lr`` runs it; the decay is of every
-    parameter, the rate changes once an epoch, views are MoCo v2's. Number: README (batch 256: 68.3 %).
+    parameter, the rate changes once an epoch, views are MoCo v2's.
 
-    Departures: those of this module but LARS.
+    Departures: those of this module but warm-up and LARS.
     """
     augment = AugmentConfig(hue=0.1, jitter_probability=0.8, blur_probability=0.5, blur_sigma=(0.1, 2.0))
     view = ViewConfig(crop=CropConfig(size=224, scale=(0.2, 1.0)), augment=augment)
@@ -98,12 +103,12 @@ def simsiam() -> TrainConfig:
 
 def barlow_twins() -> TrainConfig:
     """Barlow Twins: ResNet-50, batch 2048, 8,192 dimensions, λ 0.0051, LARS with learning rate 1.6 (0.2 per 256), 10
-    epochs of warm-up, then a cosine to a thousandth, BatchNorm over all ranks; 1000 epochs (73.5 %).
+    epochs of warm-up, then a cosine to a thousandth, BatchNorm over all ranks; 1000 epochs.
 
     From the authors' code: everything. Its gradient is that of the whole batch divided by the number of processes, 16
     in the README's run (see ``methods/barlow_twins.py``). To take the same steps with the gradient itself, the rate of
     biases and normalisation layers is a 16th of theirs, 0.0048 per 256, and the weight decay, which LARS weighs against
-    the gradient, 16 times their 1e-6. Number: README.
+    the gradient, 16 times their 1e-6.
 
     Departures: those of this module.
     """
@@ -121,11 +126,10 @@ def barlow_twins() -> TrainConfig:
 
 def vicreg() -> TrainConfig:
     """VICReg: ResNet-50, batch 2048, 8,192 dimensions, weights 25, 25 and 1, LARS with learning rate 1.6 (0.2 per 256),
-    10 epochs of warm-up, then a cosine to a thousandth, weight decay 1e-6, BatchNorm over all ranks; 1000 epochs
-    (73.2 %).
+    10 epochs of warm-up, then a cosine to a thousandth, weight decay 1e-6, BatchNorm over all ranks; 1000 epochs.
 
     From the authors' code: everything, as its README's command for 1000 epochs runs it; its command for 100 epochs has
-    batch 512 and 0.3 per 256. Number: README.
+    batch 512 and 0.3 per 256.
 
     Departures: those of this module.
     """
@@ -144,13 +148,13 @@ def vicreg() -> TrainConfig:
 def swav() -> TrainConfig:
     """SwAV: ResNet-50, crops 2 x 224 and 6 x 96, batch 4096, 3,000 prototypes, LARS on every parameter with learning
     rate 4.8 (0.3 per 256), 10 epochs of warm-up from 0.3, then a cosine to 0.0048, weight decay 1e-6, BatchNorm over
-    all ranks; 800 epochs (75.3 %; 400: 74.6 %; 200: 73.9 %; 100: 72.1 %).
+    all ranks; 800 epochs.
 
     From the authors' code: everything, as ``scripts/swav_800ep_pretrain.sh`` runs it, with the 0.228 of its
-    normalisation. Numbers: README.
+    normalisation; those of 400, 200 and 100 epochs differ in ``--epochs`` alone.
 
     Departures: those of this module; BatchNorm is over all ranks, in the script over groups of 8. For batch 256 the
-    script ``swav_200ep_bs256_pretrain.sh`` (72.7 %) has ``--epochs 200 --batch-size 256 --optim.lr-per-256-images 0.6
+    script ``swav_200ep_bs256_pretrain.sh`` has ``--epochs 200 --batch-size 256 --optim.lr-per-256-images 0.6
     --optim.final-lr-per-256-images 0.0006 --optim.warmup-epochs 0 --method.queue-size 3840
     --method.frozen-steps 5005``.
     """
@@ -182,7 +186,7 @@ def dino() -> TrainConfig:
     0.996 rising to 1, BatchNorm over all ranks; 100 epochs.
 
     From the authors' code: everything, as its README's command for ResNet-50 on 8 GPUs runs it, for which it publishes
-    logs but no accuracy. The 75.3 % of the README and the paper are of 800 epochs with batch 4080 and LARS, whose other
+    logs but no accuracy. The number of the README and the paper is of 800 epochs with batch 4080 and LARS, whose other
     arguments are not in the repository.
 
     Departures: those of this module but LARS.

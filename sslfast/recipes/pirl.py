@@ -153,7 +153,7 @@ def npid_plus_plus() -> TrainConfig:
     photometric operations, batch 1024, the optimisation of PIRL with decay of biases too, negatives over all rows.
 
     Departures: the paper's number is of the authors' own run, which has no published configuration; VISSL's run of this
-    one reaches less. The bank is updated behind the optimizer's step.
+    one reaches less. The jitter is behind the crop, VISSL's before it. The bank is updated behind the optimizer's step.
     """
     image = ViewConfig(augment=AugmentConfig(hue=0.4, grayscale_probability=0.0))
     return TrainConfig(

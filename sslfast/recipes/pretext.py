@@ -79,7 +79,7 @@ def relative_position() -> TrainConfig:
     divided by 10 after epochs 30 and 50; weight decay 1e-4 on every parameter, 5e-4 in the head.
 
     Departures: crops of 60 to 100 % of the image, where mmselfsup resizes to 292 and takes a square of 255; PyTorch's
-    initial weights of the head.
+    initial weights of the head; ImageNet's mean and deviation, which mmselfsup rounds to whole levels of 255.
     """
     return TrainConfig(
         recipe="relative-position",

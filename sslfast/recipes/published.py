@@ -76,9 +76,10 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "vicreg": (Published(top1=73.2, epochs=1000, source="facebookresearch/vicreg README.md"),),
     "swav": (
         Published(top1=75.3, epochs=800, source="facebookresearch/swav README.md"),
+        Published(top1=74.6, epochs=400, source="facebookresearch/swav README.md"),
         Published(top1=73.9, epochs=200, source="facebookresearch/swav README.md"),
+        Published(top1=72.1, epochs=100, source="facebookresearch/swav README.md"),
     ),
-    "cpc": (Published(top1=48.7, source=PIRL + "table 2, of van den Oord et al. 2018", trunk="ResNet-v2-101"),),
     "jigsaw": (
         Published(top1=46.73, epochs=105, source=VISSL, note="VISSL"),
         Published(top1=45.7, source=PIRL + "table 2, of Goyal et al. 2019", note="Goyal 2019"),
@@ -91,7 +92,6 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published(top1=51.2, epochs=70, source=MMSELFSUP + "relative_loc/README.md", note="best layer"),
         Published(top1=40.4, epochs=70, source=MMSELFSUP + "relative_loc/README.md", note="pooled last layer"),
     ),
-    "colorization": (Published(top1=39.6, source=PIRL + "table 2, of Goyal et al. 2019", note="Goyal 2019"),),
     "deepcluster": (
         Published(
             top1=46.92, epochs=200, source=MMSELFSUP + "deepcluster/metafile.yml", trunk="ResNet-50 with Sobel input"
@@ -114,7 +114,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     ),
     "sela-aug": (Published(top1=68.8, epochs=280, source="yukimasano/self-label README.md, Aug++ R50 10x3k"),),
 }
-"""By recipe; those without an entry have no number of a ResNet on ImageNet that their source or another one states."""
+"""By recipe; those without an entry have no number of a ResNet on ImageNet whose source they follow."""
 
 METHODS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("pirl-paper",), "PIRL-jigsaw as published: ResNet-50, batch 1024, 32,000 negatives, NCE"),

@@ -49,6 +49,13 @@ def test_step_is_the_formula_and_targets_take_no_gradient() -> None:
         assert name.startswith("target_") == (parameter.grad is None), name
 
 
+def test_float64_stays_float64() -> None:
+    whole = config()
+    method, (views, rows) = build(whole).double(), harness.first_batch(whole)
+    views = {name: replace(view, pixels=view.pixels.double()) for name, view in views.items()}
+    assert method(views, rows, step=0)["loss"].dtype == torch.float64
+
+
 def test_loss_of_equal_and_opposite_predictions() -> None:
     method = build(config())
     views, rows = harness.first_batch(config())

@@ -7,6 +7,7 @@ import pytest
 
 from sslfast.recipes import RECIPES
 from sslfast.recipes.published import METHODS, PUBLISHED, main, replaced, table
+from sslfast.report.published import PUBLISHED as FIGURE
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/recipes.md"
 LARGE = sorted(name for name in RECIPES if name != "demo" and not name.endswith("-small"))
@@ -36,6 +37,14 @@ def test_a_published_number_has_a_source_and_is_of_the_recipes_epochs(name: str)
     assert config.recipe == name
 
 
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_no_docstring_repeats_a_published_number(name: str) -> None:
+    text = RECIPES[name].__doc__ or ""
+    assert not re.search(r"\d\.\d+ ?%", text), text
+    for number in PUBLISHED.get(name, ()):
+        assert not re.search(rf"(?<![\d.]){re.escape(f'{number.top1:g}')}(?![\d])", text), number
+
+
 def test_every_recipe_is_in_one_row() -> None:
     listed = [name for names, _ in METHODS for name in names]
     assert sorted(listed) == LARGE
@@ -54,12 +63,30 @@ def test_the_table_of_the_readme_is_the_generated_one(tmp_path: Path) -> None:
         replaced("# A page\n", RECIPES)
 
 
+def test_the_page_has_the_same_numbers_in_the_table_of_results_to_match() -> None:
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| ImageNet linear, ")]
+    by_row = {cells[0].strip(): [cell.strip() for cell in cells[2:]] for cells in rows}
+    of_the_paper = [
+        next(f"{number.top1}" for number in PUBLISHED[name] if number.source.startswith("Misra"))
+        for name in ("pirl-paper", "npid-plus-plus", "jigsaw", "rotation", "pirl-rotation", "pirl-rotation-jigsaw")
+    ]
+    assert by_row["ImageNet linear, top-1"] == of_the_paper[:4]
+    assert by_row["ImageNet linear, 400 epochs, 4,096 negatives"][0].split("; ")[1:] == of_the_paper[4:]
+
+
+def test_the_figure_of_reports_has_the_same_numbers() -> None:
+    drawn = {point.method: point.top1 for point in FIGURE}
+    recipes = {"PIRL": "pirl-paper", "NPID": "npid", "NPID++": "npid-plus-plus", "MoCo": "moco-v1"}
+    for method, recipe in {**recipes, "Jigsaw": "jigsaw", "Rotation": "rotation"}.items():
+        assert drawn[method] in [number.top1 for number in PUBLISHED[recipe]], method
+
+
 def test_numbers_are_printed_as_their_source_has_them() -> None:
-    shown = [str(number) for name in ("npid", "sela", "deepcluster", "cpc") for number in PUBLISHED[name]]
+    shown = [str(number) for name in ("npid", "sela", "deepcluster", "simclr") for number in PUBLISHED[name]]
     assert shown == [
         "54.0 (200 epochs)",
         "61.5 (400 epochs, pre-activation ResNet-50)",
         "46.92 (200 epochs, with Sobel input)",
         "57.71 (200 epochs, with Sobel input, best layer)",
-        "48.7 (ResNet-v2-101)",
+        "69.1",
     ]
