@@ -22,7 +22,8 @@ namespace sslfast {
 
 // log(Z K / N): a score minus it is the NCE logit.
 SSLFAST_HD double nce_offset(double z, int64_t num_negatives, int64_t num_rows) {
-  return log(z) + log(static_cast<double>(num_negatives)) - log(static_cast<double>(num_rows));
+  const double log_z = z > 0 ? log(z) : NAN;  // of 0 too: an infinite loss would have a finite gradient
+  return log_z + log(static_cast<double>(num_negatives)) - log(static_cast<double>(num_rows));
 }
 
 // softplus(u) = log(1 + exp(u)) and sigmoid(u) from e = exp(-|u|) and log(1 + e), which the CPU and CUDA code compute
@@ -108,11 +109,18 @@ inline void check_scoring(const char* op,
   }
 }
 
-// The normaliser of NCE on the CPU, else 1. NaN passes: a loss that is not finite is the trainer's business.
+// The normaliser of NCE where it is a number. NaN passes: a loss that is not finite is the trainer's business.
+inline void check_z(const char* op, bool binary, const std::optional<Tensor>& tensor, double z) {
+  SSLFAST_CHECK(!binary || tensor || !(z <= 0), op, ": z must be positive, got ", z);
+}
+
+// The normaliser of NCE on the CPU, else 1.
 inline double host_z(const char* op, bool binary, const std::optional<Tensor>& tensor, double z) {
   if (!binary) return 1.0;
-  const double value = tensor ? *static_cast<const double*>(tensor->const_data_ptr()) : z;
-  SSLFAST_CHECK(!(value <= 0), op, ": z must be positive, got ", tensor ? "a tensor of " : "", value);
+  check_z(op, binary, tensor, z);
+  if (!tensor) return z;
+  const double value = *static_cast<const double*>(tensor->const_data_ptr());
+  SSLFAST_CHECK(!(value <= 0), op, ": z must be positive, got a tensor of ", value);
   return value;
 }
 

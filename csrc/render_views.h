@@ -269,7 +269,7 @@ inline ViewShape check_render_views(const Tensor& crops,                        
                                     const std::optional<Tensor>& quarter_turns,  // [B] int64
                                     const std::optional<Tensor>& permutation,    // [B, M] int64
                                     const std::optional<Tensor>& offsets,        // [B, M, 2] int64
-                                    int64_t grid, int64_t patch_size, const float* std_of) {
+                                    int64_t grid, int64_t patch_size, const double* mean, const float* std_of) {
   constexpr const char* op = "render_views";
   SSLFAST_CHECK(crops.scalar_type() == ScalarType::Byte, op, ": crops must be uint8");
   SSLFAST_CHECK(crops.dim() == 4 && crops.size(1) == 3 && crops.size(2) == crops.size(3), op,
@@ -306,6 +306,7 @@ inline ViewShape check_render_views(const Tensor& crops,                        
                 ", ", kViewParameters, "], got ", shape_string(parameters));
   check_same_device(op, "parameters", parameters, "crops", crops);
   for (int c = 0; c < 3; ++c) {
+    SSLFAST_CHECK(mean[c] >= -1e6 && mean[c] <= 1e6, op, ": mean must be in [-1e+06, 1e+06], got ", mean[c]);
     SSLFAST_CHECK(std_of[c] >= 1e-6f && std_of[c] <= 1e6f, op, ": std must be positive, in [1e-06, 1e+06], got ",
                   std_of[c]);
   }

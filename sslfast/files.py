@@ -5,11 +5,15 @@ what could not be written, why, and what helps.
 """
 
 import errno
+import hashlib
 import os
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,8 +105,7 @@ def replacing(path: Path | str, *, remedy: str = ANOTHER_PLACE) -> Iterator[Path
         with suppress(FileNotFoundError):
             check_regular(path, os.stat(path).st_mode)
         make_folder(path.parent)
-        # Short enough for a name of the greatest length that a file system takes.
-        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+        temporary = temporary_beside(path)
         try:
             mode = _create(temporary)
             yield temporary
@@ -116,6 +119,39 @@ def replacing(path: Path | str, *, remedy: str = ANOTHER_PLACE) -> Iterator[Path
                 temporary.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name for what becomes ``path``, or is made of it. Files and folders of such names that a killed process of
+    this machine left are deleted: they may be as large as features of a million images."""
+    # Short enough for a name of the greatest length that a file system takes.
+    start = f".{path.name[:40]}.{_machine()}-"
+    if (path.parent, start) not in _cleaned and _machine():
+        _cleaned.add((path.parent, start))
+        with suppress(OSError):
+            for name in os.listdir(path.parent):
+                found = re.fullmatch(r"(\d+)-[0-9a-f]{16}\.tmp", name.removeprefix(start))
+                if found is not None and not os.path.exists(f"/proc/{found[1]}"):
+                    left = path.parent / name
+                    if left.is_dir() and not left.is_symlink():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+_cleaned: set[tuple[Path, str]] = set()
+
+
+@cache
+def _machine() -> str:
+    """12 hex digits for the start of this machine and its table of processes (of a container), in which a process has
+    its number; empty where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]
+    except OSError:
+        return ""
 
 
 def _create(path: Path) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sslfast import files
 from sslfast.files import (
     OUTPUT,
     AppendFile,
@@ -20,6 +21,7 @@ from sslfast.files import (
     replacing,
     save_picture,
     save_tensors,
+    temporary_beside,
     write_file,
 )
 
@@ -34,6 +36,28 @@ def test_the_file_appears_complete_with_the_usual_permissions(tmp_path: Path) ->
     assert os.listdir(path.parent) == ["notes.txt"]
     (tmp_path / "usual").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    """And nothing else: the temporary file of a process that runs, of another machine, of another file."""
+    path, child = tmp_path / "x.features", os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    own = temporary_beside(path)
+    gone = [own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{child}-")) for _ in range(2)]
+    kept = [own, own.with_name(f".x.features.0123456789ab-{child}-{'0' * 16}.tmp"), tmp_path / "x.features.tmp"]
+    gone[1] = gone[1].with_name(gone[1].name[:-20] + "0" * 16 + ".tmp")
+    gone[0].write_text("half")
+    gone[1].mkdir()
+    (gone[1] / "part").touch()
+    for left in kept:
+        left.touch()
+    files._cleaned.clear()  # as a new process
+    temporary_beside(tmp_path / "y.features")
+    assert all(left.exists() for left in gone)
+    write_file(path, "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, path])
 
 
 @pytest.mark.parametrize("written", [False, True])

@@ -359,9 +359,10 @@ Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::op
                         std::optional<Tensor> permutation_, std::optional<Tensor> offsets_, int64_t grid,
                         int64_t patch_size, double mean_r, double mean_g, double mean_b, double std_r, double std_g,
                         double std_b, ScalarType dtype, bool channels_last, bool photometric, bool blur) {
+  const double mean[3] = {mean_r, mean_g, mean_b};
   const float std_of[3] = {float(std_r), float(std_g), float(std_b)};
   const ViewShape shape =
-      check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, std_of);
+      check_render_views(crops_, parameters_, turns_, permutation_, offsets_, grid, patch_size, mean, std_of);
   const Tensor crops = readable("render_views", "crops", crops_),
                parameters = readable("render_views", "parameters", parameters_);
   const std::optional<Tensor> turns = readable("render_views", "quarter_turns", turns_);
@@ -389,7 +390,7 @@ Tensor render_views_cpu(const Tensor& crops_, const Tensor& parameters_, std::op
     p.permutation = values(permutation);
     p.offsets = values(offsets);
     p.shape = shape;
-    p.normal = Normalisation({mean_r, mean_g, mean_b}, std_of);
+    p.normal = Normalisation(mean, std_of);
     p.channels_last = channels_last;
     p.out = static_cast<Out*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, pictures, 1, [&](int64_t begin, int64_t end) {

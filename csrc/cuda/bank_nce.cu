@@ -376,6 +376,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_cuda(const Tensor& query_,  // [V, B
   const Shard shard = make_shard(bank_, first_row, num_rows);
   check_bank_nce(query_, bank_, index_, negatives_, step_tensor, z_tensor, num_negatives, temperature, exclude_self,
                  seed, shard);
+  check_z("bank_nce", binary, z_tensor, z);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   SSLFAST_CHECK(shard.num_rows <= (int64_t(1) << 32), "bank_nce: bank has ", shard.num_rows,

@@ -151,6 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> bank_nce_dense_cuda(const Tensor& query_,  //
                                                        std::optional<Tensor> negatives_, std::optional<Tensor> z_tensor,
                                                        double z, double temperature, bool binary, bool exclude_self) {
   check_bank_nce_dense(query_, bank_, index_, negatives_, z_tensor, temperature, binary, exclude_self);
+  check_z("bank_nce_dense", binary, z_tensor, z);
   SSLFAST_CHECK(bank_.size(1) <= kMaxColumns, "bank_nce_dense: bank has ", bank_.size(1), " columns, CUDA takes up to ",
                 kMaxColumns);
   const DeviceGuard guard(query_.get_device_index());

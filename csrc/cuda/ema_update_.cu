@@ -32,8 +32,10 @@ static_assert(kMaxElements % kChunk == 0);
 
 __device__ __forceinline__ double read_momentum(const Arguments& arguments) {
   if (arguments.momentum_tensor == nullptr) return arguments.momentum;
-  return arguments.momentum_is_double ? *static_cast<const double*>(arguments.momentum_tensor)
-                                      : *static_cast<const float*>(arguments.momentum_tensor);
+  const double momentum = arguments.momentum_is_double ? *static_cast<const double*>(arguments.momentum_tensor)
+                                                       : *static_cast<const float*>(arguments.momentum_tensor);
+  if (!(momentum >= 0 && momentum <= 1)) __trap();
+  return momentum;
 }
 
 // One block updates one chunk of one tensor, which it finds by bisection in chunk_end. Whole aligned chunks are

@@ -2,16 +2,19 @@
 
 In place of ``NCEAverage`` + ``NCECriterion`` (zhirongw/lemniscate.pytorch, commit f7cfe29), of ``MemoryInsDis`` + a
 criterion (HobbitLong/CMC, commit 7b227be) and of ``NCELossWithMemory``'s inner pair (facebookresearch/vissl, commit
-09270ed). CMC's class of the same name, for two modalities, is :class:`sslfast.adapters.cmc.NCEAverage`; PyContrast's
-memories are in :mod:`sslfast.adapters.pycontrast`.
+09270ed), whose whole is :class:`sslfast.adapters.vissl.NCELossWithMemory`. CMC's class of the same name, for two
+modalities, is :class:`sslfast.adapters.cmc.NCEAverage`; PyContrast's memories are in
+:mod:`sslfast.adapters.pycontrast`.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sslfast.adapters.nce_memory import NCEMemory
+from sslfast.distributed import gather_rows
 
 
 class NCEAverage(NCEMemory):
@@ -159,3 +162,19 @@ class NCEAverage(NCEMemory):
 
         z = self._normaliser(0, lambda: score(query[:1] if self.z_from == "x_jig" else query, None)[1])
         return score(query, z)[0], views[-1], y
+
+    def _losses_in_turn(self, views: list[Tensor], y: Tensor, *, moves: Callable[[int], bool]) -> list[Tensor]:
+        """The 0-d loss of each prepared view, each with negatives of its own.
+
+        In train mode the memory moves, with the batches of all ranks, as soon as a view is scored that ``moves`` says;
+        then the next draw. Z is from the first view.
+        """
+        z = self._normaliser(0, lambda: self._score(views[0][None], y, None)[1])
+        losses = []
+        for place, view in enumerate(views):
+            losses.append(self._score(view[None], y, None, z=z, draw=place)[0].mean())
+            if self.training and moves(place):
+                self._update([gather_rows(view.detach())], gather_rows(y))
+        if self.training:
+            self._next_draw()
+        return losses

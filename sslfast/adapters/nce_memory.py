@@ -160,12 +160,16 @@ class NCEMemory(nn.Module):
             features, y = [self._ready(x) for x in given], all_y
         if not self.training:
             return
-        if self.loss == "nce" and not self._z_is_set:
-            self._z_is_set = True
-        self.step.add_(1)
+        self._next_draw()
         if self.gather_distributed and not given:
             features, y = [gather_rows(x) for x in features], gather_rows(y)
         self._update(features, y)
+
+    def _next_draw(self) -> None:
+        """Behind a training batch: the next one draws other negatives, and Z stays."""
+        if self.loss == "nce" and not self._z_is_set:
+            self._z_is_set = True
+        self.step.add_(1)
 
     @torch.no_grad()
     def _update(self, features: list[Tensor], y: Tensor) -> None:

@@ -1,7 +1,7 @@
 """``sslfast completion bash|zsh|fish``: a script that completes commands, options, choices, recipes and files.
 
 Options are read from the help of every command: the script is complete for the version that writes it, and completing
-starts no Python.
+starts no Python. ``python -m sslfast.cli.completion FILE`` writes ``known_options.txt`` of :mod:`sslfast.cli.early`.
 """
 
 import argparse
@@ -10,13 +10,16 @@ import dataclasses
 import io
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from sslfast.cli.options import SHORT_OPTIONS
 from sslfast.cli.usage import parse
 from sslfast.recipes import RECIPES, find_recipe
 
@@ -100,6 +103,32 @@ def _of_recipes(words: list[str]) -> Iterator[tuple[list[str], str, str]]:
         yield from _of_fields(find_recipe(name).method, "method")
 
 
+def known_options() -> str:
+    """The text of ``known_options.txt``; see :mod:`sslfast.cli.early`."""
+    from sslfast.cli.main import COMMANDS, main
+
+    lines = [f"{' '.join(words)}: {' '.join(sorted(options))}" for words, options in _of_commands(COMMANDS, main, [])]
+    groups: dict[str, list[str]] = {}
+    for name in RECIPES:
+        recipe = find_recipe(name)
+        fields = (*_of_fields(recipe.method, "method"), *_of_fields(recipe.model, "model"))
+        options = sorted({option for options, _, _ in fields for option in options})
+        groups.setdefault(" ".join(options), []).append(name)
+    return "\n".join([*lines, *(f"recipe {' '.join(names)}: {options}" for options, names in groups.items())]) + "\n"
+
+
+def _of_commands(commands: Mapping[str, Any], run: Run, before: list[str]) -> Iterator[tuple[list[str], set[str]]]:
+    for name, command in commands.items():
+        words = [*before, name]
+        if command.commands:
+            yield from _of_commands(command.commands, run, words)
+        elif before != ["launch"]:  # behind -- stand another command's
+            found = {option for options, _, _ in _options(_help([*words, "--help"], run)) for option in options}
+            if words[0] in ("pretrain", "preview"):
+                found |= {*SHORT_OPTIONS, "--log"}
+            yield words, {name for name in found if re.match(r"--(?!method\.|model\.)", name)}
+
+
 def _of_fields(config: Any, prefix: str) -> Iterator[tuple[list[str], str, str]]:
     for name, hint in typing.get_type_hints(type(config)).items():
         if name not in getattr(config, "__dataclass_fields__", {}):
@@ -167,3 +196,7 @@ def _choices(value: str) -> list[str] | None:
 def _plain(text: str) -> str:
     """Without what argparse or a shell would read as more than text."""
     return re.sub(r"[`'\"$%\\{}\[\]]", "", text)[:90]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(known_options(), encoding="utf-8")

@@ -15,7 +15,7 @@ from sslfast.cli.helptext import paragraphs
 from sslfast.cli.usage import parse
 from sslfast.data import check_apart
 from sslfast.distributed import process_group
-from sslfast.evaluation import ResultNotWritten
+from sslfast.evaluation import ResultNotWritten, evaluation_folder
 from sslfast.files import ANOTHER_PLACE, OUTPUT, check_writable
 
 
@@ -45,6 +45,8 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
                 remedy = OUTPUT if name == "output" else ANOTHER_PLACE
                 check_writable(path, remedy=remedy)
                 check_apart([path], _read(call, name), remedy=remedy)
+        if "run" in call.keywords and call.keywords.get("output", call) is None:  # beside the run
+            check_writable(evaluation_folder(call.keywords["run"]) / f"{prog.split()[-1]}.json", remedy=OUTPUT)
         result = call()
     except ResultNotWritten as error:
         print(render(error.result), flush=True)  # hours of work, maybe

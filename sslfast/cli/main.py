@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 
+from sslfast.cli.early import check_options, check_path
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.files import what_helps
 from sslfast.text import printable
@@ -88,6 +89,7 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     if command.commands:
         return _run(command.commands, arguments[1:], name)
     _check_data(command, arguments[1:])
+    check_options([*([group] if group else []), name], arguments[1:])
     if command.calls:
         from sslfast.cli.evaluate import run_function
 
@@ -110,11 +112,8 @@ def _check_data(command: Command, arguments: list[str]) -> None:
     at = command.data_at
     if at is None or len(arguments) <= at or any(word.startswith("-") for word in arguments[: at + 1]):
         return
-    path = arguments[at]
-    if {"-h", "--help"} & set(arguments) or path.startswith("synthetic:") or os.path.lexists(path):
-        return
-    where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
-    raise ValueError(f"{path} does not exist{where}: correct the path of DATA")
+    if not {"-h", "--help", "--print-config"} & set(arguments):
+        check_path(arguments[at], "DATA")
 
 
 LAUNCHERS = {
@@ -127,21 +126,25 @@ LAUNCHERS = {
 EVALUATIONS = {
     "knn": Command(
         usage="knn RUN DATA",
+        data_at=1,
         help="weighted k-nearest-neighbour accuracy",
         calls="sslfast.evaluation.knn:evaluate_knn",
     ),
     "linear": Command(
         usage="linear RUN DATA",
+        data_at=1,
         help="linear classifiers on frozen features: probe, goyal, moco",
         calls="sslfast.evaluation.linear:evaluate_linear",
     ),
     "lowshot": Command(
         usage="lowshot RUN VOC",
+        data_at=1,
         help="linear SVMs on Pascal VOC, all and few images",
         calls="sslfast.evaluation.svm:evaluate_svm",
     ),
     "semisup": Command(
         usage="semisup RUN DATA",
+        data_at=1,
         help="fine-tuning with 1 % or 10 % of the labels",
         calls="sslfast.evaluation.semisup:evaluate_semisup",
     ),
@@ -207,11 +210,13 @@ COMMANDS = {
     ),
     "embed": Command(
         usage="embed RUN DATA -o FILE.npy|FILE.parquet",
+        data_at=1,
         help="features of any images, with path and class",
         calls="sslfast.evaluation.embed:embed",
     ),
     "neighbours": Command(
         usage="neighbours RUN|FILE DATA",
+        data_at=1,
         help="contact sheet of images and their nearest neighbours",
         calls="sslfast.report.neighbours:run_neighbours",
     ),

@@ -18,7 +18,7 @@ transparency (RGBA, LA, palette, tRNS)           composited on white
                                                  ``Decoding.white_level``
 fewer bits in 16: maximum of a PGM or PPM, TIFF  ``value * 256 // (white + 1)``, white is their largest
 of 12 bits, PNG's sBIT and no larger value       value
-animated, multi-picture                          first frame
+animated, multi-picture                          first frame, white beside it
 orientation 2 to 8 (EXIF, TIFF, else XMP; AVIF's applied, once; a damaged EXIF block counts as "upright"
 irot and imir)
 other metadata, whatever its state               left out before decoding (:mod:`sslfast.data.stripped`)
@@ -338,8 +338,13 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
     low_bytes = key is not None or (level or FULL) < FULL or (stripped.significant or 16) < 16
     samples = deep_samples(image, stripped, low_bytes=low_bytes)
     if samples is None:
+        frame = _first_frame(image, stripped.data)
         image.load()
         array = stored = np.asarray(plain_pixels(image))
+        if frame is not None:  # beside it is nothing, which Pillow fills with colour 0
+            left, top, right, bottom = frame
+            array = stored = np.full_like(array, 255)
+            array[top:bottom, left:right] = np.asarray(plain_pixels(image))[top:bottom, left:right]
         if is_deep_colour(image, stripped):
             opened.peak, opened.white = int(array.max()) * 256 + 255, FULL
         elif key is not None and stripped.bits < 8:  # Pillow scales the levels
@@ -358,6 +363,22 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
         array = array.copy()
         array[(stored.reshape(*stored.shape[:2], -1) == np.array(key)).all(axis=2)] = 255
     return array
+
+
+def _first_frame(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of the first frame of a GIF or WebP animation that does not cover the picture."""
+    frame = (0, 0, *image.size)
+    if image.format == "GIF" and image.tile:
+        frame = image.tile[0][1] or frame
+    elif image.format == "WEBP":
+        at = 12
+        while at + 24 <= len(data) and data[at : at + 4] != b"ANMF":
+            size = int.from_bytes(data[at + 4 : at + 8], "little")
+            at += 8 + size + size % 2
+        if at + 24 <= len(data):
+            x, y, width, height = (int.from_bytes(data[at + 8 + 3 * i :][:3], "little") for i in range(4))
+            frame = (2 * x, 2 * y, 2 * x + width + 1, 2 * y + height + 1)
+    return None if frame == (0, 0, *image.size) else frame
 
 
 def plain_pixels(image: Image.Image) -> Image.Image:

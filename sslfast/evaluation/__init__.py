@@ -34,7 +34,7 @@ from sslfast.evaluation.lettering import Lettering, load_font
 from sslfast.evaluation.linear import LinearConfig, evaluate_linear
 from sslfast.evaluation.linear_probe import L2_STRENGTHS, PROBE_PROTOCOL, linear_result, probe_scores, train_probe
 from sslfast.evaluation.preprocessing import resolve_preprocessing
-from sslfast.evaluation.results import ResultNotWritten
+from sslfast.evaluation.results import ResultNotWritten, evaluation_folder
 from sslfast.evaluation.semisup import SemisupConfig, evaluate_semisup
 from sslfast.evaluation.svm import SvmConfig, evaluate_svm
 from sslfast.evaluation.transform import EvaluationTransform, load_transform
@@ -68,6 +68,7 @@ __all__ = [
     "evaluate_linear",
     "evaluate_semisup",
     "evaluate_svm",
+    "evaluation_folder",
     "extract_all",
     "knn_accuracy",
     "knn_result",

@@ -5,9 +5,11 @@ memory does not grow with the number of images. Under torchrun the processes sha
 """
 
 import csv
+import fcntl
 import io
-import secrets
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +25,7 @@ from sslfast.evaluation.cache import FeatureCache, scratch_folder
 from sslfast.evaluation.config import ImageConfig
 from sslfast.evaluation.encoders import TRAINED, extract_images, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.layers import check_layers
-from sslfast.files import OUTPUT, open_regular, replacing
+from sslfast.files import OUTPUT, make_folder, open_regular, replacing, temporary_beside, writing
 from sslfast.text import printable
 
 SUFFIXES = (".npy", ".parquet")
@@ -105,7 +107,7 @@ def _embed(run: Path, data: Any, config: EmbedConfig, output: Path) -> tuple[Emb
     """The values are mapped from a file that is gone, until they are let go; and remarks about the classes."""
     check_suffix(output)
     check_apart([output, output.with_suffix(".csv")] if output.suffix == ".npy" else [output], [run, data])
-    scratch = (config.features_dir or output.parent) / f".{output.name[:40]}.{secrets.token_hex(8)}.tmp"
+    scratch = temporary_beside((config.features_dir or output.parent) / output.name)
     with distributed_device(config.device) as device, scratch_folder(scratch) as folder:
         found, remarks = _extract(run, data, config, device, FeatureCache(folder, needed_for=output))
         together(lambda: write_embeddings(found, output), only_main=True)
@@ -204,7 +206,9 @@ def _parts(count: int) -> Iterator[slice]:
 
 
 def _write_npy(found: Embeddings, path: Path) -> None:
+    """Both files belong together at any time: between their renames there is no .npy, and one process renames."""
     with (
+        _lock_of(path) as lock,
         replacing(path, remedy=OUTPUT) as values_path,
         replacing(path.with_suffix(".csv"), remedy=OUTPUT) as table_path,
         values_path.open("wb") as file,
@@ -217,6 +221,21 @@ def _write_npy(found: Embeddings, path: Path) -> None:
         for part in _parts(len(found.values)):
             file.write(np.ascontiguousarray(found.values[part].numpy(), dtype="<f4").tobytes())
             lines.writerows(zip(found.rows[part].tolist(), found.paths[part], found.classes[part], strict=True))
+        with suppress(OSError):  # a network file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock_of(path: Path) -> Iterator[int]:
+    """Descriptor of the folder of ``path``, to be locked; no file is left of it."""
+    with writing(path, remedy=OUTPUT):
+        make_folder(path.parent)
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _read_npy(path: Path) -> Embeddings:

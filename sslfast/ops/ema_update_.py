@@ -24,7 +24,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
         sources: as many tensors of the same shapes on the same device, fp32, fp64, bf16 or fp16. A source may be its
             own target; otherwise the lists must not share memory.
         momentum: weight of the old target in [0, 1]; or a 0-d fp32 or fp64 tensor on the same device, read when the
-            kernel runs, so that a schedule advances inside a captured graph (CUDA does not check its value).
+            kernel runs, so that a schedule advances inside a captured graph (out of range on CUDA: a device trap).
 
     Raises:
         ValueError: momentum out of range, lists of different length, tensors on different devices.

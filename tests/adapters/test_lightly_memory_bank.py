@@ -201,20 +201,36 @@ def test_bad_sizes(size: Any, text: str) -> None:
             build(size)
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), 1e-9])
+@pytest.mark.parametrize("temperature", [0, float("nan"), float("inf"), 1e-9])
 @pytest.mark.parametrize("size", [0, (8, 16)])
 def test_bad_temperatures(temperature: float, size: Any) -> None:
     with pytest.raises(ValueError, match=r"NTXentLoss: temperature must be in \[1e-8, 1e30\], got"):
         NTXentLoss(temperature, size)
 
 
-def test_one_sample_without_a_bank_has_no_gradient() -> None:
+@pytest.mark.parametrize("size", [0, (8, 16)])
+def test_a_negative_temperature_warns_and_has_lightlys_value(size: Any) -> None:
+    with pytest.warns(UserWarning, match=r"NTXentLoss: temperature=-0\.5 makes the loss least for opposite positive"):
+        loss = NTXentLoss(-0.5, size)
+    views = outputs(1), outputs(2)
+    expected = moco_loss(*views, loss.bank, -0.5) if size else simclr(*views, -0.5)
+    gradients = torch.autograd.grad(expected, views)
+    found = loss(*views)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, views), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_one_sample_without_a_bank_has_a_gradient_of_0_and_warns() -> None:
     for sample in (
         (outputs(1, batch=1), outputs(2, batch=1).detach()),
         (outputs(1, batch=1).detach(), outputs(2, batch=1)),
     ):
-        with pytest.raises(ValueError, match=r"one sample has no negatives.*give at least 2 samples, or a memory bank"):
-            NTXentLoss()(*sample)
+        with pytest.warns(UserWarning, match=r"one sample has no negatives.*give at least 2 samples, or a memory bank"):
+            loss = NTXentLoss()(*sample)
+        loss.backward()
+        assert loss == 0
+        assert all(view.grad is None or not view.grad.any() for view in sample)
         with torch.no_grad():
             assert NTXentLoss()(*sample) == 0
     assert NTXentLoss(memory_bank_size=(8, 16))(outputs(1, batch=1), outputs(2, batch=1)) > 0

@@ -37,13 +37,13 @@ RECIPE = ["pretrain", "synthetic:8", "--recipe", "pirl-small"]
         (["pretrain", "--recipe", "pirl-small"], "DATA is missing; `sslfast pretrain --help` lists the options"),
         (["evaluate", "knn"], "RUN is missing; `sslfast evaluate knn --help` lists the options"),
         (["evaluate", "knn", "x"], "DATA is missing; "),
-        (["evaluate", "knn", "x", "y", "--k", "y"], "--k must be [INT [INT ...]], got 'y'; "),
-        (["evaluate", "knn", "x", "y", "--k", "0"], "k must be at least 1, got (0,)"),
-        (["evaluate", "knn", "x", "y", "--temperature", "nan"], "temperature must be a finite number, got nan"),
-        (["evaluate", "linear", "x", "y", "--strengths", "inf"], "strengths must be a finite number, got (inf,)"),
-        (["evaluate", "semisup", "x", "y", "--fraction", "1e9"], "fraction must be at most 1, got 1000000000.0"),
-        (["evaluate", "lowshot", "x", "y", "--costs", "-1"], "costs must be at least 1e-12, got (-1.0,)"),
-        (["evaluate", "detect", "x", "y", "--lr", "nan"], "lr must be a finite number, got nan"),
+        (["evaluate", "knn", "x", ".", "--k", "y"], "--k must be [INT [INT ...]], got 'y'; "),
+        (["evaluate", "knn", "x", ".", "--k", "0"], "k must be at least 1, got (0,)"),
+        (["evaluate", "knn", "x", ".", "--temperature", "nan"], "temperature must be a finite number, got nan"),
+        (["evaluate", "linear", "x", ".", "--strengths", "inf"], "strengths must be a finite number, got (inf,)"),
+        (["evaluate", "semisup", "x", ".", "--fraction", "1e9"], "fraction must be at most 1, got 1000000000.0"),
+        (["evaluate", "lowshot", "x", ".", "--costs", "-1"], "costs must be at least 1e-12, got (-1.0,)"),
+        (["evaluate", "detect", "x", ".", "--lr", "nan"], "lr must be a finite number, got nan"),
         (["export", "x", "y", "--format", "x"], "--format must be one of auto, torchvision, timm, "),
         (["bench", "ops", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["bench", "loader", ".", "--seconds", "nan"], "--seconds must be a finite number, got nan"),
@@ -98,6 +98,7 @@ def test_outputs_are_checked_before_the_work(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder.html").mkdir()
+    Path("DATA").mkdir()
     assert cli.main([*command.split(), option, place]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"sslfast: error: cannot write {place} (")

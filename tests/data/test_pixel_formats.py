@@ -127,6 +127,43 @@ def test_tiffs_without_right_pixels_are_refused_by_name(samples, bits, photometr
         decode_full(tiff(samples, bits=bits, photometric=photometric, extra=extra))
 
 
+def webp_chunk(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+
+
+def webp_animation(size: tuple[int, int], place: tuple[int, int], frame: bytes, *, alpha: bool) -> bytes:
+    """A WebP file whose one frame lies at ``place`` (even numbers)."""
+    numbers = [place[0] // 2, place[1] // 2, 29, 21, 100]
+    header = bytes([2 | alpha << 4, 0, 0, 0]) + b"".join((side - 1).to_bytes(3, "little") for side in size)
+    body = b"".join(number.to_bytes(3, "little") for number in numbers) + b"\0" + frame[12:]
+    chunks = [(b"VP8X", header), (b"ANIM", b"\x10\x20\x30\xff\0\0"), (b"ANMF", body)]
+    whole = b"WEBP" + b"".join(webp_chunk(*chunk) for chunk in chunks)
+    return b"RIFF" + struct.pack("<I", len(whole)) + whole
+
+
+@pytest.mark.parametrize("kind", ["GIF of gray", "GIF", "GIF with a transparent colour", "WebP", "WebP with alpha"])
+def test_beside_a_first_frame_that_does_not_cover_the_picture_is_white(kind: str) -> None:
+    left, top = 6, 4
+    expected = np.full((22 + 8, 30 + 10, 3), 255, np.uint8)
+    inside = expected[top : top + 22, left : left + 30]
+    if kind.startswith("GIF"):
+        stored = Image.fromarray(GRAY, "P")
+        stored.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3) if "gray" in kind else COLOURS.T.tobytes())
+        inside[:] = np.asarray(stored.convert("RGB"))
+        options = {"transparency": int(GRAY[4, 4])} if "transparent" in kind else {}
+        if options:
+            inside[GRAY[4, 4] == GRAY] = 255
+        data = bytearray(encoded(stored, "GIF", optimize=False, **options))
+        at = data.index(b"," + struct.pack("<4H", 0, 0, 30, 22))
+        data[at + 1 : at + 5] = struct.pack("<2H", left, top)
+        data[6:10] = struct.pack("<2H", 40, 30)
+    else:
+        inside[:] = RGB
+        frame = encoded(Image.fromarray(RGB), "WEBP", lossless=True)
+        data = webp_animation((40, 30), (left, top), frame, alpha="alpha" in kind)
+    agree(bytes(data), expected)
+
+
 def indexed(alpha: bytes) -> bytes:
     return png_chunk(b"PLTE", COLOURS.T.tobytes()) + png_chunk(b"tRNS", alpha)
 

@@ -295,3 +295,46 @@ def test_names_that_are_not_utf8_go_into_both_kinds_of_file(tmp_path: Path) -> N
     again = read_embeddings(tmp_path / "a.parquet")
     assert again.paths == ["bad\\xff/0.png", "日本/1.png"]
     assert again.classes == ["bad\\xff", None]
+
+
+def of(count: int, key: int) -> Embeddings:
+    names = [f"{key}/{row}.jpg" for row in range(count)]
+    return Embeddings(
+        values=torch.full((count, 3), float(key)), rows=torch.arange(count), paths=names, classes=[None] * count,
+        left_out=[], preprocessing="",
+    )  # fmt: skip
+
+
+def test_no_table_of_other_embeddings_stands_beside_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies between the two renames leaves no .npy; the next one writes both."""
+    path, replace_file = tmp_path / "e.npy", os.replace
+    write_embeddings(of(5, 1), path)
+
+    def die(source: Any, target: Any) -> None:
+        if str(target).endswith(".npy"):
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            write_embeddings(of(5, 2), path)
+    with pytest.raises(ValueError, match=r"e\.npy is no file of embeddings .*write it with sslfast embed"):
+        read_embeddings(path)
+    write_embeddings(of(5, 2), path)
+    assert read_embeddings(path).paths[0] == "2/0.jpg"
+
+
+def test_embeddings_written_at_once_under_one_name_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "e.npy"
+    children = []
+    for key in (1, 2, 3):
+        children.append(os.fork())
+        if not children[-1]:
+            for _ in range(30):
+                write_embeddings(of(5, key), path)
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    found = read_embeddings(path)
+    assert found.paths[4] == f"{int(found.values[4, 0])}/4.jpg"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["e.csv", "e.npy"]

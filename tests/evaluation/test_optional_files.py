@@ -61,7 +61,21 @@ def test_the_cache_is_optional(
     assert not list(run.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("kind", ["in the way", "ENOSPC", "EROFS"])
+def test_a_folder_of_results_that_is_none_is_told_before_the_work(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_writing(monkeypatch, run, "in the way")
+    for protocol in ("knn", "linear", "semisup"):
+        assert main(["evaluate", protocol, str(run), str(run.parent / "data")]) == 2
+        found = capsys.readouterr()
+        assert found.out == ""
+        assert (
+            f"cannot write {run}/evaluation/{protocol}.json ({run}/evaluation is no folder); name another" in found.err
+        )
+        assert found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
 def test_a_result_that_cannot_be_written_is_printed(
     run: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

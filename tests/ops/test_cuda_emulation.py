@@ -350,6 +350,20 @@ def test_empty() -> None:
     assert head.item() == 2
 
 
+@pytest.mark.parametrize("z", [0.0, -1.0, float("nan"), float("-inf")])
+def test_a_normaliser_that_is_not_positive(z: float) -> None:
+    """A number is refused; a tensor, which the host does not read, makes every loss NaN."""
+    arguments = bank_nce_arguments(binary=True)
+    arguments[7] = z
+    dense = [*arguments[:3], None, None, z, 0.07, True, False]
+    for op, args, place in (("bank_nce", arguments, 6), ("bank_nce_dense", dense, 4)):
+        if z <= 0:
+            with pytest.raises(RuntimeError, match=f"{op}: z must be positive, got {z:g}"):
+                emulate(op, *args)
+        args[place] = torch.tensor(z, dtype=torch.float64)
+        assert emulate(op, *args)[0].isnan().all()
+
+
 def _out_of_range() -> list[Any]:
     nce = bank_nce_arguments()
     nce[2] = torch.tensor([0, 90, 1])
@@ -369,6 +383,10 @@ def _out_of_range() -> list[Any]:
         ("bank_enqueue_", [bank, torch.tensor(2**48), feature]),
         ("jigsaw_patches", [jigsaw[0], permutation, *jigsaw[2:]]),
         ("jigsaw_patches", [*jigsaw[:2], offset, *jigsaw[3:]]),
+        *(
+            ("ema_update_", [[torch.zeros(3)], [torch.ones(3)], torch.tensor(momentum), 0.0])
+            for momentum in (1.5, -0.1, float("nan"))
+        ),
     ]
 
 

@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sslfast.ops import (
     rotate90_reference,
 )
 from sslfast.ops.pixels import ORDERS
+from tests.cuda_emulation import emulate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,6 +268,32 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     crops, parameters, _ = make(torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         render_views(crops, parameters, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -2e6])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_bad_numbers_of_the_registered_op(name: str, value: float) -> None:
+    crops, parameters, _ = make(torch.device("cpu"))
+    numbers = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    numbers[name][1] = value
+    args = (
+        crops,
+        parameters,
+        None,
+        None,
+        None,
+        0,
+        8,
+        *numbers["mean"],
+        *numbers["std"],
+        torch.float32,
+        True,
+        True,
+        True,
+    )
+    for run in (torch.ops.sslfast.render_views, functools.partial(emulate, "render_views")):
+        with pytest.raises(RuntimeError, match=rf"render_views: {name} must be .*in \["):
+            run(*args)
 
 
 def test_bad_tensors() -> None:
