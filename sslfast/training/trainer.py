@@ -48,8 +48,8 @@ from sslfast.views import Batch, View, ViewConfig, ViewStage
 class Trainer:
     """One pretraining run on one device; under ``torchrun``, one rank of it.
 
-    Ranks split each batch, gradients are averaged, every rank holds the whole state of the method (but for a sharded
-    bank), and rank 0 alone writes logs.
+    Ranks split each batch, gradients are averaged, every rank holds the whole state of the method (but for
+    what it splits, such as a sharded bank), and rank 0 alone writes logs.
 
     Whatever is wrong with the configuration, the data, the device or the disk raises ValueError or FileNotFoundError
     here or at the start of :meth:`fit`, before the first step. Nothing is written before ``fit``.
