@@ -1,6 +1,7 @@
 """What the adapters of per-sample memories share: buffers, normaliser, scoring, update, checkpoints of the owners."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -71,6 +72,7 @@ class NCEMemory(nn.Module):
         self._z_is_set = Z is not None and Z > 0
         for normaliser in self._normalisers:
             self.register_buffer(normaliser, torch.tensor(Z if self._z_is_set else math.nan, dtype=torch.float64))
+        self._looked_at: tuple[Tensor, ...] = ()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
@@ -138,7 +140,7 @@ class NCEMemory(nn.Module):
         if self.loss == "infonce":
             return None
         z: Tensor = getattr(self, self._normalisers[place])
-        if self._z_is_set:
+        if self._has_normaliser():
             return z
         with torch.no_grad():
             rows = len(getattr(self, self._memories[place]))
@@ -146,6 +148,15 @@ class NCEMemory(nn.Module):
             if not self.training:
                 return estimate
             return z.copy_(mean_over_ranks(estimate))
+
+    def _has_normaliser(self) -> bool:
+        """Whether Z is set, in the buffers that the module has now: torch.func.functional_call lends it others."""
+        if not torch.compiler.is_compiling():
+            buffers = tuple(getattr(self, name) for name in self._normalisers)
+            if len(self._looked_at) != len(buffers) or any(map(operator.is_not, self._looked_at, buffers)):
+                self._looked_at = buffers
+                self._z_is_set = not any(bool(z.isnan()) for z in buffers)  # host sync: once for each set of buffers
+        return self._z_is_set
 
     @torch.no_grad()
     def _advance(self, y: Tensor, features: list[Tensor], all_features: list[Tensor | None], all_y: Any) -> None:

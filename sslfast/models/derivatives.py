@@ -10,18 +10,20 @@ def first_derivative_only(x: Tensor, module: str) -> Tensor:
     """``x`` itself, for an op whose gradient is a constant to autograd: it is computed in the forward pass.
 
     Differentiating the gradient of ``x`` again (gradient penalty, Hessian), or ``x`` in forward mode, raises
-    RuntimeError, where autograd would take the op's gradient for a constant and the tangent for 0. Compiled code needs
-    no guard: torch refuses second derivatives there.
+    RuntimeError, where autograd would take the op's gradient for a constant and the tangent for 0; so does any call
+    under torch.func (grad, vmap, jvp, ...). Compiled code needs no guard: torch refuses second derivatives there.
     """
     if torch.compiler.is_compiling():
         return x
+    if torch._C._are_functorch_transforms_active():
+        raise _refusal(module, ", with backward() or torch.autograd.grad, not under torch.func")
     return cast(Tensor, _FirstDerivativeOnly.apply(x, module))
 
 
-def _refusal(module: str) -> RuntimeError:
+def _refusal(module: str, how: str = "") -> RuntimeError:
     return RuntimeError(
-        f"{module}: only first derivatives in reverse mode are computed; for others write the loss in plain torch, one "
-        "over a bank with sslfast.ops.bank_nce_reference"
+        f"{module}: only first derivatives in reverse mode are computed{how}; for others write the loss in plain "
+        "torch, one over a bank with sslfast.ops.bank_nce_reference"
     )
 
 

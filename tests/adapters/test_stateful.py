@@ -195,8 +195,39 @@ def test_derivatives_that_are_not_computed_are_errors(name: str) -> None:
         with pytest.raises(RuntimeError, match=r"only first derivatives in reverse mode"):
             case.loss(case.make(), *dual)
     for transform in (torch.func.grad, torch.func.hessian):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(
+            RuntimeError, match=r"only first derivatives in reverse mode.*not under torch\.func; for oth"
+        ):
             transform(lambda a: case.loss(case.make(), a, given[1].detach()))(given[0].detach())
+    with pytest.raises(RuntimeError, match=r"only first derivatives in reverse mode.*not under torch\.func; for oth"):
+        torch.vmap(lambda a: case.loss(case.make().eval(), a, given[1]), randomness="different")(given[0][None])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functional_call_changes_the_state_that_it_is_given(name: str) -> None:
+    case, given = CASES[name], views(0)
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = case.make()
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return case.loss(self.inner, a, b)
+
+    module = Called()
+    own = {key: value.clone() for key, value in module.state_dict().items()}
+    value, gradients = expected(case, module.inner, given)
+    for _ in range(2):  # of the untouched module, each time the same
+        state = {key: value.clone() for key, value in own.items()}
+        loss = torch.func.functional_call(module, state, tuple(given))
+        torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-6)
+        for ours, exact in zip(torch.autograd.grad(loss, given), gradients, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor.nan_to_num(), own[key].nan_to_num()) for key, tensor in module.state_dict().items())
+    case.loss(module.inner, *given)
+    after = module.state_dict()
+    assert all(torch.equal(state[key].nan_to_num(), tensor.nan_to_num()) for key, tensor in after.items())
 
 
 def test_the_queue_itself_has_every_derivative() -> None:
