@@ -90,7 +90,8 @@ def render(facts: dict[str, Any]) -> str:
     if not kernels and torch.cuda.is_available():
         lines.append("          this build has no CUDA kernels: reinstall with SSLFAST_CUDA=1 and nvcc on PATH")
     for i, (name, status) in enumerate(facts["loaders"].items()):
-        text = "usable" if status["usable"] else f"not usable: {status['reason']}; {status['remedy']}"
+        reason = status["reason"]
+        text = f"usable: {reason}" if status["usable"] else f"not usable: {reason}; {status['remedy']}"
         lines.append(f"{'loaders' if i == 0 else '':9} {name:11} {text}")
     for i, (name, version) in enumerate(facts["packages"].items()):
         text = version or f"missing ({OPTIONAL[name]}): pip install {INSTALL.get(name, name)}"

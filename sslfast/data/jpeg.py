@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from sslfast.data.exif import exif_orientation, xmp_orientation
+from sslfast.ops import crops
 
 _SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP2, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xE2, 0xEE
 _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -189,6 +190,9 @@ class _EntropyMarkers:
     """Positions where 0xFF is followed by something else than the zero byte that coded data has there."""
 
     def __init__(self, data: bytes) -> None:
+        if found := crops.find_markers(data):
+            self.positions, self.kinds = (part.numpy() for part in found)
+            return
         array = np.frombuffer(data, dtype=np.uint8)
         positions = np.flatnonzero(array[:-1] == 0xFF)
         kinds = array[positions + 1]

@@ -32,29 +32,20 @@ from sslfast.data import (
     BadImageError,
     DaemonPool,
     ImageHeader,
-    OpenImage,
-    check_size,
     open_image,
     require_strict_pillow,
-    scan_jpeg,
     silence_pillow,
 )
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.dali_graph import DaliDecoder, EncodedImage, refused_images, short_reason
 from sslfast.loaders.decode import BatchDecoder, DecodedBatch, decode_crops, stored_box
+from sslfast.loaders.jpeg_crops import JpegFile, common_jpeg
 from sslfast.views import Batch, ViewConfig
 
 INSTALL = "pip install nvidia-dali-cuda130==2.4.0 nvidia-nvimgcodec-cu13==0.9.0.20"
 _PREFETCH = 2  # batches inside DALI: one being handed over, one being decoded
 _AHEAD = 2  # further batches being read from disk
 _GROUP = 32  # files of one reading task
-
-
-@dataclass
-class _JpegFile(ImageHeader):
-    """A file that DALI can decode."""
-
-    data: bytes
 
 
 @dataclass
@@ -90,20 +81,15 @@ class _Preparer(BatchDecoder):
             return open_image(data, decoding)
         # Most files need no more than this. Opening them with Pillow would take half of the time spent on a file here,
         # holding the interpreter lock.
-        scan = scan_jpeg(data)
-        if scan.is_common:
-            check_size(scan.width, scan.height, decoding)
-            shape = (scan.height, scan.width) if ORIENTATION[scan.orientation][0] else (scan.width, scan.height)
-            return _JpegFile(*shape, scan.orientation, data[: scan.end])
-        return open_image(data, decoding)
+        common = common_jpeg(data, decoding)
+        return open_image(data, decoding) if common is None else common
 
     def _take(self, batch: DecodedBatch, slot: int, image: ImageHeader, boxes: NDArray[np.int64]) -> None:
         assert isinstance(batch, _Items)
-        if isinstance(image, _JpegFile):
+        if isinstance(image, JpegFile):
             stored = np.array([stored_box(image, box) for box in boxes], dtype=np.int32)
             batch.encoded[slot] = EncodedImage(np.frombuffer(image.data, np.uint8), stored, image.orientation)
         else:
-            assert isinstance(image, OpenImage)
             batch.own[slot] = decode_crops(image, list(boxes), [view.crop.size for view in self.views.values()])
 
 

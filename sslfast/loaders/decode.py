@@ -21,7 +21,10 @@ from sslfast.data import (
     open_image,
     quiet_pillow,
 )
+from sslfast.loaders.jpeg_crops import Box, JpegFile, common_jpeg, crop_jpeg, why_pillow
 from sslfast.loaders.plan import replacement_rows
+from sslfast.ops import is_compiled
+from sslfast.ops.crops import crop_pixels
 from sslfast.views import ViewConfig, crop_boxes, crop_draws
 
 # Files held in memory at once: enough to draw boxes vectorised, few enough for large photographs.
@@ -37,36 +40,61 @@ class DecodedBatch:
     bad: list[tuple[int, str]]
 
 
-def decode_crops(opened: OpenImage, boxes: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> list[Tensor]:
+def decode_crops(image: ImageHeader, boxes: Sequence[NDArray[np.int64]], sizes: Sequence[int]) -> list[Tensor]:
+    """One uint8 ``[3, size, size]`` tensor for each box: see :func:`fill_crops`."""
+    outs = [torch.empty(3, size, size, dtype=torch.uint8) for size in sizes]
+    fill_crops(image, boxes, outs)
+    return outs
+
+
+def fill_crops(image: ImageHeader, boxes: Sequence[NDArray[np.int64]], outs: Sequence[Tensor]) -> None:
     """Square crops of one image, decoded once: crop, then antialiased bilinear resize in 8 bits.
 
-    The same filter as torchvision's ``RandomResizedCrop``; results differ from Pillow's resize by rounding.
-    A JPEG is decoded at 1/2, 1/4 or 1/8 if every box then still has at least as many pixels as its crop, so that no
-    crop is upsampled because of it; the boxes are rounded outwards to whole pixels of the smaller image.
+    The filter of torch's ``interpolate`` and torchvision's ``RandomResizedCrop``; results differ from Pillow's resize
+    by rounding. A JPEG is decoded at 1/2, 1/4 or 1/8 if every box then still has at least as many pixels as its crop,
+    so that no crop is upsampled because of it; the boxes are rounded outwards to whole pixels of the smaller image.
 
     Args:
-        opened: the image; its pixels are consumed.
+        image: an :class:`OpenImage`, whose pixels are consumed, or a :class:`JpegFile`.
         boxes: for every crop int ``left, top, right, bottom`` in pixels of the upright full-size image.
-        sizes: side of each crop in pixels.
+        outs: for every box a contiguous uint8 ``[3, size, size]``, which is filled.
 
-    Returns:
-        One uint8 ``[3, size, size]`` tensor for each box. Raises BadImageError.
+    Raises:
+        BadImageError: the image cannot be decoded.
     """
-    room = min(min(b[2] - b[0], b[3] - b[1]) / size for b, size in zip(boxes, sizes, strict=True))
-    pixels, factor = decode_pixels(opened, factor=next((f for f in (8, 4, 2) if room >= f), 1))
-    transpose, flip_vertical, flip_horizontal = ORIENTATION[opened.orientation]
+    stored = [stored_box(image, box) for box in boxes]
+    room = min(min(b[2] - b[0], b[3] - b[1]) / out.shape[-1] for b, out in zip(stored, outs, strict=True))
+    factor = next((f for f in (8, 4, 2) if room >= f), 1)
+    if isinstance(image, JpegFile):
+        if crop_jpeg(image, [_scaled(box, factor) for box in stored], outs, factor=factor):
+            return
+        image = open_image(image.data, image.decoding)
+    assert isinstance(image, OpenImage)
+    pixels, factor = decode_pixels(image, factor=factor)
+    scaled = [_scaled(box, factor) for box in stored]
+    if is_compiled():
+        contiguous = torch.from_numpy(np.ascontiguousarray(pixels))
+        crop_pixels(contiguous, scaled, outs, orientation=image.orientation)
+    else:
+        _interpolate(torch.from_numpy(pixels), scaled, outs, image.orientation)
+
+
+def _scaled(box: Box, factor: int) -> Box:
+    left, top, right, bottom = box
+    return left // factor, top // factor, -(-right // factor), -(-bottom // factor)
+
+
+def _interpolate(pixels: Tensor, boxes: Sequence[Box], outs: Sequence[Tensor], orientation: int) -> None:
+    """:func:`~sslfast.ops.crops.crop_pixels` in torch, equal to the last bit on x86-64."""
+    transpose, flip_vertical, flip_horizontal = ORIENTATION[orientation]
     flipped = [axis for axis, flip in ((1, flip_vertical), (2, flip_horizontal)) if flip]
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    crops = []
-    for box, size in zip(boxes, sizes, strict=True):
-        left, top, right, bottom = stored_box(opened, box)
-        part = image[:, top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
+    for (left, top, right, bottom), out in zip(boxes, outs, strict=True):
+        part, size = pixels.permute(2, 0, 1)[:, top:bottom, left:right], out.shape[-1]
         if part.shape[1:] != (size, size):
             part = F.interpolate(part[None], size=(size, size), mode="bilinear", antialias=True)[0]
         if transpose:
             part = part.transpose(1, 2)
-        crops.append((part.flip(flipped) if flipped else part).expand(3, size, size))
-    return crops
+        out.copy_((part.flip(flipped) if flipped else part).expand(3, size, size))
 
 
 def stored_box(opened: ImageHeader, box: NDArray[np.int64]) -> tuple[int, int, int, int]:
@@ -99,16 +127,14 @@ class BatchDecoder:
     reading: Callable[[int], None] = field(default_factory=Reading)
     """Told the row of every file that is about to be read."""
 
-    def __call__(self, epoch: int, sample_ids: NDArray[np.int64]) -> DecodedBatch:
-        sizes = [view.crop.size for view in self.views.values()]
-        batch = DecodedBatch(
-            sample_ids=torch.from_numpy(sample_ids.copy()),
-            crops={
-                name: torch.empty(len(sample_ids), 3, size, size, dtype=torch.uint8)
-                for name, size in zip(self.views, sizes, strict=True)
-            },
-            bad=[],
-        )
+    def __call__(
+        self, epoch: int, sample_ids: NDArray[np.int64], crops: dict[str, Tensor] | None = None
+    ) -> DecodedBatch:
+        """``crops``: where they are written, by view; new memory if not given."""
+        if crops is None:
+            shapes = {name: (len(sample_ids), 3, view.crop.size, view.crop.size) for name, view in self.views.items()}
+            crops = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}
+        batch = DecodedBatch(sample_ids=torch.from_numpy(sample_ids.copy()), crops=crops, bad=[])
         with quiet_pillow():
             for start in range(0, len(sample_ids), _GROUP):
                 self._group(epoch, list(range(start, min(start + _GROUP, len(sample_ids)))), batch)
@@ -148,16 +174,15 @@ class BatchDecoder:
 
     def _take(self, batch: DecodedBatch, slot: int, image: ImageHeader, boxes: NDArray[np.int64]) -> None:
         """Fill a slot with the image's crops, one per view. Raises BadImageError."""
-        assert isinstance(image, OpenImage)
-        crops = decode_crops(image, list(boxes), [view.crop.size for view in self.views.values()])
-        for out, crop in zip(batch.crops.values(), crops, strict=True):
-            out[slot] = crop
+        fill_crops(image, list(boxes), [crops[slot] for crops in batch.crops.values()])
 
     def _open(self, row: int) -> ImageHeader:
         if row in self.known_bad:
             raise BadImageError(self.known_bad[row])
         self.reading(row)
-        return open_image(self.source.read(row), self.source.decoding)
+        data, decoding = self.source.read(row), self.source.decoding
+        common = None if why_pillow() else common_jpeg(data, decoding)
+        return open_image(data, decoding) if common is None else common
 
     def _boxes(self, epoch: int, sample_ids: Tensor, images: list[ImageHeader]) -> NDArray[np.int64]:
         """``[len(images), views, 4]``."""

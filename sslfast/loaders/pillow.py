@@ -1,4 +1,5 @@
-"""The ``pillow`` loader: Pillow decoding in worker processes, a whole batch at a time.
+"""The ``pillow`` loader: decoding in worker processes by Pillow and, for common JPEGs, by its libjpeg-turbo directly
+(:mod:`sslfast.loaders.jpeg_crops`); a whole batch at a time.
 
 Needs only torch, numpy and Pillow, works on every device, and is the reference for what every loader yields.
 """
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from sslfast.data import BadImageError, DaemonPool, SourceError, require_strict_pillow
 from sslfast.loaders.base import ImageLoader
 from sslfast.loaders.decode import BatchDecoder, DecodedBatch
+from sslfast.loaders.jpeg_crops import why_pillow
 from sslfast.loaders.limits import check_limits
 from sslfast.loaders.workers import PREFETCH, PROCESS_BYTES, WorkerPool, slot_bytes
 from sslfast.views import Batch, ViewConfig
@@ -107,4 +109,7 @@ def status() -> tuple[bool, str, str]:
     from PIL import __version__, features
 
     turbo = features.version("libjpeg_turbo")
-    return True, f"Pillow {__version__}{f', libjpeg-turbo {turbo}' if turbo else ', libjpeg without turbo'}", ""
+    library = f"libjpeg-turbo {turbo}" if turbo else "libjpeg without turbo"
+    why = why_pillow()
+    called = f"JPEGs decoded through Pillow ({why})" if why else "which decodes JPEGs directly"
+    return True, f"Pillow {__version__}, {library}, {called}", ""

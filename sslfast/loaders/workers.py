@@ -354,12 +354,10 @@ def _serve(pipe: connection.Connection, memory: _Memory, parcel: _Parcel, number
 def _fill(decoder: BatchDecoder, memory: _Memory, slot: int, epoch: int) -> tuple[str, Any]:
     planned, sample_ids, crops = memory.slot(slot)
     try:
-        batch = decoder(epoch, planned.copy())
+        batch = decoder(epoch, planned.copy(), crops)
     except (BadImageError, SourceError) as error:
         return "error", str(error)
     except Exception:
         return "failed", traceback.format_exc()
     sample_ids.copy_(batch.sample_ids)
-    for name, crop in crops.items():
-        crop.copy_(batch.crops[name])
     return "batch", batch.bad

@@ -1,10 +1,11 @@
 """Ops: the C++ and CUDA kernels as functions on tensors (losses against a memory bank, updates of banks and momentum
 encoders, the view stage), each with a reference in torch that specifies it; counter-based random numbers (``philox``);
-the pixel operations of the view stage in torch (``pixels``); sets of permutations (``permutations``). Imports torch and
-the compiled core, nothing else. Without the core the ops run as their references, and importing them warns.
+the pixel operations of the view stage in torch (``pixels``); sets of permutations (``permutations``); crops of images
+(``crops``). Imports torch and the compiled core, nothing else. Without the core the ops run as their references, and
+importing them warns.
 """
 
-from sslfast.ops import permutations, philox, pixels
+from sslfast.ops import crops, permutations, philox, pixels
 from sslfast.ops._core import build_info, is_compiled
 from sslfast.ops.bank_enqueue_ import bank_enqueue_, bank_enqueue_reference
 from sslfast.ops.bank_nce import bank_nce, bank_nce_reference, estimate_z
@@ -32,6 +33,7 @@ __all__ = [
     "bank_update_",
     "bank_update_reference",
     "build_info",
+    "crops",
     "ema_update_",
     "ema_update_reference",
     "estimate_z",
