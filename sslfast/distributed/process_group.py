@@ -57,13 +57,13 @@ class LostRankError(RuntimeError):
     exit_code = 4
 
 
-def init_process_group(group: ProcessGroup, device: torch.device, *, patience: float = 0.0) -> None:
+def init_process_group(group: ProcessGroup, device: torch.device, *, timeout: float = _TIMEOUT_SECONDS) -> None:
     """Initialise the process group; does nothing for a single process, or if there is one already.
 
     Args:
         group: this process in it.
         device: of the tensors.
-        patience: seconds that a rank may be late, at least: collectives wait for half an hour, or twice as long.
+        timeout: seconds that collectives wait for a rank.
 
     CUDA tensors are exchanged by NCCL, CPU tensors by gloo; small host values always by gloo, so that they never wait
     for a device.
@@ -72,7 +72,7 @@ def init_process_group(group: ProcessGroup, device: torch.device, *, patience: f
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=max(_TIMEOUT_SECONDS, 2 * patience))
+    limit = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         dist.init_process_group(backend, timeout=limit)

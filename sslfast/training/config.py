@@ -89,6 +89,9 @@ class TrainConfig:
     pictures_every_epochs: int = resumable(0)
     """Epochs between pictures in pictures/ and in the logs (0: none): what the network sees of the first images, and
     nearest neighbours among the vectors of the memory bank or features kept for clustering."""
+    rank_timeout: float = resumable(1800.0)
+    """Seconds that a process waits for the others, and never less than twice loader.timeout: then a dead machine or a
+    stalled link ends the run with exit code 4. The first process's listing of new data is waited for, too."""
     progress: Literal["auto", "bar", "plain", "off"] = resumable("auto")
     """Progress display. auto: a bar on a terminal, else one line per log record."""
 

@@ -28,6 +28,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint_every_steps": (1, _COUNT),
     "keep_checkpoints": (1, _COUNT),
     "keep_every_steps": (0, _COUNT),
+    "rank_timeout": (0.1, 10**6),
     "loader.workers": (0, 1024),
     "loader.white_level": (255, 65535),
     "loader.max_pixels": (1, 1 << 32),

@@ -86,7 +86,7 @@ class Trainer:
         self.report = surviving(report) if self.is_main else lambda _line: None
         self.outbox = Outbox(self.report)
         self.device = resolve_device(config.device, local_rank=group.local_rank if group.world_size > 1 else None)
-        distributed.init_process_group(group, self.device, patience=config.loader.timeout)
+        distributed.init_process_group(group, self.device, timeout=max(config.rank_timeout, 2 * config.loader.timeout))
         self.dtype = resolve_precision(config.precision, self.device)
         self.channels_last = config.is_channels_last(self.device, self.dtype)
         find_loggers(config)  # a missing package is an error before the run starts

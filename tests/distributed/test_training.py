@@ -99,8 +99,8 @@ def train(rank: int, ranks: int, port: int, data: Path, output: Path, arguments:
     destroy_process_group()
 
 
-def run(target: Any, ranks: int, *arguments: Any, expect: int = 0, meanwhile: Any = None) -> None:
-    """``target(rank, ranks, port, *arguments)`` in a process for each rank."""
+def run(target: Any, ranks: int, *arguments: Any, expect: int | list[int] = 0, meanwhile: Any = None) -> None:
+    """``target(rank, ranks, port, *arguments)`` in a process for each rank. ``expect``: their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -115,7 +115,7 @@ def run(target: Any, ranks: int, *arguments: Any, expect: int = 0, meanwhile: An
     codes = [child.exitcode for child in children]
     for child in children:
         child.kill()
-    assert codes == [expect] * ranks
+    assert codes == (expect if isinstance(expect, list) else [expect] * ranks)
 
 
 def final(output: Path) -> dict[str, Any]:
@@ -322,22 +322,35 @@ def test_a_rank_without_a_batch_stops_all_saved_and_the_run_resumes_bit_equal(
         assert same(final(tmp_path)[key], final(trained(2, **arguments))[key])
 
 
-def survive(rank: int, ranks: int, port: int, data: Path, output: Path) -> None:
-    """Rank 1 is killed in a step; the other one says so."""
+def survive(rank: int, ranks: int, port: int, data: Path, output: Path, says: str) -> None:
+    """Rank 1 ends in a step, or stands still as on a machine without its network; the other one says so."""
     enter(rank, ranks, port)
     sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
-    trainer = Trainer(config(), data, output, report=lambda _line: None)
+    changes = {"rank_timeout": 4.0, "loader": LoaderConfig(workers=0, timeout=2.0)} if says == "did not answer" else {}
+    trainer = Trainer(config(**changes), data, output, report=lambda _line: None)
     if rank == 1:
-        trainer.method.after_step = lambda: os._exit(3)  # type: ignore[assignment, method-assign]
+        lost = (lambda: time.sleep(120)) if changes else (lambda: os._exit(3))
+        trainer.method.after_step = lost  # type: ignore[assignment, method-assign]
     try:
         with lost_ranks_named():
             trainer.fit()
     except LostRankError as error:
-        os._exit(3 if "rank 0 of 2: another process of the run has ended" in str(error) else 5)
+        os._exit(3 if f"rank 0 of 2: another process of the run {says}" in str(error) else 5)
 
 
 def test_a_lost_rank_is_named_in_one_line(data: Path, tmp_path: Path) -> None:
-    run(survive, 2, data, tmp_path, expect=3)
+    run(survive, 2, data, tmp_path, "has ended", expect=3)
+
+
+def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_told(data: Path, tmp_path: Path) -> None:
+    start = time.monotonic()
+
+    def end_the_other(children: list[Any]) -> None:
+        children[0].join(60)
+        children[1].kill()
+
+    run(survive, 2, data, tmp_path, "did not answer", expect=[3, -signal.SIGKILL], meanwhile=end_the_other)
+    assert 4 < time.monotonic() - start < 60
 
 
 def check(rank: int, ranks: int, port: int, data: Path, output: Path, words: str) -> None:
