@@ -111,7 +111,7 @@ def _check_data(command: Command, arguments: list[str]) -> None:
     if at is None or len(arguments) <= at or any(word.startswith("-") for word in arguments[: at + 1]):
         return
     path = arguments[at]
-    if {"-h", "--help"} & set(arguments) or path.startswith("synthetic:") or os.path.lexists(path):
+    if {"-h", "--help"} & set(arguments) or path.startswith("synthetic:") or "://" in path or os.path.lexists(path):
         return
     where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
     raise ValueError(f"{path} does not exist{where}: correct the path of DATA")
