@@ -38,7 +38,18 @@ from sslfast.data.processes import (
     signals_held,
     why_ended,
 )
-from sslfast.data.source import HASHED_BYTES, ImageLocation, ImageSource, SourceError, all_sources, content_hash
+from sslfast.data.source import (
+    HASHED_BYTES,
+    Changes,
+    ImageLocation,
+    ImageSource,
+    ListedImage,
+    SourceError,
+    all_sources,
+    content_hash,
+    register_source,
+    source_of,
+)
 from sslfast.data.spelling import alike
 from sslfast.data.verify import verify_images
 from sslfast.data.waiting import (
@@ -61,6 +72,7 @@ __all__ = [
     "BadImageError",
     "Beton",
     "BetonSource",
+    "Changes",
     "Contents",
     "DaemonPool",
     "Decoding",
@@ -68,6 +80,7 @@ __all__ = [
     "ImageHeader",
     "ImageLocation",
     "ImageSource",
+    "ListedImage",
     "LostBatchError",
     "Manifest",
     "NoImageError",
@@ -102,6 +115,7 @@ __all__ = [
     "read_bytes",
     "recorded_decoding",
     "refuse_in_bootstrap",
+    "register_source",
     "reopen_data",
     "require_strict_pillow",
     "sample_contents",
@@ -109,6 +123,7 @@ __all__ = [
     "signals_held",
     "silence_pillow",
     "some_paths",
+    "source_of",
     "verify_images",
     "why_ended",
 ]
