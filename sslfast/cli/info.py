@@ -11,8 +11,8 @@ import torch
 
 from sslfast import __version__
 from sslfast.loaders import DISTRIBUTIONS, loader_status
-from sslfast.methods import load_plugins
 from sslfast.ops import build_info
+from sslfast.plugins import load_plugins
 
 OPTIONAL = {
     "torchvision": "trunks for `sslfast pretrain`",

@@ -9,8 +9,8 @@ import tyro
 
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.cli.usage import parse
-from sslfast.methods import load_plugins
-from sslfast.models import choose_trunk
+from sslfast.models import CustomTrunkConfig, choose_trunk
+from sslfast.plugins import load_plugins
 from sslfast.recipes import RECIPES, find_recipe, load_settings
 from sslfast.training import LOGGERS, TrainConfig
 
@@ -41,6 +41,8 @@ def parse_recipe(target: type[T], arguments: list[str], *, command: str) -> T | 
     recipe = _base(arguments, command)
     wanted = {name: _value(arguments, f"--model.{name}") for name in ("name", "factory")}
     recipe.model = choose_trunk(recipe.model, wanted)  # a trunk that is no ResNet has other options
+    if isinstance(recipe.model, CustomTrunkConfig):
+        arguments = _without(arguments, "--model.name")  # that of a registered network: its factory says all
     # The recipe has chosen the method: the method's fields are plain options, not a subcommand per method.
     words = "Recipe, one of those listed above: the default of every other option."
     name = Annotated[str, tyro.conf.arg(metavar="NAME", help=words)]
@@ -114,6 +116,18 @@ def _value(arguments: list[str], option: str) -> str | None:
         elif argument.startswith(f"{option}="):
             value = argument.removeprefix(f"{option}=")
     return value
+
+
+def _without(arguments: list[str], option: str) -> list[str]:
+    """The arguments without an option and its value."""
+    words = iter(arguments)
+    rest = []
+    for word in words:
+        if word == option:
+            next(words, None)
+        elif not word.startswith(f"{option}="):
+            rest.append(word)
+    return rest
 
 
 def _description() -> str:

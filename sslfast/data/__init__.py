@@ -41,12 +41,16 @@ from sslfast.data.processes import (
 )
 from sslfast.data.source import (
     HASHED_BYTES,
+    Changes,
     ImageLocation,
     ImageSource,
+    ListedImage,
     SourceError,
     all_sources,
     content_hash,
+    register_source,
     some_paths,
+    source_of,
 )
 from sslfast.data.spelling import alike
 from sslfast.data.verify import verify_images
@@ -70,6 +74,7 @@ __all__ = [
     "BadImageError",
     "Beton",
     "BetonSource",
+    "Changes",
     "Contents",
     "DaemonPool",
     "Decoding",
@@ -77,6 +82,7 @@ __all__ = [
     "ImageHeader",
     "ImageLocation",
     "ImageSource",
+    "ListedImage",
     "LostBatchError",
     "Manifest",
     "NoImageError",
@@ -113,6 +119,7 @@ __all__ = [
     "read_bytes",
     "recorded_decoding",
     "refuse_in_bootstrap",
+    "register_source",
     "reopen_data",
     "require_strict_pillow",
     "sample_contents",
@@ -120,6 +127,7 @@ __all__ = [
     "signals_held",
     "silence_pillow",
     "some_paths",
+    "source_of",
     "verify_images",
     "why_ended",
     "write_pickle",

@@ -24,6 +24,8 @@ PATH_NAMES = (
 )
 """Names of columns, in any letter case; the first that there is counts, as of ``LABEL_NAMES``."""
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
 
 class Entry(NamedTuple):
     """One image of a list."""
@@ -117,8 +119,6 @@ def _remark(path: Path, entry: Entry, reason: str, last: int | None, looked: boo
 
 def _misread(folder: Path, entry: Entry) -> str:
     """What else a line may mean whose path is no file."""
-    if "://" in entry.path:
-        return "; a URL: download the images and list their files"
     if any("\udc80" <= character <= "\udcff" for character in entry.path):
         return "; its name is not UTF-8: save the list as UTF-8"
     if "\\" in entry.path:
@@ -179,6 +179,12 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
             if "\0" in text:
                 raise SourceError(f"{path} line {line} holds a NUL byte: save the list as UTF-8 text")
             name = "/".join(part for part in text.split("/") if part != ".")
+            if _URL.match(name):
+                raise SourceError(
+                    f"{path} line {line} names a URL, {name!r:.80}: a list names files of this machine; download the "
+                    f"images (the URLs one a line in urls.txt: wget -x -i urls.txt) and list their files, or pack them "
+                    "into .tar shards and give the URL of these as DATA"
+                )
             if not name:
                 raise SourceError(f"{path} line {line} names no file: write path,label")
             if name in entries:

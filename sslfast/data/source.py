@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sslfast.data.images import Decoding, OnBadImage
 from sslfast.data.left_out import system_key
+from sslfast.plugins import load_plugins
 
 if TYPE_CHECKING:
     from sslfast.data.manifest import Manifest
@@ -340,6 +341,35 @@ def all_sources() -> list[type[ImageSource]]:
     return [getattr(import_module(f"sslfast.data.{module}"), name) for module, name in entries]
 
 
+_registered: dict[str, type[ImageSource]] = {}
+_GENERAL = ("remote", "torch", "folder")
+"""Sources that take whatever looks roughly like theirs: registered ones are asked before them."""
+S = TypeVar("S", bound=type[ImageSource])
+
+
+def register_source(source: S) -> S:
+    """Decorator: lets DATA be of a source outside this package; see :class:`ImageSource`.
+
+    It is asked where no source of sslfast but a folder, a URL or a ``torch.utils.data.Dataset`` accepts DATA, the one
+    registered last first.
+
+    Raises:
+        ValueError: no ImageSource, or a ``name`` that another source has.
+    """
+    if not (isinstance(source, type) and issubclass(source, ImageSource)):
+        raise ValueError(f"register_source takes a class that derives from sslfast.data.ImageSource, got {source!r}")
+    name = getattr(source, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{source.__qualname__}.name must be a word, which manifests are marked with, got {name!r}")
+    known = _registered.get(name)
+    is_own = any(name == own.name for own in all_sources())
+    if is_own or (known and (known.__module__, known.__qualname__) != (source.__module__, source.__qualname__)):
+        raise ValueError(f"image source {name!r} of {source.__module__} is already registered; choose another name")
+    _registered.pop(name, None)
+    _registered[name] = source
+    return source
+
+
 class Url(str):
     """Data elsewhere: ``s3://bucket/train-{000..099}.tar``."""
 
@@ -367,9 +397,16 @@ def as_data(data: Any) -> Any:
 
 def source_of(data: Any) -> type[ImageSource]:
     """The kind of source that a DATA argument, as :func:`as_data` gives it, is; ValueError where it is of none."""
-    for source in all_sources():
-        if source.accepts(data) if isinstance(data, Path) else source.takes(data):
-            return source
+
+    def accepting(sources: Iterable[type[ImageSource]]) -> type[ImageSource] | None:
+        return next((one for one in sources if (one.accepts if isinstance(data, Path) else one.takes)(data)), None)
+
+    found = accepting(all_sources())
+    if found is None or found.name in _GENERAL:
+        load_plugins()
+        found = accepting(reversed(_registered.values())) or found
+    if found is not None:
+        return found
     raise ValueError(f"data of type {type(data).__module__}.{type(data).__qualname__} is not read: {DATA_OBJECTS}")
 
 
@@ -379,8 +416,14 @@ def source_of_manifest(notes: Sequence[Sequence[str]], columns: Mapping[str, Seq
     for source in all_sources():
         if source.name == name if name is not None else source.wrote(notes, columns):
             return source
-    known = ", ".join(source.name for source in all_sources())
-    raise SourceError(f"of a source {name!r} that this version does not know: {known}")
+    load_plugins()
+    if name in _registered:
+        return _registered[name]
+    known = ", ".join([*(source.name for source in all_sources()), *_registered])
+    raise SourceError(
+        f"of a source {name!r} that this version does not know: {known}; update sslfast, or install the package that "
+        "registers it, or import its module with --plugin MODULE"
+    )
 
 
 def is_file(path: Path, suffix: str) -> bool:

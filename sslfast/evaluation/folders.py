@@ -7,7 +7,7 @@ from shlex import quote
 import torch
 from torch import Tensor
 
-from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, open_data, some_paths
+from sslfast.data import DEFAULT_DECODING, Decoding, Manifest, OnBadImage, alike, open_data, some_paths, source_of
 from sslfast.files import open_regular, reason_of
 from sslfast.ops.philox import Stream, random_uint32
 
@@ -93,6 +93,9 @@ def _place(data: Path, split: str) -> Path:
         data / f"ILSVRC2012_img_{split}.tar",
     ):
         if place.is_file() or (place == folder and place.is_dir()):
+            return place
+    for place in sorted(data.absolute().glob(f"{split}.*")):
+        if source_of(place).name != "folder":  # .arrow, .roots, what a plugin reads
             return place
     whole = Path(os.path.abspath(data))
     if whole.name.casefold() in ("train", "val") and (whole.parent / "train").is_dir():

@@ -18,7 +18,6 @@ from sslfast.methods.inpainting import Inpainting
 from sslfast.methods.jigsaw import Jigsaw
 from sslfast.methods.moco import MoCo
 from sslfast.methods.pirl import PIRL
-from sslfast.methods.plugins import PluginDict, load_plugins
 from sslfast.methods.registry import METHODS, MethodConfig, register_method
 from sslfast.methods.relative_position import RelativePosition
 from sslfast.methods.rotation import Rotation
@@ -51,7 +50,6 @@ __all__ = [
     "MethodContext",
     "MoCo",
     "PatchGrid",
-    "PluginDict",
     "RelativePosition",
     "Rotation",
     "SeLa",
@@ -63,7 +61,6 @@ __all__ = [
     "clean_view",
     "jigsaw_view",
     "lightness",
-    "load_plugins",
     "read_head",
     "register_method",
 ]

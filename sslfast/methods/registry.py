@@ -4,7 +4,7 @@ from typing import Annotated, TypeAlias, TypeVar
 
 from sslfast.config import OneOf
 from sslfast.methods.base import BaseConfig, Method
-from sslfast.methods.plugins import PluginDict
+from sslfast.plugins import PluginDict
 
 M = TypeVar("M", bound=Method)
 

@@ -28,7 +28,7 @@ from sslfast.models.library import (
 from sslfast.models.memory_bank import MemoryBank, initial_rows
 from sslfast.models.recomputation import snapshot
 from sslfast.models.resnet import ResNetConfig, ResNetTrunk
-from sslfast.models.trunk import CustomTrunkConfig, Trunk, trunk_factory
+from sslfast.models.trunk import CustomTrunkConfig, Trunk, register_trunk, trunk_factory
 
 __all__ = [
     "STAGE_NAMES",
@@ -59,6 +59,7 @@ __all__ = [
     "initial_rows",
     "initial_weights",
     "read_trunk_config",
+    "register_trunk",
     "require_resnet",
     "seeded",
     "size_words",

@@ -10,7 +10,7 @@ from sslfast.config import OneOf, decode, nearest
 from sslfast.models.init import seeded
 from sslfast.models.library import LibraryTrunkConfig, near_names
 from sslfast.models.resnet import ResNetConfig
-from sslfast.models.trunk import CustomTrunkConfig, Trunk
+from sslfast.models.trunk import TRUNKS, CustomTrunkConfig, Trunk
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 
@@ -54,11 +54,12 @@ def choose_trunk(
         return LibraryTrunkConfig(name=str(name))
     if name in RESNETS:
         return config if isinstance(config, ResNetConfig) else ResNetConfig(name=name)
+    if name in TRUNKS:
+        return CustomTrunkConfig(factory=TRUNKS[str(name)])
     near = near_names(str(name))
-    hint = f"did you mean {' or '.join(near[:4])}?" if near else nearest(str(name), RESNETS)
-    raise ValueError(
-        f"model.name must be one of {', '.join(RESNETS)}, torchvision/NAME or timm/NAME, got {name!r}; {hint}"
-    )
+    hint = f"did you mean {' or '.join(near[:4])}?" if near else nearest(str(name), [*RESNETS, *TRUNKS])
+    known = ", ".join([*RESNETS, *TRUNKS])
+    raise ValueError(f"model.name must be one of {known}, torchvision/NAME or timm/NAME, got {name!r}; {hint}")
 
 
 _initial: list[Mapping[str, Tensor]] = []

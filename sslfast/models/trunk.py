@@ -7,6 +7,11 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from sslfast.plugins import PluginDict
+
+TRUNKS: dict[str, str] = PluginDict()
+"""Networks by the name that ``--model.name`` takes -> ``module:function`` of their factory; see
+:func:`register_trunk`."""
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
@@ -39,6 +44,27 @@ def trunk_factory(function: F) -> F:
     """
     function.__dict__["is_trunk_factory"] = True
     return function
+
+
+def register_trunk(name: str) -> Callable[[F], F]:
+    """Decorator: a :func:`trunk_factory` that ``--model.name`` knows by a name of its own.
+
+    The configuration keeps ``module:function``, so a run is read without the registration.
+
+    Raises:
+        ValueError: a name with / or :, or one that another factory has.
+    """
+
+    def register(function: F) -> F:
+        place = f"{function.__module__}:{function.__qualname__}"
+        if not name or set(name) & set("/: "):
+            raise ValueError(f"register_trunk takes a name without / and :, got {name!r}")
+        if dict.get(TRUNKS, name, place) != place:
+            raise ValueError(f"network {name!r} of {place} is already that of {TRUNKS[name]}; choose another name")
+        TRUNKS[name] = place
+        return trunk_factory(function)
+
+    return register
 
 
 @dataclass(kw_only=True)

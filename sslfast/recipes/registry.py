@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sslfast.config import nearest
-from sslfast.methods import PluginDict
+from sslfast.plugins import PluginDict
 from sslfast.recipes import clustering, contrastive, generative, joint_embedding, pirl, pretext
 from sslfast.training import TrainConfig
 

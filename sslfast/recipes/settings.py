@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from sslfast.config import from_dict, load_json, merge, nearest, to_dict
 from sslfast.files import open_regular, reason_of
-from sslfast.models import choose_trunk
+from sslfast.models import CustomTrunkConfig, choose_trunk
 from sslfast.recipes.registry import RECIPES, find_recipe
 from sslfast.training import TrainConfig
 
@@ -41,6 +41,8 @@ def changed(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
         config.model = choose_trunk(config.model, wanted)
     before = to_dict(config)
     values = merge(before, overrides)
+    if isinstance(wanted, Mapping) and isinstance(config.model, CustomTrunkConfig):
+        values["model"]["name"] = config.model.name  # that of a registered network is in its factory
     method, new = before["method"].get("name"), values["method"]
     if isinstance(new, Mapping) and new.get("name") != method and not is_dataclass(overrides.get("method")):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Pictures that a run draws while it trains: its views, and nearest neighbours among the embeddings that it keeps."""
+"""Pictures that a run draws while it trains: its views, and nearest neighbours among its images."""
 
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ from sslfast.report.preview import manifest_preview
 _IMAGES, _QUERIES, _NEIGHBOURS = 4, 8, 6
 
 
-def draw_pictures(config: Any, manifest: Manifest, embeddings: Tensor | None, folder: Path) -> dict[str, Path]:
-    """Draw ``preview.png``, once, and ``neighbours.png`` where there are embeddings; the files by name.
+def draw_pictures(config: Any, manifest: Manifest, embedded: tuple[Manifest, Tensor], folder: Path) -> dict[str, Path]:
+    """Draw ``preview.png``, once, and ``neighbours.png``; the files by name.
 
     Args:
         config: the :class:`sslfast.training.TrainConfig` of the run.
         manifest: its images.
-        embeddings: ``[N, D]``, a row for each image.
+        embedded: images, all or some of them, and their embeddings ``[N, D]``.
         folder: created if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,10 +35,11 @@ def draw_pictures(config: Any, manifest: Manifest, embeddings: Tensor | None, fo
         )
         save_picture(sheet, preview, remedy=ANOTHER_PLACE)
         found["preview"] = preview
-    if embeddings is not None and len(manifest) > _NEIGHBOURS:
+    images, embeddings = embedded
+    if len(images) > _NEIGHBOURS:
         path = found["neighbours"] = folder / "neighbours.png"
         title = f"images and the {_NEIGHBOURS} others most similar to them"
-        sheet = neighbour_sheet(_queries(manifest, embeddings), title=title)
+        sheet = neighbour_sheet(_queries(images, embeddings), title=title)
         save_picture(sheet, path, remedy=ANOTHER_PLACE)
     return found
 

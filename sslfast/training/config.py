@@ -88,7 +88,8 @@ class TrainConfig:
     MLFLOW_TRACKING_URI says otherwise), or module:factory of your own."""
     pictures_every_epochs: int = resumable(0)
     """Epochs between pictures in pictures/ and in the logs (0: none): what the network sees of the first images, and
-    nearest neighbours among the vectors of the memory bank or features kept for clustering."""
+    nearest neighbours by the vectors of the memory bank or features kept for clustering; for other methods by the
+    trunk's features of at most 512 images."""
     rank_timeout: float = resumable(1800.0)
     """Seconds that a process waits for the others, and never less than twice loader.timeout: then a dead machine or a
     stalled link ends the run with exit code 4. The first process's listing of new data is waited for, too."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sslfast.methods import PluginDict
+from sslfast.plugins import PluginDict
 from sslfast.runs import LogFile, Outbox, RunDirectory, print_error
 from sslfast.training.config import TrainConfig
 from sslfast.training.progress import Progress

@@ -9,16 +9,20 @@ from torch import Tensor
 
 from sslfast.data import Manifest
 from sslfast.distributed import gather_to_rank0, rank, shard_bounds, world_size
+from sslfast.evaluation import TRAINED, extract_all, resolve_preprocessing
 from sslfast.methods import Method
-from sslfast.runs import RunDirectory
+from sslfast.runs import RunDirectory, print_error
 from sslfast.training.logging import Recorder
+from sslfast.training.probe import method_encoder
 
 if TYPE_CHECKING:
     from sslfast.training.config import TrainConfig
 
-Draw = Callable[["TrainConfig", Manifest, Tensor | None, Path], dict[str, Path]]
-"""Draws the pictures of a configuration, its images and their embeddings ``[N, D]`` (None: the method keeps none) into
-a folder; PNG files by name."""
+Draw = Callable[["TrainConfig", Manifest, tuple[Manifest, Tensor], Path], dict[str, Path]]
+"""Draws the pictures of a configuration, its images, and images with their embeddings ``[N, D]`` into a folder; PNG
+files by name."""
+MOST_IMAGES = 512
+"""Images that are computed embeddings of where the method keeps none."""
 
 
 class Pictures:
@@ -46,9 +50,37 @@ class Pictures:
         """
         if self._every_steps == 0 or step % self._every_steps:
             return
-        embeddings = self._method.embeddings()
-        if embeddings is not None and self._manifest is not None and len(embeddings) < len(self._manifest):
-            embeddings = gather_to_rank0(embeddings, shard_bounds(len(self._manifest), world_size()))
-        if rank() == 0 and self._draw is not None and self._manifest is not None:
-            draw = partial(self._draw, self._config, self._manifest, embeddings)
+        if self._draw is None or self._manifest is None:
+            return
+        try:
+            found = self._embeddings(self._manifest)
+        except ValueError as error:  # an image that is gone, or features that are not finite: training goes on
+            print_error(f"step {step}: no pictures drawn: {error}")
+            return
+        if rank() == 0 and found is not None:
+            draw = partial(self._draw, self._config, self._manifest, found)
             recorder.write_pictures(lambda: draw(run.pictures), step)
+
+    def _embeddings(self, manifest: Manifest) -> tuple[Manifest, Tensor] | None:
+        """Images and what neighbours are found by: the rows that the method keeps, else the features of a copy of the
+        trunk for some of the images, evenly spread; the ranks share them. None where only rank 0 gets them."""
+        kept = self._method.embeddings()
+        if kept is not None and len(kept) < len(manifest):  # this rank's part of them
+            whole = gather_to_rank0(kept, shard_bounds(len(manifest), world_size()))
+            return None if whole is None else (manifest, whole)
+        if kept is not None:
+            return manifest, kept
+        count = min(MOST_IMAGES, len(manifest))
+        some = manifest.take([number * len(manifest) // count for number in range(count)])
+        crop = self._config.method.image_view.crop.size
+        features = extract_all(
+            {TRAINED: method_encoder(self._config.method, self._method)},
+            some,
+            size=crop,
+            preprocessing=resolve_preprocessing("auto", crop, "centre-crop"),
+            batch_size=max(1, min(256, self._config.batch_size)),
+            device=next(self._method.parameters()).device,
+            workers=0,
+            on_bad_image="skip",
+        )
+        return some.take(features.rows.tolist()), features.values[TRAINED]

@@ -10,6 +10,7 @@ import torch
 from sslfast.evaluation import (
     TRAINED,
     FeatureCache,
+    TrunkEncoder,
     encoder_of,
     extract_all,
     load_manifests,
@@ -20,7 +21,7 @@ from sslfast.evaluation import (
     train_probe,
 )
 from sslfast.loaders import default_workers
-from sslfast.methods import Method
+from sslfast.methods import BaseConfig, Method
 
 if TYPE_CHECKING:
     from sslfast.training.config import TrainConfig
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 K = 20
 STRENGTH = 1e-3
 """λ of the linear layer: one, so that a measurement is one fit."""
+
+
+def method_encoder(config: BaseConfig, method: Method) -> TrunkEncoder:
+    """A copy of the trunk as evaluations see it, so that training is the same to the bit with and without."""
+    patches = config.evaluation_patches()
+    return encoder_of(
+        copy.deepcopy(getattr(method, "teacher_trunk", method.trunk)),  # DINO's is the better one
+        patches if patches is not None and patches.by_default else None,
+        mean=config.image_view.augment.mean,
+        std=config.image_view.augment.std,
+        colours=config.trunk_input,
+    )
 
 
 class OnlineProbe:
@@ -88,14 +101,7 @@ class OnlineProbe:
 
     def _measure(self, cache: FeatureCache) -> dict[str, float]:
         view, workers = self._config.method.image_view, self._config.loader.workers
-        patches = self._config.method.evaluation_patches()
-        encoder = encoder_of(
-            copy.deepcopy(getattr(self._method, "teacher_trunk", self._method.trunk)),  # DINO's is the better one
-            patches if patches is not None and patches.by_default else None,
-            mean=view.augment.mean,
-            std=view.augment.std,
-            colours=self._config.method.trunk_input,
-        )
+        encoder = method_encoder(self._config.method, self._method)
         found = [
             extract_all(
                 {TRAINED: encoder},

@@ -143,3 +143,9 @@ def test_every_number_has_a_range(package: Any, known: dict[str, tuple[float, fl
     assert sum(map(len, found.values())) > 5 - 3 * (package is sslfast.report)
     for config, names in found.items():
         assert names <= set(known), f"{config.__name__}: give {names - set(known)} a range"
+
+
+def test_a_url_as_data_need_not_be_a_file(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "sslfast", "pretrain", "https://host/x.tar", "--recipe", "no-such"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.startswith("sslfast: error: unknown recipe 'no-such'")

@@ -81,7 +81,11 @@ def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: st
         ("l.txt", "1 imgs/b/1.jpg\n", r"; 'imgs/b/1.jpg' is a file: write the path, then the label"),
         ("l.csv", "0,imgs/b/1.jpg\n", r"; 'imgs/b/1.jpg' is a file: write the path, then the label"),
         ("l.csv", "Bild;Art\nimgs/b/1.jpg;1\n", r"if this is a header, name its columns path and label"),
-        ("l.txt", "https://example.org/1.jpg\n", r"; a URL: download the images"),
+        (
+            "l.txt",
+            "https://example.org/1.jpg\n",
+            r"l.txt line 1 names a URL, 'https://example.org/1.jpg': .*; download the images",
+        ),
         ("l.json", '[["imgs/b/1.jpg", 1]]'.encode("utf-16-le").decode(), r"line 1 holds a NUL byte"),
         ("l.txt", "imgs/b/1.jpg\nimgs//b/1.jpg\n", r"one file twice, as 'imgs/b/1.jpg' in line 1 .*line 2"),
         ("l.txt", "imgs/b/../b/1.jpg\nimgs/b/1.jpg\n", r"one file twice"),

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sslfast.cli.options import expand
+from sslfast.methods import Method
 from sslfast.report import draw_pictures
 from sslfast.runs import read_log
 from sslfast.training import RunInterruptedError, Trainer
-from tests.tiny import TinyConfig, write_images
+from tests.tiny import Tiny, TinyConfig, write_images
 from tests.training.test_logging import stop_at
 
 LINES: list[str] = []
@@ -73,8 +74,13 @@ def test_wandb_is_offline_and_continued(tmp_path: Path) -> None:
     assert [line for line in LINES if "cannot" in line] == []
 
 
-def test_pictures_in_tensorboard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_pictures_in_tensorboard(is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bank's rows, and for a method without any of the trunk's features."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not is_kept:
+        monkeypatch.setattr(Tiny, "embeddings", Method.embeddings)
 
     write_images(tmp_path / "data", 24)
     trainer(tmp_path / "data", tmp_path / "run", pictures_every_epochs=2, tensorboard=True).fit()
@@ -87,7 +93,12 @@ def test_pictures_in_tensorboard(tmp_path: Path) -> None:
     assert (last.width, last.height) == struct.unpack(">II", png[16:24])
 
 
-def test_training_is_the_same_with_and_without_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_training_is_the_same_with_and_without_pictures(
+    is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_kept:
+        monkeypatch.setattr(Tiny, "embeddings", Method.embeddings)
     write_images(tmp_path / "data", 24)
     states = []
     for every in (0, 1):

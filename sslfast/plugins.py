@@ -1,17 +1,17 @@
-"""Plugins: modules of installed packages that register methods, recipes or logs, named in the entry-point group
-``sslfast.plugins``::
+"""Plugins: modules of installed packages that register methods, recipes, logs, networks or image sources, named in the
+entry-point group ``sslfast.plugins``::
 
     [project.entry-points."sslfast.plugins"]
     mine = "my_package.my_methods"
 
-They are imported when a name is asked for that sslfast itself does not have, or when all names are listed.
+They are imported when a name is asked for that sslfast itself does not have, when all names are listed, and when DATA
+is a folder, a URL, or of no kind that sslfast knows.
 """
 
 import importlib.metadata
+import sys
 from collections.abc import Mapping
 from typing import TypeVar
-
-from sslfast.runs import print_error
 
 V = TypeVar("V")
 
@@ -36,8 +36,11 @@ def load_plugins() -> Mapping[str, str]:
             except Exception as error:  # a package of somebody else
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 _found[entry.name] = f"{package}, not usable: {reason}"
-                print_error(
-                    f"plugin {entry.name} of {package} cannot be used ({reason}); correct or uninstall that package"
+                print(
+                    f"sslfast: plugin {entry.name} of {package} cannot be used ({reason}); correct or uninstall that "
+                    "package",
+                    file=sys.stderr,
+                    flush=True,
                 )
     return _found
 
