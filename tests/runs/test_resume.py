@@ -317,6 +317,7 @@ def test_fields_that_may_change_at_a_resume() -> None:
         "keep_every_steps",
         "checkpoint_store",
         "tensorboard",
+        "rank_timeout",
         "loggers",
         "loader.timeout",
         "progress",
