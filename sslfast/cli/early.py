@@ -104,4 +104,6 @@ def _read() -> dict[str, list[str]]:
 def _has_plugins() -> bool:
     from importlib.metadata import entry_points
 
-    return bool(entry_points(group="sslfast.plugins"))
+    from sslfast.plugins import GROUP
+
+    return bool(entry_points(group=GROUP))

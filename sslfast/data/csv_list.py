@@ -15,7 +15,7 @@ from sslfast.data.images import SUFFIXES, OnBadImage, read_bytes
 from sslfast.data.left_out import listed_system_keys, suffix_of
 from sslfast.data.manifest import Manifest
 from sslfast.data.members import LABEL_NAMES, label_text
-from sslfast.data.source import Changes, ImageSource, SourceError, is_file
+from sslfast.data.source import URL, Changes, ImageSource, SourceError, is_file
 from sslfast.data.spelling import similar_file
 
 PATH_NAMES = (
@@ -23,8 +23,6 @@ PATH_NAMES = (
     *("img_path", "imagepath", "image_name", "image_id", "imageid", "url"),
 )
 """Names of columns, in any letter case; the first that there is counts, as of ``LABEL_NAMES``."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Entry(NamedTuple):
@@ -179,7 +177,7 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
             if "\0" in text:
                 raise SourceError(f"{path} line {line} holds a NUL byte: save the list as UTF-8 text")
             name = "/".join(part for part in text.split("/") if part != ".")
-            if _URL.match(name):
+            if URL.match(name):
                 raise SourceError(
                     f"{path} line {line} names a URL, {name!r:.80}: a list names files of this machine; download the "
                     f"images (the URLs one a line in urls.txt: wget -x -i urls.txt) and list their files, or pack them "

@@ -343,8 +343,9 @@ def _decode(opened: OpenImage) -> NDArray[np.uint8]:
         array = stored = np.asarray(plain_pixels(image))
         if frame is not None:  # beside it is nothing, which Pillow fills with colour 0
             left, top, right, bottom = frame
-            array = stored = np.full_like(array, 255)
-            array[top:bottom, left:right] = np.asarray(plain_pixels(image))[top:bottom, left:right]
+            array = np.full_like(stored, 255)
+            array[top:bottom, left:right] = stored[top:bottom, left:right]
+            stored = array
         if is_deep_colour(image, stripped):
             opened.peak, opened.white = int(array.max()) * 256 + 255, FULL
         elif key is not None and stripped.bits < 8:  # Pillow scales the levels

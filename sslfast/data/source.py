@@ -376,7 +376,7 @@ class Url(str):
     __slots__ = ()
 
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _URL_AS_PATH = re.compile(r"(https?|s3|gs|hf):/+(?=[^/])")
 """What ``Path`` makes of a URL."""
 
@@ -388,7 +388,7 @@ def as_data(data: Any) -> Any:
         return data
     if isinstance(data, Path) and (found := _URL_AS_PATH.match(str(data))) and not data.exists():
         return Url(f"{found[1]}://{str(data)[found.end() :]}")
-    if isinstance(data, str) and _URL.match(data):
+    if isinstance(data, str) and URL.match(data):
         return Url(data)
     if isinstance(data, str | Path):
         return Path(data).absolute()

@@ -44,7 +44,8 @@ class RunData:
             return self._manifest_together(data, run, Path(place))
 
     def _manifest_together(self, data: Any, run: RunDirectory, place: Path) -> Manifest:
-        first = distributed.first_on_machine(place) if is_named(data) else distributed.rank()
+        is_shared = is_named(data)
+        first = distributed.first_on_machine(place) if is_shared else distributed.rank()
         text, shared = place / "manifest.tsv", place / "rows"
         found: list[Manifest] = []
 
@@ -57,7 +58,7 @@ class RunData:
             if first == distributed.rank() and not distributed.is_main():
                 manifest = reopen_data(data, text, on_bad_image=self.config.loader.on_bad_image)
                 found.append(self.config.loader.decode(manifest))
-            if found and is_named(data):
+            if found and is_shared:
                 found[0].digest()  # so that it is known to all
                 write_pickle(found[0].packed(), shared)
 
@@ -65,7 +66,7 @@ class RunData:
         if distributed.max_over_ranks(torch.tensor(first)):  # some do not see the files of rank 0
             distributed.together(lambda: distributed.broadcast_file(text, keep=first == distributed.rank()))
         distributed.together(find_again)
-        if is_named(data):
+        if is_shared:
             folder = distributed.gather_objects(str(place))[first]
             distributed.together(lambda: found.insert(0, mapped_pickle(Path(folder) / shared.name)))
         return found[0]
