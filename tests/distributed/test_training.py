@@ -245,6 +245,23 @@ def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path, train
         assert_near(final(tmp_path / "part")["method"][name], value, name)
 
 
+@pytest.mark.parametrize(("ranks", "accumulate_steps"), [(3, 1), (4, 3)])
+def test_a_run_of_several_processes_resumes_bit_equal(
+    data: Path, tmp_path: Path, trained: Callable[..., Path], ranks: int, accumulate_steps: int
+) -> None:
+    """More than two summands: their order matters, and with it the places of gradients in DDP's buckets."""
+    arguments = {"batch_size": 12, "accumulate_steps": accumulate_steps, "epochs": 4, "checkpoint_every_steps": 2}
+    whole = trained(ranks, **arguments)
+    shutil.copytree(whole, tmp_path / "part")
+    first, *later = list_checkpoints(RunDirectory(tmp_path / "part").checkpoints)
+    assert first.stem == "step_00000002"
+    for path in later:
+        path.unlink()
+    run(train, ranks, data, tmp_path / "part", arguments, 0.0)
+    for key in ("method", "optimizer", "step"):
+        assert same(final(tmp_path / "part")[key], final(whole)[key])
+
+
 def fail(rank: int, ranks: int, port: int, data: Path, output: Path, who: int, when: str) -> None:
     """One rank of a run in which rank ``who`` fails; it then destroys the group, as the command does."""
     enter(rank, ranks, port)
