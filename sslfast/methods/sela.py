@@ -215,6 +215,11 @@ class SeLa(Method):
         """Features of each row, as the last pass computed them."""
         return self.features.vectors
 
+    @property
+    def embeddings_are_split(self) -> bool:
+        """True where there are several ranks."""
+        return self.features.is_split
+
     def split_rows(self) -> dict[str, tuple[int, int]]:
         """The features."""
         return self.features.split_rows("features")
