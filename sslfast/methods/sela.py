@@ -166,7 +166,7 @@ class SeLa(Method):
         biases = self.head.bias.unflatten(0, (self.config.heads, -1))
         self.labels.fill_(UNLABELLED)
         for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias)).int()
+            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias).int())
 
     def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``[n]`` int64 labels of those rows ``[n]`` of this rank's features, by one head."""

@@ -186,7 +186,7 @@ def uniform_over_clusters(labels: Tensor, clusters: int, *, seed: int, epoch: in
     ``util.py``, UnifLabelSampler).
 
     Args:
-        labels: ``[N]`` int64 on the CPU, -1 for rows without a label, which are not drawn.
+        labels: ``[N]`` integers on the CPU, -1 for rows without a label, which are not drawn.
         clusters: K.
         seed, epoch: of the draws.
 
