@@ -359,6 +359,17 @@ def test_a_lost_rank_is_named_in_one_line(data: Path, tmp_path: Path) -> None:
     run(survive, 2, data, tmp_path, "has ended", expect=3)
 
 
+def test_a_rank_that_ends_before_the_group_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LostRankError, match="rank 1 of 2: another process of the run has ended"), lost_ranks_named():
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(torch.distributed.DistNetworkError), lost_ranks_named():
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+
+
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_told(data: Path, tmp_path: Path) -> None:
     start = time.monotonic()
 
