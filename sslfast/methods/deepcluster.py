@@ -125,6 +125,8 @@ class DeepCluster(Method):
         config.validate()
         import_faiss()
         num_rows = context.num_rows
+        if num_rows < 4:
+            raise ValueError(f"DeepCluster needs at least 4 images, 2 for each of 2 clusters, got {num_rows}")
         if config.clusters > num_rows // 2:
             raise ValueError(
                 f"method.clusters must be at most {num_rows // 2}, half of the {num_rows} images, "

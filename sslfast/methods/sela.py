@@ -130,6 +130,8 @@ class SeLa(Method):
         super().__init__()
         config.validate()
         num_rows = context.num_rows
+        if num_rows < 2:
+            raise ValueError(f"SeLa needs at least 2 images, one for each of 2 clusters, got {num_rows}")
         if config.clusters > num_rows:
             raise ValueError(f"method.clusters must be at most the {num_rows} images, got {config.clusters}; lower it")
         self.config = config.resolve(context)
