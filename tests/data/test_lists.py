@@ -49,6 +49,12 @@ SUFFIXED = {FILES[0]: "0", FILES[2]: "1"}
         ("l.csv", "".join(f"{path};{label}\r\n" for path, label in PAIRS), WANTED),
         ("l.csv", "".join(f'"{path}"\t{label}\n' for path, label in PAIRS), WANTED),
         ("l.csv", "imgs/b/1.jpg,a;b\n", {FILES[2]: "a;b"}),
+        ("l.csv", "image_id,Haustier\n" + "".join(f"{path},{label}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", "Class Name,Image Path\n" + "".join(f"{label},{path}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", ",File-Name,Target\n" + "".join(f"0,{path},{label}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", "path,caption\n" + "".join(f"{path},text\n" for path in FILES), dict.fromkeys(FILES)),
+        ("l.csv", "path,width,x\n" + "".join(f"{path},9,1\n" for path in FILES), dict.fromkeys(FILES)),
+        ("l.jsonl", "".join(json.dumps({"imagePath": p, "classLabel": c}) + "\n" for p, c in PAIRS), WANTED),
     ],
 )
 def test_lists(tmp_path: Path, name: str, text: str, wanted: dict[str, str | None]) -> None:
