@@ -33,13 +33,12 @@ inline void check_bank_enqueue(const Tensor& bank,    // [N, D]
   constexpr const char* op = "bank_enqueue_";
   SSLFAST_CHECK(bank.dim() == 2 && bank.size(0) > 0, op, ": bank must have shape [N, D] with N >= 1, got ",
                 shape_string(bank));
-  SSLFAST_CHECK(bank.is_contiguous(), op, ": bank must be contiguous, it is updated in place");
-  SSLFAST_CHECK(is_floating(bank.scalar_type()), op, ": bank must be fp32, fp64, bf16 or fp16");
-  SSLFAST_CHECK(is_floating(keys.scalar_type()), op, ": keys must be fp32, fp64, bf16 or fp16");
+  check_updated(op, "bank", bank);
+  check_floating(op, "keys", keys);
   SSLFAST_CHECK(head.dim() == 0, op, ": head must be 0-d, got shape ", shape_string(head));
-  SSLFAST_CHECK(head.scalar_type() == ScalarType::Long, op, ": head must be int64; convert it with .long()");
+  check_int64(op, "head", head);
   SSLFAST_CHECK(keys.dim() == 2 && keys.size(1) == bank.size(1), op, ": keys must have shape [B, D] = [B, ",
-                bank.size(1), "], got ", shape_string(keys));
+                bank.size(1), "], got ", shape_string(keys), "; bank is ", shape_string(bank));
   check_same_device(op, "head", head, "bank", bank);
   check_same_device(op, "keys", keys, "bank", bank);
   check_memory(op, "bank", bank);

@@ -87,16 +87,17 @@ inline void check_scoring(const char* op,
                           const std::optional<Tensor>& z_tensor,  // [] fp64
                           double temperature) {
   SSLFAST_CHECK(bank.dim() == 2, op, ": bank must have shape [N, D], got ", shape_string(bank));
-  SSLFAST_CHECK(is_floating(bank.scalar_type()), op, ": bank must be fp32, fp64, bf16 or fp16");
+  check_floating(op, "bank", bank);
   SSLFAST_CHECK(query.dim() == 3, op, ": query must have shape [V, B, D], got ", shape_string(query));
   SSLFAST_CHECK(query.size(2) == bank.size(1), op, ": query must have D=", bank.size(1), " columns like bank, got ",
                 query.size(2));
   const ScalarType wanted = bank.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   SSLFAST_CHECK(query.scalar_type() == wanted, op, ": query must be ",
-                wanted == ScalarType::Double ? "fp64 like bank" : "fp32; convert it with .float()");
+                wanted == ScalarType::Double ? "fp64 like bank" : "fp32; convert it with .float()", ", got ",
+                torch::headeronly::toString(query.scalar_type()));
   check_index(op, "index", index);
   SSLFAST_CHECK(index.size(0) == query.size(1), op, ": index must have B=", query.size(1), " entries, got ",
-                index.size(0));
+                index.size(0), ", for a query ", shape_string(query));
   check_same_device(op, "bank", bank, "query", query);
   check_same_device(op, "index", index, "query", query);
   SSLFAST_CHECK(temperature >= 1e-30 && temperature <= 1e30, op, ": temperature must be in [1e-30, 1e+30], got ",
@@ -136,7 +137,7 @@ inline void check_bank_nce(const Tensor& query,                       // [V, B, 
   check_scoring(op, query, bank, index, z_tensor, temperature);
   check_step(op, step_tensor, index);
   if (negatives) {
-    SSLFAST_CHECK(negatives->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    check_int64(op, "negatives", *negatives);
     SSLFAST_CHECK(negatives->dim() == 2 && negatives->size(0) == index.size(0), op,
                   ": negatives must have shape [K] or [B, K] "
                   "with B=",

@@ -57,11 +57,12 @@ inline void check_bank_nce_dense(const Tensor& query,                     // [V,
                                  double temperature, bool binary, bool exclude_self) {
   constexpr const char* op = "bank_nce_dense";
   check_scoring(op, query, bank, index, z_tensor, temperature);
-  SSLFAST_CHECK(bank.size(0) >= 1, op, ": bank must hold at least one row");
+  SSLFAST_CHECK(bank.size(0) >= 1, op, ": bank must hold at least one row, got ", shape_string(bank));
   if (negatives) {
-    SSLFAST_CHECK(negatives->scalar_type() == ScalarType::Long, op, ": negatives must be int64; convert with .long()");
+    check_int64(op, "negatives", *negatives);
     SSLFAST_CHECK(negatives->dim() == 1, op, ": negatives must have shape [K], got ", shape_string(*negatives));
-    SSLFAST_CHECK(negatives->size(0) >= 1, op, ": negatives must name at least one row");
+    SSLFAST_CHECK(negatives->size(0) >= 1, op, ": negatives must name at least one row, got ",
+                  shape_string(*negatives));
     check_same_device(op, "negatives", *negatives, "query", query);
   } else {
     SSLFAST_CHECK(!exclude_self, op, ": exclude_self is for given negatives; the whole bank holds each positive once");

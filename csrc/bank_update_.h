@@ -21,13 +21,12 @@ inline void check_bank_update(const Tensor& bank,      // [N, D]
                               double momentum) {
   constexpr const char* op = "bank_update_";
   SSLFAST_CHECK(bank.dim() == 2, op, ": bank must have shape [N, D], got ", shape_string(bank));
-  SSLFAST_CHECK(bank.is_contiguous(), op, ": bank must be contiguous, it is updated in place");
-  SSLFAST_CHECK(is_floating(bank.scalar_type()), op, ": bank must be fp32, fp64, bf16 or fp16");
-  SSLFAST_CHECK(is_floating(features.scalar_type()), op, ": features must be fp32, fp64, bf16 or fp16");
+  check_updated(op, "bank", bank);
+  check_floating(op, "features", features);
   check_index(op, "index", index);
   SSLFAST_CHECK(features.dim() == 2 && features.size(0) == index.size(0) && features.size(1) == bank.size(1), op,
                 ": features must have shape [B, D] = [", index.size(0), ", ", bank.size(1), "], got ",
-                shape_string(features));
+                shape_string(features), "; a row for each entry of index, with the columns of bank");
   SSLFAST_CHECK(momentum >= 0 && momentum <= 1, op, ": momentum must be in [0, 1], got ", momentum);
   check_same_device(op, "index", index, "bank", bank);
   check_same_device(op, "features", features, "bank", bank);

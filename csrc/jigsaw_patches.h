@@ -36,16 +36,15 @@ inline JigsawShape check_jigsaw_patches(const Tensor& images,       // [N, C, H,
   const int64_t side = shape.cell_height() < shape.cell_width() ? shape.cell_height() : shape.cell_width();
   SSLFAST_CHECK(patch_size >= 1 && patch_size <= side, op, ": patch_size must be in [1, ", side,
                 "], the cell side of images ", shape_string(images), " in a grid of ", grid, ", got ", patch_size);
-  SSLFAST_CHECK(permutation.scalar_type() == ScalarType::Long, op,
-                ": permutation must be int64; convert it with .long()");
-  SSLFAST_CHECK(offsets.scalar_type() == ScalarType::Long, op, ": offsets must be int64; convert them with .long()");
+  check_int64(op, "permutation", permutation);
+  check_int64(op, "offsets", offsets);
   SSLFAST_CHECK(permutation.dim() == 2 && permutation.size(0) == shape.batch && permutation.size(1) == shape.cells(),
                 op, ": permutation must have shape [N, grid**2] = [", shape.batch, ", ", shape.cells(), "], got ",
-                shape_string(permutation));
+                shape_string(permutation), "; images are ", shape_string(images));
   SSLFAST_CHECK(
       offsets.dim() == 3 && offsets.size(0) == shape.batch && offsets.size(1) == shape.cells() && offsets.size(2) == 2,
       op, ": offsets must have shape [N, grid**2, 2] = [", shape.batch, ", ", shape.cells(), ", 2], got ",
-      shape_string(offsets));
+      shape_string(offsets), "; images are ", shape_string(images));
   check_same_device(op, "permutation", permutation, "images", images);
   check_same_device(op, "offsets", offsets, "images", images);
   return shape;

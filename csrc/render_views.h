@@ -271,7 +271,8 @@ inline ViewShape check_render_views(const Tensor& crops,                        
                                     const std::optional<Tensor>& offsets,        // [B, M, 2] int64
                                     int64_t grid, int64_t patch_size, const double* mean, const float* std_of) {
   constexpr const char* op = "render_views";
-  SSLFAST_CHECK(crops.scalar_type() == ScalarType::Byte, op, ": crops must be uint8");
+  SSLFAST_CHECK(crops.scalar_type() == ScalarType::Byte, op, ": crops must be uint8, got ",
+                torch::headeronly::toString(crops.scalar_type()));
   SSLFAST_CHECK(crops.dim() == 4 && crops.size(1) == 3 && crops.size(2) == crops.size(3), op,
                 ": crops must have shape [B, 3, S, S], got ", shape_string(crops));
   SSLFAST_CHECK(crops.size(2) >= 1 && crops.size(2) <= 16384, op, ": crops must have a side in [1, 16384], got ",
@@ -282,28 +283,31 @@ inline ViewShape check_render_views(const Tensor& crops,                        
     SSLFAST_CHECK(patch_size >= 1 && patch_size <= shape.cell(), op, ": patch_size must be in [1, ", shape.cell(),
                   "], the cell side of ", shape.size, "-pixel crops in a grid of ", grid, ", got ", patch_size);
     SSLFAST_CHECK(permutation && offsets, op, ": a jigsaw needs permutation and offsets");
-    SSLFAST_CHECK(permutation->scalar_type() == ScalarType::Long && permutation->dim() == 2 &&
-                      permutation->size(0) == shape.batch && permutation->size(1) == grid * grid,
-                  op, ": permutation must be int64 [B, grid**2] = [", shape.batch, ", ", grid * grid, "], got ",
-                  shape_string(*permutation));
-    SSLFAST_CHECK(offsets->scalar_type() == ScalarType::Long && offsets->dim() == 3 &&
-                      offsets->size(0) == shape.batch && offsets->size(1) == grid * grid && offsets->size(2) == 2,
+    check_int64(op, "permutation", *permutation);
+    check_int64(op, "offsets", *offsets);
+    SSLFAST_CHECK(
+        permutation->dim() == 2 && permutation->size(0) == shape.batch && permutation->size(1) == grid * grid, op,
+        ": permutation must be int64 [B, grid**2] = [", shape.batch, ", ", grid * grid, "], got ",
+        shape_string(*permutation), "; crops are ", shape_string(crops));
+    SSLFAST_CHECK(offsets->dim() == 3 && offsets->size(0) == shape.batch && offsets->size(1) == grid * grid &&
+                      offsets->size(2) == 2,
                   op, ": offsets must be int64 [B, grid**2, 2] = [", shape.batch, ", ", grid * grid, ", 2], got ",
-                  shape_string(*offsets));
+                  shape_string(*offsets), "; crops are ", shape_string(crops));
     check_same_device(op, "permutation", *permutation, "crops", crops);
     check_same_device(op, "offsets", *offsets, "crops", crops);
   }
   if (quarter_turns) {
     check_index(op, "quarter_turns", *quarter_turns);
     SSLFAST_CHECK(quarter_turns->size(0) == shape.batch, op, ": quarter_turns must have shape [B] = [", shape.batch,
-                  "], got ", shape_string(*quarter_turns));
+                  "], got ", shape_string(*quarter_turns), "; crops are ", shape_string(crops));
     check_same_device(op, "quarter_turns", *quarter_turns, "crops", crops);
   }
   SSLFAST_CHECK(parameters.scalar_type() == ScalarType::Float && parameters.dim() == 3 &&
                     parameters.size(0) == shape.batch && parameters.size(1) == shape.pictures() &&
                     parameters.size(2) == kViewParameters,
                 op, ": parameters must be fp32 [B, M, ", kViewParameters, "] = [", shape.batch, ", ", shape.pictures(),
-                ", ", kViewParameters, "], got ", shape_string(parameters));
+                ", ", kViewParameters, "], got ", shape_string(parameters), " ",
+                torch::headeronly::toString(parameters.scalar_type()), "; crops are ", shape_string(crops));
   check_same_device(op, "parameters", parameters, "crops", crops);
   for (int c = 0; c < 3; ++c) {
     SSLFAST_CHECK(mean[c] >= -1e6 && mean[c] <= 1e6, op, ": mean must be in [-1e+06, 1e+06], got ", mean[c]);

@@ -21,7 +21,7 @@ inline void check_rotate90(const Tensor& images,           // [N, C, S, S]
                 "; crop them first");
   check_index(op, "quarter_turns", quarter_turns);
   SSLFAST_CHECK(quarter_turns.size(0) == images.size(0), op, ": quarter_turns must have shape [N] = [", images.size(0),
-                "], got ", shape_string(quarter_turns));
+                "], got ", shape_string(quarter_turns), "; images are ", shape_string(images));
   check_same_device(op, "quarter_turns", quarter_turns, "images", images);
 }
 

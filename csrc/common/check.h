@@ -12,6 +12,7 @@
 #include <numeric>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,7 +22,18 @@ namespace sslfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#define SSLFAST_CHECK(cond, ...) STD_TORCH_CHECK(cond, __VA_ARGS__)
+template <typename... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream out;
+  ((out << parts), ...);
+  return out.str();
+}
+
+// Not STD_TORCH_CHECK, whose messages begin with a function, a file and a line of these sources.
+#define SSLFAST_CHECK(cond, ...)                                            \
+  do {                                                                      \
+    if (!(cond)) throw std::runtime_error(::sslfast::joined(__VA_ARGS__)); \
+  } while (false)
 
 inline std::string shape_string(const Tensor& t) {
   std::ostringstream out;
@@ -34,6 +46,16 @@ inline std::string shape_string(const Tensor& t) {
 inline bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
          type == ScalarType::BFloat16;
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
+  SSLFAST_CHECK(is_floating(t.scalar_type()), op, ": ", name, " must be fp32, fp64, bf16 or fp16, got ",
+                torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_int64(const char* op, const char* name, const Tensor& t) {
+  SSLFAST_CHECK(t.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64; convert it with .long(), got ",
+                torch::headeronly::toString(t.scalar_type()));
 }
 
 // Steps from the first element of a tensor to its last; the tensor has elements.
@@ -166,6 +188,16 @@ inline std::optional<Tensor> readable(const char* op, const char* name, const st
   return t ? std::optional<Tensor>(readable(op, name, *t)) : std::nullopt;
 }
 
+// A tensor that is updated in place, row by row.
+inline void check_updated(const char* op, const char* name, const Tensor& t) {
+  check_floating(op, name, t);
+  if (t.is_contiguous()) return;
+  std::string strides;
+  for (int64_t d = 0; d < t.dim(); ++d) strides += (d ? ", " : "") + std::to_string(t.stride(d));
+  SSLFAST_CHECK(false, op, ": ", name, " must be contiguous, it is updated in place; build it with .contiguous(), got ",
+                shape_string(t), " with strides [", strides, "]");
+}
+
 // All tensors of an op call are on one device.
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* other_name,
                               const Tensor& other) {
@@ -175,7 +207,7 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
 
 // [B] int64 of bank rows or similar.
 inline void check_index(const char* op, const char* name, const Tensor& index) {
-  SSLFAST_CHECK(index.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64; convert it with .long()");
+  check_int64(op, name, index);
   SSLFAST_CHECK(index.dim() == 1, op, ": ", name, " must have shape [B], got ", shape_string(index));
 }
 
@@ -186,7 +218,7 @@ inline void check_rows_in_range(const char* op, const char* name, const Tensor& 
   const int64_t count = rows.numel();
   for (int64_t i = 0; i < count; ++i) {
     SSLFAST_CHECK(values[i] >= lowest && values[i] < num_rows, op, ": ", name, " must be in [", lowest, ", ", num_rows,
-                  "), got ", values[i], " at flat position ", i);
+                  "), got ", values[i], " at flat position ", i, "; these are rows of bank");
   }
 }
 

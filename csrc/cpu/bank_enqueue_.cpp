@@ -29,7 +29,7 @@ void bank_enqueue_cpu(const Tensor& bank, const Tensor& head, const Tensor& keys
   const Ring ring(bank.size(0), keys.size(0));
   int64_t* position = static_cast<int64_t*>(head.mutable_data_ptr());
   SSLFAST_CHECK(*position >= 0 && *position < ring.num_rows, "bank_enqueue_: head must be in [0, ", ring.num_rows,
-                "), got ", *position);
+                "), got ", *position, "; it is a row of bank");
   SSLFAST_DISPATCH_FLOAT(bank.scalar_type(), "bank_enqueue_", [&] {
     using bank_t = scalar_t;
     SSLFAST_DISPATCH_FLOAT(keys.scalar_type(), "bank_enqueue_", [&] {

@@ -19,7 +19,8 @@ void check_values(const JigsawShape& shape,
                   permutation[i], " at sample ", i / cells, ", slot ", i % cells);
     SSLFAST_CHECK(shape.has_offset(offsets[2 * i], offsets[2 * i + 1]), "jigsaw_patches: offsets must be in [0, ",
                   shape.cell_height() - shape.patch, "] (y) and [0, ", shape.cell_width() - shape.patch, "] (x), got (",
-                  offsets[2 * i], ", ", offsets[2 * i + 1], ") at sample ", i / cells, ", cell ", i % cells);
+                  offsets[2 * i], ", ", offsets[2 * i + 1], ") at sample ", i / cells, ", cell ", i % cells,
+                  "; images are ", shape.height, " x ", shape.width);
   }
 }
 

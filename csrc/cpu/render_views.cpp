@@ -340,7 +340,8 @@ void check_values(const ViewShape& shape, bool photometric, bool blur, const flo
     for (int index = 0; index < kViewParameters; ++index) {
       const ViewParameterInfo info = view_parameter(index);
       SSLFAST_CHECK(parameter_in_range(index, p[index]), "render_views: ", info.name, " must be ", range_text(info),
-                    ", got ", p[index], " at sample ", i / shape.pictures(), ", picture ", i % shape.pictures());
+                    ", got ", p[index], " at sample ", i / shape.pictures(), ", picture ", i % shape.pictures(),
+                    " of parameters");
     }
     SSLFAST_CHECK(photometric || p[kPhotometric] == 0, "render_views: photometric is False, but the gate of sample ",
                   i / shape.pictures(), ", picture ", i % shape.pictures(), " is open; pass photometric=True");
@@ -351,7 +352,7 @@ void check_values(const ViewShape& shape, bool photometric, bool blur, const flo
                   "), got ", permutation[i], " at sample ", i / shape.pictures(), ", slot ", i % shape.pictures());
     SSLFAST_CHECK(shape.has_offset(offsets[2 * i], offsets[2 * i + 1]), "render_views: offsets must be in [0, ",
                   shape.cell() - shape.side, "], got (", offsets[2 * i], ", ", offsets[2 * i + 1], ") at sample ",
-                  i / shape.pictures(), ", cell ", i % shape.pictures());
+                  i / shape.pictures(), ", cell ", i % shape.pictures(), "; crops have a side of ", shape.size);
   }
 }
 

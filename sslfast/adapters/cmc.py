@@ -81,7 +81,7 @@ class NCEAverage(NCEMemory):
             TypeError, ValueError, RuntimeError: as :meth:`sslfast.adapters.NCEAverage.forward`.
         """
         y, (of_l, of_ab) = self._prepare(y, l=l, ab=ab)
-        self._check_idx(idx, len(y))
+        self._check_idx(idx, y)
         (losses_l, _), (losses_ab, _) = self._score_crosswise(of_l[None], of_ab[None], y, idx)
-        self._advance(y, [of_l, of_ab], [None, None], None)
+        self._advance(y, [of_l, of_ab])
         return losses_l.mean(), losses_ab.mean()

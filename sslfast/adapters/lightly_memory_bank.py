@@ -115,7 +115,8 @@ class MemoryBankModule(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Write keys ``[B, columns]`` over the oldest rows, without normalising."""
+        """Write keys ``[B, columns]`` over the oldest rows, without normalising. Raises as :meth:`forward` does."""
+        self._fit(keys, "keys")
         if self.gather_distributed:
             keys = gather_rows(keys)
         rows, batch = self.size[0], len(keys)
@@ -140,18 +141,18 @@ class MemoryBankModule(nn.Module):
         rows = initial_rows(self.size[0] * prod(shape[:-1]), shape[-1], seed=self.seed)
         self.bank = rows.reshape(self.size[0], *shape).to(self.bank)
 
-    def _fit(self, output: Tensor) -> None:
+    def _fit(self, output: Tensor, argument: str = "output") -> None:
         """Check an output against the bank, which gets columns if it has none and follows it to its device."""
         name = type(self).__name__
         if not isinstance(output, Tensor) or not output.is_floating_point():
             received = output.dtype if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"{name}: output must be a floating tensor [B, columns], got {received}")
+            raise TypeError(f"{name}: {argument} must be a floating tensor [B, columns], got {received}")
         shape = self.bank.shape[1:]
         if shape == (0,) and output.dim() > 1 and 0 not in output.shape[1:]:
             self._start(shape := output.shape[1:])
-        if output.shape[1:] != shape or len(output) == 0:
+        if output.dim() == 0 or output.shape[1:] != shape or len(output) == 0:
             wanted = str([*shape] if shape != (0,) else ["columns"])[1:-1].replace("'", "")
-            raise ValueError(f"{name}: output must be [B, {wanted}], none of them 0, got {list(output.shape)}")
+            raise ValueError(f"{name}: {argument} must be [B, {wanted}], none of them 0, got {list(output.shape)}")
         if self.bank.is_meta and not output.is_meta:
             raise RuntimeError(
                 f"{name}: its bank is on the meta device and has no values; build the module again outside of "

@@ -133,10 +133,11 @@ class NCEAverage(NCEMemory):
             RuntimeError: on CPU a row outside the memory (CUDA: a device trap); in train mode, inside a recomputation;
                 a second or forward-mode derivative.
         """
+        self._check_gathered(all_y, all_x=all_x)
         losses, features, y = self._losses(x, y, x_jig, idx)
         means = losses.mean(dim=1)
         loss = means[0] if x_jig is None else self.weight * means[0] + (1 - self.weight) * means[1]
-        self._advance(y, [features], [all_x], all_y)
+        self._advance(y, [features], all_y, all_x)
         return loss
 
     @torch.no_grad()
@@ -148,7 +149,7 @@ class NCEAverage(NCEMemory):
     def _losses(self, x: Tensor, y: Tensor, x_jig: Tensor | None, idx: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(losses ``[V, B]`` of x_jig, where given, and x; x as scored; y)."""
         y, views = self._prepare(y, **({"x": x} if x_jig is None else {"x_jig": x_jig, "x": x}))
-        self._check_idx(idx, len(y), draws=len(views))
+        self._check_idx(idx, y, draws=len(views))
         query = torch.stack(views)
         split = len(query) > 1 and (self.separate_draws if idx is None else idx.dim() == 3)
 

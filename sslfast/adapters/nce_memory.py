@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -85,7 +85,7 @@ class NCEMemory(nn.Module):
         memory = getattr(self, self._memories[0])
         check_features(self._name, memory.shape[1], memory.device, **views)
         check_precision(self._name, memory, *views.values())
-        self._check_rows("y", y, (len(next(iter(views.values()))),))
+        self._check_rows("y", y, views)
         # Scored once in training, where the memory changes: a second run would score others.
         y = snapshot(y, self._name, once=self.training)
         return y, [self._ready(view) for view in views.values()]
@@ -94,16 +94,24 @@ class NCEMemory(nn.Module):
         view = view.to(torch.float64 if getattr(self, self._memories[0]).dtype == torch.float64 else torch.float32)
         return normalize(view, dim=1) if self.norm_embedding else view
 
-    def _check_rows(self, name: str, rows: Any, shape: tuple[int, ...]) -> None:
+    def _check_rows(
+        self, name: str, rows: Any, samples: Mapping[str, Tensor], shape: tuple[int, ...] | None = None
+    ) -> None:
+        """Rows of ``shape``, by default one for each of the ``samples``, of which the first is named."""
+        like, first = next(iter(samples.items()))
+        shape = (len(first),) if shape is None else shape
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.shape != shape:
             received = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"{self._name}: {name} must be int64 rows of the memory, {list(shape)}, got {received}")
+            raise ValueError(
+                f"{self._name}: {name} must be int64 rows of the memory, {list(shape)}, got {received}; "
+                f"{like} has {list(first.shape)}"
+            )
 
-    def _check_idx(self, idx: Tensor | None, batch: int, *, draws: int = 1) -> None:
-        """``[batch, K + 1]``, or for several draws ``[draws, batch, K + 1]``."""
+    def _check_idx(self, idx: Tensor | None, y: Tensor, *, draws: int = 1) -> None:
+        """``[B, K + 1]``, or for several draws ``[draws, B, K + 1]``."""
         if idx is not None:
             leading = (draws,) if draws > 1 and isinstance(idx, Tensor) and idx.dim() == 3 else ()
-            self._check_rows("idx", idx, (*leading, batch, self.K + 1))
+            self._check_rows("idx", idx, {"y": y}, (*leading, len(y), self.K + 1))
 
     def _score(
         self, query: Tensor, y: Tensor, rows: Tensor | None, *, memory: int = 0, z: Tensor | None = None, draw: int = 0
@@ -158,23 +166,33 @@ class NCEMemory(nn.Module):
                 self._z_is_set = not any(bool(z.isnan()) for z in buffers)  # host sync: once for each set of buffers
         return self._z_is_set
 
-    @torch.no_grad()
-    def _advance(self, y: Tensor, features: list[Tensor], all_features: list[Tensor | None], all_y: Any) -> None:
-        """In train mode: the next draw, and the memories updated with the features, or with those of all ranks."""
-        name, given = self._name, [x for x in all_features if x is not None]
-        if len(given) not in (0, len(features)) or (all_y is None) != (not given):
-            raise ValueError(f"{name}: give the features and the rows (all_y) of all ranks together, or none of them")
+    def _check_gathered(self, all_y: Tensor | None, **all_features: Tensor | None) -> None:
+        """What the caller gathered from all ranks; before anything is scored, so that an error changes no state."""
+        given = {name: x for name, x in all_features.items() if x is not None}
+        if len(given) not in (0, len(all_features)) or (all_y is None) != (not given):
+            raise ValueError(
+                f"{self._name}: give the features and the rows (all_y) of all ranks together, or none of them; got "
+                f"{', '.join([*given, *(['all_y'] if all_y is not None else [])])}"
+            )
         if given:
-            columns = getattr(self, self._memories[0])
-            check_features(name, columns.shape[1], columns.device, **{f"all_x{i}": x for i, x in enumerate(given)})
-            self._check_rows("all_y", all_y, (len(given[0]),))
-            features, y = [self._ready(x) for x in given], all_y
+            memory = getattr(self, self._memories[0])
+            check_features(self._name, memory.shape[1], memory.device, **given)
+            check_precision(self._name, memory, *given.values())
+            self._check_rows("all_y", all_y, given)
+
+    @torch.no_grad()
+    def _advance(
+        self, y: Tensor, features: list[Tensor], all_y: Tensor | None = None, *all_features: Tensor | None
+    ) -> None:
+        """In train mode: the memories updated with the features, or with those of all ranks, and the next draw."""
         if not self.training:
             return
-        self._next_draw()
-        if self.gather_distributed and not given:
+        if all_y is not None:
+            features, y = [self._ready(x) for x in all_features if x is not None], all_y
+        elif self.gather_distributed:
             features, y = [gather_rows(x) for x in features], gather_rows(y)
         self._update(features, y)
+        self._next_draw()
 
     def _next_draw(self) -> None:
         """Behind a training batch: the next one draws other negatives, and Z stays."""

@@ -83,9 +83,10 @@ class RGBMem(_InfoNCEMemory):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`sslfast.adapters.NCEAverage.forward`.
         """
+        self._check_gathered(all_y, all_x=all_x)
         y, views = self._prepare(y, **({"x": x} if x_jig is None else {"x": x, "x_jig": x_jig}))
         logits = _two_columns(*self._score(torch.stack(views), y, None))
-        self._advance(y, views[:1], [all_x], all_y)
+        self._advance(y, views[:1], all_y, all_x)
         return (*logits, torch.zeros_like(y))
 
 
@@ -129,11 +130,12 @@ class CMCMem(_InfoNCEMemory):
         """
         if (x1_jig is None) != (x2_jig is None):
             raise ValueError("CMCMem: give x1_jig and x2_jig together, or none of them")
+        self._check_gathered(all_y, all_x1=all_x1, all_x2=all_x2)
         given = {"x1": x1, "x2": x2, "x1_jig": x1_jig, "x2_jig": x2_jig}
         y, views = self._prepare(y, **{name: x for name, x in given.items() if x is not None})
         first, second = (torch.stack(views[place::2]) for place in (0, 1))
         logits = [_two_columns(*scored) for scored in self._score_crosswise(first, second, y, None)]
-        self._advance(y, views[:2], [all_x1, all_x2], all_y)
+        self._advance(y, views[:2], all_y, all_x1, all_x2)
         return (*(view for pair in zip(*logits, strict=True) for view in pair), torch.zeros_like(y))
 
 

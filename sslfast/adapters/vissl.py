@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from sslfast.adapters.checks import check_counts
+from sslfast.adapters.checks import check_counts, check_features
 from sslfast.adapters.nce_average import NCEAverage
 from sslfast.distributed import gather_rows
 
@@ -83,6 +83,7 @@ class NCELossWithMemory(nn.Module):
             config["norm_constant"], loss=_LOSSES[self.loss_type], norm_embedding=self.normalize_embedding,
             seed=seed, dtype=dtype,
         )  # fmt: skip
+        self.nce_average._name = type(self).__name__  # errors name the module that is called
 
     @classmethod
     def from_config(cls, loss_config: Mapping[str, Any]) -> Self:
@@ -104,6 +105,8 @@ class NCELossWithMemory(nn.Module):
                 that is not ignored.
             TypeError, ValueError, RuntimeError: as :meth:`sslfast.adapters.NCEAverage.forward`.
         """
+        if not isinstance(output, Tensor | Sequence) or isinstance(output, str):
+            raise TypeError(f"{type(self).__name__}: output must be a tensor or a list, got {type(output).__name__}")
         views = [output] if isinstance(output, Tensor) else list(output)
         least = 1 if self.update_memory_on_forward else self.update_memory_emb_index + 1
         if not least <= len(views) <= len(self.loss_weights):
@@ -111,16 +114,16 @@ class NCELossWithMemory(nn.Module):
                 f"NCELossWithMemory: output must be {least} to {len(self.loss_weights)} views, as loss_weights and "
                 f"update_mem_with_emb_index say, got {len(views)}"
             )
-        target = target.flatten()
+        named = {f"output[{place}]": view for place, view in enumerate(views)}
+        target = self._checked("target", target, **named)
         kept = target != self.ignore_index
-        rows, features = self.nce_average._prepare(
-            target[kept], **{f"output[{place}]": view[kept] for place, view in enumerate(views)}
-        )
+        rows, features = self.nce_average._prepare(target[kept], **{name: view[kept] for name, view in named.items()})
         losses = self.nce_average._losses_in_turn(features, rows, moves=self._moves)
         return torch.stack([weight * loss for weight, loss in zip(self.loss_weights, losses, strict=False)]).sum()
 
     def update_memory(self, embedding: Tensor, y: Tensor) -> None:
         """``memory[y] = normalize(momentum * memory[y] + (1 - momentum) * embedding)``, with those of all ranks."""
+        y = self._checked("y", y, embedding=embedding)
         self.nce_average.update_memory(gather_rows(embedding.detach()), gather_rows(y))
 
     def extra_repr(self) -> str:
@@ -129,6 +132,15 @@ class NCELossWithMemory(nn.Module):
             f"loss_type={self.loss_type}, loss_weights={self.loss_weights}, "
             f"update_emb_index={self.update_memory_emb_index}"
         )
+
+    def _checked(self, name: str, rows: Any, **views: Any) -> Tensor:
+        """The rows as ``[B]``; raises unless there is one for each sample of the views."""
+        memory = self.nce_average.memory
+        check_features(type(self).__name__, memory.shape[1], memory.device, **views)
+        flat = rows.flatten() if isinstance(rows, Tensor) else rows
+        self.nce_average._check_rows(name, flat, views)
+        assert isinstance(flat, Tensor)
+        return flat
 
     def _moves(self, place: int) -> bool:
         """Whether the memory moves to the view of this number."""

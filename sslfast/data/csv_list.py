@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple, TextIO
 from sslfast.data.folder import changed_files, list_images
 from sslfast.data.images import SUFFIXES, OnBadImage, read_bytes
 from sslfast.data.left_out import listed_system_keys, suffix_of
+from sslfast.data.listing import PARQUET, TAR
 from sslfast.data.manifest import Manifest
 from sslfast.data.members import LABEL_NAMES, label_text, plain_name
 from sslfast.data.source import URL, Changes, ImageSource, SourceError, is_file
@@ -201,10 +202,14 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
                 raise SourceError(f"{path} line {line} holds a NUL byte: save the list as UTF-8 text")
             name = "/".join(part for part in text.split("/") if part != ".")
             if URL.match(name):
+                remedy = (
+                    "URLs of shards, one a line, are DATA in a file whose name ends in .roots"
+                    if suffix_of(name.partition("?")[0]) in (TAR, PARQUET)
+                    else "download the images (the URLs one a line in urls.txt: wget -x -i urls.txt) and list their "
+                    "files, or pack them into .tar shards and give the URL of these as DATA"
+                )
                 raise SourceError(
-                    f"{path} line {line} names a URL, {name!r:.80}: a list names files of this machine; download the "
-                    f"images (the URLs one a line in urls.txt: wget -x -i urls.txt) and list their files, or pack them "
-                    "into .tar shards and give the URL of these as DATA"
+                    f"{path} line {line} names a URL, {name!r:.80}: a list names files of this machine; {remedy}"
                 )
             if not name:
                 raise SourceError(f"{path} line {line} names no file: write path,label")

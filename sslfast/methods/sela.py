@@ -168,7 +168,7 @@ class SeLa(Method):
         biases = self.head.bias.unflatten(0, (self.config.heads, -1))
         self.labels.fill_(UNLABELLED)
         for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias)).int()
+            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias).int())
 
     def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``[n]`` int64 labels of those rows ``[n]`` of this rank's features, by one head."""
@@ -216,6 +216,11 @@ class SeLa(Method):
     def embeddings(self) -> Tensor:
         """Features of each row, as the last pass computed them."""
         return self.features.vectors
+
+    @property
+    def embeddings_are_split(self) -> bool:
+        """True where there are several ranks."""
+        return self.features.is_split
 
     def split_rows(self) -> dict[str, tuple[int, int]]:
         """The features."""

@@ -30,7 +30,10 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def _check_floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        torch._check(tensor.dtype in _FLOATING, lambda name=name: f"{op}: {name} must be fp32, fp64, bf16 or fp16")
+        torch._check(
+            tensor.dtype in _FLOATING,
+            lambda name=name, tensor=tensor: f"{op}: {name} must be fp32, fp64, bf16 or fp16, got {tensor.dtype}",
+        )
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
@@ -63,7 +66,10 @@ def _check_scoring(
     )
     double = bank.dtype == torch.float64
     wanted = "fp64 like bank" if double else "fp32; convert it with .float()"
-    torch._check(query.dtype == (torch.float64 if double else torch.float32), lambda: f"{op}: query must be {wanted}")
+    torch._check(
+        query.dtype == (torch.float64 if double else torch.float32),
+        lambda: f"{op}: query must be {wanted}, got {query.dtype}",
+    )
     _check_scalar(op, "z", z_tensor, [torch.float64], "a float or a 0-d fp64 tensor")
     lowest, highest = _library.TEMPERATURES
     torch._check(
@@ -77,7 +83,13 @@ def _check_scoring(
 
 def _check_written(op: str, bank: Tensor, **read: Tensor) -> None:
     torch._check(bank.dim() == 2, lambda: f"{op}: bank must have shape [N, D], got {[*bank.shape]}")
-    torch._check(bank.is_contiguous(), lambda: f"{op}: bank must be contiguous, it is updated in place")
+    torch._check(
+        bank.is_contiguous(),
+        lambda: (
+            f"{op}: bank must be contiguous, it is updated in place; build it with .contiguous(), got {[*bank.shape]} "
+            f"with strides {[*bank.stride()]}"
+        ),
+    )
     _check_floating(op, bank=bank)
     for name, tensor in read.items():
         torch._check(not _may_share(bank, tensor), lambda name=name: f"{op}: {name} must not share memory with bank")
@@ -97,7 +109,9 @@ def _may_share(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_rows(op: str, name: str, rows: Tensor, low: int, high: int, shape: Sequence[int] | None = None) -> None:
-    torch._check(rows.dtype == torch.int64, lambda: f"{op}: {name} must be int64; convert it with .long()")
+    torch._check(
+        rows.dtype == torch.int64, lambda: f"{op}: {name} must be int64; convert it with .long(), got {rows.dtype}"
+    )
     if shape is not None:
         torch._check(
             list(rows.shape) == list(shape), lambda: f"{op}: {name} must have shape {[*shape]}, got {[*rows.shape]}"
@@ -159,8 +173,10 @@ def _bank_nce_dense(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     op = "bank_nce_dense"
     _check_scoring(op, query, bank, z_tensor, z, temperature, binary)
-    torch._check(len(bank) >= 1, lambda: f"{op}: bank must hold at least one row")
-    torch._check(negatives is None or len(negatives) >= 1, lambda: f"{op}: negatives must name at least one row")
+    torch._check(len(bank) >= 1, lambda: f"{op}: bank must hold at least one row, got {[*bank.shape]}")
+    torch._check(
+        negatives is None or len(negatives) >= 1, lambda: f"{op}: negatives must name at least one row, got [0]"
+    )
     torch._check(
         negatives is not None or not binary or len(bank) >= 2,
         lambda: f"{op}: NCE against the whole bank needs at least 2 rows, got 1",

@@ -92,8 +92,10 @@ def bank_nce(
         "z": z_tensor,
     }
     _library.check_arguments("bank_nce", tensors, gradient=("query",))
-    # Torch reads these before the op does.
-    _library.check_memory("bank_nce", query=query, index=index, negatives=negatives_tensor, z=z_tensor)
+    is_sampled = negatives_tensor is None and negatives == "sampled" and z_tensor is None
+    if not is_sampled or query.dim() != 3 or query.dtype not in (torch.float32, torch.float64):
+        # Torch reads these before the op does.
+        _library.check_memory("bank_nce", query=query, index=index, negatives=negatives_tensor, z=z_tensor)
     if not query.is_floating_point() or (z_tensor is not None and z_tensor.is_complex()):
         raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:
@@ -116,7 +118,11 @@ def bank_nce(
     # Given rows are scored as given, and the whole bank holds each positive once.
     exclude_self = exclude_self and mode in ("sampled", "shared")
     if mode == "shared":
-        rows = negative_rows(index, num_negatives=num_negatives, num_rows=num_rows, seed=seed, step=step, shared=True)
+        draw: dict[str, Any] = {"num_negatives": num_negatives, "num_rows": num_rows, "seed": seed, "step": step}
+        try:
+            rows = negative_rows(index, **draw, shared=True)
+        except RuntimeError as error:
+            raise _own_error(error, index, num_rows) from None
     dense = mode == "full" or (rows is not None and rows.dim() == 1)
     if dense and index.dtype != torch.int64:  # before torch compares it or takes True for row 1
         raise RuntimeError(f"bank_nce: index must be int64; convert it with .long(), got {index.dtype}")
@@ -134,16 +140,19 @@ def bank_nce(
 
     def run(query: Tensor, loss: _Loss, z: _Number) -> _Pair:  # names: annotations are evaluated in every call
         if dense:
-            return bank_nce_dense(
-                query,
-                bank,
-                positive,
-                negatives=rows,
-                temperature=temperature,
-                loss=loss,
-                z=z,
-                exclude_self=exclude_self,
-            )
+            try:
+                return bank_nce_dense(
+                    query,
+                    bank,
+                    positive,
+                    negatives=rows,
+                    temperature=temperature,
+                    loss=loss,
+                    z=z,
+                    exclude_self=exclude_self,
+                )
+            except RuntimeError as error:
+                raise _own_error(error, index, num_rows) from None
         z_tensor, z_number = (z.detach().double(), 1.0) if isinstance(z, Tensor) else (None, z)
         return _library.scored(
             "bank_nce", _op, query, bank, index, rows, step_tensor, step_number, z_tensor, z_number,
@@ -153,7 +162,7 @@ def bank_nce(
 
     if loss == "nce" and z is None:
         lse = run(flat.detach(), "infonce", 1.0)[1]
-        z = estimate_z(lse, num_negatives=num_negatives, num_rows=bank.shape[0])
+        z = estimate_z(lse, num_negatives=num_negatives, num_rows=bank.shape[0]) if lse.numel() else 1.0
     losses, lse = run(flat, loss, 1.0 if z is None else z)
     if query.dim() != 3:
         losses = losses.reshape(query.shape[:-1])
@@ -170,7 +179,12 @@ def estimate_z(lse: Tensor, *, num_negatives: int, num_rows: int) -> Tensor:
     Returns:
         0-d fp64 tensor on the device of ``lse``: exp(1 / τ) leaves fp32 below τ = 0.0113. Source: Wu et al.
         2018, section 3.2 (Monte Carlo estimate of Z).
+
+    Raises:
+        ValueError: no number in ``lse``, of which there is no mean.
     """
+    if not lse.numel():
+        raise ValueError(f"estimate_z: lse must hold at least one number, got shape {list(lse.shape)}")
     return lse.double().flatten().logsumexp(0).exp() * num_rows / (lse.numel() * (num_negatives + 1))
 
 
@@ -209,7 +223,8 @@ def bank_nce_reference(
         kwargs: dict[str, Any] = {"negatives": rows, "temperature": temperature, "exclude_self": own}
         if z is None:
             _, lse = bank_nce_dense_reference(flat.detach(), bank, index, **kwargs)
-            z = estimate_z(lse, num_negatives=num_rows - 1 if rows is None else len(rows), num_rows=num_rows)
+            count = num_rows - 1 if rows is None else len(rows)
+            z = estimate_z(lse, num_negatives=count, num_rows=num_rows) if lse.numel() else 1.0
         losses, lse = bank_nce_dense_reference(flat, bank, index, **kwargs, loss=loss, z=z)
         losses = losses.reshape(query.shape[:-1])
         return (losses, lse.reshape(query.shape[:-1])) if return_lse else losses
@@ -274,6 +289,17 @@ def _negatives(negatives: str | Tensor, num_negatives: int, num_rows: int) -> tu
 
 def _tensor_or_none(value: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
+
+
+def _own_error(error: RuntimeError, index: Tensor, num_rows: int) -> RuntimeError:
+    """The error of an op that this one runs, about the arguments that this one was given."""
+    op, colon, rule = str(error).partition(": ")
+    if op not in ("bank_nce_dense", "negative_rows") or not colon:
+        return error
+    if rule.startswith("index must be in ["):  # to that op a row of another shard is -1
+        outside = index[(index < 0) | (index >= num_rows)]
+        rule = f"index must be in [0, {num_rows}), got {outside[0].item()}; these are rows of bank"
+    return RuntimeError(f"bank_nce: {rule}")
 
 
 def _dense_rows_of_shard(

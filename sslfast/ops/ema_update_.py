@@ -47,6 +47,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], *, momentu
     _library.check_each("ema_update_", given | read, gradient=given | read, written=given)
     if momentum_tensor is not None:
         _library.check_each("ema_update_", {"momentum": momentum_tensor})
+        momentum_tensor = _library.resolved("ema_update_", "momentum", momentum_tensor)
     _library.check_runs_once("ema_update_")
     sources = [_library.resolved("ema_update_", name, source) for name, source in read.items()]
     with torch.no_grad():  # targets are usually leaves that require grad

@@ -92,6 +92,7 @@ def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: st
             "https://example.org/1.jpg\n",
             r"l.txt line 1 names a URL, 'https://example.org/1.jpg': .*; download the images",
         ),
+        ("l.txt", "s3://b/1.tar\n", r"l.txt line 1 names a URL, 's3://b/1.tar': .*in a file whose name ends in .roots"),
         ("l.json", '[["imgs/b/1.jpg", 1]]'.encode("utf-16-le").decode(), r"line 1 holds a NUL byte"),
         ("l.txt", "imgs/b/1.jpg\nimgs//b/1.jpg\n", r"one file twice, as 'imgs/b/1.jpg' in line 1 .*line 2"),
         ("l.txt", "imgs/b/../b/1.jpg\nimgs/b/1.jpg\n", r"one file twice"),

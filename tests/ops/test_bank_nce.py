@@ -341,7 +341,7 @@ def test_bad_tensors() -> None:
         bank_nce(query, bank.double(), index, num_negatives=4)
     with pytest.raises(RuntimeError, match=r"index must be in \[0, 300\), got 300 at flat position 0"):
         bank_nce(query, bank, index * 0 + 300, num_negatives=4)
-    with pytest.raises(RuntimeError, match=r"bank_nce_dense: negatives must be in \[0, 300\), got -1"):
+    with pytest.raises(RuntimeError, match=r"bank_nce: negatives must be in \[0, 300\), got -1"):
         bank_nce(query, bank, index, negatives=torch.tensor([-1]))
     with pytest.raises(RuntimeError, match=r"bank_nce: negatives must be in \[0, 300\), got 300"):
         bank_nce(query, bank, index, negatives=torch.full((5, 2), 300))
