@@ -258,6 +258,10 @@ class Manifest:
             )
         if not len(sizes):
             others, lines = named_counts(ignored), left_out(ignored)
+            if ".beton" in ignored:
+                lines.append("a .beton file is read by itself: name one of them, not their folder")
+            if (source.root / "checkpoints").is_dir():
+                lines.append("it is a run directory: name its images, or its manifest.tsv")
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise NoImageError(
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}",
