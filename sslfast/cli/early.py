@@ -7,6 +7,7 @@ trunk.
 """
 
 import os
+import pkgutil
 import re
 import stat
 import sys
@@ -55,7 +56,7 @@ def show_help(words: Sequence[str], arguments: Sequence[str]) -> bool:
     if "torch" in sys.modules or not {"-h", "--help"} & set(before) or depends:
         return False
     try:
-        _, mark, text = HELP.read_text(encoding="utf-8").partition(f"= {' '.join(words)}\n")
+        _, mark, text = _text(HELP).partition(f"= {' '.join(words)}\n")
     except OSError:
         return False
     if not mark or (words[0] in ("pretrain", "preview") and _has_plugins()):
@@ -116,9 +117,14 @@ def check_options(words: Sequence[str], arguments: Sequence[str]) -> None:
             raise ValueError(f"unknown option {word.partition('=')[0]}; {hint}")
 
 
+def _text(path: Path) -> str:
+    """A file of this package, which may be an archive. Raises OSError."""
+    return (pkgutil.get_data("sslfast.cli", path.name) or b"").decode("utf-8")
+
+
 def _read() -> dict[str, list[str]]:
     try:
-        text = TABLE.read_text(encoding="utf-8")
+        text = _text(TABLE)
     except OSError:
         return {}
     lines = (line.partition(": ") for line in text.splitlines())
