@@ -9,6 +9,7 @@ Environment:
     SSLFAST_TORCH_DIR           the torch package to build against, where it is not the installed one
     SSLFAST_CROSS               compile for another processor: aarch64, with aarch64-linux-gnu-g++ (CPU alone)
     SSLFAST_LOCAL_VERSION       ends the version of a wheel, as +cu130 ends torch's
+    SSLFAST_WERROR=0            warnings of the compiler are no errors
     MAX_JOBS                    parallel compile jobs
 """
 

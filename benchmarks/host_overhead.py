@@ -6,7 +6,8 @@ Tensors are as small as the ops take them, so that a call's time is what surroun
 the call returns, on a CPU the processor time of the calling thread with the tiny kernel in it (one thread), which
 leaves out waiting for other processes. Ops take turns, ten calls at a time; reported are the median of all turns and
 their 10 % quantile, which other processes disturb less. Floors are timed in the same turns: what torch.autograd.grad
-takes for a clone and for an empty torch.autograd.Function, and the registered op alone. ``--before`` times another
+takes for a clone and for an empty torch.autograd.Function, and the registered op alone; so is torch's own
+cross-entropy, forward and backward in C++ and with none of the op's checks, for comparison. ``--before`` times another
 checkout in alternation with this one (each in processes of its own), for numbers that can be compared.
 
 Goals: bank_nce forward and backward 60 microseconds, bank_update_ 10. The floors for autograd and for the registered op
@@ -57,6 +58,7 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
     head = torch.zeros((), dtype=torch.int64, device=device)
     targets, sources = [torch.zeros(3, device=device)], [torch.ones(3, device=device)]
     weight = torch.ones(1, 2, device=device)
+    logits = torch.randn(2, 5).to(device).requires_grad_()
 
     def clone() -> Any:
         return torch.autograd.grad(query.clone(), query, plain)
@@ -69,6 +71,10 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
             return torch.ops.sslfast.bank_nce.default(
                 plain, bank, index, None, None, 0, None, 1.0, 2, 0.07, False, True, 0, 0, 8
             )
+
+    def cross_entropy() -> Any:
+        loss = torch.nn.functional.cross_entropy(logits, index, reduction="none")
+        return torch.autograd.grad(loss, logits, weight[0])
 
     def both(**options: Any) -> Callable[[], Any]:
         def call() -> Any:
@@ -91,6 +97,7 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
         "floor: clone forward and backward": clone,
         "floor: empty autograd.Function forward and backward": function,
         "floor: registered op of bank_nce alone": registered,
+        "torch cross_entropy forward and backward": cross_entropy,
         "torch add forward and backward": lambda: torch.autograd.grad(query + plain, query, plain),
     }
 

@@ -126,6 +126,20 @@ def tiff(
     return b"".join([magic, table, bytes(4), blob, *strips])
 
 
+def bmp(samples: NDArray[Any], *, bits: int, palette: NDArray[Any] | None = None, alpha: bool = False) -> bytes:
+    """A BMP file of samples ``[H, W]`` or ``[H, W, C]`` as they are, with a palette ``[N, 3]``, or masks of four
+    channels in a header of 108 bytes."""
+    rows = [packed(row, bits) if bits < 8 else row.astype(np.uint8).tobytes() for row in samples[::-1]]
+    body = b"".join(row + b"\0" * (-len(row) % 4) for row in rows)
+    colours = np.zeros((0, 3), np.uint8) if palette is None else palette
+    table = b"".join(bytes([*map(int, colour[::-1]), 0]) for colour in colours)
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000).ljust(68, b"\0") if alpha else b""
+    height, width = samples.shape[:2]
+    facts = (40 + len(masks), width, height, 1, bits, 3 if alpha else 0, len(body), 0, 0, len(colours), 0)
+    head = struct.pack("<IiiHHIIiiII", *facts) + masks + table
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + len(body), 0, 0, 14 + len(head)) + head + body
+
+
 def jpeg_segment(marker: int, body: bytes) -> bytes:
     return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
 

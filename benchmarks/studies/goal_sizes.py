@@ -8,17 +8,23 @@ bf16 banks of 1,281,167 rows of 128 columns, K = 32,000, B = 64, 256, 1024, one 
 the copy rate; the other ops beside their plain forms. Results are compared before anything is timed. Times are CUDA
 events around graph replays (events around calls where a call cannot be captured): the host has no part in them.
 
-Writes OUT.json, OUT.md and OUT.png. Exit code 1 if bank_update_, bank_enqueue_ or ema_update_ take more or less than
-one launch, or results differ. ``--tiny``: sizes for a rehearsal.
+Writes OUT.json, OUT.md and OUT.png after every measurement, the most important ones first: what a hanging kernel, a
+lost GPU or the end of the time leaves undone is all that is missing. A measurement of more than a minute ends the
+process. ``--resume`` goes on behind the measurement that ended the last one, which counts as an error.
+
+Exit code 1 if bank_update_, bank_enqueue_ or ema_update_ take more or less than one launch, results differ or a
+measurement failed; 3 if the GPU was lost on the way. ``--tiny``: sizes for a rehearsal.
 """
 
 import argparse
+import faulthandler
 import json
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +39,16 @@ from benchmarks.studies.crossover import Way, free_bytes, measure_ceilings, unit
 from sslfast.bench.charts import draw_bars
 from sslfast.bench.ops import Case, bank_enqueue_case, bank_update_case, ema_update_case, op_cases
 from sslfast.bench.timing import device_name, device_seconds, milliseconds, versions
+from sslfast.device import wait_for
 from sslfast.ops import bank_nce, build_info, negative_rows, render_views, render_views_reference
 from sslfast.views import AugmentConfig, CropConfig, ViewConfig, draw_view
 
 COLUMNS, TEMPERATURE = 128, 0.07
 SHARES = {"sampled": 0.8, "shared": 0.6, "full": 0.6, "render_views": 0.6}
 """Goals: the floor of an op at a measured ceiling over its time, bf16, B = 256, V = 2."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LONGEST = 60.0
+"""Seconds of one measurement."""
 
 
 @dataclass(kw_only=True)
@@ -74,6 +84,11 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Peers that do not fit the memory."""
+    done: list[str] = field(default_factory=list)
+    """Measurements that are over."""
+    running: str | None = None
 
     def add(self, name: str, times: tuple[list[float], str], *, floor_bytes: float, flops: float, **more: Any) -> None:
         """One row: time, floor by the ceilings of its dtype, share of the floor."""
@@ -87,29 +102,32 @@ class Results:
         )  # fmt: skip
 
 
-def losses(plan: Plan, results: Results) -> None:
-    """bank_nce in all its forms, and the peers."""
-    generator = torch.Generator(plan.device).manual_seed(1)
-    for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        bank = unit_rows(plan.rows, plan.device, dtype)
-        for batch in plan.batches:
-            index = torch.randint(plan.rows, (batch,), generator=generator, device=plan.device)
-            for views in plan.views:
-                shape = (views, batch, COLUMNS)
-                query = normalize(torch.randn(shape, generator=generator, device=plan.device), dim=-1)
-                sizes = CrossoverSizes(batch=batch, num_rows=plan.rows, views=views)
-                for mode in ("sampled", "shared", "full"):
-                    way = Way(name=mode, mode=mode, negatives=plan.negatives, dtype=dtype, peer=None)  # type: ignore[arg-type]
-                    for loss in ("infonce", "nce"):
-                        call = _own(query, bank, index, mode, loss, plan.negatives)
-                        results.add(
-                            f"bank_nce {mode} {loss}", device_seconds(call, plan.device, rounds=plan.rounds),
-                            floor_bytes=way.floor_bytes(sizes), flops=way.flops(sizes), dtype=label, batch=batch,
-                            views=views, implementation="sslfast",
-                        )  # fmt: skip
-                    if views == max(plan.views):
-                        _peers(plan, results, query, bank, index, way, sizes, label)
-            print(f"{label}, B = {batch}: {len(results.rows)} rows", flush=True)
+@cache
+def bank_of(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The bank, once for all measurements."""
+    return unit_rows(rows, device, dtype)
+
+
+def losses(plan: Plan, results: Results, *, mode: str, label: str, batch: int, compiled: bool = False) -> None:
+    """bank_nce in one mode, and its peers; ``compiled``: the peers under torch.compile alone."""
+    generator = torch.Generator(plan.device).manual_seed(batch)
+    dtype = DTYPES[label]
+    bank = bank_of(plan.rows, plan.device, dtype)
+    index = torch.randint(plan.rows, (batch,), generator=generator, device=plan.device)
+    way = Way(name=mode, mode=mode, negatives=plan.negatives, dtype=dtype, peer=None)  # type: ignore[arg-type]
+    for views in plan.views:
+        shape = (views, batch, COLUMNS)
+        query = normalize(torch.randn(shape, generator=generator, device=plan.device), dim=-1)
+        sizes = CrossoverSizes(batch=batch, num_rows=plan.rows, views=views)
+        for loss in () if compiled else ("infonce", "nce"):
+            call = _own(query, bank, index, mode, loss, plan.negatives)
+            results.add(
+                f"bank_nce {mode} {loss}", device_seconds(call, plan.device, rounds=plan.rounds),
+                floor_bytes=way.floor_bytes(sizes), flops=way.flops(sizes), dtype=label, batch=batch, views=views,
+                implementation="sslfast",
+            )  # fmt: skip
+        if views == max(plan.views):
+            _peers(plan, results, query, bank, index, way, sizes, label, compiled)
 
 
 def _own(query: Tensor, bank: Tensor, index: Tensor, mode: str, loss: str, negatives: int) -> Callable[[], Any]:
@@ -134,6 +152,7 @@ def _peers(
     way: Way,
     sizes: CrossoverSizes,
     label: str,
+    compiled: bool,
 ) -> None:
     """The other ways to the same loss; compared with sslfast's before they are timed."""
     rows = None
@@ -142,10 +161,11 @@ def _peers(
         rows = negative_rows(index, num_negatives=plan.negatives, num_rows=plan.rows, seed=0, step=0, shared=shared)
     ours = _own(query, bank, index, way.mode, "infonce", plan.negatives)()
     for peer in (peer for peer in PEERS if peer.mode == way.mode):
-        if "compiled" in peer.name and (plan.is_tiny or not (sizes.batch == plan.goal_batch and label == "bf16")):
+        if ("compiled" in peer.name) != compiled:
             continue
         needed = 4 * peer.values(sizes.views * sizes.batch, way.count(sizes), COLUMNS, sizes.batch)
-        if needed > 0.7 * free_bytes(plan.device):
+        if needed > 0.4 * free_bytes(plan.device):  # a captured graph has memory of its own
+            results.left_out.append(f"{peer.name}, {way.mode}, {label}, B = {sizes.batch}: {needed / 1e9:.0f} GB")
             continue
         facts = {"dtype": label, "batch": sizes.batch, "views": sizes.views, "implementation": peer.name}
 
@@ -233,14 +253,52 @@ def launches(call: Callable[[], Any], device: torch.device, op: str) -> int:
     """Kernels, copies and fills that one call puts on the GPU; on a CPU calls of the op."""
     call()
     kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[kind]) as found:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    for _ in range(2):  # the first profile of a process starts the tracer and may miss what runs meanwhile
+        with profile(activities=[kind]) as found:
+            call()
+            wait_for(device)
     events = found.events() or []
     if device.type == "cuda":
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
     return sum(event.name == f"sslfast::{op}" for event in events)
+
+
+def measurements(plan: Plan, results: Results) -> dict[str, Callable[[], None]]:
+    """Name -> measurement, by worth."""
+
+    def scored(label: str, batch: int) -> dict[str, Callable[[], None]]:
+        return {
+            f"bank_nce {mode}, {label}, B = {batch}": partial(
+                losses, plan, results, mode=mode, label=label, batch=batch
+            )
+            for mode in ("full", "sampled", "shared")
+        }
+
+    found: dict[str, Callable[[], None]] = {"launches": partial(count_launches, plan, results)}
+    found |= scored("bf16", plan.goal_batch)
+    found["render_views"] = partial(pictures, plan, results)
+    others = [batch for batch in plan.batches if batch != plan.goal_batch]
+    for label, batch in [*(("bf16", b) for b in others), ("fp32", plan.goal_batch), *(("fp32", b) for b in others)]:
+        found |= scored(label, batch)
+    if not plan.is_tiny:
+        cases = partial(op_cases, plan.device)
+        found["other ops"] = lambda: other_ops(
+            plan, results, [case for case in cases() if not case.op.startswith("bank_nce")]
+        )
+        for mode in ("sampled", "shared", "full"):
+            found[f"{mode} under torch.compile"] = partial(
+                losses, plan, results, mode=mode, label="bf16", batch=plan.goal_batch, compiled=True
+            )
+    return found
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the GPU's context is of no more use, as after a trap or an illegal access."""
+    try:
+        wait_for(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def render(facts: dict[str, Any], results: Results, goals: list[dict[str, Any]]) -> str:
@@ -264,6 +322,8 @@ def render(facts: dict[str, Any], results: Results, goals: list[dict[str, Any]])
         cells += [row[key] for key in ("median_ms", "quantile20_ms", "quantile80_ms", "floor_ms", "share_of_floor")]
         lines.append("| " + " | ".join(map(str, [*cells, row["clock"]])) + " |")
     lines += ["", *(f"- WRONG: {error}" for error in results.errors)]
+    lines += [f"- left out, does not fit the memory: {line}" for line in results.left_out]
+    lines += [f"- not measured: {name}" for name in facts["left"]]
     return "\n".join(lines) + "\n"
 
 
@@ -281,38 +341,64 @@ def goals_of(plan: Plan, results: Results) -> list[dict[str, Any]]:
     return found
 
 
+def save(output: Path, plan: Plan, results: Results, left: list[str]) -> None:
+    """Write JSON and Markdown, and the chart once there is a bar."""
+    goals = goals_of(plan, results)
+    facts = {"device": device_name(plan.device), **versions(), "build": build_info()["note"], "left": left}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({**facts, "goals": goals, **vars(results)}, indent=1) + "\n")
+    output.with_suffix(".md").write_text(render(facts, results, goals))
+    bars = {
+        f"{row['implementation']}: {row['name'].removeprefix('bank_nce ')}": row["median_ms"]
+        for row in results.rows
+        if row.get("dtype") == "bf16" and row.get("batch") == plan.goal_batch and row.get("views") == max(plan.views)
+    }
+    if bars and not left:
+        title = (
+            f"bank_nce, B = {plan.goal_batch}, V = {max(plan.views)}, K = {plan.negatives:,}, N = {plan.rows:,}, bf16"
+        )
+        draw_bars(bars, output.with_suffix(".png"), title=title, unit="ms", highlight="sslfast")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, write the three files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="files OUT.json, OUT.md, OUT.png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
+    parser.add_argument("--resume", action="store_true", help="leave out what OUT.json has")
     chosen = parser.parse_args(argv)
     device = torch.device(chosen.device)
     plan = Plan.tiny(device) if chosen.tiny else Plan(device=device)
-    ceilings = {
-        label: measure_ceilings(device, dtype, tiny=chosen.tiny)
-        for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-    }
-    results = Results(ceilings=ceilings)
-    count_launches(plan, results)
-    losses(plan, results)
-    pictures(plan, results)
-    if not chosen.tiny:
-        other_ops(plan, results, [case for case in op_cases(device) if not case.op.startswith("bank_nce")])
-    goals = goals_of(plan, results)
-    facts = {"device": device_name(device), **versions(), "build": build_info()["note"], "ceilings": ceilings}
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {**facts, "goals": goals, "launches": results.launches, "errors": results.errors, "rows": results.rows}
-    chosen.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    chosen.output.with_suffix(".md").write_text(render(facts, results, goals))
-    bars = {
-        f"{row['implementation']}: {row['name'].removeprefix('bank_nce ')}": row["median_ms"]
-        for row in results.rows
-        if row.get("dtype") == "bf16" and row.get("batch") == plan.goal_batch and row.get("views") == max(plan.views)
-    }
-    title = f"bank_nce, B = {plan.goal_batch}, V = {max(plan.views)}, K = {plan.negatives:,}, N = {plan.rows:,}, bf16"
-    draw_bars(bars, chosen.output.with_suffix(".png"), title=title, unit="ms", highlight="sslfast")
+    if chosen.resume:
+        before = json.loads(chosen.output.with_suffix(".json").read_text())
+        results = Results(**{name: before[name] for name in Results.__dataclass_fields__})
+        if results.running is not None:
+            results.errors.append(f"{results.running}: ended the process, or took longer than {LONGEST:.0f} s")
+            results.done.append(results.running)
+    else:
+        ceilings = {label: measure_ceilings(device, dtype, tiny=chosen.tiny) for label, dtype in DTYPES.items()}
+        results = Results(ceilings=ceilings)
+    every = measurements(plan, results)
+    for name, measure in every.items():
+        if name in results.done:
+            continue
+        results.running = name
+        save(chosen.output, plan, results, [name for name in every if name not in results.done])
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
+        try:
+            measure()
+        except Exception as error:
+            traceback.print_exc()
+            results.errors.append(f"{name}: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+        faulthandler.cancel_dump_traceback_later()
+        results.running = None
+        results.done.append(name)
+        print(f"{name}: {len(results.rows)} rows", flush=True)
+        if is_lost(device):
+            save(chosen.output, plan, results, [name for name in every if name not in results.done])
+            return 3
+    save(chosen.output, plan, results, [])
     print("\n".join(f"WRONG: {error}" for error in results.errors) or "results agree, one launch each")
     return 1 if results.errors else 0
 

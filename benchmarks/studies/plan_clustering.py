@@ -44,7 +44,7 @@ class Clustering:
 
     def replicated(self) -> int:
         """On every rank: labels and what has been seen; while an epoch is ordered or labels are gathered 24 more."""
-        return self.rows * ((4 * self.heads if self.heads else 8) + 1)
+        return self.rows * (4 * max(self.heads, 1) + 1)
 
     def memory(self) -> int:
         """While it clusters beside all that: sums, covariance and eigenvectors, or blocks of float64 logits."""
@@ -73,7 +73,7 @@ def table() -> str:
         " FLOP of a rank |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for rows, ranks in ((1_281_167, 8), (100_000_000, 64)):
+    for rows, ranks in ((1_281_167, 8), (100_000_000, 64), (1_000_000_000, 256)):
         for name, extra in (
             ("DeepCluster, K = 10000", {"clusters": 10000}),
             ("SeLa, K = 3000, 10 heads", {"clusters": 3000, "heads": 10, "iterations": 100}),

@@ -24,13 +24,32 @@ OPTIONAL = {
     "wandb": "--log wandb",
     "mlflow": "--log mlflow",
     "shtab": "`sslfast completion`",
-    "pyarrow": "tables of images (.parquet)",
+    "pyarrow": "tables of images (.parquet, .arrow), --output FILE.parquet",
+    "fsspec": "DATA that is a URL",
+    "aiohttp": "https:// as DATA",
+    "huggingface_hub": "hf:// as DATA, --push",
+    "s3fs": "s3:// as DATA",
+    "gcsfs": "gs:// as DATA",
+    "pillow_heif": "HEIC images",
+    "timm": "networks of timm, --format hub",
+    "safetensors": ".safetensors files",
+    "onnx": ".onnx files",
+    "onnxscript": ".onnx files",
+    "sklearn": "lowshot, embedding maps, photographs of `sslfast demo`",
+    "pycocotools": "`sslfast evaluate detect`",
+    "faiss": "DeepCluster",
+    "submitit": "`sslfast launch slurm`",
     "skimage": "photographs of `sslfast demo`",
-    "sklearn": "photographs of `sslfast demo`",
     "matplotlib": "charts of `sslfast bench`",
 }
 # A torchvision release belongs to one torch release: asked for alone, pip would replace the installed torch.
-NAMES = {"yaml": "pyyaml", "mlflow": "mlflow-skinny", **DISTRIBUTIONS}
+NAMES = {
+    "yaml": "pyyaml",
+    "mlflow": "mlflow-skinny",
+    "pillow_heif": "pillow-heif",
+    "faiss": "faiss-cpu",
+    **DISTRIBUTIONS,
+}
 INSTALL = {"torchvision": "torch==2.11.0 torchvision==0.26.0", **NAMES}
 
 
@@ -95,7 +114,7 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"{'loaders' if i == 0 else '':9} {name:11} {text}")
     for i, (name, version) in enumerate(facts["packages"].items()):
         text = version or f"missing ({OPTIONAL[name]}): pip install {INSTALL.get(name, name)}"
-        lines.append(f"{'packages' if i == 0 else '':9} {name:11} {text}")
+        lines.append(f"{'packages' if i == 0 else '':9} {name:15} {text}")
     for i, (name, package) in enumerate(facts["plugins"].items()):
         lines.append(f"{'plugins' if i == 0 else '':9} {name:11} {package}")
     return "\n".join(lines)

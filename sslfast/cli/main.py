@@ -42,6 +42,7 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (:data:`sslfast.cli.exit_codes.EXIT_CODES`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a file name may hold any bytes; no command fails for showing it
             stream.reconfigure(errors="backslashreplace")
@@ -72,6 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sslfast: error: {_one_line(error)}", file=sys.stderr)
         return code
+
+
+def _open_missing_streams() -> None:
+    """Standard streams that the starting program closed (``2>&-``) are those of /dev/null: Python has None in their
+    place, and the next file to be opened, perhaps a checkpoint, would get their number and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(opened, number)
+        os.set_inheritable(opened, opened == number)
+        setattr(sys, name, os.fdopen(opened, "w" if number else "r", encoding="utf-8"))
 
 
 def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "") -> int:

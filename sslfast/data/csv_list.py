@@ -13,8 +13,9 @@ from typing import ClassVar, NamedTuple, TextIO
 from sslfast.data.folder import changed_files, list_images
 from sslfast.data.images import SUFFIXES, OnBadImage, read_bytes
 from sslfast.data.left_out import listed_system_keys, suffix_of
+from sslfast.data.listing import PARQUET, TAR
 from sslfast.data.manifest import Manifest
-from sslfast.data.members import LABEL_NAMES, label_text
+from sslfast.data.members import LABEL_NAMES, label_text, plain_name
 from sslfast.data.source import URL, Changes, ImageSource, SourceError, is_file
 from sslfast.data.spelling import similar_file
 
@@ -22,7 +23,15 @@ PATH_NAMES = (
     *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file", "img"),
     *("img_path", "imagepath", "image_name", "image_id", "imageid", "url"),
 )
-"""Names of columns, in any letter case; the first that there is counts, as of ``LABEL_NAMES``."""
+"""Names of columns, in any spelling; the first that there is counts, as of ``LABEL_NAMES``."""
+NO_LABELS = frozenset(
+    (
+        *("index", "id", "key", "uid", "uuid", "size", "width", "height", "bytes", "md5", "sha1", "sha256", "hash"),
+        *("caption", "captions", "text", "title", "description", "alt", "prompt", "url", "link", "source", "license"),
+        *("split", "subset", "set", "fold", "bbox", "boxes", "time", "date", "timestamp"),
+    )
+)
+"""Names of columns that are no labels where no column is named as one."""
 
 
 class Entry(NamedTuple):
@@ -39,8 +48,9 @@ class CsvListSource(ImageSource):
 
     A line is ``path,label``, quoted as CSV; the label may be empty or missing; semicolons or tabs may stand for the
     commas. A first line with a name of ``PATH_NAMES`` is a header; one with further columns must have it, and one of
-    ``LABEL_NAMES`` for labels. Rows are ordered by path, whatever the order of the lines; the content of a file says
-    whether it is an image, not its suffix. Lists are UTF-8, or UTF-16 with a byte order mark.
+    ``LABEL_NAMES`` for labels, which may have another name where there are two. Rows are ordered by path, whatever the
+    order of the lines; the content of a file says whether it is an image, not its suffix. Lists are UTF-8, or UTF-16
+    with a byte order mark.
     Files in folders of a system, below the folder that is common to all, are left out.
     """
 
@@ -95,7 +105,7 @@ class CsvListSource(ImageSource):
             then = manifest.classes[label] if label >= 0 else None
             if path not in entries:
                 changes.missing.append((path, "no longer in the list"))
-            elif not _same_label(entries[path].label, then):
+            elif manifest.classes and not _same_label(entries[path].label, then):
                 changes.changed.append((path, f"label {then or 'none'} -> {entries[path].label or 'none'}"))
         known = {*self.paths, *(path for path, _ in manifest.excluded)}
         changes.added = [(path, f"line {entry.line}") for path, entry in entries.items() if path not in known]
@@ -178,10 +188,14 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
                 raise SourceError(f"{path} line {line} holds a NUL byte: save the list as UTF-8 text")
             name = "/".join(part for part in text.split("/") if part != ".")
             if URL.match(name):
+                remedy = (
+                    "URLs of shards, one a line, are DATA in a file whose name ends in .roots"
+                    if suffix_of(name.partition("?")[0]) in (TAR, PARQUET)
+                    else "download the images (the URLs one a line in urls.txt: wget -x -i urls.txt) and list their "
+                    "files, or pack them into .tar shards and give the URL of these as DATA"
+                )
                 raise SourceError(
-                    f"{path} line {line} names a URL, {name!r:.80}: a list names files of this machine; download the "
-                    f"images (the URLs one a line in urls.txt: wget -x -i urls.txt) and list their files, or pack them "
-                    "into .tar shards and give the URL of these as DATA"
+                    f"{path} line {line} names a URL, {name!r:.80}: a list names files of this machine; {remedy}"
                 )
             if not name:
                 raise SourceError(f"{path} line {line} names no file: write path,label")
@@ -208,13 +222,21 @@ def open_list(path: Path) -> TextIO:
 
 
 def find_columns(names: Sequence[str]) -> tuple[int, int | None] | None:
-    """Position of the path and of the label in a header; None where it is none."""
-    names = [name.strip().lower() for name in names]
-    path = next((names.index(name) for name in PATH_NAMES if name in names), None)
+    """Position of the path and of the label in a header; None where it is none. Of two columns that are not of
+    ``NO_LABELS`` the other one is the label, whatever its name."""
+    names = [plain_name(name) for name in names]
+
+    def place(of: Sequence[str]) -> int | None:
+        return next((names.index(name) for name in map(plain_name, of) if name in names), None)
+
+    path, label = place(PATH_NAMES), place(LABEL_NAMES)
     if path is None:
         return None
-    label = 1 if names == ["path"] else None
-    return path, next((names.index(name) for name in LABEL_NAMES if name in names), label)
+    if label is None and names == ["path"]:
+        label = 1
+    elif label is None and len(names) == 2 and names[1 - path] and names[1 - path] not in NO_LABELS:
+        label = 1 - path
+    return path, label
 
 
 def table_lines(path: Path, delimiter: str) -> Iterator[Entry]:

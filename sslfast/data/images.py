@@ -13,7 +13,7 @@ is installed, which makes 8 bits of 10 and 12
 grayscale, bilevel, YCbCr, HSV                   converted to RGB
 CMYK / YCCK (of a JPEG as inverted, Adobe's way) converted to RGB, without colour profile
 palette                                          converted to RGB through its palette
-transparency (RGBA, LA, palette, tRNS)           composited on white
+transparency (RGBA, LA, palette, tRNS)           composited on white; the alpha of a BMP that is 0 everywhere is none
 16 bits a channel                                the high byte is kept (``value >> 8``); another white level:
                                                  ``Decoding.white_level``
 fewer bits in 16: maximum of a PGM or PPM, TIFF  ``value * 256 // (white + 1)``, white is their largest
@@ -397,13 +397,18 @@ def plain_pixels(image: Image.Image) -> Image.Image:
         return image
     if mode == "1":
         return image.convert("L")
-    if mode in ("P", "CMYK", "YCbCr", "HSV", "RGBX"):
+    if mode in ("P", "CMYK", "YCbCr", "HSV", "RGBX", "RGBA"):
         return image.convert("RGB")
     raise BadImageError(f"pixel format {mode} ({image.format}) has no defined white level: convert to 8 or 16 bits")
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Whether there is an alpha channel, be it of the palette, or a transparent colour. Pillow 10.0 does not say."""
+    """Whether there is an alpha channel, be it of the palette, or a transparent colour. Pillow 10.0 does not say.
+
+    Of a BMP, where programs leave it 0, one that is not 0 everywhere.
+    """
+    if image.format == "BMP" and image.mode == "RGBA":
+        return image.getchannel("A").getextrema() != (0, 0)
     palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
     return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA") or palette.endswith("A")
 

@@ -10,6 +10,7 @@ key                             what is counted
 ``.heic``                       files by the suffix that their name ends with; empty: without one
 ``.jpg_large holding JPEG``     files that are pictures by their first bytes and not by their suffix
 ``.json holding no label``      members of archives beside an image, without a label of it
+``.cls holding labels``         members of archives with a label of none of its images
 =============================== ======================================================================================
 """
 
@@ -52,6 +53,7 @@ _SYSTEM = re.compile(
 _SPELLED = {name.lower(): name for name in SYSTEM_FOLDERS}
 APPLE_DOUBLE, HIDDEN = "._*", ".*"
 NO_LABEL = ".json holding no label"
+NO_IMAGE = "labels"
 
 _NOT_READ = frozenset(
     f".{name}"
@@ -180,13 +182,15 @@ def named_counts(ignored: Mapping[str, int]) -> str:
 
 def left_out(ignored: Mapping[str, int]) -> list[str]:
     """What looks like pictures, or is a system's, and is not used: a line for each reason, with the remedy."""
-    system, unread, renamed, packed, stores, tables, silent = {}, {}, {}, {}, {}, {}, {}
+    system, unread, renamed, packed, stores, tables, silent, orphans = {}, {}, {}, {}, {}, {}, {}, {}
     for key, count in ignored.items():
         suffix, holds, kind = key.partition(" holding ")
         if key.endswith("/") or key in (APPLE_DOUBLE, HIDDEN):
             system[key] = count
         elif key == NO_LABEL:
             silent[key] = count
+        elif kind == NO_IMAGE:
+            orphans[key] = count
         elif suffix in _NOT_READ or (holds and kind not in _READ):
             unread[key] = count
         elif holds:
@@ -210,6 +214,7 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
             (tables, "not read beside images or .tar shards; give them a folder of their own"),
             (packed, f"archives, which are not read inside a folder or an archive; {_unpack(packed)}"),
             (silent, "beside images, without a key label, cls, class, ... that holds one number or name"),
+            (orphans, "of no image here: the names of an image and of its label begin alike, as 0.jpg and 0.cls do"),
             (system, "folders and files of the system, and hidden ones; move out what belongs to the data"),
         )
         if found

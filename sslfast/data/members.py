@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 
 from sslfast.data.images import SUFFIXES, BadImageError, open_header
 from sslfast.data.left_out import (
+    NO_IMAGE,
     NO_LABEL,
     SNIFFED,
     hidden_key,
@@ -25,18 +26,21 @@ from sslfast.data.left_out import (
 from sslfast.data.listing import first_folder
 from sslfast.data.source import HASHED_BYTES, ListedImage, SourceError, content_hash
 
-LABELS = (".cls", ".cls.txt")
-"""Suffixes of members that hold the label of the image with the same stem."""
+LABELS = tuple(f".{word}{form}" for word in ("cls", "class", "label", "target") for form in (".txt", ".json", ""))
+"""Suffixes, in any letter case, of members that hold the label of the image with the same stem."""
+_BESIDE = (*LABELS, ".json", ".txt")
 LABEL_NAMES = (
     *("label", "class", "class_name", "classname", "class_id", "label_name", "category", "target", "gt_label", "wnid"),
-    *("synset", "y", "fine_label", "cls", "labels", "category_id", "class_index", "class_idx"),
+    *("synset", "y", "fine_label", "cls", "labels", "category_id", "class_index", "class_idx", "label_id", "label_idx"),
+    *("label_index", "class_label", "category_name", "target_id", "target_name", "classes", "species", "breed", "gt"),
 )
-"""Names of a table's column of labels, in any letter case; the first that there is counts."""
+"""Names of a table's column of labels, in any spelling (:func:`plain_name`); the first that there is counts."""
 JSON_KEYS = tuple(sorted(set(LABEL_NAMES) - {"y"}, key=("label", "cls", *LABEL_NAMES).index))
-"""Keys of a ``.json`` member that hold the label, in any letter case; the first one that is there. ``y`` may be a
+"""Keys of a ``.json`` member that hold the label, in any spelling; the first one that is there. ``y`` may be a
 coordinate."""
 _LONGEST_LABEL = 1024
 _LONGEST_JSON = 1 << 20
+_LONGEST_NUMBER = 16
 _WORDNET = re.compile(r"n[0-9]{8}")
 
 Read = Callable[[str, int], bytes]
@@ -72,7 +76,8 @@ def list_members(
     A member whose suffix is an image's is an image. Its class is the content of the member with the same stem and a
     suffix of ``LABELS`` (a number or a name; a stem ends at the last dot or, as for WebDataset, the first), else what
     a ``.json`` member of that stem has under one of ``JSON_KEYS``, else the first-level folder in its name, else
-    none. ``folders`` takes the place of the folder where it has the name.
+    none. ``folders`` takes the place of the folder where it has the name. Where no member is a label by its name,
+    ``.txt`` members are if all of those beside images hold a whole number.
 
     Args:
         file: what to call the archive.
@@ -85,11 +90,13 @@ def list_members(
     """
     found = ListedMembers()
     used: set[str] = set()
-    for name, size in sizes.items():
-        suffix = suffix_of(name)
-        if suffix not in SUFFIXES:
-            continue
-        label = _label_of(file, name, sizes, read, used, found.ignored)
+    images = [name for name in sizes if suffix_of(name) in SUFFIXES]
+    beside = _beside(sizes)
+    labels = {name: _label_of(file, name, sizes, read, beside, used, found.ignored) for name in images}
+    if all(label is None for label in labels.values()):
+        labels |= _numbers_in_text(images, sizes, read, beside, used)
+    for name in images:
+        size, label = sizes[name], labels[name]
         found.has_labels |= label is not None
         if label is None:
             label = folders[name] if name in folders else first_folder(name)
@@ -101,8 +108,12 @@ def list_members(
             found.images.append(ListedImage(name, size, sha1, label))
     for name, size in sizes.items():
         suffix = suffix_of(name)
-        if suffix not in SUFFIXES and name not in used and not name.endswith(LABELS):
+        if suffix in SUFFIXES or name in used:
+            continue
+        if not name.lower().endswith(LABELS):
             found.ignored[other_key(suffix, _head(name, size, read) if may_be_picture(suffix) else b"")] += 1
+        elif images:
+            found.ignored[f"{suffix} holding {NO_IMAGE}"] += 1
     if not found.images and not found.bad:
         others = f" (other members: {named_counts(found.ignored)})" if found.ignored else ""
         why = left_out(found.ignored) or [f"images are members named {image_suffixes()}"]
@@ -130,14 +141,48 @@ def stem_of(path: str) -> str:
     return os.path.splitext(path.rpartition("/")[2])[0]
 
 
-def _label_of(
-    file: str, image: str, sizes: Mapping[str, int], read: Read, used: set[str], ignored: Counter[str]
-) -> str | None:
+def _stems(image: str) -> list[str]:
+    """Of an image: its name up to the last dot, and up to the first."""
     folder, slash, base = image.rpartition("/")
-    stems = dict.fromkeys(f"{folder}{slash}{stem}" for stem in (base.rpartition(".")[0], base.partition(".")[0]))
-    text = next((stem + suffix for stem in stems for suffix in LABELS if stem + suffix in sizes), None)
+    return [*dict.fromkeys(f"{folder}{slash}{stem}" for stem in (base.rpartition(".")[0], base.partition(".")[0]))]
+
+
+def _beside(names: Iterable[str]) -> dict[str, str]:
+    """What may say something of images: a stem and one of ``_BESIDE`` -> name of the member.
+
+    ``0.output.cls`` also stands for ``0.cls`` if it is the only one (``0.input.jpg`` is beside it).
+    """
+    found: dict[str, str] = {}
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        lowered = name.lower()
+        end = next((end for end in _BESIDE if lowered.endswith(end)), None)
+        if end is None:
+            continue
+        stem = name[: -len(end)]
+        found[stem + end] = name
+        folder, slash, base = stem.rpartition("/")
+        first, dot, rest = base.partition(".")
+        if dot and end in LABELS and rest.isidentifier():
+            parts.setdefault(f"{folder}{slash}{first}{end}", set()).add(name)
+    return {key: min(those) for key, those in parts.items() if len(those) == 1} | found
+
+
+def _label_of(
+    file: str,
+    image: str,
+    sizes: Mapping[str, int],
+    read: Read,
+    beside: Mapping[str, str],
+    used: set[str],
+    ignored: Counter[str],
+) -> str | None:
+    stems = _stems(image)
+    text = next((beside[stem + suffix] for stem in stems for suffix in LABELS if stem + suffix in beside), None)
     label = None if text is None else _text_label(file, text, sizes, read)
-    name = next((f"{stem}.json" for stem in stems if f"{stem}.json" in sizes), None)
+    if text is not None:
+        used.add(text)
+    name = next((beside[f"{stem}.json"] for stem in stems if f"{stem}.json" in beside), None)
     stated = [] if name is None else _json_labels(name, sizes, read)
     if name is None:
         return label
@@ -154,18 +199,42 @@ def _label_of(
     return stated[0] if label is None else label
 
 
+def _numbers_in_text(
+    images: Sequence[str], sizes: Mapping[str, int], read: Read, beside: Mapping[str, str], used: set[str]
+) -> dict[str, str]:
+    """Of each image beside a ``.txt`` member the number in that, if all of those hold one; else they are captions."""
+    found: dict[str, str] = {}
+    for image in images:
+        name = next((beside[f"{stem}.txt"] for stem in _stems(image) if f"{stem}.txt" in beside), None)
+        if name is None:
+            continue
+        try:
+            text = read(name, sizes[name]).strip() if sizes[name] <= _LONGEST_NUMBER else b""
+        except BadImageError:
+            text = b""
+        if not text.isdigit():
+            return {}
+        found[image] = str(int(text))
+        used.add(name)
+    return found
+
+
 def _text_label(file: str, name: str, sizes: Mapping[str, int], read: Read) -> str:
-    try:
-        text = read(name, min(sizes[name], _LONGEST_LABEL + 1))
-    except BadImageError:
-        text = b""
-    label = text.decode("utf-8-sig", "surrogateescape").strip()
-    if not label or len(text) > _LONGEST_LABEL:
+    if name.lower().endswith(".json"):
+        found = _json_labels(name, sizes, read)
+        label = found[0] if found else ""
+    else:
+        try:
+            text = read(name, min(sizes[name], _LONGEST_LABEL + 1))
+        except BadImageError:
+            text = b""
+        label = text.decode("utf-8-sig", "surrogateescape").strip() if len(text) <= _LONGEST_LABEL else ""
+    if not label or re.search(r"[\0-\x08\n]", label):
         raise SourceError(
             f"{file}: member {name!r} holds no label: it must be a number or the name of a class; write the archive "
             "again"
         )
-    return _plain(label)
+    return _plain(label_text(label) or label)
 
 
 def _plain(label: str) -> str:
@@ -174,7 +243,8 @@ def _plain(label: str) -> str:
 
 
 def _json_labels(name: str, sizes: Mapping[str, int], read: Read) -> list[str]:
-    """The labels in a JSON member, the most usual key first; none where it has none or is no JSON object."""
+    """The labels in a JSON member, the most usual key first; none where it has none. A number alone is a label, and in
+    a member with a suffix of ``LABELS`` a name alone, too."""
     if sizes[name] > _LONGEST_JSON:
         return []
     try:
@@ -182,11 +252,35 @@ def _json_labels(name: str, sizes: Mapping[str, int], read: Read) -> list[str]:
     except (BadImageError, ValueError, RecursionError):
         return []
     if not isinstance(values, dict):
-        return []
-    lists = {str(key).lower(): value if isinstance(value, list) else [value] for key, value in values.items()}
-    found = {key: label_text(value[0]) for key, value in lists.items() if len(value) == 1}
-    labels = [found.get(key) for key in JSON_KEYS]
-    return [_plain(label) for label in labels if label is not None]
+        is_alone = type(values) is int or name.lower().endswith(LABELS)
+        label = label_text(values) if is_alone else None
+        return [] if label is None else [_plain(label)]
+    labels = _labels_in(values)
+    for inner in () if labels else values.values():
+        if isinstance(inner, list) and len(inner) == 1:
+            inner = inner[0]
+        if isinstance(inner, dict):
+            labels += _labels_in(inner)
+    return labels
+
+
+def _labels_in(values: Mapping[str, Any]) -> list[str]:
+    """What an object has under ``JSON_KEYS``: a label, a list of one, or an object with an ``id``, ``label`` or
+    ``name``."""
+    found: dict[str, str | None] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, dict):
+            value = next((value[part] for part in ("id", "label", "name") if part in value), None)
+        found[plain_name(key)] = label_text(value)
+    labels = [found.get(plain_name(key)) for key in JSON_KEYS]
+    return [*dict.fromkeys(_plain(label) for label in labels if label is not None)]
+
+
+def plain_name(name: str) -> str:
+    """The same for all spellings of a column or key: ``Class Name``, ``class-name`` and ``className`` are one."""
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 _WHOLE = re.compile(r"[+-]?[0-9]+\.0*")

@@ -35,6 +35,11 @@ class RemoteShards(ImageSource):
     def open(cls, path: Any, *, on_bad_image: OnBadImage, progress: bool) -> Manifest:
         urls = sorted(expand_urls(path))
         suffixes = {suffix_of(url.partition("?")[0]) for url in urls}
+        if suffixes == {""}:
+            raise SourceError(
+                f"{path} names no .tar or .parquet file: of a folder elsewhere name the shards, as in "
+                f"{path.rstrip('/')}/*.tar"
+            )
         if len(suffixes) > 1 or not suffixes <= {TAR, PARQUET}:
             raise SourceError(
                 f"{path} names files {' and '.join(sorted(suffixes))}: of data elsewhere, .tar or .parquet files are "

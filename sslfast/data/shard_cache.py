@@ -241,9 +241,7 @@ def _open(url: str) -> tuple[Any, str]:
         system, path = core.url_to_fs(url, **options)
     except ImportError:
         packages = " ".join(dict.fromkeys(["fsspec", _PACKAGES.get(scheme, "")])).strip()
-        raise SourceError(
-            f"{url} needs packages that are not installed: pip install {packages} (or sslfast[remote])"
-        ) from None
+        raise SourceError(f"{url} needs packages that are not installed: pip install {packages}") from None
     except ValueError as error:
         raise SourceError(f"{url} cannot be read ({_one_line(error)}): use https, s3, gs or hf") from None
     return system, path
@@ -272,20 +270,22 @@ def _status(error: Exception) -> int | None:
         status = getattr(one, "status", None) or getattr(getattr(one, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
+        if "Credential" in type(one).__name__:  # botocore and google.auth found none; there is no answer yet
+            return 401
     if isinstance(error, PermissionError):
         return 403
     return 404 if isinstance(error, FileNotFoundError) and error.__cause__ is None else None
 
 
 def _reason(error: Exception, status: int | None) -> str:
-    if status is not None:
+    if status is not None and "Credential" not in type(error).__name__:
         return f"status {status}"
     error = (
         error.__cause__ if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception) else error
     )
     if isinstance(error, TimeoutError):
         return f"no answer for {SECONDS:.0f} s, {ATTEMPTS} times"
-    return f"{_one_line(error):.160}, {ATTEMPTS} times"
+    return f"{_one_line(error):.160}" + (f", {ATTEMPTS} times" if status is None else "")
 
 
 def _remedy(status: int | None) -> str:

@@ -322,7 +322,27 @@ def _jpeg2000(data: bytes) -> Stripped:
     return found
 
 
+def _bmp(data: bytes) -> Stripped:
+    """With one more colour, which no pixel has, in a palette of grays that Pillow would leave out: it then takes the
+    indices of 4 or 8 bits for gray levels of 8 bits, or of two colours for levels of 1 bit."""
+    if len(data) < 54:
+        return Stripped(data)
+    offset, size = struct.unpack_from("<II", data, 10)
+    bits, compression = struct.unpack_from("<HI", data, 28)
+    (colours,) = struct.unpack_from("<I", data, 46)
+    count, start = colours or 1 << bits, 14 + size
+    is_misread = size >= 40 and compression == 0 and ((bits == 4 and count <= 256) or (bits == 8 and count == 2))
+    grays = (0, 255) if count == 2 else range(count)
+    end = start + 4 * count
+    if not is_misread or any(data[start + c : end : 4] != bytes(grays) for c in range(3)):
+        return Stripped(data)
+    begin = struct.pack("<I", (end if offset == start else offset) + 4)
+    more = struct.pack("<I", count + 1)
+    return Stripped(b"".join([data[:10], begin, data[14:46], more, data[50:end], b"\1\2\3\0", data[end:]]))
+
+
 _FORMATS: tuple[tuple[bytes, Callable[[bytes], Stripped]], ...] = (
+    (b"BM", _bmp),
     (b"II", _tiff),
     (b"MM", _tiff),
     (b"RIFF", _webp),

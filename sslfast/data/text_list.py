@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from sslfast.data.csv_list import PATH_NAMES, CsvListSource, Entry, open_list, table_lines, written_label
 from sslfast.data.images import SUFFIXES
 from sslfast.data.left_out import suffix_of
-from sslfast.data.members import LABEL_NAMES, label_text
+from sslfast.data.members import LABEL_NAMES, label_text, plain_name
 from sslfast.data.source import SourceError, is_file
 
 _TEXT = (".txt", ".lst", ".list")
@@ -121,12 +121,13 @@ def _entry(path: Path, line: int, value: Any) -> Entry:
         return Entry(line, value[0], _label(path, line, value[1]) if len(value) == 2 else None)
     if not isinstance(value, dict):
         raise SourceError(f"{path} entry {line} is no object with path and label: {_FORM}")
-    values = {str(key).lower(): value for key, value in value.items()}
-    name = next((values[key] for key in PATH_NAMES if isinstance(values.get(key), str)), None)
+    values = {plain_name(str(key)): value for key, value in value.items()}
+    paths, labels = map(plain_name, PATH_NAMES), map(plain_name, LABEL_NAMES)
+    name = next((values[key] for key in paths if isinstance(values.get(key), str)), None)
     if name is None:
         raise SourceError(f"{path} entry {line} has no key {' or '.join(PATH_NAMES[:4])}: {_FORM}")
-    label = next((_label(path, line, values[key]) for key in LABEL_NAMES if values.get(key) is not None), None)
-    prefix = values.get("prefix") or values.get("img_prefix")
+    label = next((_label(path, line, values[key]) for key in labels if values.get(key) is not None), None)
+    prefix = values.get("prefix") or values.get("imgprefix")
     return Entry(line, f"{prefix.rstrip('/')}/{name}" if isinstance(prefix, str) else name, label)
 
 

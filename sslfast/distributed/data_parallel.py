@@ -1,5 +1,6 @@
 """Data parallelism: DDP around a method, gradient synchronisation, a check that replicas are equal."""
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,12 +16,40 @@ from sslfast.distributed.process_group import world_size
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """``module`` wrapped in DDP, whose backward averages gradients over ranks; itself in a single process.
 
-    BatchNorm normalises each rank's own part of the batch (PIRL section 4), and buffers are not synchronised.
+    BatchNorm normalises each rank's own part of the batch (PIRL section 4), and buffers are not synchronised. Every
+    backward sums each gradient over ranks in the same order, the first one of a process too, so that a resumed run does
+    as an uninterrupted one. Compile the module afterwards: it is called once here, with another ``forward``.
     """
     if world_size() == 1:
         return module
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = {"device_ids": devices, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    with warnings.catch_warnings():  # torch 2.13 deprecates broadcast_buffers, and what replaces it copies them once
+        warnings.simplefilter("ignore", FutureWarning)
+        replica = DistributedDataParallel(module, **options)  # type: ignore[arg-type]
+    _settle_buckets(replica, module, device)
+    return replica
+
+
+@torch.enable_grad()
+def _settle_buckets(replica: nn.Module, module: nn.Module, device: torch.device) -> None:
+    """A backward pass of the parameters alone, after which DDP keeps its buckets.
+
+    DDP puts all gradients into one bucket at first, and arranges them anew once, after the first backward, in the order
+    in which they came (torch 2.10 to 2.13: ``Reducer::rebuild_buckets``). Where three or more ranks take part, the
+    place in a bucket decides in which order they are summed. Here gradients come from the last parameter to the first,
+    about as in a network. ``find_unused_parameters=True`` would keep the first buckets, but walks the graph in every
+    step and warns that it does.
+    """
+    own = vars(module).pop("forward", None)  # of the instance, as where a module compiles its own
+    module.forward = lambda _: sum(p.sum() for p in module.parameters() if p.requires_grad)
+    try:
+        replica(torch.zeros((), device=device)).backward()
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+    module.zero_grad()
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:

@@ -121,16 +121,20 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 @contextmanager
 def lost_ranks_named() -> Iterator[None]:
-    """Context in which what torch raises because another rank is gone becomes a :class:`LostRankError` in one line."""
+    """Context in which what torch raises because another rank is gone becomes a :class:`LostRankError` in one line,
+    also while the process group is being initialised."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+        here, ranks = rank(), world_size()
+        if ranks == 1:
+            here, ranks = process_group().rank, process_group().world_size
+        if ranks == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
             raise
         late = "timed out" in text.lower()
         raise LostRankError(
-            f"rank {rank()} of {world_size()}: another process of the run "
+            f"rank {here} of {ranks}: another process of the run "
             f"{'did not answer in time' if late else 'has ended'}; what it printed says why, and the same command "
             "resumes from the last checkpoint"
         ) from None

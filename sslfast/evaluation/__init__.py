@@ -23,7 +23,9 @@ from sslfast.evaluation.encoders import (
 from sslfast.evaluation.folders import UnsuitableError, load_manifests
 from sslfast.evaluation.knn import (
     KnnConfig,
+    NearestImages,
     bank_knn,
+    bank_neighbours,
     evaluate_knn,
     knn_accuracy,
     knn_result,
@@ -55,6 +57,7 @@ __all__ = [
     "KnnConfig",
     "Lettering",
     "LinearConfig",
+    "NearestImages",
     "ResultNotWritten",
     "RunEncoders",
     "SemisupConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "TrunkEncoder",
     "UnsuitableError",
     "bank_knn",
+    "bank_neighbours",
     "embed_all",
     "encoder_of",
     "evaluate_knn",

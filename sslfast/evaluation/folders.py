@@ -40,16 +40,11 @@ def load_manifests(
     found = [_scan(place, on_bad_image=on_bad_image) for place in places.values()]
     # The pixels of a .beton file are decoded already.
     train, val = (one.decoded(decoding) if one.source.loader is None else one for one in found)
-    for manifest in (train, val):
+    for split, manifest in (("train", train), ("val", val)):
         loose = [path for path, label in zip(manifest.paths, manifest.labels, strict=True) if label < 0]
         if loose:
-            listed = "val.csv" if manifest.source.name == "folder" else "val.tsv"
-            raise UnsuitableError(
-                f"{manifest.root} has {len(loose)} images outside class folders ({loose[0]}): an evaluation needs "
-                f"labels; put each image into the folder of its class, or, if a file has the labels, run `sslfast data "
-                f"labels {quote(str(manifest.root))} LABELS --train {quote(str(places['train']))} -o "
-                f"{quote(str(data / listed))}`"
-            )
+            lacking = _unlabelled(manifest, loose[0], data / split, places["train"])
+            raise UnsuitableError(f"{manifest.root} has {len(loose)} images {lacking}")
     if train.classes != val.classes:
         same = alike(train.classes, val.classes)
         if same:
@@ -70,6 +65,21 @@ def load_manifests(
         remarks = "".join(f"; {line}" for line in train.class_remarks())
         raise UnsuitableError(f"{data} has one class, {train.classes[0]}; an evaluation needs at least 2{remarks}")
     return train, val
+
+
+def _unlabelled(manifest: Manifest, first: str, place: Path, train: Path) -> str:
+    """What images without a label lack, and the remedy for this kind of data."""
+    if manifest.source.name in ("csv", "list"):
+        return f"without a label ({first}): an evaluation needs labels; give every line one, in a column named label"
+    if manifest.source.name in ("parquet", "arrow"):
+        return f"without a label ({first}): an evaluation needs labels; write them into a column named label"
+    classes = "" if place.name == "train" else f" --train {quote(str(train))}"
+    listed = place.with_name(f"{place.name}{'.csv' if manifest.source.name == 'folder' else '.tsv'}")
+    return (
+        f"outside class folders ({first}): an evaluation needs labels; put each image into the folder of its class, "
+        f"or, if a file has the labels, run `sslfast data labels {quote(str(manifest.root))} LABELS{classes} -o "
+        f"{quote(str(listed))}`"
+    )
 
 
 def _scan(folder: Path, *, on_bad_image: OnBadImage) -> Manifest:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslfast.config import to_dict
+from sslfast.data import Manifest
 from sslfast.device import resolve_device
 from sslfast.distributed import distributed_device, gather_rows, gather_uneven, own_rows, sum_over_ranks, world_size
 from sslfast.evaluation.dataset import EvaluationSet, FeatureConfig, load_evaluation_set
@@ -202,6 +203,7 @@ def bank_knn(
     tau: float = TEMPERATURE,
     *,
     queries: int | None = None,
+    is_split: bool = False,
     max_entries: int = MAX_ENTRIES,
 ) -> dict[int, Accuracy]:
     """Leave-one-out kNN accuracy of a memory bank, which needs no image and no forward pass.
@@ -211,22 +213,23 @@ def bank_knn(
     visited yet are random.
 
     Args:
-        bank_rows: ``[N, D]`` float, row r of image r of the manifest, any norm. Under several processes also those
-            of each rank's part (:func:`~sslfast.distributed.own_rows`): then no rank gathers them, and all call this.
+        bank_rows: ``[N, D]`` float, row r of image r of the manifest, any norm.
         labels: ``[N]`` int64, class of each row (``Manifest.labels``); rows with -1 are left out.
         k: numbers of neighbours.
         tau: temperature of the weights.
         queries: maximum number of queries, evenly spaced over the labelled rows; None: all of them.
+        is_split: ``bank_rows`` are those of this rank alone (:func:`~sslfast.distributed.own_rows` of N): no rank
+            gathers them, and all call this.
         max_entries: maximum number of similarities in memory at once.
 
     Raises:
         ValueError: shapes that do not fit, fewer than two labelled rows or classes, k out of range.
     """
-    part = own_rows(len(labels))
-    is_split = world_size() > 1 and len(bank_rows) == len(part)
-    if bank_rows.ndim != 2 or labels.ndim != 1 or not (is_split or len(labels) == len(bank_rows)):
+    own = own_rows(len(labels)) if is_split else range(len(labels))
+    if bank_rows.ndim != 2 or labels.ndim != 1 or len(bank_rows) != len(own):
         raise ValueError(
             f"bank_rows must be [N, D] and labels [N], got {list(bank_rows.shape)} and {list(labels.shape)}"
+            + (f" on one of {world_size()} ranks, whose part is {len(own)} rows" if is_split else "")
         )
     if queries is not None and queries < 1:
         raise ValueError(f"queries must be at least 1 or None, got {queries=}")
@@ -240,39 +243,80 @@ def bank_knn(
     check_k(k, len(labelled) - 1)
     count = len(labelled) if queries is None else min(queries, len(labelled))
     chosen = torch.arange(count, device=labels.device) * len(labelled) // count
-    own = part if is_split else range(len(labels))
     here = (labelled >= own.start) & (labelled < own.stop)  # consecutive
-    first = int((labelled < own.start).sum())
     bank = bank_rows if len(labelled) == len(labels) else bank_rows[labelled[here] - own.start]
-    place = chosen - first  # in this rank's bank
+    first = int((labelled < own.start).sum())
+    similarity, rows = bank_neighbours(
+        bank, chosen, max(k), first_row=first, is_split=is_split, max_entries=max_entries
+    )
+    return _vote(similarity, bank_labels[rows], bank_labels[chosen], bank_labels, k=k, temperature=tau)
+
+
+@torch.no_grad()
+def bank_neighbours(
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    first_row: int = 0,
+    is_split: bool = False,
+    max_entries: int = MAX_ENTRIES,
+) -> tuple[Tensor, Tensor]:
+    """The k rows of a bank that are most similar to some of its rows, which do not find themselves.
+
+    Args:
+        bank: ``[N, D]`` float, any norm.
+        queries: ``[Q]`` int64 rows of it, the same on every rank.
+        k: ``1 <= k < N``.
+        first_row: number of the first row of ``bank``.
+        is_split: ``bank`` holds the rows of this rank alone, from ``first_row`` on. All ranks call this, none gathers
+            them: ranks exchange the queries and the k nearest that each has found.
+        max_entries: see :func:`nearest_neighbours`.
+
+    Returns:
+        Cosine similarities ``[Q, k]`` float32, in decreasing order, and rows ``[Q, k]`` int64, on the bank's device.
+    """
+    place = queries.to(bank.device) - first_row
     inside = (place >= 0) & (place < len(bank))
-    vectors = bank_rows.new_zeros(count, bank_rows.shape[1], dtype=torch.float32)
+    vectors = bank.new_zeros(len(place), bank.shape[1], dtype=torch.float32)
     vectors[inside] = bank[place[inside]].float()
     if is_split:
         vectors = sum_over_ranks(vectors)
-    similarity, rows = _nearest(vectors, bank, min(max(k), len(bank)), own=place, max_entries=max_entries)
-    found = bank_labels[rows + first]
-    if is_split:
-        similarity, found = _nearest_of_all(similarity, found, max(k))
-    return _vote(similarity, found, bank_labels[chosen], bank_labels, k=k, temperature=tau)
+    similarity, rows = _nearest(vectors, bank, min(k, len(bank)), own=place, max_entries=max_entries)
+    rows = rows + first_row
+    return _nearest_of_all(similarity, rows, k) if is_split else (similarity, rows)
 
 
-def _nearest_of_all(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``[Q, k]``: the largest similarities of all ranks, and the labels that belong to them, on every rank.
+def _nearest_of_all(similarity: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``[Q, k]``: the largest similarities of all ranks, and the rows that they are of, on every rank.
 
     Args:
-        similarity, labels: ``[Q, n]`` of the rows of this rank, n at most k.
+        similarity, rows: ``[Q, n]`` of this rank, n at most k.
         k: at most the rows of all.
     """
     missing = k - similarity.shape[1]
     similarity = torch.nn.functional.pad(similarity, (0, missing), value=-torch.inf)
-    labels = torch.nn.functional.pad(labels, (0, missing))
+    rows = torch.nn.functional.pad(rows, (0, missing))
     best = []
-    for part in zip(similarity.split(QUERIES_AT_ONCE), labels.split(QUERIES_AT_ONCE), strict=True):
-        values, names = (gather_rows(x[None].contiguous()).transpose(0, 1).flatten(1) for x in part)
+    for part in zip(similarity.split(QUERIES_AT_ONCE), rows.split(QUERIES_AT_ONCE), strict=True):
+        values, found = (gather_rows(x[None].contiguous()).transpose(0, 1).flatten(1) for x in part)
         values, order = values.topk(k, dim=1)
-        best.append((values, names.gather(1, order)))
-    return torch.cat([values for values, _ in best]), torch.cat([names for _, names in best])
+        best.append((values, found.gather(1, order)))
+    return torch.cat([values for values, _ in best]), torch.cat([found for _, found in best])
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestImages:
+    """Some images, and the others whose embeddings are most similar to theirs."""
+
+    images: Manifest
+    """The images that rows are of."""
+    queries: Tensor
+    """``[Q]`` int64 rows, evenly spread."""
+    neighbours: Tensor
+    """``[Q, k]`` int64 rows, the most similar first."""
+    similarity: Tensor
+    """``[Q, k]`` cosines."""
 
 
 def check_k(k: Sequence[int], images: int) -> None:

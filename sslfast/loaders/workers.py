@@ -281,7 +281,8 @@ class WorkerPool:
         _, sample_ids, crops = self._memory.slot(token % self._layout.slots)
         copies = {name: torch.empty(crop.shape, dtype=crop.dtype, pin_memory=pinned) for name, crop in crops.items()}
         for name, crop in crops.items():
-            copies[name].copy_(crop)
+            # Not copy_: its second thread then spins for milliseconds, on a core that a worker needs.
+            np.copyto(copies[name].numpy(), crop.numpy())
         return (sample_ids.pin_memory() if pinned else sample_ids.clone()), copies, value
 
     def _hear(self, number: int, seconds: float) -> tuple[int, Any] | None:

@@ -159,9 +159,15 @@ class Method(nn.Module):
 
     def embeddings(self) -> Tensor | None:
         """``[N, D]`` embeddings of all rows as the steps so far have left them, of any norm; None where the method
-        keeps none. Where rows are split over ranks, those of this one, as :meth:`split_rows` says.
+        keeps none. Where :attr:`embeddings_are_split`, the rows of this rank.
         """
         return None
+
+    @property
+    def embeddings_are_split(self) -> bool:
+        """Whether :meth:`embeddings` are this rank's part of the rows, of those that
+        :func:`~sslfast.distributed.own_rows` names; else each rank has all of them."""
+        return False
 
     def split_rows(self) -> Mapping[str, tuple[int, int]]:
         """What of ``state_dict()`` is split over ranks by rows: name -> (first row of this rank, rows of all ranks).

@@ -56,7 +56,7 @@ IMAGE = "image"
 class DeepCluster(Method):
     """The method as a module.
 
-    State in buffers: ``features``, ``labels`` ``[N]`` int64 (-1: none yet) and ``weights`` ``[K]`` fp32, the
+    State in buffers: ``features``, ``labels`` ``[N]`` int32 (-1: none yet) and ``weights`` ``[K]`` fp32, the
     loss weight of each cluster's samples, 1 where they are drawn uniformly over clusters.
     """
 
@@ -125,6 +125,8 @@ class DeepCluster(Method):
         config.validate()
         import_faiss()
         num_rows = context.num_rows
+        if num_rows < 4:
+            raise ValueError(f"DeepCluster needs at least 4 images, 2 for each of 2 clusters, got {num_rows}")
         if config.clusters > num_rows // 2:
             raise ValueError(
                 f"method.clusters must be at most {num_rows // 2}, half of the {num_rows} images, "
@@ -142,7 +144,7 @@ class DeepCluster(Method):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.feature_dtype]
         self.features = CollectedFeatures(num_rows, columns, dtype=dtype, on_disk=config.feature_storage == "disk")
         ignore_in_ddp(self, ["features.vectors"])
-        self.register_buffer("labels", torch.full((num_rows,), UNLABELLED))
+        self.register_buffer("labels", torch.full((num_rows,), UNLABELLED, dtype=torch.int32))
         self.register_buffer("weights", torch.ones(config.clusters))
         self._restart_head(0)
 
@@ -179,7 +181,7 @@ class DeepCluster(Method):
         else:
             points = vectors if len(own) == len(vectors) else vectors[own]
         labels = kmeans(points, config.clusters, iterations=config.iterations, seed=self.seed, epoch=epoch)
-        labels = gather_uneven(labels)
+        labels = gather_uneven(labels.int())
         counts = labels.bincount(minlength=config.clusters)
         self.labels.fill_(UNLABELLED)
         self.labels[seen] = labels.to(self.labels.device)
@@ -207,7 +209,7 @@ class DeepCluster(Method):
             step: not used.
         """
         features = self.trunk(views[IMAGE].pixels)
-        logits, labels = self.head(features), self.labels[sample_ids]
+        logits, labels = self.head(features), self.labels[sample_ids].long()
         loss = pseudo_label_loss(logits, labels, self.weights[labels.clamp_min(0)])
         return {"loss": loss, "accuracy": label_accuracy(logits, labels)}
 
@@ -218,6 +220,11 @@ class DeepCluster(Method):
     def embeddings(self) -> Tensor:
         """Features of each row, as the last pass computed them."""
         return self.features.vectors
+
+    @property
+    def embeddings_are_split(self) -> bool:
+        """True where there are several ranks."""
+        return self.features.is_split
 
     def split_rows(self) -> dict[str, tuple[int, int]]:
         """The features."""

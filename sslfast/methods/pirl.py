@@ -271,6 +271,11 @@ class PIRL(Method):
         """The memory bank."""
         return self.bank.vectors
 
+    @property
+    def embeddings_are_split(self) -> bool:
+        """Whether the bank is sharded."""
+        return self.bank.is_sharded
+
     def split_rows(self) -> dict[str, tuple[int, int]]:
         """The rows of a sharded bank."""
         return {"bank.vectors": (self.bank.first_row, self.bank.num_rows)} if self.bank.is_sharded else {}

@@ -130,6 +130,8 @@ class SeLa(Method):
         super().__init__()
         config.validate()
         num_rows = context.num_rows
+        if num_rows < 2:
+            raise ValueError(f"SeLa needs at least 2 images, one for each of 2 clusters, got {num_rows}")
         if config.clusters > num_rows:
             raise ValueError(f"method.clusters must be at most the {num_rows} images, got {config.clusters}; lower it")
         self.config = config.resolve(context)
@@ -166,7 +168,7 @@ class SeLa(Method):
         biases = self.head.bias.unflatten(0, (self.config.heads, -1))
         self.labels.fill_(UNLABELLED)
         for head, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias)).int()
+            self.labels[head, seen] = gather_uneven(self._label(own, weight, bias).int())
 
     def _label(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """``[n]`` int64 labels of those rows ``[n]`` of this rank's features, by one head."""
@@ -214,6 +216,11 @@ class SeLa(Method):
     def embeddings(self) -> Tensor:
         """Features of each row, as the last pass computed them."""
         return self.features.vectors
+
+    @property
+    def embeddings_are_split(self) -> bool:
+        """True where there are several ranks."""
+        return self.features.is_split
 
     def split_rows(self) -> dict[str, tuple[int, int]]:
         """The features."""

@@ -92,8 +92,10 @@ def bank_nce(
         "z": z_tensor,
     }
     _library.check_arguments("bank_nce", tensors, gradient=("query",))
-    # Torch reads these before the op does.
-    _library.check_memory("bank_nce", query=query, index=index, negatives=negatives_tensor, z=z_tensor)
+    is_sampled = negatives_tensor is None and negatives == "sampled" and z_tensor is None
+    if not is_sampled or query.dim() != 3 or query.dtype not in (torch.float32, torch.float64):
+        # Torch reads these before the op does.
+        _library.check_memory("bank_nce", query=query, index=index, negatives=negatives_tensor, z=z_tensor)
     if not query.is_floating_point() or (z_tensor is not None and z_tensor.is_complex()):
         raise ValueError(f"bank_nce: query and z must be floating, got {query.dtype=} and {z=}")
     if bank.dim() != 2:

@@ -60,8 +60,8 @@ class OnlineKnn:
         """
         if not self.is_due(step):
             return {}
-        embeddings = self._method.embeddings()
-        if embeddings is None or (rank() and len(embeddings) == len(self._labels)):
+        embeddings, is_split = self._method.embeddings(), self._method.embeddings_are_split
+        if embeddings is None or (rank() and not is_split):
             return {}
-        found = bank_knn(embeddings, self._labels, (K,), queries=QUERIES)
+        found = bank_knn(embeddings, self._labels, (K,), queries=QUERIES, is_split=is_split)
         return {} if rank() else {"knn_top1": found[K].top1}

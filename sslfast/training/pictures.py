@@ -5,11 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sslfast.data import Manifest
-from sslfast.distributed import gather_to_rank0, rank, shard_bounds, world_size
-from sslfast.evaluation import TRAINED, extract_all, resolve_preprocessing
+from sslfast.distributed import own_rows, rank
+from sslfast.evaluation import TRAINED, NearestImages, bank_neighbours, extract_all, resolve_preprocessing
 from sslfast.methods import Method
 from sslfast.runs import RunDirectory, print_error
 from sslfast.training.logging import Recorder
@@ -18,11 +19,14 @@ from sslfast.training.probe import method_encoder
 if TYPE_CHECKING:
     from sslfast.training.config import TrainConfig
 
-Draw = Callable[["TrainConfig", Manifest, tuple[Manifest, Tensor], Path], dict[str, Path]]
-"""Draws the pictures of a configuration, its images, and images with their embeddings ``[N, D]`` into a folder; PNG
-files by name."""
 MOST_IMAGES = 512
 """Images that are computed embeddings of where the method keeps none."""
+QUERIES, NEIGHBOURS = 8, 6
+
+
+Draw = Callable[["TrainConfig", Manifest, NearestImages | None, Path], dict[str, Path]]
+"""Draws the pictures of a configuration, its images and their neighbours, unless they are too few, into a folder; PNG
+files by name."""
 
 
 class Pictures:
@@ -53,23 +57,30 @@ class Pictures:
         if self._draw is None or self._manifest is None:
             return
         try:
-            found = self._embeddings(self._manifest)
+            found = self._nearest(self._manifest)
         except ValueError as error:  # an image that is gone, or features that are not finite: training goes on
             print_error(f"step {step}: no pictures drawn: {error}")
             return
-        if rank() == 0 and found is not None:
+        if rank() == 0:
             draw = partial(self._draw, self._config, self._manifest, found)
             recorder.write_pictures(lambda: draw(run.pictures), step)
 
-    def _embeddings(self, manifest: Manifest) -> tuple[Manifest, Tensor] | None:
-        """Images and what neighbours are found by: the rows that the method keeps, else the features of a copy of the
-        trunk for some of the images, evenly spread; the ranks share them. None where only rank 0 gets them."""
-        kept = self._method.embeddings()
-        if kept is not None and len(kept) < len(manifest):  # this rank's part of them
-            whole = gather_to_rank0(kept, shard_bounds(len(manifest), world_size()))
-            return None if whole is None else (manifest, whole)
-        if kept is not None:
-            return manifest, kept
+    def _nearest(self, manifest: Manifest) -> NearestImages | None:
+        """Neighbours among the images of the rows that the method keeps, each rank searching those that it has; else
+        among some images, evenly spread, by features that a copy of the trunk has for them."""
+        kept, is_split, first = self._method.embeddings(), self._method.embeddings_are_split, 0
+        if kept is None:
+            manifest, kept = self._computed(manifest)
+        elif is_split:
+            first = own_rows(len(manifest)).start
+        if len(manifest) <= NEIGHBOURS or (rank() and not is_split):
+            return None
+        count = min(QUERIES, len(manifest))
+        queries = torch.arange(count) * len(manifest) // count
+        similarity, rows = bank_neighbours(kept, queries, NEIGHBOURS, first_row=first, is_split=is_split)
+        return NearestImages(images=manifest, queries=queries, neighbours=rows.cpu(), similarity=similarity.cpu())
+
+    def _computed(self, manifest: Manifest) -> tuple[Manifest, Tensor]:
         count = min(MOST_IMAGES, len(manifest))
         some = manifest.take([number * len(manifest) // count for number in range(count)])
         crop = self._config.method.image_view.crop.size

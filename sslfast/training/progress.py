@@ -47,12 +47,15 @@ class Progress:
             f"waiting for data {clock['loader_wait_share']:.0%}  left {self._left(record['step'])}"
         )
         scores = [f"{words} {record[name]:.1%}" for name, words in _SCORES.items() if name in record]
-        status = "  ".join([*scores, status])
+        epoch = f"epoch {record['epoch']:.2f}"
         if self._bar is not None:
+            if scores:  # a line of their own: the next record replaces what the bar says
+                self._bar.console.print("  ".join([epoch, *scores]), highlight=False)
             self._bar.update(self._task, status=status)
         elif self._mode != "off":
-            step = f"step {record['step']}/{self._total}  epoch {record['epoch']:.2f}  lr {record['lr']:.4g}"
-            print(f"{step}  {status}", file=self._stream, flush=True)
+            step = f"step {record['step']}/{self._total}"
+            line = "  ".join([step, epoch, f"lr {record['lr']:.4g}", *scores, status])
+            print(line, file=self._stream, flush=True)
 
     def sync(self) -> None:
         """Nothing to make durable."""
@@ -71,11 +74,18 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
         except ImportError:
             if required:
                 raise ValueError("progress=bar needs the package rich; pip install rich, or --progress plain") from None
             return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"))
-        self._bar = Bar(*columns, console=Console(file=self._stream), refresh_per_second=4)
+        # On a narrow terminal first the bar is short, then the status takes a second line.
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=False)),
+        )
+        self._bar = Bar(*columns, console=Console(file=self._stream), refresh_per_second=4, expand=True)
         self._task = self._bar.add_task("", total=self._total, completed=self._step, status="starting")
         self._bar.start()

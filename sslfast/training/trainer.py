@@ -122,9 +122,9 @@ class Trainer:
         if method.orders_epochs:
             self.loader.set_order(method.epoch_order)
         self.method.to(memory_format=layout)  # type: ignore[call-overload]
+        self.model = distributed.replicate(self.method, self.device)
         if config.compile != "off":
             self.method.compile(mode=config.compile)
-        self.model = distributed.replicate(self.method, self.device)
         self.feature_pass: FeaturePass | None = None
         if collected := config.method.feature_views():
             loader, stage = self.data.loader(collected), self._stage(collected)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import PART_SECONDS, STEPS, Check, main, run_tests
+from benchmarks.gpu_check import PART_SECONDS, main
+from benchmarks.gpu_steps import STEPS, Check, goals, run_tests
 from tests.tiny import write_images
 
 
@@ -67,8 +67,36 @@ def test_a_skip_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         Path(report).write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="1"/></testsuites>')
         return "ok"
 
-    monkeypatch.setattr(gpu_check.Check, "python", run)
+    monkeypatch.setattr(Check, "python", run)
     assert run_tests(check(tmp_path), 10) == ("1 skipped of 3 tests", "3 tests, 0 failures, 0 errors, 1 skipped")
+
+
+def test_measurements_go_on_behind_one_that_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel that hangs, a trap and a broken machine do."""
+    calls: list[bool] = []
+
+    def run(self: Check, name: str, *arguments: str, **_: object) -> str:
+        calls.append("--resume" in arguments)
+        undone = ["a", "b", "c"][min(len(calls), lost - 1) if lost else len(calls) :]
+        (tmp_path / "goals.json").write_text(json.dumps({"left": undone}))
+        return "exit code 1" if undone else "ok"
+
+    monkeypatch.setattr(Check, "python", run)
+    lost = 0
+    assert goals(check(tmp_path), 10)[0] == "ok"
+    assert calls == [False, True, True]
+    calls, lost = [], 2  # no process gets further than the second measurement
+    assert goals(check(tmp_path), 10)[0] == "exit code 1"
+    assert calls == [False, True]
+
+
+def test_results_of_an_earlier_run_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "loaders_runs").mkdir()
+    for name in ("loaders.json", "loaders.log", "loaders_runs/loaders.json", "goals.json"):
+        (tmp_path / name).write_text("{}")
+    assert main([str(tmp_path), "--rehearse", "--part", "2", "--step", "loaders"]) == 0
+    assert not list(tmp_path.glob("loaders*"))
+    assert (tmp_path / "goals.json").exists()
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

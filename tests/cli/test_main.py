@@ -75,6 +75,19 @@ def test_dispatch_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("words", "code"), [("--version", 0), ("data verify /nowhere", 2)])
+def test_streams_that_the_starting_program_closed(closed: str, words: str, code: int, tmp_path: Path) -> None:
+    """The file that is opened next must not get what is printed."""
+    program = (
+        "import os, sys; from sslfast.cli.main import main; main(['--version']); file = open('next', 'w');"
+        f"os.write(2, b'a library'); print('x'); print('y', file=sys.stderr); sys.exit(main({words.split()!r}))"
+    )
+    done = subprocess.run(f'"{sys.executable}" -c "{program}" {closed}', shell=True, cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "next").read_text() == ""
+
+
 def test_pretrain_help_lists_recipes_options_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out

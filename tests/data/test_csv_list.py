@@ -207,3 +207,11 @@ def test_commands_take_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for data in (path, tmp_path / "list.tsv"):
         write_preview(data, VIEWS, tmp_path / "sheet.png", count=2)
         assert Image.open(tmp_path / "sheet.png").size[0] > 300
+
+
+def test_labels_that_an_earlier_version_did_not_see_are_no_change(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["0.jpg", "1.jpg"])
+    (tmp_path / "l.csv").write_text("image,breed\n0.jpg,a\n1.jpg,b\n")
+    manifest = open_data(tmp_path / "l.csv")
+    assert manifest.classes == ["a", "b"]
+    manifest.labelled([None, None]).check()

@@ -49,6 +49,12 @@ SUFFIXED = {FILES[0]: "0", FILES[2]: "1"}
         ("l.csv", "".join(f"{path};{label}\r\n" for path, label in PAIRS), WANTED),
         ("l.csv", "".join(f'"{path}"\t{label}\n' for path, label in PAIRS), WANTED),
         ("l.csv", "imgs/b/1.jpg,a;b\n", {FILES[2]: "a;b"}),
+        ("l.csv", "image_id,Haustier\n" + "".join(f"{path},{label}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", "Class Name,Image Path\n" + "".join(f"{label},{path}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", ",File-Name,Target\n" + "".join(f"0,{path},{label}\n" for path, label in PAIRS), WANTED),
+        ("l.csv", "path,caption\n" + "".join(f"{path},text\n" for path in FILES), dict.fromkeys(FILES)),
+        ("l.csv", "path,width,x\n" + "".join(f"{path},9,1\n" for path in FILES), dict.fromkeys(FILES)),
+        ("l.jsonl", "".join(json.dumps({"imagePath": p, "classLabel": c}) + "\n" for p, c in PAIRS), WANTED),
     ],
 )
 def test_lists(tmp_path: Path, name: str, text: str, wanted: dict[str, str | None]) -> None:
@@ -86,6 +92,7 @@ def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: st
             "https://example.org/1.jpg\n",
             r"l.txt line 1 names a URL, 'https://example.org/1.jpg': .*; download the images",
         ),
+        ("l.txt", "s3://b/1.tar\n", r"l.txt line 1 names a URL, 's3://b/1.tar': .*in a file whose name ends in .roots"),
         ("l.json", '[["imgs/b/1.jpg", 1]]'.encode("utf-16-le").decode(), r"line 1 holds a NUL byte"),
         ("l.txt", "imgs/b/1.jpg\nimgs//b/1.jpg\n", r"one file twice, as 'imgs/b/1.jpg' in line 1 .*line 2"),
         ("l.txt", "imgs/b/../b/1.jpg\nimgs/b/1.jpg\n", r"one file twice"),

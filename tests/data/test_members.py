@@ -47,7 +47,25 @@ def labels_of(manifest: Manifest) -> dict[str, str | None]:
         ({"0.json": '{"label": true}'}, None),
         ({"0.json": '{"caption": "a dog"}'}, None),
         ({"0.json": "[" * 100_000}, None),
-        ({"0.json": "7"}, None),
+        ({"0.json": "7"}, "7"),
+        ({"0.json": '"a dog on a lawn"'}, None),
+        ({"0.JSON": '{"class-name": "dog"}'}, "dog"),
+        ({"0.json": '{"className": "dog"}'}, "dog"),
+        ({"0.json": '{"meta": {"label": 7}}'}, "7"),
+        ({"0.json": '{"label": {"id": 7, "name": "dog"}}'}, "7"),
+        ({"0.json": '{"class": {"name": "dog"}}'}, "dog"),
+        ({"0.json": '{"annotations": [{"category_id": 7}]}'}, "7"),
+        ({"0.json": '{"annotations": [{"category_id": 7}, {"category_id": 8}]}'}, None),
+        ({"0.json": '{"label": [0, 1, 0]}'}, None),
+        *(({f"0.{word}{form}": "7"}, "7") for word in ("class", "Label", "target") for form in ("", ".txt", ".json")),
+        ({"0.label.json": '"dog"'}, "dog"),
+        ({"0.cls.json": '{"label": 7}'}, "7"),
+        ({"0.CLS": "7"}, "7"),
+        ({"0.cls": "7.0"}, "7"),
+        ({"0.output.cls": "7"}, "7"),
+        ({"0.a.cls": "7", "0.b.cls": "8"}, None),
+        ({"0.1.cls": "7"}, None),
+        ({"0.txt": "7"}, "7"),
         ({"0.cls.txt": "dog\n"}, "dog"),
         ({"0.cls": "\ufeff7\r\n"}, "7"),
         ({"0.cls": "7", "0.json": '{"label": 7}'}, "7"),
@@ -60,6 +78,31 @@ def test_labels_of_other_members(tmp_path: Path, members: dict[str, str], label:
     files = {"0.jpg": image(0), "d/1.jpg": image(1), **{name: text.encode() for name, text in members.items()}}
     found = labels_of(Manifest.scan(write_tar(tmp_path / "s-000.tar", files)))
     assert found == {"0.jpg": label, "d/1.jpg": "d"}
+
+
+def test_text_beside_images_is_a_label_where_all_of_it_is_a_number(tmp_path: Path) -> None:
+    files = {f"{k}.jpg": image(k) for k in range(3)} | {"0.txt": b"7\n", "1.txt": b"8", "note.txt": b"x"}
+    found = labels_of(Manifest.scan(write_tar(tmp_path / "s.tar", files)))
+    assert found == {"0.jpg": "7", "1.jpg": "8", "2.jpg": None}
+    for more in ({"2.txt": b"a dog"}, {"2.txt": b"1 2"}, {"2.txt": b"1" * 20}):
+        found = labels_of(Manifest.scan(write_tar(tmp_path / "s.tar", files | more)))
+        assert [*found.values()] == [None, None, None]
+
+
+@pytest.mark.parametrize("text", [b"", b"\x93NUMPY\x01\0", b"1\n2", b"dog\0", b"x" * 2000])
+def test_members_that_hold_no_label_are_named(tmp_path: Path, text: bytes) -> None:
+    with raises(r"member '0.cls' holds no label: it must be a number or the name of a class"):
+        Manifest.scan(write_tar(tmp_path / "x.tar", {"0.jpg": image(0), "0.cls": text}))
+
+
+def test_labels_of_no_image_are_counted(tmp_path: Path) -> None:
+    files = {"0.jpg": image(0), "0.cls": b"1", "1.cls": b"2", "x/0.label": b"3"}
+    manifest = Manifest.scan(write_tar(tmp_path / "s.tar", files))
+    assert manifest.ignored == {".cls holding labels": 1, ".label holding labels": 1}
+    assert manifest.left_out() == [
+        "1 x .cls (labels), 1 x .label (labels): of no image here: the names of an image and of its label begin alike, "
+        "as 0.jpg and 0.cls do"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from sslfast.data.images import BadImageError, decode_full, open_image
 from sslfast.loaders.decode import decode_crops
-from tests.pictures import UPRIGHT, encoded, pixels, png, png_chunk, tiff
+from tests.pictures import UPRIGHT, bmp, encoded, pixels, png, png_chunk, tiff
 
 RGB = pixels(30, 22)
 GRAY = RGB[..., 0]
@@ -328,3 +328,26 @@ def test_jpeg_kinds() -> None:
 def test_jpeg_2000_of_16_bits() -> None:
     agree(encoded(Image.fromarray(WIDE), "JPEG2000", irreversible=False), GRAY)
     agree(encoded(Image.fromarray(RGB), "JPEG2000", irreversible=False), RGB)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("colours", [0, 2, 3, 16, 256])
+@pytest.mark.parametrize("kind", ["levels", "identity", "colours"])
+def test_bmp_with_a_palette(bits: int, colours: int, kind: str) -> None:
+    """Pillow alone reads indices of 4 and 8 bits as pixels of 8 and 1 where the palette is of certain grays."""
+    count = min(colours or 1 << bits, 1 << bits)
+    levels = np.linspace(0, 255, count).round() if kind == "levels" else np.arange(count)
+    palette = COLOURS.T[:count] if kind == "colours" else np.repeat(levels.astype(np.uint8)[:, None], 3, axis=1)
+    indices = GRAY.astype(int) % count
+    data = bytearray(bmp(indices, bits=bits, palette=palette))
+    if not colours:
+        data[46:50] = bytes(4)  # as many as there can be
+    agree(bytes(data), palette[indices])
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_the_alpha_of_a_bmp_that_is_0_everywhere_is_none(alpha: int) -> None:
+    channel = np.full_like(GRAY, alpha)
+    data = bmp(np.dstack([RGB[..., ::-1], channel]), bits=32, alpha=True)
+    agree(data, on_white(RGB, channel) if alpha else RGB, 1)
+    agree(bmp(np.dstack([RGB[..., ::-1], channel]), bits=32), RGB)

@@ -189,6 +189,10 @@ def test_urls_that_cannot_be_data_are_one_line(server: Server, tmp_path: Path, m
         ("none.tar", r"none.tar cannot be read \(status 404\): correct the URL"),
         ("x.tar", r"http://[^ ]*/x.tar is not a tar file, or is compressed"),
         ("list.csv", r"names files .csv: of data elsewhere, .tar or .parquet files are read"),
+        (
+            "tars/",
+            r"/tars/ names no .tar or .parquet file: of a folder elsewhere name the shards, as in .*/tars/\*.tar",
+        ),
         ("tars/none-*.tar", r"none-\*.tar matches no file: correct it, or name the shards by {000..099}"),
         ("{x,x}.tar", "names a shard twice"),
     ):
@@ -205,10 +209,24 @@ def test_urls_that_cannot_be_data_are_one_line(server: Server, tmp_path: Path, m
         raise ImportError(name)
 
     monkeypatch.setattr(shard_cache, "import_module", missing)
-    with raises(
-        r"s3://a/x.tar needs packages that are not installed: pip install fsspec s3fs \(or sslfast\[remote\]\)"
-    ):
+    with raises(r"s3://a/x.tar needs packages that are not installed: pip install fsspec s3fs$"):
         open_data("s3://a/x.tar")
+
+
+def test_missing_credentials_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        """As botocore's, which has no status: nothing was asked."""
+
+    asked = []
+
+    def url_to_fs(url: str) -> Any:
+        asked.append(url)
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+    with raises(r"x.tar cannot be read \(NoCredentialsError: Unable to locate credentials\): set the credentials of"):
+        open_data("s3://a/x.tar")
+    assert len(asked) == 1
 
 
 def test_a_shard_that_changed_there_is_noticed(server: Server, tmp_path: Path) -> None:

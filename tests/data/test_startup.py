@@ -84,6 +84,28 @@ def test_a_resumed_start_opens_no_file_that_is_as_it_was(tmp_path: Path, monkeyp
     assert opened == [str(some), str(gone)]
 
 
+def test_a_resumed_start_opens_no_file_of_a_list_that_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 9)
+    paths = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    (tmp_path / "x.csv").write_text("".join(f"{path.relative_to(tmp_path)},{len(path.name)}\n" for path in paths))
+    Manifest.scan(tmp_path / "x.csv").save(tmp_path / "m.tsv")
+    manifest = Manifest.load(tmp_path / "m.tsv")
+    opened: list[str] = []
+    look = folder.identify
+    monkeypatch.setattr(folder, "identify", lambda file, **options: (opened.append(file), look(file, **options))[1])
+    manifest.check()
+    assert not opened
+    paths[3].write_bytes(paths[3].read_bytes() + b"more")
+    paths[5].unlink()
+    os.mkfifo(paths[5])
+    paths[7].unlink()
+    with pytest.raises(ValueError, match=r"2 missing: .*not a regular file.*1 changed: .* bytes"):
+        manifest.check()
+    assert opened == [str(paths[number]) for number in (3, 5, 7)]
+
+
 def stays(action: Any) -> tuple[float, Any]:
     """Bytes that an action leaves allocated, and its result."""
     tracemalloc.start()

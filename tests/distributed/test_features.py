@@ -117,11 +117,16 @@ def searched(rank: int, ranks: int, port: int, folder: Path) -> None:
         points, labels = vectors(rows)
         labels[0] = labels[-1] = -1
         own = own_rows(rows)
-        found = {n: bank_knn(points[own.start : own.stop], labels, (1, 5), queries=n) for n in (None, 4)}
+        found = {n: bank_knn(points[own.start : own.stop], labels, (1, 5), queries=n, is_split=True) for n in (None, 4)}
         whole = {n: bank_knn(points, labels, (1, 5), queries=n) for n in (None, 4)}
         assert found == whole
+        for wrong in (points[: len(own) - 1], points):
+            with pytest.raises(
+                ValueError, match=f"bank_rows must be .* one of {ranks} ranks, whose part is {len(own)}"
+            ):
+                bank_knn(wrong, labels, is_split=True)
         with pytest.raises(ValueError, match="bank_rows must be"):
-            bank_knn(points[: len(own) - 1], labels)
+            bank_knn(points[own.start : own.stop], labels)
 
     if rank == 0:
         torch.save(found, folder / "found.pt")

@@ -245,6 +245,23 @@ def test_resume_in_another_number_of_processes(data: Path, tmp_path: Path, train
         assert_near(final(tmp_path / "part")["method"][name], value, name)
 
 
+@pytest.mark.parametrize(("ranks", "accumulate_steps"), [(3, 1), (4, 3)])
+def test_a_run_of_several_processes_resumes_bit_equal(
+    data: Path, tmp_path: Path, trained: Callable[..., Path], ranks: int, accumulate_steps: int
+) -> None:
+    """More than two summands: their order matters, and with it the places of gradients in DDP's buckets."""
+    arguments = {"batch_size": 12, "accumulate_steps": accumulate_steps, "epochs": 4, "checkpoint_every_steps": 2}
+    whole = trained(ranks, **arguments)
+    shutil.copytree(whole, tmp_path / "part")
+    first, *later = list_checkpoints(RunDirectory(tmp_path / "part").checkpoints)
+    assert first.stem == "step_00000002"
+    for path in later:
+        path.unlink()
+    run(train, ranks, data, tmp_path / "part", arguments, 0.0)
+    for key in ("method", "optimizer", "step"):
+        assert same(final(tmp_path / "part")[key], final(whole)[key])
+
+
 def fail(rank: int, ranks: int, port: int, data: Path, output: Path, who: int, when: str) -> None:
     """One rank of a run in which rank ``who`` fails; it then destroys the group, as the command does."""
     enter(rank, ranks, port)
@@ -340,6 +357,17 @@ def survive(rank: int, ranks: int, port: int, data: Path, output: Path, says: st
 
 def test_a_lost_rank_is_named_in_one_line(data: Path, tmp_path: Path) -> None:
     run(survive, 2, data, tmp_path, "has ended", expect=3)
+
+
+def test_a_rank_that_ends_before_the_group_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LostRankError, match="rank 1 of 2: another process of the run has ended"), lost_ranks_named():
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(torch.distributed.DistNetworkError), lost_ranks_named():
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes")
 
 
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_told(data: Path, tmp_path: Path) -> None:

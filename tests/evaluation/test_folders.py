@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from sslfast.data.manifest import Manifest
-from sslfast.evaluation.folders import drawn_rows, listed_rows
+from sslfast.evaluation.folders import UnsuitableError, drawn_rows, listed_rows, load_manifests
 from tests.pictures import write_folder
 
 
@@ -49,3 +51,25 @@ def test_listed_rows(tmp_path: Path) -> None:
     names.write_text("a_0.jpg\nb_0.jpg\n")
     with pytest.raises(ValueError, match=r"1 of 2 files .* are the name of several images in .*: a_0.jpg"):
         listed_rows(Manifest.scan(tmp_path / "data"), names)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["folder", "csv", "parquet"])
+def test_images_without_a_label_name_a_remedy_of_their_kind(kind: str, split: str, tmp_path: Path) -> None:
+    other = "val" if split == "train" else "train"
+    write_folder(tmp_path, [f"{other}/{name}/{k}.jpg" for name in "ab" for k in range(2)])
+    write_folder(tmp_path, [f"{split}/{k}.jpg" for k in range(2)])
+    if kind == "csv":
+        (tmp_path / f"{split}.csv").write_text(f"path,caption\n{split}/0.jpg,x\n{split}/1.jpg,y\n")
+    elif kind == "parquet":
+        images = [(tmp_path / split / f"{k}.jpg").read_bytes() for k in range(2)]
+        (tmp_path / split).rename(tmp_path / "images")
+        parquet.write_table(pa.table({"image": images}), tmp_path / f"{split}.parquet")
+    classes = "" if split == "train" else rf"--train {tmp_path}/train "
+    words = {
+        "folder": rf"{split} has 2 images outside class folders .*LABELS {classes}-o {tmp_path}/{split}\.csv`",
+        "csv": rf"{split}\.csv has 2 images without a label \(train/0\.jpg\).*every line one, in a column named label",
+        "parquet": rf"{split}\.parquet has 2 images without a label .*write them into a column named label",
+    }[kind].replace("train/0", f"{split}/0")
+    with pytest.raises(UnsuitableError, match=words):
+        load_manifests(tmp_path)

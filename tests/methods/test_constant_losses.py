@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sslfast.methods import MethodContext
 from sslfast.recipes import RECIPES
 
 TOO_SMALL = [
@@ -28,3 +29,11 @@ def test_one_of_what_must_be_told_apart_is_refused(recipe: str, field: str) -> N
         method.validate()
     with pytest.raises(ValueError, match=rf"method\.{field} must be "):
         replace(config.method, **{field: 0}).validate()
+
+
+@pytest.mark.parametrize(("recipe", "least"), [("deepcluster-small", 4), ("sela-small", 2), ("pirl-small", 2)])
+def test_fewer_images_than_a_method_can_tell_apart(recipe: str, least: int) -> None:
+    config = RECIPES[recipe]()
+    context = {"model": config.model, "seed": 0, "steps_per_epoch": 1, "total_steps": 1}
+    with pytest.raises(ValueError, match=rf"needs at least {least}.*, got {least - 1}$"):
+        config.method.build(MethodContext(num_rows=least - 1, **context))

@@ -4,20 +4,23 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import sslfast.methods.pirl
 from sslfast.config import to_dict
 from sslfast.data.manifest import Manifest
-from sslfast.evaluation.knn import bank_knn
+from sslfast.distributed.process_group import destroy_process_group
+from sslfast.evaluation.knn import NearestImages, bank_knn
 from sslfast.methods.base import Method
 from sslfast.recipes import RECIPES
 from sslfast.runs.checkpoint import checkpoint_path, load_checkpoint
 from sslfast.training.progress import Progress
 from sslfast.training.signals import RunInterruptedError
 from sslfast.training.trainer import Trainer
-from tests.distributed.test_training import config, final, run, train
+from tests.distributed.test_training import NormFree, config, enter, final, run, train
 from tests.methods.harness import build, tiny
 from tests.tiny import TinyConfig, log_values, same, write_images
 
@@ -77,6 +80,41 @@ def test_two_processes_with_half_of_the_bank_each(data: Path, tmp_path: Path) ->
     bank, labels = final(tmp_path)["method"]["bank.vectors"], torch.from_numpy(Manifest.scan(data).labels)
     assert bank.shape[0] == ROWS
     assert log_values(tmp_path)[-1]["knn_top1"] == bank_knn(bank, labels, (20,))[20].top1
+
+
+def draw_nothing(rank: int, ranks: int, port: int, data: Path, output: Path, shares: bool) -> None:
+    """A rank of a run whose pictures are the tensors that they would be drawn from."""
+    enter(rank, ranks, port)
+    sslfast.methods.pirl.build_trunk = lambda _model, seed: NormFree()
+    layout = "sharded" if shares else "replicated"
+    method = replace(config().method, bank_layout=layout)  # type: ignore[arg-type]
+    found: list[NearestImages] = []
+
+    def draw(_config: Any, _manifest: Manifest, nearest: NearestImages, _folder: Path) -> dict[str, Path]:
+        found.append(nearest)
+        return {}
+
+    chosen = config(method=method, batch_size=6, epochs=1, pictures_every_epochs=1)
+    run_of = Trainer(chosen, data, output, report=lambda _line: None, draw=draw)
+    held = [len(x) for x in run_of.method.state_dict().values() if x.ndim == 2 and x.shape[1] == 8]
+    run_of.fit()
+    destroy_process_group()
+    assert (ROWS in held) != shares
+    assert len(found) == (rank == 0)
+    if found:
+        torch.save([found[0].queries, found[0].neighbours, found[0].similarity], output / "found.pt")
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_neighbours_of_pictures_are_found_in_every_share_of_the_bank(data: Path, tmp_path: Path, shares: bool) -> None:
+    run(draw_nothing, 3, data, tmp_path, shares)
+    queries, neighbours, similarity = torch.load(tmp_path / "found.pt")
+    bank = torch.nn.functional.normalize(final(tmp_path)["method"]["bank.vectors"], dim=1)
+    assert queries.tolist() == list(range(0, ROWS, 3))
+    all_of_them = (bank[queries] @ bank.T).scatter(1, queries[:, None], -2.0)
+    values, rows = all_of_them.topk(6, dim=1)
+    assert torch.equal(neighbours, rows)
+    torch.testing.assert_close(similarity, values)
 
 
 @pytest.mark.parametrize("recipe", ["pirl-small", "npid-small", "deepcluster-small", "sela-small"])

@@ -702,6 +702,19 @@ def test_bar_shows_the_same_values() -> None:
     assert "loss 2.5000" in stream.getvalue()
 
 
+def test_accuracies_stay_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = io.StringIO()
+    progress = Progress("bar", total_steps=400, first_step=0, batch_size=1000, stream=stream)
+    progress.write({**RECORD, "knn_top1": 0.25, "val_linear_top1": 0.5})
+    progress.write({**RECORD, "step": 20})
+    progress.close()
+    lines = [line.strip() for line in stream.getvalue().splitlines()]
+    shown = " ".join(" ".join(lines[lines.index("epoch 0.50  kNN 25.0%  val linear 50.0%") + 1 :]).split())
+    assert shown.startswith("step 0/400 ")
+    assert all(words in shown for words in ("loss 2.5000", "100 samples/s", "waiting for data 25%", "left 1:03:20"))
+
+
 def test_progress_off_is_silent() -> None:
     stream = io.StringIO()
     progress = Progress("off", total_steps=20, first_step=0, batch_size=1000, stream=stream)

@@ -108,7 +108,7 @@ class CollectedFeatures(nn.Module):
         self, num_rows: int, columns: int, *, dtype: torch.dtype = torch.float32, on_disk: bool = False
     ) -> None:
         super().__init__()
-        self.num_rows, self.on_disk = num_rows, on_disk
+        self.num_rows, self.on_disk, self.is_split = num_rows, on_disk, world_size() > 1
         own = own_rows(num_rows)
         self.first_row = own.start
         vectors = row_storage(len(own), columns, dtype=dtype, on_disk=on_disk)
@@ -134,7 +134,7 @@ class CollectedFeatures(nn.Module):
 
     def split_rows(self, name: str) -> dict[str, tuple[int, int]]:
         """What ``Method.split_rows`` says of this module, called ``name``."""
-        return {f"{name}.vectors": (self.first_row, self.num_rows)} if world_size() > 1 else {}
+        return {f"{name}.vectors": (self.first_row, self.num_rows)} if self.is_split else {}
 
     def own_seen(self) -> Tensor:
         """Those of the rows of :attr:`vectors` that a pass has seen, by their place in it. Waits for the device."""
@@ -150,7 +150,7 @@ class CollectedFeatures(nn.Module):
         features = gather_rows(features.float())[last]
         self.seen[gathered] = True
         local = gathered - self.first_row
-        if world_size() > 1:
+        if self.is_split:
             here = (local >= 0) & (local < len(self.vectors))
             local, features = local[here], features[here]
         place = self.vectors.device
@@ -186,7 +186,7 @@ def uniform_over_clusters(labels: Tensor, clusters: int, *, seed: int, epoch: in
     ``util.py``, UnifLabelSampler).
 
     Args:
-        labels: ``[N]`` int64 on the CPU, -1 for rows without a label, which are not drawn.
+        labels: ``[N]`` integers on the CPU, -1 for rows without a label, which are not drawn.
         clusters: K.
         seed, epoch: of the draws.
 
