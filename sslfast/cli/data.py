@@ -34,7 +34,7 @@ class Verify:
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
     a list of `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl), a folder of datasets' save_to_disk, a file of
-    such names (.roots), or a URL of shards."""
+    such names (.roots), a URL of shards, or a manifest (.tsv), whose rows are decoded again."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -129,7 +129,7 @@ def prepare(arguments: list[str]) -> int:
         return chosen
     remedy = "name another file as OUT.beton"
     check_writable(chosen.output, remedy=remedy)
-    if chosen.output != chosen.data:  # which is a .beton file then, and has an error of its own
+    if chosen.data.suffix.lower() != ".beton":  # else prepare_beton says, whatever the output, that it is one already
         check_apart([chosen.output], [chosen.data], remedy=remedy)
     with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(
