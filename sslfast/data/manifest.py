@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sslfast.data.columns import escape, number_classes, read_columns, read_header, unescape
 from sslfast.data.images import Decoding, OnBadImage, quiet_pillow
-from sslfast.data.left_out import image_suffixes, left_out, named_counts
+from sslfast.data.left_out import image_suffixes, left_out, misplaced, named_counts
 from sslfast.data.listing import first_folder
 from sslfast.data.source import (
     DATA_FORMS,
@@ -112,12 +112,12 @@ class Manifest:
         found = alike_among(self.classes)
         lines = [f"some look the same: {found}; give one class one name"] if found else []
         train = next((name for name in self.classes if name.casefold() in _TRAIN_SETS), None)
-        if train is None or not self.root.is_dir() or not all(name.casefold() in _SETS for name in self.classes):
-            return lines
-        if all(path.count("/") > 1 and path.split("/", 1)[0] in self.classes for path in self.paths):
+        are_sets = {name.casefold() for name in self.classes} <= _SETS
+        if train and are_sets and all(p.count("/") > 1 and p.split("/", 1)[0] in self.classes for p in self.paths):
+            place = self.root / train if self.root.is_dir() else f"the folder {train} of what is unpacked"
             lines.append(
                 f"{' and '.join(self.classes)}, the first folders, are taken as classes, and all {len(self):,} images "
-                f"are used; to use the classes and images of {train} alone, give {self.root / train}"
+                f"are used; to use the classes and images of {train} alone, give {place}"
             )
         return lines
 
@@ -257,7 +257,7 @@ class Manifest:
                 f"{some_paths(excluded)}; repair or remove the files, or pass --on-bad-image skip"
             )
         if not len(sizes):
-            others, lines = named_counts(ignored), left_out(ignored)
+            others, lines = named_counts(ignored), [*left_out(ignored), *misplaced(source.root, ignored)]
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise NoImageError(
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}",
