@@ -63,7 +63,7 @@ class Table:
             "|---|---|---|---|---|---|",
         ]
         for row in self.rows:
-            numbers = f"{row['us_of_a_core']:.2f} | {row['bytes_stay']:.0f} | {row['bytes_peak']:.0f}"
+            numbers = f"{row['us_of_a_core']:.2f} | {round(row['bytes_stay'])} | {round(row['bytes_peak'])}"
             lines.append(f"| {row['what']} | {row['images']:,} | {row['seconds']:.1f} | {numbers} |")
         return "\n".join(lines) + "\n"
 
