@@ -1,6 +1,9 @@
 """Names that others chose, as text that any terminal, page or picture takes."""
 
+import csv
+import io
 import unicodedata
+from collections.abc import Iterable, Iterator
 
 _JOINERS = "\u200c\u200d"
 """Format characters that words of living scripts and emoji need."""
@@ -13,6 +16,17 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(escaped(c) if is_hidden(c) else c for c in text)
+
+
+def csv_lines(rows: Iterable[Iterable[object]]) -> Iterator[str]:
+    """Rows as lines of CSV that end with a line feed, from which every name is read back.
+
+    ``csv.writer`` quotes the line ends that it writes itself, and every reader ends a line at a bare carriage return.
+    """
+    for row in rows:
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(row)  # ends with "\r\n", and so quotes both
+        yield line.getvalue()[:-2] + "\n"
 
 
 def is_hidden(character: str) -> bool:

@@ -1,7 +1,8 @@
 """``sslfast completion bash|zsh|fish``: a script that completes commands, options, choices, recipes and files.
 
 Options are read from the help of every command: the script is complete for the version that writes it, and completing
-starts no Python. ``python -m sslfast.cli.completion FILE`` writes ``known_options.txt`` of :mod:`sslfast.cli.early`.
+starts no Python. ``python -m sslfast.cli.completion FILE`` writes ``known_options.txt`` of :mod:`sslfast.cli.early`,
+and ``known_help.txt`` beside it.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import tyro
 
@@ -117,6 +119,23 @@ def known_options() -> str:
     return "\n".join([*lines, *(f"recipe {' '.join(names)}: {options}" for options, names in groups.items())]) + "\n"
 
 
+def known_help() -> str:
+    """The text of ``known_help.txt``: of each command the help as :func:`sslfast.cli.helptext.flat` makes it."""
+    from sslfast.cli.main import COMMANDS, main
+
+    texts = []
+    with mock.patch("sslfast.cli.usage.render", lambda text, _screen: text):
+        for words in _names(COMMANDS, []):
+            texts.append(f"= {' '.join(words)}\n{_help([*words, '--help'], main)}")
+    return "\n".join(texts)
+
+
+def _names(commands: Mapping[str, Any], before: list[str]) -> Iterator[list[str]]:
+    for name, command in commands.items():
+        words = [*before, name]
+        yield from _names(command.commands, words) if command.commands else [words]
+
+
 def _of_commands(commands: Mapping[str, Any], run: Run, before: list[str]) -> Iterator[tuple[list[str], set[str]]]:
     for name, command in commands.items():
         words = [*before, name]
@@ -200,3 +219,4 @@ def _plain(text: str) -> str:
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(known_options(), encoding="utf-8")
+    Path(sys.argv[1]).with_name("known_help.txt").write_text(known_help(), encoding="utf-8")

@@ -34,7 +34,7 @@ class Verify:
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
     a list of `path,label` lines (.csv, .tsv, .txt, .lst, .json, .jsonl), a folder of datasets' save_to_disk, a file of
-    such names (.roots), or a URL of shards."""
+    such names (.roots), a URL of shards, or a manifest (.tsv), whose rows are decoded again."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Manifest to write; default NAME-OF-DIR.tsv in the current directory."""
     workers: int | None = None
@@ -47,8 +47,7 @@ class Prepare:
     """Store the images of a folder in one .beton file for the ffcv loader, with sample ids, manifest and checksums."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip, a list (.csv, .txt, ...), or a
-    manifest of `sslfast data verify` (.tsv)."""
+    """What `sslfast pretrain` takes as DATA, of image files: a folder, shards, a list, a manifest, a URL, ..."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
     """File to write; an existing one is replaced only when the new one is complete."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -130,7 +129,7 @@ def prepare(arguments: list[str]) -> int:
         return chosen
     remedy = "name another file as OUT.beton"
     check_writable(chosen.output, remedy=remedy)
-    if chosen.output != chosen.data:  # which is a .beton file then, and has an error of its own
+    if chosen.data.suffix.lower() != ".beton":  # else prepare_beton says, whatever the output, that it is one already
         check_apart([chosen.output], [chosen.data], remedy=remedy)
     with writing(chosen.output, remedy=remedy):
         prepared = prepare_beton(

@@ -7,6 +7,7 @@ trunk.
 """
 
 import os
+import pkgutil
 import re
 import stat
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from sslfast.files import reason_of
 
 TABLE = Path(__file__).with_name("known_options.txt")
+HELP = TABLE.with_name("known_help.txt")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _NAMED = re.compile(r"--[A-Za-z]")
 
@@ -40,6 +42,29 @@ def check_path(path: str, name: str) -> None:
         raise ValueError(f"{path} cannot be read ({reason}): correct the path of {name}, or its permissions") from None
     if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
         raise ValueError(f"{path} cannot be read (Permission denied): change its permissions (chmod -R u+rX)")
+
+
+def show_help(words: Sequence[str], arguments: Sequence[str]) -> bool:
+    """Print the help of a command; False where that depends on more than the command: a recipe, plugins.
+
+    ``known_help.txt`` holds the texts; what writes ``known_options.txt`` writes it too. Once torch is imported the
+    command's own help is as fast.
+    """
+    before = [*arguments, "--"]
+    before = before[: before.index("--")]
+    depends = {"--recipe", "--config", "--model.name", "--model.factory"} & {word.partition("=")[0] for word in before}
+    if "torch" in sys.modules or not {"-h", "--help"} & set(before) or depends:
+        return False
+    try:
+        _, mark, text = _text(HELP).partition(f"= {' '.join(words)}\n")
+    except OSError:
+        return False
+    if not mark or (words[0] in ("pretrain", "preview") and _has_plugins()):
+        return False
+    from sslfast.cli.helptext import render
+
+    print(render(text.partition("\n= ")[0], sys.stdout), end="")
+    return True
 
 
 def check_options(words: Sequence[str], arguments: Sequence[str]) -> None:
@@ -92,9 +117,14 @@ def check_options(words: Sequence[str], arguments: Sequence[str]) -> None:
             raise ValueError(f"unknown option {word.partition('=')[0]}; {hint}")
 
 
+def _text(path: Path) -> str:
+    """A file of this package, which may be an archive. Raises OSError."""
+    return (pkgutil.get_data("sslfast.cli", path.name) or b"").decode("utf-8")
+
+
 def _read() -> dict[str, list[str]]:
     try:
-        text = TABLE.read_text(encoding="utf-8")
+        text = _text(TABLE)
     except OSError:
         return {}
     lines = (line.partition(": ") for line in text.splitlines())

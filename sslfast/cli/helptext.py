@@ -3,15 +3,15 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
+import shutil
 import textwrap
 import typing
 from collections.abc import Iterator
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
-
-_BOX = "╭│╰|+"
+from typing import Any, TextIO
 
 
 def explain(target: Any) -> None:
@@ -32,20 +32,79 @@ def paragraphs(docstring: str) -> str:
     return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
-def tidy(text: str, columns: int) -> str:
-    """Help that tyro has printed, without markup of docstrings; lines outside of boxes wrapped to ``columns``."""
-    lines = []
+def flat(printed: str) -> str:
+    """Help that tyro has printed in one column of boxes, as lines of any length without markup: what stands before the
+    boxes, then of each its title as ``[title]``, its text, and ``option<TAB>help`` for every option."""
+    lines: list[str] = []
+    is_box = is_open = is_positional = False  # is_open: the next line of the box goes on with the text before
+    for line in printed.splitlines():
+        if line.startswith("╭─ "):
+            is_box, is_open = True, False
+            lines.append(f"[{line.strip('╭─╮ ')}]")
+            is_positional = lines[-1].startswith("[positional")
+        elif line.startswith(("╰", "│ ──")):
+            is_box, is_open = is_box and not line.startswith("╰"), False
+        elif not is_box:
+            lines.append(line.rstrip())
+        else:
+            text = line.strip("│")[1:].rstrip()
+            name, _, inline = text.partition("  ")
+            if text and (text[0] == "-" or (text[0] != " " and is_positional)):
+                lines.append(f"{name}\t{inline.strip()}")
+                is_open = True
+            elif is_open:
+                lines[-1] += f" {text.strip()}" if text.strip() else "\\n\\n"
+            else:
+                lines.append(text.strip())
+                is_open = True
+    joined = "\n".join(re.sub(r"(\t|\\n) ", r"\1", line) for line in lines)
+    joined = re.sub(r":[a-z]+:`~?([^`\n]+)`", r"\1", re.sub(r"``(.*?)``", r"\1", joined))
+    return re.sub(r"\n{3,}", "\n\n", joined).strip("\n") + "\n"
+
+
+def render(text: str, screen: TextIO) -> str:
+    """What :func:`flat` made, wrapped and in boxes for the terminal; option names are bold on one."""
+    columns = max(40, shutil.get_terminal_size().columns)
+    corners, bar, edge = ("╭╮╰╯", "─", "│") if "utf" in (screen.encoding or "").lower() else ("++++", "-", "|")
+    bold = ("\x1b[1m", "\x1b[0m") if screen.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+    lines: list[str] = []
+    is_box = False
+
+    def put(content: str, *, is_name: bool = False) -> None:
+        space = " " * (columns - 4 - len(content))
+        lines.append(
+            f"{edge} {bold[0]}{content}{bold[1]}{space} {edge}" if is_name else f"{edge} {content}{space} {edge}"
+        )
+
+    def wrap(content: str, indent: str) -> list[str]:
+        parts = content.split("\\n\\n")
+        wrapped = [textwrap.wrap(part, columns - 4 - len(indent), break_on_hyphens=False) for part in parts]
+        return [indent + line for part in wrapped for line in ([""] if part is not wrapped[0] else []) + part]
+
+    def close() -> None:
+        if is_box:
+            lines.append(corners[2] + bar * (columns - 2) + corners[3])
+
     for line in text.splitlines():
-        line = line.rstrip()
-        while "``" in line:  # a box keeps its edges
-            line = re.sub(
-                r"``([^│\n]*?)(│|$)", lambda found: found[1] + "  " * bool(found[2]) + found[2], line, count=1
-            )
-        if "│" not in line:
-            line = re.sub(r":[a-z]+:`~?([^`]+)`", r"\1", line)
-        is_plain = len(line) > columns and not line.startswith(tuple(_BOX)) and "\x1b" not in line
-        lines += _wrapped(line, columns) if is_plain else [line]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n" * bool(lines)
+        if line.startswith("[") and line.endswith("]"):
+            close()
+            is_box = True
+            title = f"{bar} {line[1:-1]} "
+            lines.append(corners[0] + title + bar * (columns - 2 - len(title)) + corners[1])
+        elif not is_box:
+            lines += _wrapped(line, columns) if len(line) > columns else [line]
+        elif "\t" in line:
+            name, help_text = line.split("\t")
+            for part in wrap(name, ""):
+                put(part, is_name=True)
+            for part in wrap(help_text, " " * 6):
+                put(part)
+        else:
+            for part in wrap(line, ""):
+                put(part)
+            put(bar * (columns - 4))
+    close()
+    return "\n".join(lines) + "\n"
 
 
 def _wrapped(line: str, columns: int) -> list[str]:

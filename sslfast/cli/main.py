@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 
-from sslfast.cli.early import check_options, check_path
+from sslfast.cli.early import check_options, check_path, show_help
 from sslfast.cli.exit_codes import EXIT_CODES
 from sslfast.files import what_helps
 from sslfast.text import printable
@@ -104,12 +104,15 @@ def _run(commands: Mapping[str, Command], arguments: list[str], group: str = "")
     command = commands[name]
     if command.commands:
         return _run(command.commands, arguments[1:], name)
+    words = [*([group] if group else []), name]
+    if show_help(words, arguments[1:]):
+        return 0
     _check_data(command, arguments[1:])
-    check_options([*([group] if group else []), name], arguments[1:])
+    check_options(words, arguments[1:])
     if command.calls:
         from sslfast.cli.evaluate import run_function
 
-        return run_function(command.calls, arguments[1:], " ".join(("sslfast", *([group] if group else []), name)))
+        return run_function(command.calls, arguments[1:], " ".join(["sslfast", *words]))
     module, _, function = command.function.partition(":")
     code: int = getattr(importlib.import_module(module), function)(arguments[1:])
     return code

@@ -4,16 +4,15 @@ import dataclasses
 import io
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
-from sslfast.cli.helptext import explain, tidy
+from sslfast.cli.helptext import explain, flat, render
 from sslfast.config import check_numbers
 from sslfast.files import check_writable
 
@@ -47,6 +46,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Smallest and largest value of every number among the options of commands that have a dataclass of their own."""
 
 _WIDE = "10000"  # columns: nothing is broken into lines
+_ONE_BOX = "129"  # columns: boxes of help stand below each other
 _EDGES = "│╭╮╰╯|+ \t"
 _RULE = re.compile(r"[─\-]{4,}")
 _NESTED = re.compile(r"Error parsing [\w.]+: ")
@@ -68,12 +68,12 @@ def parse(target: Callable[..., T], arguments: list[str], *, prog: str, **option
     if is_help:
         explain(target)
         explain(type(options.get("default")))
-    shown = _Help(sys.stdout)
+    shown = _Help()
     try:
-        with _columns(None if is_help else _WIDE), redirect_stderr(printed), redirect_stdout(shown):
+        with _columns(_ONE_BOX if is_help else _WIDE), redirect_stderr(printed), redirect_stdout(shown):
             value = tyro.cli(target, args=arguments, prog=prog, **options)
     except SystemExit as stop:
-        print(tidy(shown.getvalue(), shutil.get_terminal_size().columns), end="")
+        print(render(flat(shown.getvalue()), sys.stdout) if is_help else shown.getvalue(), end="")
         code = stop.code if isinstance(stop.code, int) else 2
         if code == 0 or not printed.getvalue().strip():
             return code
@@ -129,25 +129,15 @@ def one_line(box: str, prog: str) -> str:
 
 
 class _Help(io.StringIO):
-    """Keeps what tyro prints, which asks for what kind of screen it is."""
+    """Keeps what tyro prints, in the one form that :func:`flat` reads, whatever the screen."""
 
-    def __init__(self, screen: TextIO) -> None:
-        super().__init__()
-        self._screen = screen
-
-    def isatty(self) -> bool:
-        return self._screen.isatty()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._screen.encoding or "ascii"
+    encoding = "utf-8"
 
 
 @contextmanager
-def _columns(count: str | None) -> Iterator[None]:
+def _columns(count: str) -> Iterator[None]:
     before = os.environ.get("COLUMNS")
-    if count is not None:
-        os.environ["COLUMNS"] = count
+    os.environ["COLUMNS"] = count
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
 """``sslfast data labels``: the images of a flat folder or archive with the labels that another file gives them."""
 
 import csv
-import io
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from sslfast.data.members import stem_of
 from sslfast.data.spelling import alike
 from sslfast.data.text_list import TextListSource
 from sslfast.files import OUTPUT, write_file
+from sslfast.text import csv_lines
 
 SORTED = "sorted"
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -71,13 +71,10 @@ def label_images(
     if manifest is not None:
         manifest.labelled([given[path] for path in manifest.paths]).save(output)
         return len(manifest)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label"])
     folder, root = output.absolute().parent.resolve(), images.resolve()
     start = root.relative_to(folder) if root.is_relative_to(folder) else root
-    writer.writerows(((start / path).as_posix(), given[path]) for path in paths)
-    write_file(output, text.getvalue(), remedy=OUTPUT)
+    rows = [["path", "label"], *([(start / path).as_posix(), given[path]] for path in paths)]
+    write_file(output, "".join(csv_lines(rows)), remedy=OUTPUT)
     return len(paths)
 
 

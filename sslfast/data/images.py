@@ -279,12 +279,10 @@ def _opened(stripped: Stripped, decoding: Decoding) -> OpenImage:
         image = _open_pillow(io.BytesIO(stripped.data))
     except BadImageError as error:
         if stripped.described and error.reason.startswith(("not an image", "damaged header")):
-            raise BadImageError(
-                f"damaged, or pixel format not supported: {stripped.described}; convert to 8 or 16 bits"
-            ) from None
+            raise BadImageError(_not_supported(stripped, "damaged, or " * stripped.is_supported)) from None
         raise
     if not stripped.is_supported:
-        raise BadImageError(f"pixel format not supported: {stripped.described}; convert to 8 or 16 bits")
+        raise BadImageError(_not_supported(stripped))
     check_size(*image.size, decoding)
     orientation = stripped.orientation
     if image.format == "AVIF":
@@ -293,6 +291,12 @@ def _opened(stripped: Stripped, decoding: Decoding) -> OpenImage:
     if ORIENTATION[orientation][0]:
         width, height = height, width
     return OpenImage(width, height, orientation, image, stripped, decoding)
+
+
+def _not_supported(stripped: Stripped, doubt: str = "") -> str:
+    planes = stripped.in_planes and not stripped.is_supported
+    remedy = "store its channels together (tiffcp -p contig)" if planes else "convert to 8 or 16 bits"
+    return f"{doubt}pixel format not supported: {stripped.described}; {remedy}"
 
 
 def decode_pixels(opened: OpenImage, *, factor: int = 1) -> tuple[NDArray[np.uint8], int]:

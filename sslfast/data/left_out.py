@@ -221,6 +221,14 @@ def left_out(ignored: Mapping[str, int]) -> list[str]:
     ]
 
 
+def misplaced(root: Path, ignored: Mapping[str, int]) -> list[str]:
+    """What to name in place of a folder without images."""
+    found = ["a .beton file is read by itself: name one of them, not their folder"] if ".beton" in ignored else []
+    if (root / "checkpoints").is_dir():
+        found.append("it is a run directory: name its images, or its manifest.tsv")
+    return found
+
+
 def _plugin(unread: Mapping[str, int]) -> str:
     """What else helps for some of the formats."""
     heif = any(key in (".heic", ".heif", ".hif") or key.endswith(" holding HEIF") for key in unread)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sslfast.data.columns import escape, number_classes, read_columns, read_header, unescape
 from sslfast.data.images import Decoding, OnBadImage, quiet_pillow
-from sslfast.data.left_out import image_suffixes, left_out, named_counts
+from sslfast.data.left_out import image_suffixes, left_out, misplaced, named_counts
 from sslfast.data.listing import first_folder
 from sslfast.data.source import (
     DATA_FORMS,
@@ -257,7 +257,7 @@ class Manifest:
                 f"{some_paths(excluded)}; repair or remove the files, or pass --on-bad-image skip"
             )
         if not len(sizes):
-            others, lines = named_counts(ignored), left_out(ignored)
+            others, lines = named_counts(ignored), [*left_out(ignored), *misplaced(source.root, ignored)]
             found_instead = f"; all {len(excluded)} are bad: {some_paths(excluded)}" if excluded else ""
             raise NoImageError(
                 f"no usable image in {source}{found_instead}{f' (other files: {others})' if others else ''}",

@@ -198,6 +198,7 @@ _TIFF_NEEDED = frozenset(
     | {512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 50674, 0xBC01}
 )
 _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL, _SAMPLES, _PLANAR, _INKS, _FORMAT = 258, 259, 262, 266, 277, 284, 332, 339
+_EXTRA = 338
 _COUNTS, _COLOURS, _TILE, _SUBSAMPLING, _XMP = 279, 320, (322, 323), 530, 700
 _PHOTOMETRICS = {
     0: "MinIsWhite", 1: "MinIsBlack", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB",
@@ -259,14 +260,26 @@ def _check_tiff(found: Stripped, directory: Directory, tags: dict[int, tuple[int
     # Signed samples of more bits come in a mode of their own.
     if (format == 2 and bits[0] <= 8) or max(bits) != min(bits) or (photometric == 5 and first(_INKS, 1) != 1):
         found.is_supported = False
+    elif found.in_planes and not _reads_planes(bits[0], photometric, compression, tags.get(_EXTRA) or ()):
+        found.described += ", in planes" + " without compression" * (compression == 1)
+        found.is_supported = False
     elif photometric == 6 and compression == 1:
         width, height = first(256, 0), first(257, 0)
         if (tags.get(_SUBSAMPLING) or (2, 2)) != (1, 1) and sum(tags.get(_COUNTS, ())) < 3 * width * height:
             found.described, found.is_supported = f"{found.described}, subsampled without compression", False
-    elif bits[0] == 16 and found.in_planes and compression == 1:
-        found.described, found.is_supported = f"{found.described}, in planes without compression", False
     if first(_TILE[0], 0) * first(_TILE[1], 0) > MAX_PIXELS:
         raise BadImageError(f"too large: tiles of {first(_TILE[0], 0)} x {first(_TILE[1], 0)} pixels")
+
+
+def _reads_planes(bits: int, photometric: int, compression: int, extra: tuple[int, ...]) -> bool:
+    """Whether Pillow reads channels that are stored one after the other, to right pixels.
+
+    Without compression it takes a letter of the mode's name for each plane, which only RGB, RGBA and CMYK have; with
+    compression it writes the alpha of gray and of palettes where its modes LA and PA do not look for it.
+    """
+    if compression == 1:
+        return bits == 8 and ((photometric in (2, 5) and not extra) or (photometric == 2 and extra == (2,)))
+    return not (extra and (photometric == 6 or (photometric in (0, 1, 3) and any(extra))))
 
 
 def _webp(data: bytes) -> Stripped:

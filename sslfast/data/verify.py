@@ -7,8 +7,9 @@ from typing import Any
 from sslfast.data.contents import Contents, Facts, inspect
 from sslfast.data.images import DEFAULT_DECODING, BadImageError, Decoding, require_strict_pillow
 from sslfast.data.manifest import Manifest
+from sslfast.data.opening import is_manifest
 from sslfast.data.pool import map_processes
-from sslfast.data.source import ImageSource, some_paths
+from sslfast.data.source import ImageSource, as_data, some_paths
 
 
 def verify_images(
@@ -22,7 +23,8 @@ def verify_images(
     """Decode every image of a data set whole, and number those that can be used.
 
     Args:
-        root: a source of image files: a folder of images or of tar shards, a tar file, a CSV list, a dataset.
+        root: a source of image files: a folder of images or of tar shards, a tar file, a CSV list, a dataset; or a
+            manifest file, whose own ``decoding`` holds unless another is given.
         workers: processes; None: one per available core; 0 or 1: in this process.
         progress: show progress bars on the terminal.
         decoding: what the policy leaves to the user; the manifest records it.
@@ -32,7 +34,13 @@ def verify_images(
         The manifest, marked as verified, and path and reason of every file left out, sorted by path (also in its
         ``excluded``). ValueError where no image is left.
     """
-    manifest = Manifest.scan(root, on_bad_image="skip", progress=progress)
+    data = as_data(root)
+    if is_manifest(data):  # of an earlier verification, or of a run: its rows are decoded again
+        manifest = Manifest.load(data, remedy="verify the images that it is of")
+        manifest.check(on_bad_image="skip")
+        decoding = manifest.source.decoding if decoding == DEFAULT_DECODING else decoding
+    else:
+        manifest = Manifest.scan(data, on_bad_image="skip", progress=progress)
     if manifest.source.loader is not None:
         raise ValueError(f"{root} holds no image files to decode: name what it was made of ({manifest.root})")
     manifest = manifest.decoded(decoding)

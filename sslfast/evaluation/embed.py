@@ -26,7 +26,7 @@ from sslfast.evaluation.config import ImageConfig
 from sslfast.evaluation.encoders import TRAINED, extract_images, extract_layers, load_run, trunk_encoders
 from sslfast.evaluation.layers import check_layers
 from sslfast.files import OUTPUT, make_folder, open_regular, replacing, temporary_beside, writing
-from sslfast.text import printable
+from sslfast.text import csv_lines, printable
 
 SUFFIXES = (".npy", ".parquet")
 _ROWS_AT_ONCE = 1 << 12
@@ -216,11 +216,11 @@ def _write_npy(found: Embeddings, path: Path) -> None:
     ):
         header = {"descr": "<f4", "fortran_order": False, "shape": tuple(found.values.shape)}
         np.lib.format.write_array_header_1_0(file, header)
-        lines = csv.writer(names, lineterminator="\n")
-        lines.writerow(["row", "path", "class"])
+        names.writelines(csv_lines([["row", "path", "class"]]))
         for part in _parts(len(found.values)):
             file.write(np.ascontiguousarray(found.values[part].numpy(), dtype="<f4").tobytes())
-            lines.writerows(zip(found.rows[part].tolist(), found.paths[part], found.classes[part], strict=True))
+            rows = zip(found.rows[part].tolist(), found.paths[part], found.classes[part], strict=True)
+            names.writelines(csv_lines(rows))
         with suppress(OSError):  # a network file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         path.unlink(missing_ok=True)

@@ -47,9 +47,11 @@ def _load() -> tuple[ctypes.CDLL | None, torch.library.Library | None]:
             ) from error
         return ctypes.CDLL(str(PATH)), None
     if multiprocessing.parent_process() is None:  # workers would repeat it
+        is_archive = not PATH.parent.is_dir()  # imported by zipimport; the system loads libraries from files alone
+        why = "cannot be loaded from an archive" if is_archive else "is not installed"
         warnings.warn(
-            f"sslfast's compiled core is not installed ({PATH} is missing): its ops run as their references in torch, "
-            f"slower and with more memory; {REMEDY}",
+            f"sslfast's compiled core {why} ({PATH} is {'no file' if is_archive else 'missing'}): its ops run as their "
+            f"references in torch, slower and with more memory; {REMEDY}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,7 +1,5 @@
 """The runs below a folder as a table: state, progress, the settings that differ, best numbers."""
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any, Literal
 from sslfast.config import load_json, nearest
 from sslfast.evaluation import TRAINED
 from sslfast.runs import RunDirectory, read_log
-from sslfast.text import printable
+from sslfast.text import csv_lines, printable
 
 _PARTS = ("checkpoints", "tensorboard", "evaluation", "wandb", "mlflow")
 """Folders of a run directory, in which no run is looked for."""
@@ -122,13 +120,11 @@ def csv_of_runs(runs: Sequence[RunSummary], columns: Sequence[str] = ()) -> str:
     _check(runs, columns)
     named = [name for run in runs for name in (*run.scores, *run.shown)]
     shown = list(columns) or list(dict.fromkeys(["name", "recipe", "state", "epochs", "loss", *named]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(shown)
-    for run in runs:
-        values = [run.value(column) for column in shown]
-        writer.writerow(["" if v is None else v if isinstance(v, str | int | float) else json.dumps(v) for v in values])
-    return text.getvalue()
+    table = ([run.value(column) for column in shown] for run in runs)
+    plain = (
+        ["" if v is None else v if isinstance(v, str | int | float) else json.dumps(v) for v in row] for row in table
+    )
+    return "".join(csv_lines([shown, *plain]))
 
 
 def _find(folder: Path) -> Iterator[Path]:

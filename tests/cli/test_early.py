@@ -8,7 +8,7 @@ import pytest
 
 from sslfast.cli import early
 from sslfast.cli import main as cli
-from sslfast.cli.completion import _help, _options, known_options
+from sslfast.cli.completion import _help, _options, known_help, known_options
 
 CODE = """
 import sys
@@ -60,9 +60,51 @@ def test_what_is_no_path_is_not_looked_for(data: str) -> None:
     early.check_path(data, "DATA")
 
 
-def test_table_of_options_is_complete() -> None:
+def test_tables_of_options_and_help_are_complete() -> None:
     """Else: ``python -m sslfast.cli.completion sslfast/cli/known_options.txt``."""
     assert early.TABLE.read_text() == known_options()
+    assert early.HELP.read_text() == known_help()
+
+
+EVERY_HELP = """
+import contextlib, io, sys
+from sslfast.cli.main import COMMANDS, main
+
+def names(commands, before):
+    for name, command in commands.items():
+        yield from names(command.commands, [*before, name]) if command.commands else [[*before, name]]
+
+for words in names(COMMANDS, []):
+    assert main([*words, "--help"]) == 0
+    assert main([*words, "x", "--unknown", "-h"]) == 0
+print("heavy:", *sorted({"torch", "numpy", "tyro", "PIL"} & set(sys.modules)))
+"""
+
+
+def test_help_imports_nothing_heavy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "77")
+    done = subprocess.run([sys.executable, "-c", EVERY_HELP], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    text, _, heavy = done.stdout.rstrip("\n").rpartition("\n")
+    assert heavy == "heavy:"
+    assert cli.main(["evaluate", "knn", "--help"]) == 0  # torch is imported here: the command's own
+    assert text.count(capsys.readouterr().out) == 2
+
+
+def test_help_that_depends_on_more_is_left_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    for arguments in (
+        "--recipe moco-v2 -h",
+        "--config=mine.yaml --help",
+        "--model.factory m:f -h",
+        "data",
+        "-- --help",
+    ):
+        assert not early.show_help(["pretrain"], arguments.split())
+    monkeypatch.setattr(early, "_has_plugins", lambda: True)
+    assert not early.show_help(["pretrain"], ["--help"])
+    monkeypatch.setattr(early, "HELP", early.HELP.with_name("nothing"))
+    assert not early.show_help(["export"], ["--help"])
 
 
 @pytest.mark.parametrize("recipe", ["pirl-small", "moco-v2", "dino", "relative-position"])

@@ -1,5 +1,6 @@
 """Help and completion: wrapped, without markup, and complete for every command."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from sslfast.cli import main as cli
 from sslfast.cli.completion import build_parser
-from sslfast.cli.helptext import explain, paragraphs, tidy
+from sslfast.cli.helptext import explain, flat, paragraphs, render
 from sslfast.recipes import RECIPES
 
 
@@ -40,9 +41,54 @@ def test_paragraphs() -> None:
     assert paragraphs("One\n    two (a,\n    .b).\n\n    Three\n    `x`.") == "One two (a, .b).\n\nThree `x`."
 
 
-def test_markup_leaves_the_edges_of_a_box() -> None:
-    assert tidy("│ a ``b`` c │\n", 80) == "│ a b c     │\n"
-    assert tidy("one two three\n  a b c d e f\n", 8) == "one two\nthree\n  a b c\n      d\n      e\n      f\n"
+PRINTED = """usage: it
+
+one two
+
+╭─ positional arguments ─────╮
+│ DATA  Of :class:`~a.Thing` │
+│       and ``more           │
+│       words``.             │
+╰────────────────────────────╯
+╭─ b options ────────────────╮
+│ What                       │
+│ it is.                     │
+│ ────────────────────────── │
+│ --k INT                    │
+│     One.                   │
+│                            │
+│     Two.                   │
+╰────────────────────────────╯
+"""
+FLAT = """usage: it
+
+one two
+
+[positional arguments]
+DATA\tOf a.Thing and more words.
+[b options]
+What it is.
+--k INT\tOne.\\n\\nTwo.
+"""
+
+
+class Screen(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+
+def test_help_without_boxes_and_in_those_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flat(PRINTED) == FLAT
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = render(FLAT, Screen()).splitlines()
+    assert lines[4] == f"╭─ positional arguments {'─' * 15}╮"
+    assert lines[5:7] == [f"│ {'DATA':36} │", f"│       {'Of a.Thing and more words.':30} │"]
+    assert {len(line) for line in lines[4:]} == {40}
+    assert lines[-5:-1] == [f"│ {text:36} │" for text in ("--k INT", "      One.", "", "      Two.")]
+    ascii_screen = Screen()
+    ascii_screen.encoding = "ascii"
+    assert render(FLAT, ascii_screen).isascii()
+    long = "x" * 99
+    assert max(map(len, render(f"a {long}\n[o]\n--o\t{long}\n", Screen()).splitlines()[1:])) >= 40
 
 
 def test_docstrings_become_the_help_of_fields() -> None:

@@ -106,6 +106,49 @@ def test_tiff_in_planes(bits: int, compression: int) -> None:
         agree(data, RGB)
 
 
+PLANES = {
+    "gray": (GRAY, 1, GRAY),
+    "gray, 0 is white": (255 - GRAY, 0, GRAY),
+    "RGB": (RGB, 2, RGB),
+    "CMYK": (np.dstack([255 - RGB, 0 * GRAY]), 5, RGB),
+    "YCbCr": (np.asarray(Image.fromarray(RGB).convert("YCbCr")), 6, RGB),
+    "palette": (GRAY, 3, SHOWN),
+}
+READ_IN_PLANES = {
+    *itertools.product(["RGB"], [None, 0, 1, 2], [8]), ("RGB", None, 1), ("RGB", 2, 1), ("CMYK", None, 1),
+    ("CMYK", None, 8), ("CMYK", 0, 8), ("palette", 0, 8), ("gray", 0, 8), ("gray, 0 is white", 0, 8),
+    ("YCbCr", None, 8),
+}  # fmt: skip
+"""(name, kind of a further channel, compression): the others are refused."""
+
+
+@pytest.mark.parametrize("extra", [None, 0, 1, 2])
+@pytest.mark.parametrize("name", PLANES)
+def test_tiff_in_planes_with_a_further_channel(name: str, extra: int | None) -> None:
+    """Of alpha (1 associated, 2 not) and of what is neither; once gray with alpha had the alpha of another place."""
+    samples, photometric, expected = PLANES[name]
+    tags = [(530, "H", [1, 1])] if photometric == 6 else []
+    tags += [(320, "H", (PALETTE * 257).ravel())] if photometric == 3 else []
+    if extra is not None:
+        samples = premultiplied(samples, HALF) if extra == 1 else np.dstack([samples, HALF])
+        tags.append((338, "H", [extra]))
+        expected = on_white(expected, HALF) if extra else expected
+    if samples.ndim == 2:
+        return  # one plane
+    for order, compression in itertools.product("<>", (1, 8)):
+        data = tiff(
+            samples, bits=8, photometric=photometric, order=order, compression=compression, planes=True, extra=tags
+        )
+        if (name, extra, compression) in READ_IN_PLANES:
+            agree(data, expected, 4 if photometric == 6 else 2 if extra else 0)
+            continue
+        with pytest.raises(
+            BadImageError,
+            match=rf"^(damaged, or )?pixel format not supported: .* of {samples.shape[2]} x 8 bits.*; (store|convert)",
+        ):
+            decode_full(data)
+
+
 @pytest.mark.parametrize(
     ("samples", "bits", "photometric", "extra", "reason"),
     [

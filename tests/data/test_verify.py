@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sslfast.cli import main as cli
+from sslfast.data.images import Decoding
 from sslfast.data.listing import list_files
 from sslfast.data.manifest import Manifest
 from sslfast.data.opening import open_data, reopen_data
@@ -75,6 +76,55 @@ def test_a_verified_manifest_stands_for_its_folder(tmp_path: Path) -> None:
     (root / "a" / "0.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 missing: a/0.jpg"):
         open_data(path, on_bad_image="skip")
+
+
+def test_a_manifest_is_verified_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``data verify RUN/manifest.tsv``, which was read as a list of four fields a line."""
+    root = write_folder(tmp_path / "data", ["a/0.jpg", "a/1.jpg", "b/2.jpg", "b/3.jpg"])
+    scanned, verified = tmp_path / "scanned.tsv", tmp_path / "verified.tsv"
+    Manifest.scan(root).decoded(Decoding(white_level=4095)).save(scanned)
+    (root / "b" / "3.jpg").unlink()
+    assert cli.main(["data", "verify", str(scanned), "-o", str(verified)]) == 1
+    printed = capsys.readouterr().out
+    assert "b/3.jpg\tunreadable: No such file or directory\n3 of 4 images can be used, 2 classes" in printed
+    found = Manifest.load(verified)
+    assert (found.verified, found.root, [*found.paths]) == (True, root, ["a/0.jpg", "a/1.jpg", "b/2.jpg"])
+    assert found.source.decoding.white_level == 4095
+    assert cli.main(["data", "verify", str(verified), "-o", str(verified)]) == 2
+    assert "is read and would be replaced; name another file with --output" in capsys.readouterr().err
+    (root / "a" / "0.jpg").write_bytes(encoded(picture(40, 40, 7)))
+    assert cli.main(["data", "verify", str(verified), "-o", str(scanned)]) == 2
+    assert "1 changed: a/0.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (["x.beton", "y.beton"], "a .beton file is read by itself: name one of them, not their folder"),
+        (
+            ["config.json", "checkpoints/step_00000001.pt"],
+            "it is a run directory: name its images, or its manifest.tsv",
+        ),
+    ],
+)
+def test_folders_without_images_that_have_a_place_of_their_own(tmp_path: Path, files: list[str], remedy: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"no usable image in {tmp_path} .*: {remedy}$"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("output", ["x.beton", "./x.beton", "y.beton"])
+def test_a_beton_is_not_prepared_again(
+    tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(write_folder(tmp_path, ["a/0.jpg", "b/1.jpg"]))
+    assert cli.main(["data", "prepare", ".", "x.beton", "--workers", "0"]) == 0
+    before = (tmp_path / "x.beton").read_bytes()
+    assert cli.main(["data", "prepare", "x.beton", output]) == 2
+    assert f"x.beton is a .beton file already: name what it was made of ({tmp_path})" in capsys.readouterr().err
+    assert (tmp_path / "x.beton").read_bytes() == before
 
 
 def test_a_run_does_not_resume_with_another_manifest(tmp_path: Path) -> None:
