@@ -148,6 +148,9 @@ def _misread(folder: Path, entry: Entry) -> str:
     words = [*re.split(r"[\t,; ]+", entry.path), entry.label or ""]
     if (found := next((word for word in words if word and os.path.isfile(folder / word)), None)) is not None:
         return f"; {found!r} is a file: write the path, then the label"
+    names = (entry.path + suffix for suffix in sorted(SUFFIXES))
+    if (found := next((name for name in names if os.path.isfile(folder / name)), None)) is not None:
+        return f"; {found!r} is there: write names with their suffixes"
     if entry.line == 1 and not suffix_of(entry.path):
         return "; if this is a header, name its columns path and label"
     return ""
@@ -214,6 +217,8 @@ def read_entries(path: Path, lines: Iterable[Entry]) -> tuple[dict[str, Entry], 
             if not name:
                 raise SourceError(f"{path} line {line} names no file: write path,label")
             if name in entries:
+                if suffix_of(label or "") in SUFFIXES and suffix_of(name) not in SUFFIXES:
+                    raise SourceError(f"{path} line {line} begins with {name!r}: write the path, then the label")
                 raise SourceError(
                     f"{path} lists {name!r} twice, in lines {entries[name].line} and {line}: paths are identities, so "
                     "remove one of them"

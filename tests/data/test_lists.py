@@ -85,6 +85,12 @@ def test_lists_of_every_system(tmp_path: Path, name: str, end: str, encoding: st
         ("l.lst", "0\t1\t2\timgs/b/1.jpg\n", r"l.lst line 1 has several labels"),
         ("l.txt", "imgs\\b\\1.jpg 1\n", r"line 1; write / in place of \\"),
         ("l.txt", "1 imgs/b/1.jpg\n", r"; 'imgs/b/1.jpg' is a file: write the path, then the label"),
+        (
+            "l.txt",
+            "1\timgs/b/1.jpg\n1\timgs/a/0.jpg\n",
+            r"l.txt line 2 begins with '1': write the path, then the label",
+        ),
+        ("l.csv", "image_id,label\nimgs/b/1,0\n", r"; 'imgs/b/1.jpg' is there: write names with their suffixes"),
         ("l.csv", "0,imgs/b/1.jpg\n", r"; 'imgs/b/1.jpg' is a file: write the path, then the label"),
         ("l.csv", "Bild;Art\nimgs/b/1.jpg;1\n", r"if this is a header, name its columns path and label"),
         (
