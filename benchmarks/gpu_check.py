@@ -39,7 +39,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
-from benchmarks.gpu_steps import NEEDED, ROOT, STEPS, Check
+from benchmarks.gpu_steps import NEEDED, ROOT, STEPS, Check, read_json
 
 PART_SECONDS = 535.0
 CHARTS = ("goals", "crossover", "step", "loaders")
@@ -108,7 +108,8 @@ class State:
 def pack(out: Path, target: Path) -> None:
     """At most 8 files, each below 16 MiB."""
     names = [step.name for step in STEPS] + ["step_beside_eager"]
-    found = {name: json.loads(path.read_text()) for name in names for path in [out / f"{name}.json"] if path.is_file()}
+    read = {name: read_json(out / f"{name}.json") for name in names}
+    found = {name: values for name, values in read.items() if values is not None}
     if "benchmarks" in found:
         for row in found["benchmarks"]["benchmarks"]:
             row["stats"].pop("data", None)  # every single time
@@ -196,7 +197,10 @@ def main(argv: list[str] | None = None) -> int:
                 continue  # built a part ago
             forget(out, step.name)
             began = time.monotonic()
-            end, detail = step.function(check, step.seconds)
+            try:
+                end, detail = step.function(check, step.seconds)
+            except Exception as error:  # the later steps are worth as much
+                end, detail = f"{type(error).__name__}: {error}"[:300], ""
             took = round(time.monotonic() - began, 1)
             state.steps[step.name] = {
                 "end": end if end == "ok" else f"FAILED: {end}",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.rehearsal import run_in_fork
@@ -165,7 +166,7 @@ def goals(check: Check, seconds: float) -> tuple[str, str]:
         rest = seconds - (time.monotonic() - began)
         end = check.python("goals", "-m", "benchmarks.studies.goal_sizes", *words, *resume, seconds=rest)
         before = undone
-        undone = json.loads(report.read_text())["left"] if report.is_file() else []
+        undone = (read_json(report) or {"left": []})["left"]
         # Where one process measured nothing, another would not either.
         if end == "ok" or end.startswith(("longer", "not run")) or not undone or undone == before:
             break
@@ -310,6 +311,14 @@ STEPS = [
     ),
 ]  # fmt: skip
 """The build comes before every part; it takes seconds where nothing has changed."""
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; None where there is none, or half of one: its process was ended while it wrote."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def last_line(log: Path) -> str:

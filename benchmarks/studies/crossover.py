@@ -310,6 +310,15 @@ def chart(run: Run, output: Path, device: str) -> None:
     draw_panels(panels, output, title=title, x_label="batch", y_label="ms per call", styles=styles)
 
 
+def save(run: Run, facts: dict[str, Any], output: Path) -> None:
+    """Write the three files, after every point: an end on the way leaves what there is."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(facts | {"rows": run.rows}, indent=1) + "\n")
+    output.with_suffix(".md").write_text(render(run, facts))
+    if any("median_ms" in row for row in run.rows):
+        chart(run, output.with_suffix(".png"), facts["device"])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; sizes are smaller on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -354,6 +363,17 @@ def main(argv: list[str] | None = None) -> int:
         limit=chosen.limit,
         ceilings=measure_ceilings(device, dtype),
     )
+    name = device_name(device)
+    options = [f"--{key} {' '.join(map(str, getattr(chosen, key)))}" for key in ("batch", "rows", "negatives")]
+    options += [f"--{key} {getattr(chosen, key)}" for key in ("device", "views", "dtype", "rounds", "limit")]
+    options += [f"--without {' '.join(chosen.without)}"] if chosen.without else []
+    facts = {
+        "command": f"python -m benchmarks.studies.crossover -o OUT {' '.join(options)}",
+        "device": name,
+        **versions(),
+        "build": build_info()["note"],
+        "ceilings": run.ceilings,
+    }
     generator = torch.Generator(device).manual_seed(1)
     checked = False
     for num_rows in chosen.rows:
@@ -373,23 +393,9 @@ def main(argv: list[str] | None = None) -> int:
                 checked = True
             sizes = Sizes(batch=batch, num_rows=num_rows, views=chosen.views)
             measure_point(run, sizes, query, banks, index)
+            save(run, facts, chosen.output)
             print(f"N = {num_rows:,}, B = {batch}: {sum('median_ms' in row for row in run.rows)} measured", flush=True)
-    name = device_name(device)
-    options = [f"--{key} {' '.join(map(str, getattr(chosen, key)))}" for key in ("batch", "rows", "negatives")]
-    options += [f"--{key} {getattr(chosen, key)}" for key in ("device", "views", "dtype", "rounds", "limit")]
-    options += [f"--without {' '.join(chosen.without)}"] if chosen.without else []
-    facts = {
-        "command": f"python -m benchmarks.studies.crossover -o OUT {' '.join(options)}",
-        "device": name,
-        **versions(),
-        "build": build_info()["note"],
-        "ceilings": run.ceilings,
-    }
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.with_suffix(".json").write_text(json.dumps(facts | {"rows": run.rows}, indent=1) + "\n")
-    chosen.output.with_suffix(".md").write_text(render(run, facts))
-    if any("median_ms" in row for row in run.rows):
-        chart(run, chosen.output.with_suffix(".png"), name)
+    save(run, facts, chosen.output)
     print("\n".join(crossings(run.rows)))
     return 0
 

@@ -171,11 +171,13 @@ class NCEAverage(NCEMemory):
         then the next draw. Z is from the first view.
         """
         z = self._normaliser(0, lambda: self._score(views[0][None], y, None)[1])
-        losses = []
+        losses: list[Tensor] = []
+        all_y: Tensor | None = None
         for place, view in enumerate(views):
             losses.append(self._score(view[None], y, None, z=z, draw=place)[0].mean())
             if self.training and moves(place):
-                self._update([gather_rows(view.detach())], gather_rows(y))
+                all_y = gather_rows(y) if all_y is None else all_y
+                self._update([gather_rows(view.detach())], all_y)
         if self.training:
             self._next_draw()
         return losses

@@ -41,7 +41,7 @@ class Loader:
     each for --seconds after a warm-up."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar shards, manifest (.tsv) or .beton file."""
+    """What `sslfast pretrain` takes as DATA: a folder, shards, a list, a manifest, a .beton file, a URL, ..."""
     recipe: str = "pirl-paper"
     """Recipe whose views are rendered."""
     loader: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Step:
     trunk and a large matrix product, measured in the same run, put the numbers in proportion."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = "synthetic:100000"
-    """Folder of images or of .tar shards, manifest (.tsv), .beton file, or synthetic:N for N synthetic images."""
+    """What `sslfast pretrain` takes as DATA; synthetic:N are N synthetic images."""
     recipe: str = "pirl-paper"
     """Recipe to time."""
     batch_size: int | None = None

@@ -34,10 +34,11 @@ class Pretrain:
     """Options of ``sslfast pretrain``."""
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA [DATA ...]")]
-    """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet or .zip,
-    a list of images with or without labels (.csv, .tsv, .txt, .lst, .json, .jsonl), a manifest of `sslfast data verify`
-    (.tsv), a file of `sslfast data prepare` (.beton), or synthetic:N for N synthetic images. Several are one data set,
-    in this order; a .roots file names one a line."""
+    """Folder of images (class folders or flat, any nesting) or of .tar or .parquet shards, one .tar, .parquet, .arrow
+    or .zip, a folder of datasets' save_to_disk, a list of images with or without labels (.csv, .tsv, .txt, .lst, .json,
+    .jsonl), a manifest of `sslfast data verify` (.tsv), a file of `sslfast data prepare` (.beton), a URL of .tar or
+    .parquet shards (https, s3, gs, hf), or synthetic:N for N synthetic images. Several are one data set, in this
+    order; a .roots file names one a line."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
     """Run directory; default runs/RECIPE-FOLDER."""
     resume: Annotated[str, tyro.conf.arg(metavar="auto|never|PATH")] = "auto"
@@ -59,8 +60,7 @@ class Preview:
     """Options of ``sslfast preview``."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images or of .tar or .parquet shards, one .tar, .parquet or .zip, a list (.csv, .txt, ...), or a
-    manifest of `sslfast data verify` (.tsv)."""
+    """What `sslfast pretrain` takes as DATA, of image files: a folder, shards, a list, a manifest, a URL, ..."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = Path("preview.png")
     """Picture to write."""
     count: int = 4

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from io import BytesIO
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from sslfast.data.images import MAX_BYTES, BadImageError, open_header
-from sslfast.data.members import LABEL_NAMES, label_text
+from sslfast.data.members import LABEL_NAMES, label_text, plain_name
 from sslfast.data.sharded import ShardError
 from sslfast.data.source import HASHED_BYTES, content_hash
 
@@ -58,9 +59,9 @@ def find_columns(file: str, schema: Any) -> Columns:
             "one image"
         )
     image = next((column for column in candidates if named and column.lower() == named[0]), candidates[0])
-    lowered = {name.lower(): name for name in types if name != image}
+    lowered = {plain_name(name): name for name in types if name != image}
     classes = [name for name in types if _kind(features, name) == "ClassLabel"]
-    label = next((lowered[name] for name in LABEL_NAMES if name in lowered), "")
+    label = next((lowered[name] for name in map(plain_name, LABEL_NAMES) if name in lowered), "")
     if not label and len(classes) > 1:
         raise ShardError(
             f"{file} has several columns of classes ({', '.join(classes)}): write a table with one of them, or name "
@@ -69,6 +70,23 @@ def find_columns(file: str, schema: Any) -> Columns:
     label = label or (classes[0] if classes else "")
     names = features.get(label, {}).get("names") if _kind(features, label) == "ClassLabel" else None
     return Columns(image, images[image] or "", label, tuple(map(str, names)) if isinstance(names, list) else ())
+
+
+def has_numbers(schema: Any, columns: Columns) -> bool | None:
+    """Whether the labels are numbers, which mean themselves, or names; None where there are none."""
+    if not columns.label:
+        return None
+    types, kind = import_module("pyarrow.types"), schema.field(columns.label).type
+    return not columns.names and (types.is_integer(kind) or types.is_floating(kind))
+
+
+def partition_label(path: str) -> str | None:
+    """The label in the folders of a file: ``label=cat/part-0.parquet``, as Hive's and Spark's tables have it."""
+    for folder in reversed(path.split("/")[:-1]):
+        name, equals, value = folder.partition("=")
+        if equals and plain_name(name) in map(plain_name, LABEL_NAMES):
+            return label_text(unquote(value))
+    return None
 
 
 def _features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:

@@ -112,12 +112,12 @@ class Manifest:
         found = alike_among(self.classes)
         lines = [f"some look the same: {found}; give one class one name"] if found else []
         train = next((name for name in self.classes if name.casefold() in _TRAIN_SETS), None)
-        if train is None or not self.root.is_dir() or not all(name.casefold() in _SETS for name in self.classes):
-            return lines
-        if all(path.count("/") > 1 and path.split("/", 1)[0] in self.classes for path in self.paths):
+        are_sets = {name.casefold() for name in self.classes} <= _SETS
+        if train and are_sets and all(p.count("/") > 1 and p.split("/", 1)[0] in self.classes for p in self.paths):
+            place = self.root / train if self.root.is_dir() else f"the folder {train} of what is unpacked"
             lines.append(
                 f"{' and '.join(self.classes)}, the first folders, are taken as classes, and all {len(self):,} images "
-                f"are used; to use the classes and images of {train} alone, give {self.root / train}"
+                f"are used; to use the classes and images of {train} alone, give {place}"
             )
         return lines
 

@@ -18,7 +18,16 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sslfast.data.hub_columns import Columns, Found, binary_values, find_columns, look_at_batch, value_at
+from sslfast.data.hub_columns import (
+    Columns,
+    Found,
+    binary_values,
+    find_columns,
+    has_numbers,
+    look_at_batch,
+    partition_label,
+    value_at,
+)
 from sslfast.data.images import BadImageError, OnBadImage
 from sslfast.data.listing import PARQUET, Listing, other_files
 from sslfast.data.manifest import Manifest
@@ -37,7 +46,8 @@ class ParquetSource(ShardedSource):
     """Rows of Parquet files: ``train-0.parquet/000000012/cat.jpg`` is row 12, whose image was ``cat.jpg``.
 
     The image column has the type ``Image`` of the Hugging Face Hub (structs with a field ``bytes``), or is binary. The
-    label column holds numbers or names; of a ``ClassLabel`` the names that the file has for its numbers.
+    label column holds numbers or names; of a ``ClassLabel`` the names that the file has for its numbers. Without such a
+    column a folder ``label=NAME`` around the file is the label.
     """
 
     name: ClassVar[str] = "parquet"
@@ -68,7 +78,7 @@ class ParquetSource(ShardedSource):
         names = listing.tables
         _refuse_splits(root, names)
         tasks: list[tuple[int, int]] = []
-        sizes, times, columns = [], [], []
+        sizes, times, columns, numbers = [], [], [], []
         for shard in range(len(names)):
             with listing.local(root, names, shard) as file:
                 try:
@@ -79,6 +89,7 @@ class ParquetSource(ShardedSource):
                 times.append(listing.remote.tags[shard] if listing.remote else state.st_mtime_ns)
                 with _opened(file) as opened:
                     columns.append(find_columns(file, opened.schema_arrow))
+                    numbers.append(has_numbers(opened.schema_arrow, columns[-1]))
                     tasks += [(shard, group) for group in range(opened.num_row_groups)]
         kinds = {(found.image, found.inner) for found in columns}
         if len(kinds) > 1:
@@ -87,7 +98,14 @@ class ParquetSource(ShardedSource):
                 f"({', '.join(sorted(f'{image} {inner}'.strip() for image, inner in kinds))}): give each kind a folder "
                 "of its own"
             )
+        if {True, False} <= {*numbers}:
+            first, other = names[numbers.index(True)], names[numbers.index(False)]
+            raise ShardError(
+                f"{root} holds files whose labels are numbers ({first}) and files whose labels are names ({other}): "
+                "write them with one kind of label, or give each kind a folder of its own"
+            )
         (column, inner) = kinds.pop()
+        folders = [None if found.label else partition_label(name) for found, name in zip(columns, names, strict=True)]
 
         def look(task: tuple[int, int]) -> list[Found]:
             with listing.local(root, names, task[0]) as file:
@@ -103,7 +121,9 @@ class ParquetSource(ShardedSource):
                 if row.reason:
                     bad.append((path, row.reason))
                 else:
-                    images.append((ListedImage(path, row.bytes, row.sha1, row.label), group, position))
+                    images.append(
+                        (ListedImage(path, row.bytes, row.sha1, row.label or folders[shard]), group, position)
+                    )
             start[shard] += len(rows)
         images.sort(key=lambda image: image[0].path)
         paths = [image.path for image, _, _ in images]

@@ -1,6 +1,7 @@
 """The method of a run, its trunk initialised from a seed or from the weights that ``init`` names."""
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from sslfast.runs import (
     load_checkpoint,
 )
 from sslfast.training.limits import check_trunk
-from sslfast.weights import Weights, read_cached, read_weights
+from sslfast.weights import SeveralNetworksError, Weights, read_cached, read_weights
 
 if TYPE_CHECKING:
     from sslfast.training.config import TrainConfig
@@ -121,7 +122,14 @@ def _read(init: str, model: TrunkConfig) -> Weights:
     """Weights of a path, or timm's where they are on this machine."""
     path, library = Path(init), model if isinstance(model, LibraryTrunkConfig) else None
     if path.exists():
-        return read_weights(path, model=None if path.is_dir() else library)
+        try:
+            return read_weights(path, model=None if path.is_dir() else library or model)
+        except SeveralNetworksError as error:
+            network = "" if library is None else f" --model {library.name}"
+            raise ValueError(
+                f"init={init}: {error.found}; `sslfast export {shlex.quote(init)} ONE.safetensors --prefix "
+                f"{shlex.quote(error.prefixes[0])}{network}` takes one of them out of it; give that file"
+            ) from None
     if init.startswith("timm/"):
         named = LibraryTrunkConfig(name=init)
         if library is not None and _architecture(library) == _architecture(named):

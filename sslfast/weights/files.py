@@ -8,10 +8,13 @@ even numpy's unpickling functions run.
 """
 
 import argparse
+import json
 import pathlib
 import pickle
 import re
+import shlex
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,19 @@ HARMLESS: list[Any] = [
 _REMEDY = "load it where its program is installed and save its state dict alone with torch.save"
 
 
+_OTHERS = (
+    (rb"\Z", "is empty: get a good copy"),
+    (rb"version https://git-lfs", "is a pointer of Git LFS and not the file itself: run `git lfs pull` where it lies"),
+    (rb"\s*<(?:!doctype|html|\?xml)", "is a web page, perhaps of a failed download: get the file itself"),
+    (
+        rb"\x89HDF\r\n",
+        "is an HDF5 file, as of Keras: save its weights with torch.save, under torchvision's names",
+    ),
+    (rb"\x1f\x8b", "is compressed: unpack it with gunzip"),
+)
+"""Beginnings of files that are none of weights -> what to say."""
+
+
 def read_content(path: Path) -> Any:
     """What a file of weights holds: nested dictionaries with tensors.
 
@@ -40,11 +56,14 @@ def read_content(path: Path) -> Any:
         ValueError: it is damaged, of no known format, or holds other objects, whose class is named.
         ImportError: safetensors is missing.
     """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     with path.open("rb") as file:
-        start = file.read(2)
-    if path.suffix == ".pkl" and start != b"PK":
+        start = file.read(64)
+    for head, what in _OTHERS:
+        if re.match(head, start, re.DOTALL | re.IGNORECASE):
+            raise ValueError(f"{path} {what}")
+    if path.suffix == ".safetensors" or re.match(rb'.{8}\{\s*"', start, re.DOTALL):
+        return _read_safetensors(path)
+    if path.suffix == ".pkl" and start[:2] != b"PK":
         return _read_pickle(path)
     return _read_torch(path)
 
@@ -74,12 +93,22 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about pickles; what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own message advises to load the pickle unsafely
+        if zipfile.is_zipfile(path) and _is_torchscript(path):
+            code = f'import torch; torch.save(torch.jit.load({json.dumps(str(path))}).state_dict(), "weights.pth")'
+            raise ValueError(
+                f"{path} is a TorchScript program: `python -c {shlex.quote(code)}` runs it and saves its weights"
+            ) from None
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             raise ValueError(_other_object(path, found[1])) from None
         raise ValueError(
             f"{path} cannot be read as plain tensors: it is no file of torch.save, or damaged; {_REMEDY}"
         ) from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _other_object(path: Path, name: str) -> str:

@@ -15,6 +15,17 @@ PREFERRED = (
     ("backbone", "momentum_backbone"),
     ("backbone", "backbone_momentum"),
     ("teacher", "student"),
+    ("teacher_backbone", "student_backbone"),
+    ("teacher_model", "student_model"),
+    ("backbone", "anchor_backbone"),
+    ("backbone", "target_backbone"),
+    ("online_backbone", "target_backbone"),
+    ("encoder", "momentum_encoder"),
+    ("encoder", "target_encoder"),
+    ("encoder", "encoder_k"),
+    ("encoder", "encoder_m"),
+    ("model", "momentum_model"),
+    ("model", "model_m"),
     ("online_network", "target_network"),
     ("online_encoder", "target_encoder"),
     ("online", "target"),
@@ -22,6 +33,14 @@ PREFERRED = (
     ("trunk", "key_trunk"),
 )
 """Of networks trained side by side, the one that its project evaluates, and the one that is left."""
+
+
+class SeveralNetworksError(ValueError):
+    """A file holds several networks, and none was chosen."""
+
+    def __init__(self, found: str, prefixes: list[str]) -> None:
+        super().__init__(f"{found}; choose one with --prefix")
+        self.found, self.prefixes = found, prefixes
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ def find_trunk(where: str, content: Any, prefix: str | None = None) -> Found:
             one of a pair that its project evaluates (:data:`PREFERRED`).
 
     Raises:
-        ValueError: there is none, or several and none is chosen.
+        ValueError: there is none, or several and none is chosen (SeveralNetworksError).
     """
     found = list(_search(content, ""))
     if not found:
@@ -178,6 +197,7 @@ def _first_entries(content: Any) -> str:
 
 def _search_names(content: Any, path: str, wanted: list[str], depth: int = 0) -> Iterator[Found]:
     """Networks with the first of ``wanted`` behind some prefix: the entries that it has of them."""
+    content = _with_keys(content)
     if not isinstance(content, Mapping) or depth > _DEEPEST:
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -207,7 +227,9 @@ def _choose(found: list[Found], where: str, kind: str, prefix: str | None) -> Fo
             f"{where} holds {len(chosen) or 'no'} {kind} whose prefix begins with {prefix!r}; --prefix must name one "
             f"of {prefixes}"
         )
-    raise ValueError(f"{where} holds {len(found)} {kind}, with the prefixes {prefixes}; choose one with --prefix")
+    raise SeveralNetworksError(
+        f"{where} holds {len(found)} {kind}, with the prefixes {prefixes}", [one.prefix for one in found]
+    )
 
 
 def _twin(prefix: str, kept: str, dropped: str) -> tuple[str, ...] | None:
@@ -222,6 +244,7 @@ def _plain(prefix: str) -> tuple[str, ...]:
 
 
 def _search(content: Any, path: str, depth: int = 0) -> Iterator[Found]:
+    content = _with_keys(content)
     if not isinstance(content, Mapping) or depth > _DEEPEST:
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -240,7 +263,17 @@ def _search(content: Any, path: str, depth: int = 0) -> Iterator[Found]:
         yield from _search(value, f"{path}{key}.", depth + 1)
 
 
+_MOST_ITEMS = 16  # of a list that may hold networks: optimizers have thousands of numbers
+
+
+def _with_keys(content: Any) -> Any:
+    """Lists with the numbers of their items as keys."""
+    is_list = isinstance(content, list | tuple) and len(content) <= _MOST_ITEMS
+    return {str(number): value for number, value in enumerate(content)} if is_list else content
+
+
 def _entries(content: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    content = _with_keys(content)
     if isinstance(content, Mapping) and depth <= _DEEPEST:
         for key, value in content.items():
             if isinstance(value, Tensor):

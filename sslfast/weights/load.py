@@ -40,6 +40,8 @@ _TRUNKS = ("teacher_trunk.", "trunk.")  # the first that a run has: a teacher's,
 _HEADS = ("image_head.", "projection.")
 """Of the methods that embed whole images: PIRL and NPID; MoCo, SimCLR and BYOL."""
 HUB_FILE = "model.safetensors"
+_HUB_FILES = (HUB_FILE, "pytorch_model.bin")
+_HUB_PARTS = tuple(f"{name}.index.json" for name in _HUB_FILES)
 NETWORK = "network."
 """Before the names of a library's network in the state dict of its trunk."""
 _MAX_SIZE = 1 << 16
@@ -150,8 +152,8 @@ def load_trunk(path: Path | str, *, prefix: str | None = None, model: str | Trun
             a hub folder (``config.json`` and ``model.safetensors``), or any file of weights with a ResNet in it: of
             torch.save, safetensors or detectron2. ``docs/weights.md`` lists what has been tried.
         prefix: which network of a file that holds several: the beginning of its entries' names.
-        model: network of a file that does not say, where it is no ResNet: ``timm/NAME``, ``torchvision/NAME``, or a
-            configuration.
+        model: network of a file that does not say, where it is no ResNet with BatchNorm: ``timm/NAME``,
+            ``torchvision/NAME``, or a configuration.
 
     Raises:
         FileNotFoundError: there is nothing, or a run without a checkpoint.
@@ -163,8 +165,14 @@ def load_trunk(path: Path | str, *, prefix: str | None = None, model: str | Trun
 def read_weights(path: Path | str, *, prefix: str | None = None, model: str | TrunkConfig | None = None) -> Weights:
     """Weights with their model, normalisation and origin; paths and errors as :func:`load_trunk`."""
     path, wanted = Path(path), LibraryTrunkConfig(name=model) if isinstance(model, str) else model
-    if path.is_dir() and (path / HUB_FILE).is_file():
-        weights = _of_hub(path, prefix, wanted)
+    hub = next((path / name for name in _HUB_FILES if (path / name).is_file()), None)
+    if hub is not None:
+        weights = _of_hub(hub, prefix, wanted)
+    elif any((path / name).is_file() for name in _HUB_PARTS):
+        raise ValueError(
+            f"{path} holds weights in several files: load them with their library and save their state dict as one "
+            f"{HUB_FILE}"
+        )
     elif is_sharded(path):
         weights = _of_run(path.absolute().parent.parent, path)
     elif path.is_dir():
@@ -193,6 +201,8 @@ def _of_file(path: Path, prefix: str | None, model: TrunkConfig | None) -> Weigh
     stated = known.get("model", {})
     if not isinstance(stated, dict):
         raise ValueError(f"{card}: model must be a table, got {str(stated)[:100]}; restore the file")
+    if model is None and stated.get("norm") == "layer":
+        model = ResNetConfig(norm="layer")
     if "/" in str(stated.get("name")):
         try:
             model = read_trunk_config(stated)
@@ -216,7 +226,8 @@ def _of_content(
 ) -> Weights:
     """Of a file's content, by the names of a library's network or of a ResNet."""
     if not isinstance(model, LibraryTrunkConfig):
-        return _of_state(path, find_trunk(str(path), content, prefix), options)
+        has_layer_norm = isinstance(model, ResNetConfig) and model.norm == "layer"
+        return _of_state(path, find_trunk(str(path), content, prefix), options, has_layer_norm=has_layer_norm)
     fresh = build_trunk(model, seed=0).state_dict()
     wanted = {name.removeprefix(NETWORK): value for name, value in fresh.items()}
     found = find_network(str(path), content, model.name, wanted, prefix)
@@ -224,8 +235,14 @@ def _of_content(
     return Weights(model=model, state=state, source=f"{path} ({found})", path=path, **options)
 
 
-def _of_state(path: Path, found: Found, options: dict[str, Any]) -> Weights:
+def _of_state(path: Path, found: Found, options: dict[str, Any], *, has_layer_norm: bool) -> Weights:
     state = dict(found.state)
+    if "bn1.running_mean" not in state and not has_layer_norm:
+        raise ValueError(
+            f"{path} ({found}) has no running statistics of BatchNorm (bn1.running_mean, ...), without which its "
+            "features mean nothing: save the whole state dict, buffers too; of a ResNet with norm layer, give the file "
+            "that was exported with its card, or in Python model=ResNetConfig(norm='layer')"
+        )
     for name in found.state:  # old versions of torch, and detectron2, have no count beside the running statistics
         if name.endswith("running_mean"):
             state.setdefault(f"{name.removesuffix('running_mean')}num_batches_tracked", torch.tensor(0))
@@ -233,13 +250,12 @@ def _of_state(path: Path, found: Found, options: dict[str, Any]) -> Weights:
     return Weights(model=model, state=state, head=found.head, source=f"{path} ({found})", path=path, **options)
 
 
-def _of_hub(folder: Path, prefix: str | None, model: TrunkConfig | None) -> Weights:
-    """Of a folder as the Hugging Face hub has it; timm's and transformers' configurations state the normalisation, and
-    timm's the network."""
-    path = folder / HUB_FILE
+def _of_hub(path: Path, prefix: str | None, model: TrunkConfig | None) -> Weights:
+    """Of the file in a folder as the Hugging Face hub has it; timm's and transformers' configurations state the
+    normalisation, and timm's the network."""
     known: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json"):
-        where = folder / name
+        where = path.with_name(name)
         content = load_json(where) if where.is_file() else {}
         model = model or _timm_network(content, where)
         own = content.get("pretrained_cfg", content) if isinstance(content, dict) else {}

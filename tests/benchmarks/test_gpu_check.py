@@ -4,10 +4,12 @@ import json
 import os
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_check
 from benchmarks.gpu_check import PART_SECONDS, main
 from benchmarks.gpu_steps import STEPS, Check, goals, run_tests
 from tests.tiny import write_images
@@ -88,6 +90,21 @@ def test_measurements_go_on_behind_one_that_ends_the_process(tmp_path: Path, mon
     calls, lost = [], 2  # no process gets further than the second measurement
     assert goals(check(tmp_path), 10)[0] == "exit code 1"
     assert calls == [False, True]
+
+
+def test_later_steps_and_the_tar_survive_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_check: Check, _seconds: float) -> tuple[str, str]:
+        (tmp_path / "crossover.json").write_text('{"half of')
+        raise OSError("no space left")
+
+    steps = [replace(step, function=breaks) if step.name == "crossover" else step for step in STEPS]
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    assert main([str(tmp_path), "--rehearse", "--part", "2", "--step", "crossover", "loaders"]) == 1
+    state = json.loads((tmp_path / "state.json").read_text())["steps"]
+    assert state["crossover"]["end"] == "FAILED: OSError: no space left"
+    assert state["loaders"]["end"] == "ok"
+    with tarfile.open(tmp_path / "gpu-check.tar") as tar:
+        assert "crossover" not in json.load(tar.extractfile("results.json"))  # type: ignore[arg-type]
 
 
 def test_results_of_an_earlier_run_are_gone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hot loops of the kernels with a goal, compiled for 9.0a, may not get longer unnoticed.
+"""Hot loops of the kernels with a goal, compiled for 9.0a, may not get longer unnoticed, nor touch registers too early.
 
 Left out, with a line, where nvcc is missing (tests/conftest.py).
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compile_kernels import Tools, compile_named
+from benchmarks.hazards import early_accesses
 from benchmarks.probes import PROBES
 from benchmarks.static_cost import OUTPUT, Machine, analyse
 
@@ -27,6 +28,7 @@ def test_hot_loops_have_not_grown(op: str, tmp_path: Path) -> None:
     names = sorted({loop["kernel"] for loop in before.values()})
     kernels = compile_named(Tools.find(), op, "90a", names, tmp_path)
     assert [kernel.spill_bytes for kernel in kernels] == [0] * len(names)
+    assert [access for kernel in kernels for access in early_accesses(kernel.code)] == []
     report = analyse(kernels, Machine())
     now = {loop["name"]: loop for loop in report["loops"]}
     assert [goal["name"] for goal in report["goals"] if not goal["met"]] == []

@@ -43,6 +43,15 @@ def test_an_archive_has_the_right_classes(tmp_path: Path) -> None:
     assert manifest.class_remarks() == []
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_sets_in_an_archive_are_said(tmp_path: Path, kind: str) -> None:
+    for name in ("train", "val"):
+        write_images(tmp_path / "d" / name, 4)
+    (line,) = Manifest.scan(Path(shutil.make_archive(str(tmp_path / "d"), kind, tmp_path / "d"))).class_remarks()
+    assert line.startswith("train and val, the first folders, are taken as classes, and all 8 images are used; ")
+    assert line.endswith("alone, give the folder train of what is unpacked")
+
+
 def test_every_command_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,33 @@ def test_labels(tmp_path: Path, labels: Any, type: Any, wanted: list[str | None]
         assert manifest.classes == ["9", "10"]
 
 
+@pytest.mark.parametrize("name", ["Label", "class-name", "className", "Species"])
+def test_the_column_of_labels_in_any_spelling(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "x.parquet", pa.table({"image": [image(0), image(1)], name: ["b", "a"]}))
+    assert labels_of(open_data(path)) == ["b", "a"]
+
+
+def test_folders_of_partitions_are_labels(tmp_path: Path) -> None:
+    for key, place in enumerate(["label=cat/year=2024", "label=dog%20wild", "other", "year=2024"]):
+        write(tmp_path / "d" / place / "x.parquet", pa.table({"image": [image(key)]}))
+    manifest = open_data(tmp_path / "d")
+    assert dict(zip(manifest.paths, labels_of(manifest), strict=True)) == {
+        "label=cat/year=2024/x.parquet/000000000": "cat",
+        "label=dog%20wild/x.parquet/000000000": "dog wild",
+        "other/x.parquet/000000000": None,
+        "year=2024/x.parquet/000000000": None,
+    }
+
+
+def test_numbers_in_one_file_and_names_in_another_are_no_classes_side_by_side(tmp_path: Path) -> None:
+    write(tmp_path / "d" / "a.parquet", hub_table([0], labels=["cat"]))
+    write(tmp_path / "d" / "b.parquet", hub_table([1], labels=[0]))
+    with raises(r"whose labels are numbers \(b.parquet\) and files whose labels are names \(a.parquet\): write them"):
+        open_data(tmp_path / "d")
+    write(tmp_path / "d" / "b.parquet", hub_table([1], labels=[0], names=["dog"]))
+    assert labels_of(open_data(tmp_path / "d")) == ["cat", "dog"]
+
+
 def test_class_names_come_from_the_schema_and_minus_one_is_no_class(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", hub_table(range(3), labels=[1, -1, 0], names=["b", "a"]))
     assert labels_of(open_data(path)) == ["a", None, "b"]

@@ -1,6 +1,7 @@
 """New runs from weights: what is loaded, what is recorded, and what is refused by the names of the entries."""
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import sslfast
+from sslfast.cli.main import main
 from sslfast.config import load_json
 from sslfast.models import LibraryTrunkConfig, ResNetConfig, build_trunk
 from sslfast.recipes.run import configure
@@ -102,6 +104,21 @@ def test_files(form: str, run: Path, tmp_path: Path) -> None:
         changes = {"model.name": "torchvision/resnet18"}
     state = trainer(tmp_path / "new", init=str(path), **changes).method.trunk.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(state.values(), trunk.state_dict().values(), strict=True))
+
+
+def test_a_file_of_several_networks_names_a_command_that_takes_one_out(tmp_path: Path) -> None:
+    config, path = ResNetConfig(name="resnet18", width=0.125), tmp_path / "two nets.pth"
+    plain, averaged = (build_trunk(config, seed=seed).state_dict() for seed in (0, 1))
+    torch.save({"state_dict": plain, "state_dict_ema": averaged}, path)
+    size = {"model.name": "resnet18", "model.width": 0.125, "model.stem": "imagenet"}
+    with pytest.raises(
+        ValueError, match=r"init=.* 2 ResNets, .*'state_dict_ema\.'; `sslfast export .*` takes"
+    ) as error:
+        trainer(tmp_path / "new", init=str(path), **size)
+    words = shlex.split(str(error.value).split("`")[1].replace("ONE", str(tmp_path / "one")))
+    assert main([*words[1:-1], "state_dict_ema."]) == 0
+    trunk = trainer(tmp_path / "new", init=str(tmp_path / "one.safetensors"), **size).method.trunk
+    assert torch.equal(trunk.state_dict()["conv1.weight"], averaged["conv1.weight"])
 
 
 @pytest.mark.parametrize(

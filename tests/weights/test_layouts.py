@@ -224,6 +224,64 @@ def test_layout(name: str, state: State, tmp_path: Path) -> None:
     assert export_trunk(weights.path, tmp_path / "again.safetensors", format="safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda s: {"state_dict": {**at("student_backbone.0.", other(s)), **at("teacher_backbone.0.", s)}},
+        lambda s: {"state_dict": {**at("anchor_backbone.", other(s)), **at("backbone.", s)}},
+        lambda s: {**at("encoder.", s), **at("momentum_encoder.", other(s))},
+        lambda s: [at("module.", s)],
+        lambda s: {"models": [s, {"fc.weight": torch.zeros(2, 2)}], "optimizer": [0.1] * 1000},
+        lambda s: at("_forward_module.", s),
+        lambda s: {name: value.double() for name, value in s.items()},
+    ],
+)
+def test_more_layouts(build: Callable[[State], Any], state: State, tmp_path: Path) -> None:
+    loaded = read_weights(write(tmp_path, ".pth", build(state))).build().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_the_hub(name: str, state: State, tmp_path: Path) -> None:
+    hub = write(tmp_path, "folder", state)
+    if name != "model.safetensors":
+        (hub / "model.safetensors").unlink()
+        torch.save(state, hub / name)
+    weights = read_weights(hub)
+    assert (weights.path, weights.size) == (hub / name, 160)
+    weights.path.rename(tmp_path / "whole.bin")
+    assert read_weights(tmp_path / "whole.bin").model == weights.model  # the content says what it is
+    (hub / f"{name}.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds weights in several files: .* as one model\.safetensors"):
+        read_weights(hub)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", r"is empty: get a good copy"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"is a pointer of Git LFS .*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", r"is a web page"),
+        (b"\x89HDF\r\n\x1a\n", r"is an HDF5 file"),
+        (b"\x1f\x8b\x08", r"is compressed: unpack it with gunzip"),
+        (b"anything else", r"it is no file of torch\.save"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".pkl"])
+def test_files_that_are_none_of_weights(content: bytes, words: str, suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"f{suffix}").write_bytes(content)
+    if content == b"anything else" and suffix != ".pth":
+        words = r"is no safetensors file|is no pickle"
+    with pytest.raises(ValueError, match=words):
+        read_weights(tmp_path / f"f{suffix}")
+
+
+def test_a_torchscript_program_is_named(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "f.pt")
+    with pytest.raises(ValueError, match=r"f\.pt is a TorchScript program: `python -c .*torch\.jit\.load"):
+        read_weights(tmp_path / "f.pt")
+
+
 def table() -> str:
     lines = ["| written by | file | first convolution |", "|---|---|---|"]
     lines += [f"| {name} | `{kind}` | `{first}` |" for name, (kind, first, _) in LAYOUTS.items()]
@@ -315,7 +373,7 @@ def test_the_pickle_of_arrays(tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps({"model": {"conv1.weight": odd}}))
         with pytest.raises(ValueError, match="it also holds a "):
             sslfast.load(path)
-    for damaged in (b"\x80\x04.", b"", b"\x80\x04}\x94(\x8c\x01a"):
+    for damaged in (b"\x80\x04.", b"\x80\x04}\x94(\x8c\x01a"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="no pickle of numpy arrays"):
             sslfast.load(path)

@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,21 @@ def test_the_model_is_recognised(name: str, stem: str, tmp_path: Path) -> None:
     seen = "sobel" if name == "resnet18" else "rgb"
     config = ResNetConfig(name=name, stem=stem, norm=norm, width=width, input=seen)  # type: ignore[arg-type]
     torch.save(build_trunk(config, seed=0).state_dict(), tmp_path / "t.pth")
-    assert read_weights(tmp_path / "t.pth").model == config
+    assert read_weights(tmp_path / "t.pth", model=config).model == config
+    if norm == "batch":
+        assert read_weights(tmp_path / "t.pth").model == config
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_file_without_statistics_of_batchnorm_is_no_network_with_another_norm(norm: str, tmp_path: Path) -> None:
+    """Parameters alone, as many averages of weights keep them, have the same names whatever the normalisation is."""
+    config = ResNetConfig(name="resnet18", width=0.125, norm=norm)  # type: ignore[arg-type]
+    torch.save(dict(build_trunk(config, seed=0).named_parameters()), tmp_path / "t.pth")
+    with pytest.raises(ValueError, match=r"t\.pth .*no running statistics of BatchNorm .*save the whole state dict"):
+        read_weights(tmp_path / "t.pth")
+    assert read_weights(tmp_path / "t.pth", model=replace(config, norm="layer")).model.norm == "layer"
+    (tmp_path / "t.pth.json").write_text(json.dumps({"model": {"norm": "layer"}}))
+    assert read_weights(tmp_path / "t.pth").model.norm == "layer"
 
 
 def test_errors_name_the_remedy(run: Path, tmp_path: Path) -> None:
@@ -214,7 +229,8 @@ def test_errors_name_the_remedy(run: Path, tmp_path: Path) -> None:
         match=r"holds no ResNet: no prefix has conv1.weight and .*the first entries are net.weight \[1\]: save",
     ):
         read_weights(tmp_path / "other.pth")
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "r.pth")
+    first = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.running_mean": torch.zeros(64)}
+    torch.save({**first, "layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "r.pth")
     with pytest.raises(ValueError, match=r"blocks.*known: resnet18, resnet34, resnet50"):
         read_weights(tmp_path / "r.pth")
     odd = build_trunk(ResNetConfig(name="resnet18"), seed=0).state_dict()
