@@ -49,7 +49,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, WriteError):
         return error.reason
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        # Of a library: pyarrow's begins with "Error writing bytes to file. Detail: [errno 28]".
+        return os.strerror(error.errno) if error.errno and "[errno" in error.strerror else error.strerror
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 

@@ -16,7 +16,7 @@ from sslfast.cli.usage import parse
 from sslfast.data import check_apart
 from sslfast.distributed import process_group
 from sslfast.evaluation import ResultNotWritten, evaluation_folder
-from sslfast.files import ANOTHER_PLACE, OUTPUT, check_writable
+from sslfast.files import OUTPUT, check_writable
 
 
 def run_function(target: str, arguments: list[str], prog: str) -> int:
@@ -36,15 +36,16 @@ def run_function(target: str, arguments: list[str], prog: str) -> int:
     module = importlib.import_module(module_name)
     render = getattr(module, "render_table", str)
     try:
-        command = as_command(getattr(module, name))
+        function = getattr(module, name)
+        command = as_command(function)
         call = parse(command, arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
         if isinstance(call, int):
             return call
-        for name in ("output", "out"):
-            if isinstance(path := call.keywords.get(name), Path) and call.keywords.get("format") != "hub":
-                remedy = OUTPUT if name == "output" else ANOTHER_PLACE
-                check_writable(path, remedy=remedy)
-                check_apart([path], _read(call, name), remedy=remedy)
+        if isinstance(path := call.keywords.get("output"), Path) and call.keywords.get("format") != "hub":
+            is_option = inspect.signature(function).parameters["output"].default is not inspect.Parameter.empty
+            remedy = OUTPUT if is_option else "name another file as OUT"
+            check_writable(path, remedy=remedy)
+            check_apart([path], _read(call, "output"), remedy=remedy)
         if "run" in call.keywords and call.keywords.get("output", call) is None:  # beside the run
             check_writable(evaluation_folder(call.keywords["run"]) / f"{prog.split()[-1]}.json", remedy=OUTPUT)
         result = call()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sslfast.cli.main import main
+from sslfast.files import reason_of
 
 ROOT = Path(__file__).resolve().parents[2] / "sslfast"
 PROTOCOLS = ("knn", "linear", "lowshot", "semisup", "detect")
@@ -54,3 +55,17 @@ def test_options_that_errors_name_exist(capsys: pytest.CaptureFixture[str]) -> N
                 assert main([*command.split(), "--help"]) == 0
                 helps[command] = set(re.findall(r"--[a-z][a-z.-]*", capsys.readouterr().out))
             assert options <= helps[command], f"{module} names {options - helps[command]} and {command} has none"
+
+
+def test_the_file_of_export_has_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.pth").touch()
+    (tmp_path / "file").touch()
+    assert main(["export", str(tmp_path / "run.pth"), str(tmp_path / "file" / "t.pth")]) == 2
+    assert "is no folder); name another file as OUT\n" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run.pth"), str(tmp_path / "run.pth")]) == 2
+    assert "is read and would be replaced; name another file as OUT\n" in capsys.readouterr().err
+
+
+def test_the_reason_that_pyarrow_gives_is_that_of_the_system() -> None:
+    words = "Error writing bytes to file. Detail: [errno 28] No space left on device"
+    assert reason_of(OSError(28, words)) == "No space left on device"
