@@ -27,22 +27,9 @@ PATH_NAMES = (
 NO_LABELS = frozenset(
     (
         *("index", "id", "key", "uid", "uuid", "size", "width", "height", "bytes", "md5", "sha1", "sha256", "hash"),
-        *(
-            "caption",
-            "captions",
-            "text",
-            "title",
-            "description",
-            "alt",
-            "prompt",
-            "comment",
-            "sentence",
-            "url",
-            "link",
-            "source",
-            "license",
-        ),
-        *("split", "subset", "set", "fold", "bbox", "boxes", "time", "date", "timestamp"),
+        *("caption", "captions", "text", "title", "description", "alt", "prompt", "comment", "sentence"),
+        *("url", "link", "source", "license", "split", "subset", "set", "fold", "bbox", "boxes"),
+        *("time", "date", "timestamp"),
     )
 )
 """Names of columns that are no labels where no column is named as one."""
