@@ -285,10 +285,9 @@ inline ViewShape check_render_views(const Tensor& crops,                        
     SSLFAST_CHECK(permutation && offsets, op, ": a jigsaw needs permutation and offsets");
     check_int64(op, "permutation", *permutation);
     check_int64(op, "offsets", *offsets);
-    SSLFAST_CHECK(
-        permutation->dim() == 2 && permutation->size(0) == shape.batch && permutation->size(1) == grid * grid, op,
-        ": permutation must be int64 [B, grid**2] = [", shape.batch, ", ", grid * grid, "], got ",
-        shape_string(*permutation), "; crops are ", shape_string(crops));
+    SSLFAST_CHECK(permutation->dim() == 2 && permutation->size(0) == shape.batch && permutation->size(1) == grid * grid,
+                  op, ": permutation must be int64 [B, grid**2] = [", shape.batch, ", ", grid * grid, "], got ",
+                  shape_string(*permutation), "; crops are ", shape_string(crops));
     SSLFAST_CHECK(offsets->dim() == 3 && offsets->size(0) == shape.batch && offsets->size(1) == grid * grid &&
                       offsets->size(2) == 2,
                   op, ": offsets must be int64 [B, grid**2, 2] = [", shape.batch, ", ", grid * grid, ", 2], got ",

@@ -62,9 +62,10 @@ inline LabShape check_rgb_to_lab(const Tensor& pixels,  // [N, 3, H, W], or [N, 
   constexpr const char* op = "rgb_to_lab";
   SSLFAST_CHECK(pixels.dim() == 4 && pixels.size(channels_last ? 3 : 1) == 3, op, ": pixels must have shape ",
                 channels_last ? "[N, H, W, 3]" : "[N, 3, H, W]", ", got ", shape_string(pixels));
-  SSLFAST_CHECK(is_floating(pixels.scalar_type()), op,
-                ": pixels must be float32, float64, bfloat16 or float16 in 0..1; convert bytes with .float() / 255, got ",
-                torch::headeronly::toString(pixels.scalar_type()));
+  SSLFAST_CHECK(
+      is_floating(pixels.scalar_type()), op,
+      ": pixels must be float32, float64, bfloat16 or float16 in 0..1; convert bytes with .float() / 255, got ",
+      torch::headeronly::toString(pixels.scalar_type()));
   const int height = channels_last ? 1 : 2;
   return {pixels.size(0), pixels.size(height) * pixels.size(height + 1)};
 }

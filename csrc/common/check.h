@@ -30,8 +30,8 @@ std::string joined(const Parts&... parts) {
 }
 
 // Not STD_TORCH_CHECK, whose messages begin with a function, a file and a line of these sources.
-#define SSLFAST_CHECK(cond, ...)                                            \
-  do {                                                                      \
+#define SSLFAST_CHECK(cond, ...)                                           \
+  do {                                                                     \
     if (!(cond)) throw std::runtime_error(::sslfast::joined(__VA_ARGS__)); \
   } while (false)
 
