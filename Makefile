@@ -21,7 +21,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulation/*.cu tests/cuda_emulation/include/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint format docs bench wheel gpu-check clean test-newest-python test-kernels test-others
+.PHONY: help install demo test sanitize lint format docs bench wheel gpu-check clean test-newest-python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,19 +71,15 @@ $(NEWEST_VENV)/.torch: | $(VENV)/.torch
 demo: install ## pretrain PIRL on real photographs, evaluate beside untrained and raw pixels, draw pictures
 	$(BIN)/sslfast demo
 
+# The suite runs in two processes, about equally long. Threads that wait must sleep: there are more of them than cores.
+KERNEL_TESTS := tests/ops tests/benchmarks tests/adapters tests/models tests/test_wheel.py
 test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch and the newest Python
 	$(ABI_VENV)/bin/python tests/abi_check.py
 	@$(MAKE) --no-print-directory test-newest-python
-	@$(MAKE) --no-print-directory -j2 --keep-going --output-sync=line test-kernels test-others
-
-# Two processes, about equally long. Threads that wait must sleep: there are more of them than cores.
-KERNEL_TESTS := tests/ops tests/benchmarks tests/adapters tests/models tests/test_wheel.py
-test-kernels: export OMP_WAIT_POLICY = PASSIVE
-test-kernels:
-	@env -u MAKEFLAGS $(BIN)/python -m pytest $(KERNEL_TESTS)
-test-others: export OMP_WAIT_POLICY = PASSIVE
-test-others:
-	@env -u MAKEFLAGS $(BIN)/python -m pytest $(KERNEL_TESTS:%=--ignore=%)
+	@mkdir -p build; export OMP_WAIT_POLICY=PASSIVE; \
+	$(BIN)/python -m pytest $(KERNEL_TESTS) >build/kernel-tests.log 2>&1 & kernels=$$!; trap "kill $$kernels" INT TERM; \
+	$(BIN)/python -m pytest $(KERNEL_TESTS:%=--ignore=%); others=$$?; \
+	wait $$kernels; kernels=$$?; cat build/kernel-tests.log; exit $$((kernels ? kernels : others))
 
 ifeq ($(NEWEST_PYTHON),)
 test-newest-python:
