@@ -71,15 +71,20 @@ $(NEWEST_VENV)/.torch: | $(VENV)/.torch
 demo: install ## pretrain PIRL on real photographs, evaluate beside untrained and raw pixels, draw pictures
 	$(BIN)/sslfast demo
 
-# The suite runs in two processes, about equally long. Threads that wait must sleep: there are more of them than cores.
+# The suite runs in three processes. Those of the loaders measure memory, which needs a heap that no other test has torn
+# up. Threads that wait must sleep: there are more of them than cores.
 KERNEL_TESTS := tests/ops tests/benchmarks tests/adapters tests/models tests/test_wheel.py
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch and the newest Python
 	$(ABI_VENV)/bin/python tests/abi_check.py
 	@$(MAKE) --no-print-directory test-newest-python
-	@mkdir -p build; export OMP_WAIT_POLICY=PASSIVE; \
-	$(BIN)/python -m pytest $(KERNEL_TESTS) >build/kernel-tests.log 2>&1 & kernels=$$!; trap "kill $$kernels" INT TERM; \
-	$(BIN)/python -m pytest $(KERNEL_TESTS:%=--ignore=%); others=$$?; \
-	wait $$kernels; kernels=$$?; cat build/kernel-tests.log; exit $$((kernels ? kernels : others))
+	@mkdir -p build; \
+	$(PYTEST) tests/loaders >build/test-loaders.log 2>&1 & loaders=$$!; \
+	$(PYTEST) $(KERNEL_TESTS) >build/test-kernels.log 2>&1 & kernels=$$!; \
+	trap "kill $$loaders $$kernels" INT TERM; \
+	$(PYTEST) --ignore=tests/loaders $(KERNEL_TESTS:%=--ignore=%); others=$$?; \
+	wait $$loaders; loaders=$$?; wait $$kernels; kernels=$$?; \
+	cat build/test-loaders.log build/test-kernels.log; exit $$((loaders | kernels | others))
 
 ifeq ($(NEWEST_PYTHON),)
 test-newest-python:
