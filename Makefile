@@ -21,7 +21,7 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*.h csrc/*.cpp
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda_emulation/*.cu tests/cuda_emulation/include/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint format docs bench wheel gpu-check clean test-newest-python
+.PHONY: help install demo test sanitize lint format docs bench wheel gpu-check clean test-newest-python test-kernels test-others
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,20 +71,21 @@ $(NEWEST_VENV)/.torch: | $(VENV)/.torch
 demo: install ## pretrain PIRL on real photographs, evaluate beside untrained and raw pixels, draw pictures
 	$(BIN)/sslfast demo
 
-# The suite runs in three processes. Those of the loaders measure memory, which needs a heap that no other test has torn
-# up. Threads that wait must sleep: there are more of them than cores.
-KERNEL_TESTS := tests/ops tests/benchmarks tests/adapters tests/models tests/test_wheel.py
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 test: install lint $(ABI_VENV)/.torch ## lint, type checks, every test, and the binary beside a second torch and the newest Python
 	$(ABI_VENV)/bin/python tests/abi_check.py
 	@$(MAKE) --no-print-directory test-newest-python
-	@mkdir -p build; \
-	$(PYTEST) tests/loaders >build/test-loaders.log 2>&1 & loaders=$$!; \
-	$(PYTEST) $(KERNEL_TESTS) >build/test-kernels.log 2>&1 & kernels=$$!; \
-	trap "kill $$loaders $$kernels" INT TERM; \
-	$(PYTEST) --ignore=tests/loaders $(KERNEL_TESTS:%=--ignore=%); others=$$?; \
-	wait $$loaders; loaders=$$?; wait $$kernels; kernels=$$?; \
-	cat build/test-loaders.log build/test-kernels.log; exit $$((loaders | kernels | others))
+	@mkdir -p build; $(MAKE) --no-print-directory -j2 --keep-going test-kernels test-others; failed=$$?; \
+	cat build/test-loaders.log build/test-kernels.log; exit $$failed
+
+# Two processes at a time, about equally long; one shows its progress. Tests of the loaders measure memory, which needs a heap
+# that no other test has torn up. Threads that wait must sleep: there are more of them than cores.
+KERNEL_TESTS := tests/ops tests/benchmarks tests/adapters tests/models tests/test_wheel.py
+PYTEST := env -u MAKEFLAGS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+test-kernels:
+	@$(PYTEST) tests/loaders >build/test-loaders.log 2>&1; loaders=$$?; \
+	$(PYTEST) $(KERNEL_TESTS) >build/test-kernels.log 2>&1 && exit $$loaders
+test-others:
+	@$(PYTEST) --ignore=tests/loaders $(KERNEL_TESTS:%=--ignore=%)
 
 ifeq ($(NEWEST_PYTHON),)
 test-newest-python:

@@ -75,7 +75,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     write_shards(tmp_path / "www" / "tars")
     write_tables(tmp_path / "www" / "tables", shards=2, rows=6)
     monkeypatch.setenv("SSLFAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_cache, "SECONDS", 0.4)
     monkeypatch.setattr(shard_cache, "_PAUSE", 0.01)
     with Server(tmp_path / "www") as server:
         thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.02))
@@ -151,8 +150,15 @@ def test_the_cache_is_bounded_and_evicts_what_was_used_longest_ago(
             manifest.source.read(0)
 
 
+def wait_briefly(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Where the server stalls, and only there: on a busy machine it may take a while to answer."""
+    if kind == "stall":
+        monkeypatch.setattr(shard_cache, "SECONDS", 1.0)
+
+
 @pytest.mark.parametrize("kind", ["half", "stall", "wrong", "503", "429"])
-def test_what_passes_is_tried_again(server: Server, tmp_path: Path, kind: str) -> None:
+def test_what_passes_is_tried_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    wait_briefly(monkeypatch, kind)
     name = sorted((tmp_path / "www" / "tars").iterdir())[0].name
     server.faults[name] = (kind, 2)
     manifest = open_data(f"{server.url}/tars/{name}")
@@ -164,7 +170,7 @@ def test_what_passes_is_tried_again(server: Server, tmp_path: Path, kind: str) -
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("stall", r"no answer for 0 s, 4 times\): see that network and server work, then start again"),
+        ("stall", r"no answer for 1 s, 4 times\): see that network and server work, then start again"),
         ("half", r".*, 4 times\): see that network and server work"),
         ("wrong", r"ConnectionError: [0-9,]+ of [0-9,]+ bytes came, 4 times\): see that network"),
         ("403", r"status 403\): set the credentials of its service"),
@@ -172,7 +178,10 @@ def test_what_passes_is_tried_again(server: Server, tmp_path: Path, kind: str) -
         ("500", r"status 500\): see that network and server work"),
     ],
 )
-def test_what_does_not_pass_is_one_line_with_the_url(server: Server, tmp_path: Path, kind: str, why: str) -> None:
+def test_what_does_not_pass_is_one_line_with_the_url(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    wait_briefly(monkeypatch, kind)
     name = sorted((tmp_path / "www" / "tars").iterdir())[0].name
     server.faults[name] = (kind, 99)
     with raises(rf"{server.url}/tars/{name} cannot be read \({why}") as error:
@@ -263,7 +272,6 @@ def test_several_processes_and_a_killed_download(
     monkeypatch.setenv("SSLFAST_CACHE_GIB", str((sum(remote.sizes) - 10) / 2**30))
     context = multiprocessing.get_context("fork")
     server.faults[names[0]] = ("stall", 1)
-    monkeypatch.setattr(shard_cache, "SECONDS", 60)
     killed = context.Process(target=fetch, args=(remote, context.SimpleQueue()))
     killed.start()
     while not server.gets[names[0]] or not [*(tmp_path / "cache").glob("*.part")]:
