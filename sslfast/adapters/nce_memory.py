@@ -82,10 +82,7 @@ class NCEMemory(nn.Module):
 
     def _prepare(self, y: Tensor, **views: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Checked rows, and views in the precision that they are scored in, normalised if asked for."""
-        memory = getattr(self, self._memories[0])
-        check_features(self._name, memory.shape[1], memory.device, **views)
-        check_precision(self._name, memory, *views.values())
-        self._check_rows("y", y, views)
+        self._check_batch("y", y, views)
         # Scored once in training, where the memory changes: a second run would score others.
         y = snapshot(y, self._name, once=self.training)
         return y, [self._ready(view) for view in views.values()]
@@ -93,6 +90,13 @@ class NCEMemory(nn.Module):
     def _ready(self, view: Tensor) -> Tensor:
         view = view.to(torch.float64 if getattr(self, self._memories[0]).dtype == torch.float64 else torch.float32)
         return normalize(view, dim=1) if self.norm_embedding else view
+
+    def _check_batch(self, name: str, rows: Any, features: Mapping[str, Any]) -> None:
+        """Raises unless the features fit the memory, and there is a row of it for each sample of them."""
+        memory = getattr(self, self._memories[0])
+        check_features(self._name, memory.shape[1], memory.device, **features)
+        check_precision(self._name, memory, *features.values())
+        self._check_rows(name, rows, features)
 
     def _check_rows(
         self, name: str, rows: Any, samples: Mapping[str, Tensor], shape: tuple[int, ...] | None = None
@@ -175,10 +179,7 @@ class NCEMemory(nn.Module):
                 f"{', '.join([*given, *(['all_y'] if all_y is not None else [])])}"
             )
         if given:
-            memory = getattr(self, self._memories[0])
-            check_features(self._name, memory.shape[1], memory.device, **given)
-            check_precision(self._name, memory, *given.values())
-            self._check_rows("all_y", all_y, given)
+            self._check_batch("all_y", all_y, given)
 
     @torch.no_grad()
     def _advance(

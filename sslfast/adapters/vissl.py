@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from sslfast.adapters.checks import check_counts, check_features
+from sslfast.adapters.checks import check_counts
 from sslfast.adapters.nce_average import NCEAverage
 from sslfast.distributed import gather_rows
 
@@ -135,10 +135,8 @@ class NCELossWithMemory(nn.Module):
 
     def _checked(self, name: str, rows: Any, **views: Any) -> Tensor:
         """The rows as ``[B]``; raises unless there is one for each sample of the views."""
-        memory = self.nce_average.memory
-        check_features(type(self).__name__, memory.shape[1], memory.device, **views)
         flat = rows.flatten() if isinstance(rows, Tensor) else rows
-        self.nce_average._check_rows(name, flat, views)
+        self.nce_average._check_batch(name, flat, views)
         assert isinstance(flat, Tensor)
         return flat
 

@@ -20,10 +20,11 @@ from sslfast.data.source import URL, Changes, ImageSource, SourceError, is_file
 from sslfast.data.spelling import similar_file
 
 PATH_NAMES = (
-    *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file", "img"),
-    *("img_path", "imagepath", "image_name", "image_id", "imageid", "url"),
+    *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath", "imagename"),
+    *("imageid", "url"),
 )
-"""Names of columns, in any spelling; the first that there is counts, as of ``LABEL_NAMES``."""
+"""Names of columns, as :func:`plain_name` makes them of any spelling; the first that there is counts, as of
+``LABEL_NAMES``."""
 NO_LABELS = frozenset(
     (
         *("index", "id", "key", "uid", "uuid", "size", "width", "height", "bytes", "md5", "sha1", "sha256", "hash"),
@@ -32,7 +33,7 @@ NO_LABELS = frozenset(
         *("time", "date", "timestamp"),
     )
 )
-"""Names of columns that are no labels where no column is named as one."""
+"""Names of columns, made likewise, that are no labels where no column is named as one."""
 
 
 class Entry(NamedTuple):
@@ -233,7 +234,7 @@ def find_columns(names: Sequence[str]) -> tuple[int, int | None] | None:
     names = [plain_name(name) for name in names]
 
     def place(of: Sequence[str]) -> int | None:
-        return next((names.index(name) for name in map(plain_name, of) if name in names), None)
+        return next((names.index(name) for name in of if name in names), None)
 
     path, label = place(PATH_NAMES), place(LABEL_NAMES)
     if path is None:

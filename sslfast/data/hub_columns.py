@@ -46,7 +46,7 @@ def find_columns(file: str, schema: Any) -> Columns:
     features = _features(schema.metadata or {})
     images = {name: inner for name, kind in types.items() if (inner := _bytes_field(kind)) is not None}
     typed = [name for name in images if _kind(features, name) == "Image"]
-    candidates = typed or [name for name in images if name.lower() not in LABEL_NAMES] or [*images]
+    candidates = typed or [name for name in images if plain_name(name) not in LABEL_NAMES] or [*images]
     named = [name for name in _IMAGE_NAMES for column in candidates if column.lower() == name]
     if not candidates:
         raise ShardError(
@@ -61,7 +61,7 @@ def find_columns(file: str, schema: Any) -> Columns:
     image = next((column for column in candidates if named and column.lower() == named[0]), candidates[0])
     lowered = {plain_name(name): name for name in types if name != image}
     classes = [name for name in types if _kind(features, name) == "ClassLabel"]
-    label = next((lowered[name] for name in map(plain_name, LABEL_NAMES) if name in lowered), "")
+    label = next((lowered[name] for name in LABEL_NAMES if name in lowered), "")
     if not label and len(classes) > 1:
         raise ShardError(
             f"{file} has several columns of classes ({', '.join(classes)}): write a table with one of them, or name "
@@ -84,7 +84,7 @@ def partition_label(path: str) -> str | None:
     """The label in the folders of a file: ``label=cat/part-0.parquet``, as Hive's and Spark's tables have it."""
     for folder in reversed(path.split("/")[:-1]):
         name, equals, value = folder.partition("=")
-        if equals and plain_name(name) in map(plain_name, LABEL_NAMES):
+        if equals and plain_name(name) in LABEL_NAMES:
             return label_text(unquote(value))
     return None
 

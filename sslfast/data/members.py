@@ -30,13 +30,14 @@ LABELS = tuple(f".{word}{form}" for word in ("cls", "class", "label", "target") 
 """Suffixes, in any letter case, of members that hold the label of the image with the same stem."""
 _BESIDE = (*LABELS, ".json", ".txt")
 LABEL_NAMES = (
-    *("label", "class", "class_name", "classname", "class_id", "label_name", "category", "target", "gt_label", "wnid"),
-    *("synset", "y", "fine_label", "cls", "labels", "category_id", "class_index", "class_idx", "label_id", "label_idx"),
-    *("label_index", "class_label", "category_name", "target_id", "target_name", "classes", "species", "breed", "gt"),
+    *("label", "class", "classname", "classid", "labelname", "category", "target", "gtlabel", "wnid", "synset", "y"),
+    *("finelabel", "cls", "labels", "categoryid", "classindex", "classidx", "labelid", "labelidx", "labelindex"),
+    *("classlabel", "categoryname", "targetid", "targetname", "classes", "species", "breed", "gt"),
 )
-"""Names of a table's column of labels, in any spelling (:func:`plain_name`); the first that there is counts."""
+"""Names of a table's column of labels, as :func:`plain_name` makes them of any spelling; the first that there is
+counts."""
 JSON_KEYS = tuple(sorted(set(LABEL_NAMES) - {"y"}, key=("label", "cls", *LABEL_NAMES).index))
-"""Keys of a ``.json`` member that hold the label, in any spelling; the first one that is there. ``y`` may be a
+"""Keys of a ``.json`` member that hold the label, made likewise; the first one that is there. ``y`` may be a
 coordinate."""
 _LONGEST_LABEL = 1024
 _LONGEST_JSON = 1 << 20
@@ -274,7 +275,7 @@ def _labels_in(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, dict):
             value = next((value[part] for part in ("id", "label", "name") if part in value), None)
         found[plain_name(key)] = label_text(value)
-    labels = [found.get(plain_name(key)) for key in JSON_KEYS]
+    labels = [found.get(key) for key in JSON_KEYS]
     return [*dict.fromkeys(_plain(label) for label in labels if label is not None)]
 
 

@@ -122,11 +122,10 @@ def _entry(path: Path, line: int, value: Any) -> Entry:
     if not isinstance(value, dict):
         raise SourceError(f"{path} entry {line} is no object with path and label: {_FORM}")
     values = {plain_name(str(key)): value for key, value in value.items()}
-    paths, labels = map(plain_name, PATH_NAMES), map(plain_name, LABEL_NAMES)
-    name = next((values[key] for key in paths if isinstance(values.get(key), str)), None)
+    name = next((values[key] for key in PATH_NAMES if isinstance(values.get(key), str)), None)
     if name is None:
         raise SourceError(f"{path} entry {line} has no key {' or '.join(PATH_NAMES[:4])}: {_FORM}")
-    label = next((_label(path, line, values[key]) for key in labels if values.get(key) is not None), None)
+    label = next((_label(path, line, values[key]) for key in LABEL_NAMES if values.get(key) is not None), None)
     prefix = values.get("prefix") or values.get("imgprefix")
     return Entry(line, f"{prefix.rstrip('/')}/{name}" if isinstance(prefix, str) else name, label)
 
