@@ -190,10 +190,7 @@ def training_step(check: Check, seconds: float) -> tuple[str, str]:
             str(check.out / "step_beside_eager"), "--batch-size", "128", "--workers", str(os.cpu_count() or 1),
             "--seconds", "15", "--device", "cuda", seconds=seconds / 2,
         )  # fmt: skip
-        inner = check.out / "step_beside_eager"
-        for suffix in (".json", ".md"):
-            if (inner / f"step{suffix}").is_file():
-                shutil.copy(inner / f"step{suffix}", check.out / f"step_beside_eager{suffix}")
+        copy_results(check.out / "step_beside_eager" / "step", check.out / "step_beside_eager")
     return end, "without --data: not beside the plain trainer" if check.data is None else ""
 
 
@@ -212,9 +209,7 @@ def learn(check: Check, seconds: float) -> tuple[str, str]:
         "learn", "-m", "benchmarks.studies.methods", str(check.data), "-o", str(check.out / "learn_runs"), "--methods",
         "rotation" if check.rehearse else "pirl", *size, seconds=seconds,
     )  # fmt: skip
-    for suffix in (".json", ".md"):
-        if (check.out / "learn_runs" / f"methods{suffix}").is_file():
-            shutil.copy(check.out / "learn_runs" / f"methods{suffix}", check.out / f"learn{suffix}")
+    copy_results(check.out / "learn_runs" / "methods", check.out / "learn")
     return end, last_line(check.out / "learn.log")
 
 
@@ -229,9 +224,7 @@ def loaders(check: Check, seconds: float) -> tuple[str, str]:
         "loaders", "-m", "benchmarks.studies.loaders_beside_plain", *data, "-o", str(check.out / "loaders_runs"),
         "--device", check.device, *(few if check.rehearse else some), seconds=seconds,
     )  # fmt: skip
-    for suffix in (".json", ".md", ".png"):
-        if (check.out / "loaders_runs" / f"loaders{suffix}").is_file():
-            shutil.copy(check.out / "loaders_runs" / f"loaders{suffix}", check.out / f"loaders{suffix}")
+    copy_results(check.out / "loaders_runs" / "loaders", check.out / "loaders", ".json", ".md", ".png")
     return end, last_line(check.out / "loaders.log")
 
 
@@ -311,6 +304,14 @@ STEPS = [
     ),
 ]  # fmt: skip
 """The build comes before every part; it takes seconds where nothing has changed."""
+
+
+def copy_results(source: Path, target: Path, *suffixes: str) -> None:
+    """Copy the files SOURCE.json and SOURCE.md, or those of other suffixes, as far as they are there."""
+    for suffix in suffixes or (".json", ".md"):
+        file = source.with_name(source.name + suffix)
+        if file.is_file():
+            shutil.copy(file, target.with_name(target.name + suffix))
 
 
 def read_json(path: Path) -> Any:
